@@ -1,0 +1,43 @@
+"""hf_compress: structural compression for Hugging Face Transformers.
+
+The public names, imported only when they are first used, so that `import hf_compress` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "Anatomy": "hf_compress.anatomy.anatomy",
+    "CompressionConfig": "hf_compress.config",
+    "CompressionReport": "hf_compress.report.report",
+    "DataOptions": "hf_compress.calibration.data",
+    "DropBlocksConfig": "hf_compress.methods.drop_blocks",
+    "MKAConfig": "hf_compress.methods.mka",
+    "ParityError": "hf_compress.errors",
+    "Plan": "hf_compress.plan",
+    "UnsupportedModelError": "hf_compress.errors",
+    "analyze": "hf_compress.analysis",
+    "compress": "hf_compress.pipeline",
+    "evaluate": "hf_compress.evaluation.evaluate",
+    "make_plan": "hf_compress.pipeline",
+    "perplexity": "hf_compress.evaluation.perplexity",
+    "save": "hf_compress.storage.save",
+}
+
+__all__ = [*_PUBLIC, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'hf_compress' has no attribute {name!r}")
+    value = getattr(import_module(_PUBLIC[name]), name)
+    globals()[name] = value  # also puts back a function that a submodule of the same name has just shadowed
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

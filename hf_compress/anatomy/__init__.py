@@ -1,0 +1,1 @@
+"""What hf_compress knows of model families, found by structure."""

@@ -1,0 +1,1 @@
+"""Numerics of the methods: tensors in, tensors out, no Transformers."""

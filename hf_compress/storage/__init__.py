@@ -1,0 +1,1 @@
+"""Saving compressed models so that they load."""

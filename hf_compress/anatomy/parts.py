@@ -1,0 +1,170 @@
+"""What a block is made of: its attention, its FFN, its norms, and the projections that write to the residual stream.
+
+Found by structure: which linear maps read the residual stream (input width = hidden size), which write to it (output
+width = hidden size), and which of them belong together. Only the words for query, key and value are taken from names,
+since nothing in the shapes tells an attention from an FFN.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+# The last word of the projections from the residual stream to queries, keys and values.
+_QKV = re.compile(
+    r"^(q|k|v|qkv|query|key|value|query_key_value|c_attn|wqkv|q_attn|attn_qkv|query_proj|key_proj|value_proj"
+    r"|(q|k|v|qkv|kv|qkvz|ba|fused_qkv)(_[ab])?_?(proj|lin|linear)(_with_mqa)?)$",
+    re.IGNORECASE,
+)
+
+FFNKind = Literal["plain", "gated", "fused", "experts"]
+
+
+@dataclass(frozen=True)
+class FFN:
+    """A block's feed-forward part. Paths are relative to the block.
+
+    Attributes:
+        kind: "plain" (up, down), "gated" (gate and up, down), "fused" (gate and up in one matrix, down), or "experts".
+        inputs: projections from the residual stream to the hidden units; empty for experts.
+        output: the projection back to the residual stream; None for experts.
+        width: number of hidden units (of one expert).
+    """
+
+    kind: FFNKind
+    inputs: tuple[str, ...]
+    output: str | None
+    width: int
+
+
+@dataclass(frozen=True)
+class BlockParts:
+    """What a block is made of. Paths are relative to the block.
+
+    Attributes:
+        attention_output: the projection by which attention (or another token mixer) writes to the residual stream.
+        ffn: the feed-forward part.
+        norms: the normalisations, in order.
+    """
+
+    attention_output: str | None
+    ffn: FFN | None
+    norms: tuple[str, ...]
+
+    @property
+    def writers(self) -> tuple[str, ...]:
+        """The linear maps that write to the residual stream: attention's, then the FFN's."""
+        ffn = self.ffn.output if self.ffn else None
+        return tuple(path for path in (self.attention_output, ffn) if path)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a plain linear map, of either of the two layouts in Transformers."""
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def linear_widths(module: nn.Module) -> tuple[int, int]:
+    """Input and output width of a linear map; `Conv1D` keeps its weight transposed."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    rows, columns = weight.shape
+    return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
+
+
+def linear_map(module: nn.Module) -> Tensor:
+    """The weight of a linear map as it multiplies from the right, (inputs, outputs); a view."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight if isinstance(module, Conv1D) else weight.T
+
+
+def hidden_size(config: PreTrainedConfig) -> int:
+    """Width of the residual stream."""
+    for name in ("hidden_size", "d_model", "n_embd", "dim"):
+        value = getattr(config, name, None)
+        if isinstance(value, int):
+            return value
+    raise ValueError(f"{type(config).__name__} names no width of the residual stream (hidden_size)")
+
+
+def block_parts(block: nn.Module, hidden: int) -> BlockParts:
+    """Find the parts of `block` in a residual stream of width `hidden`; what is not found is None or empty."""
+    linears = {path: linear_widths(module) for path, module in block.named_modules() if is_linear(module)}
+    attention = _attention_scopes(linears, hidden)
+    outside = {p: w for p, w in linears.items() if not any(p.startswith(f"{scope}.") for scope in attention)}
+    output = _last_writer(linears, attention[0], hidden) if attention else None
+    ffn = _experts(block) or _ffn(outside, hidden)
+    if output is None and ffn is None:  # a token mixer without attention, such as a state space model's
+        output = _last_writer(linears, "", hidden)
+    return BlockParts(output, ffn, tuple(_norms(block)))
+
+
+def _attention_scopes(linears: dict[str, tuple[int, int]], hidden: int) -> list[str]:
+    """Paths of the innermost modules that hold query, key and value projections and an output projection."""
+    scopes: list[str] = []
+    for path in linears:
+        scope, _, name = path.rpartition(".")
+        if not _QKV.match(name):
+            continue
+        while scope and _last_writer(linears, scope, hidden) is None:
+            scope = scope.rpartition(".")[0]
+        if scope and scope not in scopes:
+            scopes.append(scope)
+    return scopes
+
+
+def _last_writer(linears: dict[str, tuple[int, int]], scope: str, hidden: int) -> str | None:
+    """The last linear map under `scope` that ends in the residual stream and is no query, key or value projection."""
+    writers = [
+        path
+        for path, (_, outputs) in linears.items()
+        if path.startswith(f"{scope}." if scope else "")
+        and outputs == hidden
+        and not _QKV.match(path.rpartition(".")[2])
+    ]
+    return writers[-1] if writers else None
+
+
+def _ffn(linears: dict[str, tuple[int, int]], hidden: int) -> FFN | None:
+    """The FFN among the linear maps that are not attention's."""
+    output = _last_writer(linears, "", hidden)
+    if output is None:
+        return None
+    width = linears[output][0]
+    others = {path: widths for path, widths in linears.items() if path != output and widths[0] == hidden}
+    inputs = tuple(path for path, (_, outputs) in others.items() if outputs == width)
+    fused = tuple(path for path, (_, outputs) in others.items() if outputs == 2 * width)
+    if len(inputs) == 2:
+        return FFN("gated", inputs, output, width)
+    if len(inputs) == 1:
+        return FFN("plain", inputs, output, width)
+    return FFN("fused", fused, output, width) if len(fused) == 1 else None
+
+
+def _experts(block: nn.Module) -> FFN | None:
+    """A mixture of experts: three-dimensional tensors, or a list of alike FFNs called experts."""
+    for path, module in block.named_modules():
+        if not path.rpartition(".")[2].endswith("experts"):
+            continue
+        if isinstance(module, nn.ModuleList):
+            widths = [linear_widths(m) for m in module.modules() if is_linear(m)]
+            return FFN("experts", (), None, max(min(pair) for pair in widths)) if widths else None
+        if tensors := [p for p in module.parameters(recurse=False) if p.ndim == 3]:
+            # The down projection, (experts, hidden, width) or (experts, width, hidden), is the smallest of them.
+            smallest = min(tensors, key=Tensor.numel)
+            return FFN("experts", (), None, min(smallest.shape[1:]))
+    return None
+
+
+def _norms(block: nn.Module) -> list[str]:
+    """Paths of the normalisations: modules named so in their class, with at most a gain and a bias."""
+    return [
+        path
+        for path, module in block.named_modules()
+        if "norm" in type(module).__name__.lower() and all(p.ndim <= 1 for p in module.parameters())
+    ]

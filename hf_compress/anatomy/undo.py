@@ -1,0 +1,62 @@
+"""A record of changes to a live model, so that every one of them can be taken back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Undo:
+    """Changes a model and remembers how it was.
+
+    with Undo() as undo:        # rolls back when the block ends, however it ends
+        undo.write(parameter, tensor)
+    undo = Undo(); ...; undo.rollback()   # or by hand
+    """
+
+    def __init__(self) -> None:
+        self._steps: list[Callable[[], None]] = []
+
+    def __enter__(self) -> Undo:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.rollback()
+
+    def set(self, owner: object, name: str, value: Any) -> None:
+        """Put `value` under `name` in the attributes of `owner`, past any __setattr__ of its own."""
+        attributes = vars(owner)
+        if name in attributes:
+            old = attributes[name]
+            self._steps.append(lambda: attributes.__setitem__(name, old))
+        else:
+            self._steps.append(lambda: attributes.pop(name, None))
+        attributes[name] = value
+
+    def replace_children(self, blocks: nn.ModuleList, kept: list[nn.Module]) -> None:
+        """Make `kept` the whole content of a ModuleList, in place, so that who holds the list sees it too."""
+        self.set(blocks, "_modules", {str(i): module for i, module in enumerate(kept)})
+
+    @torch.no_grad()
+    def write(self, parameter: Tensor, value: Tensor) -> None:
+        """Copy `value` into a parameter, in the parameter's own dtype."""
+        if parameter.shape != value.shape:
+            raise ValueError(
+                f"a tensor of shape {tuple(value.shape)} does not fit a parameter {tuple(parameter.shape)}"
+            )
+        old = parameter.detach().clone()
+        self._steps.append(lambda: _copy(parameter, old))
+        parameter.copy_(value)
+
+    def rollback(self) -> None:
+        """Take every change back, the last one first. A second call does nothing."""
+        while self._steps:
+            self._steps.pop()()
+
+
+@torch.no_grad()
+def _copy(parameter: Tensor, value: Tensor) -> None:
+    parameter.copy_(value)

@@ -1,0 +1,124 @@
+"""Running a model on calibration batches and watching the residual stream at its blocks."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_compress.anatomy.stacks import Stack
+from hf_compress.calibration.data import Batch
+from hf_compress.errors import CalibrationError
+
+# index of the block, its input and its output, each (samples, positions, width)
+BlockWatcher = Callable[[int, Tensor, Tensor], None]
+
+
+class StopForward(Exception):
+    """Raised by a watcher to end the forward pass: what it wanted has been seen."""
+
+
+@contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; every module's own mode comes back at the end."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+def forward(model: PreTrainedModel, batch: Batch) -> Any:
+    """The model's output on a batch, without a cache; None when a watcher ended the pass."""
+    parameter = next(model.parameters())
+    inputs: dict[str, Any] = {}
+    for name, value in batch.inputs.items():
+        if value.is_floating_point():
+            inputs[name] = value.to(parameter.device, parameter.dtype)
+        else:
+            inputs[name] = value.to(parameter.device, torch.long if value.dtype == torch.int32 else value.dtype)
+    accepted = inspect.signature(model.forward).parameters
+    if model.config.is_encoder_decoder and "decoder_input_ids" in accepted and "decoder_input_ids" not in inputs:
+        inputs["decoder_input_ids"] = _decoder_input(model, inputs)
+    if "use_cache" in accepted:
+        inputs["use_cache"] = False
+    try:
+        return model(**inputs)
+    except StopForward:
+        return None
+
+
+def _decoder_input(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
+    """The text itself, one place to the right, as when an encoder-decoder learns to repeat its input."""
+    config = model.config
+    ids = inputs.get("input_ids")
+    start = getattr(config, "decoder_start_token_id", None)
+    start = start if start is not None else (config.bos_token_id or 0)
+    if ids is None:
+        first = next(iter(inputs.values()))
+        return torch.full((len(first), 1), start, dtype=torch.long, device=first.device)
+    return torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)
+
+
+@contextmanager
+def watch_blocks(stack: Stack, watcher: BlockWatcher) -> Iterator[None]:
+    """Call `watcher` with every block's input and output. The hooks come off on every way out."""
+    handles = []
+    for index, block in enumerate(stack.blocks):
+
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any, index: int = index) -> None:
+            watcher(index, stream_of(args, kwargs), stream_of_output(output))
+
+        handles.append(block.register_forward_hook(hook, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def stream_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The residual stream among a block's arguments: the first positional one, or `hidden_states`."""
+    value = args[0] if args else kwargs.get("hidden_states")
+    if value is None:
+        value = next((v for v in kwargs.values() if isinstance(v, Tensor) and v.is_floating_point()), None)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"a block was called without a tensor for the residual stream; got {type(value).__name__}")
+    return value
+
+
+def stream_of_output(output: Any) -> Tensor:
+    """The residual stream in what a block returns: a tensor, or the first entry of a tuple."""
+    value = output if isinstance(output, Tensor) else output[0]
+    if not isinstance(value, Tensor):
+        raise TypeError(f"a block returned no tensor for the residual stream; got {type(value).__name__}")
+    return value
+
+
+def with_stream(output: Any, stream: Tensor) -> Any:
+    """What a block returned, with another residual stream in it."""
+    return stream if isinstance(output, Tensor) else (stream, *output[1:])
+
+
+def real_tokens(batch: Batch, stream: Tensor) -> Tensor:
+    """Mask (samples, positions) of the positions of `stream` that may enter a statistic."""
+    if batch.real is not None and batch.real.shape == stream.shape[:2]:
+        return batch.real.to(stream.device)
+    return torch.ones(stream.shape[:2], dtype=torch.bool, device=stream.device)
+
+
+def check_finite(stack: Stack, index: int, stream: Tensor) -> None:
+    """Raise where a block's output holds NaN or infinity, naming the block."""
+    if not torch.isfinite(stream).all():
+        raise CalibrationError(
+            f"block {stack.path}.{index} gives NaN or infinite activations on the calibration data; "
+            "load the model in float32 or bfloat16, or look for the sample that causes it"
+        )

@@ -1,0 +1,262 @@
+"""Calibration data in, padded and masked batches out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_compress.errors import CalibrationError
+
+logger = logging.getLogger(__name__)
+
+_INPUTS = ("input_ids", "pixel_values", "input_values", "input_features", "inputs_embeds")
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs of one forward pass.
+
+    Attributes:
+        inputs: keyword arguments of the model's forward, on the CPU.
+        real: bool, (samples, positions): the tokens that may enter a statistic. None where every position does (images).
+    """
+
+    inputs: dict[str, Tensor]
+    real: Tensor | None
+
+    @property
+    def samples(self) -> int:
+        """Number of texts or images."""
+        return len(next(iter(self.inputs.values())))
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Batches that can be iterated over as often as a method needs.
+
+    Token ids are kept, as 32-bit integers; activations never are.
+    """
+
+    batches: Sequence[Batch]
+    truncated: int = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    @property
+    def samples(self) -> int:
+        """Number of texts or images."""
+        return sum(batch.samples for batch in self.batches)
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens that enter statistics; 0 for data that is no text."""
+        return sum(int(batch.real.sum()) for batch in self.batches if batch.real is not None)
+
+    def describe(self) -> dict[str, int]:
+        """What a report says of the data."""
+        return {"samples": self.samples, "tokens": self.tokens, "truncated": self.truncated}
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """How calibration data is read.
+
+    Attributes:
+        batch_size: samples in a forward pass.
+        max_length: tokens kept of a text; at most, and by default, the model's positions (2,048 where it has no limit).
+        text_column: the column of a `datasets.Dataset` that holds the texts; found when there is only one of strings.
+    """
+
+    batch_size: int = 8
+    max_length: int | None = None
+    text_column: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "max_length"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"{name} must be a whole number of at least 1; got {value!r}")
+
+
+def prepare(
+    data: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, options: DataOptions | None = None
+) -> Calibration:
+    """Batches of `data` for `model`.
+
+    Args:
+        data: a list of strings, a `datasets.Dataset`, a DataLoader or other iterable of batches (mappings, tensors, or
+            (inputs, ...) tuples), a LongTensor of token ids (samples, positions), or a float tensor of pixel values
+            (samples, channels, height, width).
+        model: whose positions limit the texts' length and whose device the batches will go to.
+        tokenizer: needed for texts; its special tokens are kept out of statistics.
+        options: batch size, length, text column.
+
+    Raises:
+        CalibrationError: the data is missing, empty, or of a kind that is not known; or texts came without a tokenizer.
+    """
+    options = options or DataOptions()
+    limit = position_limit(model.config)
+    length = min(options.max_length or limit or 2048, limit or 2**31)
+    truncated = 0
+    if data is None:
+        raise CalibrationError("no calibration data: pass calibration=, such as a list of texts with tokenizer=")
+    if isinstance(data, Calibration):
+        return data
+    if _is_dataset(data):
+        data = _from_dataset(data, options.text_column)
+    if isinstance(data, str):
+        raise CalibrationError(f"calibration must be a list of texts, not one string ({data[:40]!r}...)")
+    if isinstance(data, Tensor):
+        raw: Iterable[Any] = data.split(options.batch_size)
+    elif isinstance(data, Mapping):
+        raw = [data]
+    else:
+        data = list(_iterate(data))
+        if data and all(isinstance(item, str) for item in data):
+            data = _tokenize(data, tokenizer, length)
+        if data and _is_sample(data[0]):
+            truncated = sum(len(item) > length for item in data)
+            raw = _pad([list(item)[:length] for item in data], _pad_id(model.config, tokenizer), options.batch_size)
+        else:
+            raw = data
+    special = special_ids(model.config, tokenizer)
+    batches = [_batch(item, special, length, model) for item in raw]
+    if not any(batch.samples for batch in batches):
+        raise CalibrationError("the calibration data is empty; pass at least a few dozen texts or images")
+    truncated += sum(_length(item) > length for item in raw)
+    if truncated:
+        logger.warning("%d calibration samples are longer than %d positions and were truncated", truncated, length)
+    return Calibration(batches, truncated)
+
+
+def position_limit(config: PreTrainedConfig) -> int | None:
+    """How many positions the text model has, or None where it says no limit."""
+    text = config.get_text_config()
+    limits = [value for name in _POSITIONS if isinstance(value := getattr(text, name, None), int) and value > 0]
+    # RoBERTa-like models count positions from the padding index on, and so lose as many.
+    lost = (getattr(text, "pad_token_id", None) or 0) + 1 if "roberta" in str(text.model_type) else 0
+    return min(limits) - lost if limits else None
+
+
+def special_ids(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
+    """Ids of beginning, end, padding and other special tokens: the tokenizer's, or else the config's."""
+    if tokenizer is not None:
+        ids = set(tokenizer.all_special_ids)
+    else:
+        text = config.get_text_config()
+        values = [getattr(text, f"{name}_token_id", None) for name in ("bos", "eos", "pad", "sep", "cls")]
+        ids = {i for value in values for i in (value if isinstance(value, list) else [value]) if i is not None}
+    return torch.tensor(sorted(ids), dtype=torch.long)
+
+
+def _iterate(data: Any) -> Iterator[Any]:
+    try:
+        return iter(data)
+    except TypeError:
+        raise CalibrationError(
+            f"calibration cannot be a {type(data).__name__}; pass texts, a Dataset, a DataLoader or a tensor"
+        ) from None
+
+
+def _is_dataset(data: Any) -> bool:
+    return hasattr(data, "column_names") and hasattr(data, "features")
+
+
+def _from_dataset(data: Any, text_column: str | None) -> Any:
+    """The texts, token ids or pixel values of a `datasets.Dataset`."""
+    columns = list(data.column_names)
+    if text_column is None and "input_ids" in columns:
+        return [list(ids) for ids in data["input_ids"]]
+    if text_column is None and "pixel_values" in columns:
+        return torch.stack([torch.as_tensor(values) for values in data.with_format("torch")["pixel_values"]])
+    strings = [name for name in columns if getattr(data.features[name], "dtype", None) in ("string", "large_string")]
+    if text_column is None and "text" in strings:
+        text_column = "text"
+    if text_column is None and len(strings) == 1:
+        text_column = strings[0]
+    if text_column not in columns:
+        raise CalibrationError(
+            f"the dataset has the columns {columns}; name the one with the texts by text_column= (got {text_column!r})"
+        )
+    return list(data[text_column])
+
+
+def _is_sample(item: Any) -> bool:
+    """Whether an item is the token ids of one text."""
+    return isinstance(item, (list, tuple)) and all(isinstance(token, int) for token in item)
+
+
+def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase | None, length: int) -> list[list[int]]:
+    if tokenizer is None:
+        raise CalibrationError("calibration is text: pass tokenizer= as well")
+    # One token more than fits, so that truncation can be seen and told.
+    encoded = tokenizer(texts, truncation=True, max_length=length + 1)["input_ids"]
+    return [ids for ids in encoded if ids]
+
+
+def _pad_id(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> int:
+    """Any valid id does, since padding is masked; the model's own is taken where there is one."""
+    ids = (getattr(tokenizer, "pad_token_id", None), getattr(config.get_text_config(), "pad_token_id", None))
+    return next((i for i in ids if isinstance(i, int)), 0)
+
+
+def _pad(samples: list[list[int]], pad: int, batch_size: int) -> list[dict[str, Tensor]]:
+    """Token ids of texts as right-padded batches with their masks."""
+    batches = []
+    for start in range(0, len(samples), batch_size):
+        rows = [torch.tensor(ids, dtype=torch.int32) for ids in samples[start : start + batch_size]]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
+        lengths = torch.tensor([len(row) for row in rows])
+        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).to(torch.int32)
+        batches.append({"input_ids": ids, "attention_mask": mask})
+    return batches
+
+
+def _length(item: Any) -> int:
+    """Positions of a batch as the user gave it; 0 where it holds no token ids."""
+    ids = item.get("input_ids") if isinstance(item, Mapping) else item
+    return ids.shape[1] if isinstance(ids, Tensor) and ids.ndim == 2 else 0
+
+
+def _batch(item: Any, special: Tensor, length: int, model: PreTrainedModel) -> Batch:
+    """One batch of the user's as keyword arguments and a mask of the tokens that count."""
+    if isinstance(item, (list, tuple)) and item and isinstance(item[0], Tensor):
+        item = item[0]  # (inputs, labels), as a TensorDataset gives
+    if isinstance(item, Tensor):
+        item = {"pixel_values" if item.is_floating_point() else "input_ids": item}
+    if not isinstance(item, Mapping) or not any(name in item for name in _INPUTS):
+        kind = f"a mapping of {sorted(item)}" if isinstance(item, Mapping) else f"a {type(item).__name__}"
+        raise CalibrationError(f"a calibration batch must be a tensor or hold one of {', '.join(_INPUTS)}; got {kind}")
+    inputs = {name: torch.as_tensor(value) for name, value in item.items() if name != "labels" and value is not None}
+    if "input_ids" not in inputs:
+        return Batch(inputs, inputs.get("attention_mask"))
+    inputs = {
+        n: v[:, :length] if v.ndim == 2 and v.shape == inputs["input_ids"].shape else v for n, v in inputs.items()
+    }
+    ids = inputs["input_ids"]
+    _check_ids(ids, model.config)
+    real = inputs.get("attention_mask", torch.ones_like(ids)).bool() & ~torch.isin(ids.long(), special)
+    return Batch(inputs, real)
+
+
+def _check_ids(ids: Tensor, config: PreTrainedConfig) -> None:
+    """Ids outside the vocabulary would otherwise fail deep inside the embedding."""
+    vocabulary = getattr(config.get_text_config(), "vocab_size", None)
+    if ids.is_floating_point():
+        raise CalibrationError(f"token ids must be whole numbers; got a tensor of {ids.dtype}")
+    if ids.numel() and isinstance(vocabulary, int) and (int(ids.max()) >= vocabulary or int(ids.min()) < 0):
+        raise CalibrationError(
+            f"token ids run from {int(ids.min())} to {int(ids.max())}, but the model knows 0 to {vocabulary - 1}; "
+            "is this the model's own tokenizer?"
+        )

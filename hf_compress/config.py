@@ -1,0 +1,117 @@
+"""What a method's settings have in common: validation, JSON and YAML, and the registry by method name."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import asdict, dataclass, fields
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from hf_compress.plan import Plan
+    from hf_compress.workbench import Workbench
+
+_REGISTRY: dict[str, type[CompressionConfig]] = {}
+
+
+@dataclass(frozen=True)
+class CompressionConfig:
+    """Settings of a compression method. A subclass registers itself:
+
+        @dataclass(frozen=True)
+        class MyConfig(CompressionConfig, method="mine", paper="https://..."):
+            ratio: float = 0.5
+
+            def plan(self, bench: Workbench) -> Plan: ...
+
+    Every field carries `metadata={"help": ...}`, which the command line and the docs show.
+    """
+
+    method: ClassVar[str]
+    paper: ClassVar[str | None]
+
+    def __init_subclass__(cls, method: str, paper: str | None = None) -> None:
+        super().__init_subclass__()
+        if method in _REGISTRY:
+            raise ValueError(f"method {method!r} is registered already, by {_REGISTRY[method].__name__}")
+        cls.method, cls.paper = method, paper
+        _REGISTRY[method] = cls
+
+    def plan(self, bench: Workbench) -> Plan:
+        """Decide what to do to the model on the bench; the model is left as it was.
+
+        Raises:
+            ValueError: the settings do not fit the model or the calibration data.
+        """
+        raise TypeError(f"{type(self).__name__} has no plan(); every method's config defines one")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields and the method's name: JSON values only, the inverse of `from_dict`."""
+        return {"method": self.method, **asdict(self)}
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> CompressionConfig:
+        """The config that `values` describes. Unknown keys, as from a newer version, are dropped with a warning."""
+        values = dict(values)
+        if "method" not in values:
+            raise ValueError(
+                f"a config needs the key 'method', one of {', '.join(method_names())}; got {sorted(values)}"
+            )
+        cls = config_class(values.pop("method"))
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            warnings.warn(f"{cls.__name__} does not know {', '.join(unknown)}; ignored", stacklevel=2)
+        return cls(**{key: value for key, value in values.items() if key in known})
+
+    @staticmethod
+    def from_yaml(path: str | Path) -> CompressionConfig:
+        """The config in a recipe file (YAML or JSON): `method` and the config's own fields."""
+        import yaml
+
+        values = yaml.safe_load(Path(path).read_text())
+        if not isinstance(values, dict):
+            raise ValueError(
+                f"{path}: a recipe is a mapping of 'method' and the method's fields; got {type(values).__name__}"
+            )
+        return CompressionConfig.from_dict(values)
+
+    def to_json(self) -> str:
+        """`to_dict` as JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+
+def config_class(method: str) -> type[CompressionConfig]:
+    """The config class registered under a method's name."""
+    if method not in method_names():
+        raise ValueError(f"unknown method {method!r}; known are {', '.join(method_names())}")
+    return _REGISTRY[method]
+
+
+def method_names() -> list[str]:
+    """The names of all methods, in alphabetical order."""
+    import hf_compress.methods as methods
+
+    for module in iter_modules(methods.__path__):
+        import_module(f"{methods.__name__}.{module.name}")
+    return sorted(_REGISTRY)
+
+
+def check_ratio(name: str, value: float | None) -> None:
+    """Raise unless `value` is None or strictly between 0 and 1."""
+    if value is not None and not 0 < value < 1:
+        raise ValueError(f"{name} must lie strictly between 0 and 1 (a fraction of the blocks); got {value!r}")
+
+
+def check_choice(name: str, value: str, choices: list[str] | tuple[str, ...]) -> None:
+    """Raise unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(sorted(choices))}; got {value!r}")
+
+
+def check_at_least(name: str, value: int | float | None, least: int | float) -> None:
+    """Raise unless `value` is None or a number not below `least`."""
+    if value is not None and not (isinstance(value, (int, float)) and value >= least):
+        raise ValueError(f"{name} must be at least {least}; got {value!r}")

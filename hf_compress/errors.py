@@ -1,0 +1,15 @@
+"""Errors of its own; everything else is a plain `ValueError` or `TypeError`."""
+
+from __future__ import annotations
+
+
+class UnsupportedModelError(ValueError):
+    """The model, or the asked change of it, is something that hf_compress cannot do; the message names what is in the way."""
+
+
+class ParityError(UnsupportedModelError):
+    """A model rebuilt from its own saved config would not be the model in memory, so nothing was changed or written."""
+
+
+class CalibrationError(ValueError):
+    """The calibration data is missing, empty, too little, or leads to activations that are not finite."""

@@ -1,0 +1,77 @@
+"""Leaving blocks out, by several published criteria: the controls that every other method is held against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from hf_compress.anatomy.stacks import Stack
+from hf_compress.calibration.losses import losses_without
+from hf_compress.calibration.statistics import block_statistics
+from hf_compress.config import CompressionConfig, check_choice
+from hf_compress.methods.sizing import blocks_to_remove, check_amount
+from hf_compress.plan import Plan, RemoveBlocks
+from hf_compress.workbench import Workbench
+
+CRITERIA = ("last", "block_influence", "angular", "perplexity", "random")
+
+
+@dataclass(frozen=True)
+class DropBlocksConfig(CompressionConfig, method="drop_blocks"):
+    """Leave blocks out and change nothing else.
+
+    Criteria: "last", the last blocks; "block_influence", those that turn the residual stream least (ShortGPT,
+    arXiv 2403.03853); "angular", the run of blocks whose input and output point most alike (arXiv 2403.17887);
+    "perplexity", greedily the block whose absence costs least on the calibration data (SLEB, arXiv 2402.09025);
+    "random", by `seed`.
+    """
+
+    ratio: float | None = field(default=None, metadata={"help": "share of the blocks to leave out, in (0, 1)"})
+    num_blocks: int | None = field(default=None, metadata={"help": "number of blocks to leave out, instead of ratio"})
+    criterion: str = field(default="block_influence", metadata={"help": f"one of {', '.join(CRITERIA)}"})
+    seed: int = field(default=0, metadata={"help": "for criterion=random"})
+    stack: str | None = field(default=None, metadata={"help": "path of the residual stack; found when not given"})
+
+    def __post_init__(self) -> None:
+        check_choice("criterion", self.criterion, CRITERIA)
+        check_amount(self.ratio, self.num_blocks, "num_blocks")
+        if self.ratio is None and self.num_blocks is None:
+            raise ValueError("say how much to leave out: ratio=, a share of the blocks, or num_blocks=")
+
+    def plan(self, bench: Workbench) -> Plan:
+        stack = bench.stack(self.stack)
+        count = blocks_to_remove(len(stack), self.ratio, self.num_blocks, "num_blocks")
+        with bench.stage(f"choose by {self.criterion}"):
+            removed, notes = _choose(self, bench, stack, count)
+        return Plan((RemoveBlocks(stack.path, tuple(removed)),), notes={"criterion": self.criterion, **notes})
+
+
+def _choose(config: DropBlocksConfig, bench: Workbench, stack: Stack, count: int) -> tuple[list[int], dict]:
+    """The blocks to leave out, and the scores that chose them."""
+    total = len(stack)
+    if config.criterion == "last":
+        return list(range(total - count, total)), {}
+    if config.criterion == "random":
+        generator = torch.Generator().manual_seed(config.seed)
+        return sorted(torch.randperm(total, generator=generator)[:count].tolist()), {"seed": config.seed}
+    if config.criterion == "perplexity":
+        return _greedy(bench, stack, count)
+    if config.criterion == "angular":
+        angles = block_statistics(bench.model, stack, bench.calibration, span=count).change.tolist()
+        start = min(range(len(angles)), key=angles.__getitem__)
+        return list(range(start, start + count)), {"angular_distance": angles}
+    influence = block_statistics(bench.model, stack, bench.calibration).influence.tolist()
+    return sorted(sorted(range(total), key=influence.__getitem__)[:count]), {"block_influence": influence}
+
+
+def _greedy(bench: Workbench, stack: Stack, count: int) -> tuple[list[int], dict]:
+    """One block after another, each time the one whose absence costs least."""
+    removed: list[int] = []
+    history = []
+    for _ in range(count):
+        left = [i for i in range(len(stack)) if i not in removed]
+        losses = losses_without(bench.model, stack, bench.calibration, left, skipped=removed)
+        removed.append(min(losses, key=losses.__getitem__))
+        history.append({"removed": removed[-1], "loss": losses[removed[-1]]})
+    return sorted(removed), {"greedy": history}

@@ -1,0 +1,118 @@
+"""compress(): anatomy and calibration data in, a plan, the plan carried out and checked, a report."""
+
+from __future__ import annotations
+
+from time import perf_counter
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.apply import apply
+from hf_compress.calibration.data import Calibration, DataOptions, prepare
+from hf_compress.config import CompressionConfig
+from hf_compress.errors import UnsupportedModelError
+from hf_compress.parity import Probe
+from hf_compress.plan import Plan
+from hf_compress.report.report import CompressionReport, Size, Stage
+from hf_compress.report.size import parameter_count, tensor_bytes
+from hf_compress.workbench import Workbench
+
+
+def compress(
+    model: PreTrainedModel,
+    config: CompressionConfig,
+    calibration: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    options: DataOptions | None = None,
+) -> PreTrainedModel:
+    """Make `model` smaller by the method of `config`. **Changes the model it is given**, and returns it.
+
+    Args:
+        model: any Transformers model whose blocks can be found; on one device, not quantized.
+        config: a method's settings, such as `MKAConfig(ratio=0.25)`.
+        calibration: texts, a `datasets.Dataset`, a DataLoader or other iterable of batches, a LongTensor of token ids, or
+            pixel values; see `hf_compress.calibration.data.prepare`. Some methods need none.
+        tokenizer: the model's own; needed for texts.
+        options: batch size, maximum length, and text column of the calibration data.
+
+    Returns:
+        `model`, smaller, with a `CompressionReport` as its `compression_report`. It saves with `save_pretrained` and loads
+        with `from_pretrained` to the same outputs, bit for bit; that was checked.
+
+    Raises:
+        ValueError, TypeError: bad settings, data, or model; each message names the value, the expectation, the remedy.
+            In every case, on interruption too, the model is as it was.
+    """
+    check_model(model)
+    start = perf_counter()
+    data = _prepare(calibration, model, tokenizer, options)
+    bench = Workbench(model, data, {"prepare calibration data": perf_counter() - start} if data else {})
+    before = model_size(model)
+    plan = config.plan(bench)
+    with bench.stage("apply and check"):
+        apply(plan, model, Probe.of(model, data.batches[0] if data else None))
+    model.compression_report = _report(config, plan, bench, before, model_size(model))  # type: ignore[assignment]
+    return model
+
+
+def make_plan(
+    model: PreTrainedModel,
+    config: CompressionConfig,
+    calibration: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    options: DataOptions | None = None,
+) -> Plan:
+    """What `compress` would do to `model`, without doing it. Arguments and errors are those of `compress`."""
+    check_model(model)
+    return config.plan(Workbench(model, _prepare(calibration, model, tokenizer, options)))
+
+
+def _prepare(
+    data: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, options: DataOptions | None
+) -> Calibration | None:
+    return None if data is None else prepare(data, model, tokenizer, options)
+
+
+def check_model(model: Any) -> None:
+    """Raise unless `model` is a plain Transformers model with all of its weights in one place."""
+    if hasattr(model, "peft_config") and hasattr(model, "merge_and_unload"):
+        raise TypeError("the model is a PeftModel: call model.merge_and_unload() and compress what it returns")
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model must be a transformers.PreTrainedModel; got {type(model).__name__}")
+    if getattr(model, "peft_config", None):
+        raise TypeError("the model carries adapters: merge or delete them (model.delete_adapter) before compressing")
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise UnsupportedModelError("the model is quantized: compress it first, quantize it afterwards")
+    if meta := [name for name, p in model.named_parameters() if p.device.type == "meta"]:
+        raise UnsupportedModelError(
+            f"{len(meta)} parameters, such as {meta[0]}, are on the meta device or offloaded: load the model without "
+            "device_map='auto', into memory that holds all of it"
+        )
+    devices = {str(p.device) for p in model.parameters()}
+    if len(devices) > 1:
+        raise UnsupportedModelError(f"the model is spread over {sorted(devices)}: put it on one device with model.to()")
+    if broken := next((n for n, p in model.named_parameters() if not torch.isfinite(p).all()), None):
+        raise ValueError(f"the parameter {broken} holds NaN or infinity: this model is broken already")
+
+
+def model_size(model: PreTrainedModel) -> Size:
+    """Parameters, stored bytes and blocks of a live model."""
+    blocks = {stack.path: len(stack) for stack in Anatomy(model).stacks}
+    return Size(parameter_count(model), tensor_bytes(model), blocks)
+
+
+def _report(config: CompressionConfig, plan: Plan, bench: Workbench, before: Size, after: Size) -> CompressionReport:
+    return CompressionReport(
+        method=config.method,
+        config=config.to_dict(),
+        base_model=str(bench.model.name_or_path or ""),
+        before=before,
+        after=after,
+        edits=[edit.to_dict() for edit in plan.edits],
+        notes=plan.notes,
+        stages=[Stage(name, seconds) for name, seconds in bench.seconds.items()],
+        calibration=bench.data.describe() if bench.data else {},
+        parity=True,  # apply() raises otherwise
+    )
