@@ -1,0 +1,328 @@
+"""What :mod:`tests.architectures.tiny` is told by hand: the small sizes, and the exceptions of single model types."""
+
+from typing import Any
+
+VOCABULARY = 128
+DEPTH = 4
+WIDTH = 64
+HEADS = 4
+HEAD_DIM = 16
+
+# The value that an integer field of this (standard) name gets, where the configuration class sets an integer itself.
+SIZES: dict[str, int] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": WIDTH,
+    "intermediate_size": 96,
+    "num_hidden_layers": DEPTH,
+    "num_attention_heads": HEADS,
+    "head_dim": HEAD_DIM,
+    "max_position_embeddings": 64,
+    # other names of the same
+    "decoder_vocab_size": VOCABULARY,
+    "audio_vocab_size": VOCABULARY,
+    "vocab_size_per_layer_input": VOCABULARY,
+    "hidden_size_per_layer_input": 8,
+    "unpadded_vocab_size": VOCABULARY,
+    "embedding_size": 32,
+    "input_embedding_size": 32,
+    "output_embedding_size": 32,
+    "word_embed_proj_dim": WIDTH,
+    "d_model": WIDTH,
+    "embed_dim": WIDTH,
+    "n_embd": WIDTH,
+    "hidden_size_global": WIDTH,
+    "encoder_layers": DEPTH,
+    "decoder_layers": DEPTH,
+    "num_layers": DEPTH,
+    "num_encoder_layers": DEPTH,
+    "num_decoder_layers": DEPTH,
+    "depth": DEPTH,
+    "n_layer": DEPTH,
+    "num_heads": HEADS,
+    "n_head": HEADS,
+    "n_heads": HEADS,
+    "encoder_attention_heads": HEADS,
+    "decoder_attention_heads": HEADS,
+    "num_encoder_attention_heads": HEADS,
+    "num_decoder_attention_heads": HEADS,
+    "dim_head": HEAD_DIM,
+    "d_head": HEAD_DIM,
+    "d_kv": HEAD_DIM,
+    "kv_channels": HEAD_DIM,
+    "attention_head_size": HEAD_DIM,
+    "rotary_dim": 8,
+    "encoder_ffn_dim": 96,
+    "decoder_ffn_dim": 96,
+    "ffn_dim": 96,
+    "hidden_dim": 96,
+    "ffn_hidden_size": 96,
+    "expert_ffn_hidden_size": 48,
+    "d_inner": 96,
+    "d_ff": 96,
+    "dff": 96,
+    "dim_ff": 96,
+    "mlp_dim": 96,
+    "intermediate_size_mlp": 96,
+    "dense_intermediate_size": 96,
+    "moe_intermediate_size": 48,
+    "shared_intermediate_size": 48,
+    "shared_expert_intermediate_size": 48,
+    "shared_experts_intermediate_size": 48,
+    "moe_shared_expert_intermediate_size": 48,
+    "feed_forward_size": 96,
+    "block_multiple_of": 16,
+    "num_key_value_heads": 2,
+    "num_kv_heads": 2,
+    "kv_n_heads": 2,
+    # other attention heads of the same network
+    "swa_head_dim": HEAD_DIM,
+    "swa_num_attention_heads": HEADS,
+    "swa_num_key_value_heads": 2,
+    "global_head_dim": HEAD_DIM,
+    "num_global_key_value_heads": 2,
+    # positions and windows: smaller than the probe, so that they are seen
+    "n_positions": 64,
+    "n_ctx": 64,
+    "max_seq_len": 64,
+    "context_length": 64,
+    "model_max_length": 64,
+    "max_source_positions": 32,
+    "max_target_positions": 64,
+    "original_max_position_embeddings": 64,
+    "sliding_window": 4,
+    "sliding_window_size": 4,
+    "attention_window_size": 4,
+    "local_attention": 4,
+    "window_size": 4,
+    "attention_chunk_size": 4,
+    "max_window_layers": 2,
+    # experts
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "moe_num_experts": 4,
+    "zero_expert_num": 2,
+    "num_experts_per_tok": 2,
+    "num_experts_per_token": 2,
+    "moe_topk": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "num_dense_layers": 1,
+    "router_hidden_size": 16,
+    # latent attention
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "o_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "qk_head_dim": 24,
+    "index_n_heads": 2,
+    "index_head_dim": 16,
+    "index_topk": 4,
+    # linear attention and state spaces
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_heads": 4,
+    "linear_head_dim": 16,
+    "chunk_size": 8,
+    "mamba_chunk_size": 8,
+    "mamba_d_state": 8,
+    "mamba_dt_rank": 8,
+    "mamba_num_heads": 8,
+    "mamba_n_heads": 8,
+    "n_mamba_heads": 2,
+    "mamba_head_dim": 16,
+    "mamba_headdim": 16,
+    "mamba_d_head": 16,
+    "state_size": 8,
+    "ssm_state_size": 8,
+    "time_step_rank": 8,
+    "n_groups": 2,
+    "lru_width": WIDTH,
+    "adapter_rank": 8,
+    "laurel_rank": 8,
+    "gated_norm_rank": 8,
+    # periods of a per-layer pattern
+    "layer_group_size": 2,
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
+    "expert_layer_period": 2,
+    "expert_layer_offset": 1,
+    "global_attn_every_n_layers": 2,
+    "no_rope_layer_interval": 2,
+    # pictures and sounds
+    "image_size": 16,
+    "patch_size": 8,
+    "out_hidden_size": WIDTH,
+    "vision_output_dim": WIDTH,
+    "projector_input_dim": WIDTH,
+    "projector_output_dim": WIDTH,
+    "alignment_intermediate_size": 96,
+    "num_position_embeddings": 16,
+    "num_mel_bins": 16,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 16,
+}
+
+_FULL, _SLIDING, _LINEAR = "full_attention", "sliding_attention", "linear_attention"
+_SLIDING_FULL = [_SLIDING, _FULL, _SLIDING, _FULL]
+_LINEAR_FULL = [_LINEAR, _FULL, _LINEAR, _FULL]
+
+_DENSE_SPARSE = ["dense", "sparse", "dense", "sparse"]
+
+_GEMMA4_TEXT = {"global_head_dim": 32, "layer_types": _SLIDING_FULL}
+_PICTURE_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
+_SPEECH = {"conv_dim": [16] * 7, "num_conv_pos_embeddings": 16}
+_START = {"decoder_start_token_id": 0}
+_MUSICGEN = {"pad_token_id": VOCABULARY, "bos_token_id": VOCABULARY}  # one past the codes, as in the real ones
+_DOTS3_TEXT = {
+    "swa_num_attention_heads": HEADS,
+    "swa_num_key_value_heads": HEADS,
+    "swa_q_lora_rank": 16,
+    "swa_kv_lora_rank": 24,
+    "swa_head_dim": 24,
+    "swa_qk_nope_head_dim": 16,
+    "swa_v_head_dim": 16,
+}
+
+# Per model type (of a configuration or sub-configuration): fields set as they stand, after the sizes.
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "big_bird": {"attention_type": "original_full"},  # the block-sparse form rewrites itself on short inputs
+    "bigbird_pegasus": {"attention_type": "original_full"},
+    "blt": {"encoder_hash_byte_group_vocab": 64, "use_cache": False},  # the cache asks it for a depth it has not
+    "cohere_compass_text": {
+        "layer_types": _SLIDING_FULL,
+        "rope_parameters": {
+            _SLIDING: {"rope_type": "default", "rope_theta": 10000.0},
+            _FULL: {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    },
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "deepseek_v2": {"topk_group": 1, "n_group": 2, "num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "dots3_note_text": _DOTS3_TEXT,
+    "dots3_note_vision_encoder": {
+        "pyramid_num_routed": [-1, -1, 2, 4],
+        "adapter_in_dim": WIDTH,
+        "adapter_out_dim": WIDTH,
+    },
+    "dots3_note_audio_encoder": {
+        "adapter_input_size": WIDTH,
+        "adapter_out_dim": WIDTH,
+        "downsample_hidden_size": 16,
+        "feature_size": 16,
+    },
+    "gemma3n_text": {
+        "layer_types": _SLIDING_FULL,
+        "num_kv_shared_layers": 2,
+        "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0],
+    },
+    "gemma4_text": _GEMMA4_TEXT,
+    "gemma4_unified_text": _GEMMA4_TEXT,
+    "glm_moe_dsa": {"indexer_types": ["full", "shared", "full", "shared"]},
+    "got_ocr2_vision": {"global_attn_indexes": [1, 3], "output_channels": 16},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "granitemoehybrid": {"layer_types": _LINEAR_FULL},
+    "hy_v4": {"indexer_types": ["full", "shared", "full", "shared"]},
+    "inkling_text": {"mlp_layer_types": _DENSE_SPARSE},
+    "inkling2_text": {"n_layers_per_attn_res_block": 2},
+    "laguna": {"num_attention_heads_per_layer": [4, 2, 4, 2], "layer_types": _SLIDING_FULL},
+    "lfm2": {"full_attn_idxs": [1, 3], "layer_types": ["conv", _FULL, "conv", _FULL]},
+    "lfm2_moe": {"layer_types": ["conv", _FULL, "conv", _FULL]},
+    "llama4_text": {"interleave_moe_layer_step": 2},
+    "longcat_flash": {"head_dim": 8},
+    "mamba2": {"num_heads": 8},
+    "qwen2_moe": {"mlp_only_layers": [1]},
+    "qwen3_moe": {"decoder_sparse_step": 2},
+    "qwen3_next": {"mlp_only_layers": [2]},
+    "qwen4_exp_text": {
+        "ple_layer_ids": [2],  # counted from one
+        "eos_token_id": 2,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 4,
+        "indexer_compress_ratio": 2,
+        "hc_lowrank": 16,
+        "ple_embed_dim": 16,
+        "ngram_vocab_size_base": 50,
+        "split_ngram_parts": 2,
+    },
+    "mellum": {"layer_types": _SLIDING_FULL, "mlp_layer_types": _DENSE_SPARSE},
+    "minimax_m3_vl_text": {
+        "layer_types": [_FULL, "minimax_m3_sparse", _FULL, "minimax_m3_sparse"],
+        "mlp_layer_types": _DENSE_SPARSE,
+        "index_block_size": 2,
+        "index_topk_blocks": 2,
+    },
+    "mllama_text_model": {"cross_attention_layers": [1, 3]},
+    "mllama_vision_model": {"intermediate_layers_indices": [1, 2], "num_global_layers": 2},
+    "musicgen_decoder": _MUSICGEN,
+    "musicgen_melody_decoder": _MUSICGEN,
+    "nemotron": {"num_key_value_heads": 2},
+    "phi4_multimodal_vision": {"crop_size": 16},
+    "phi4_multimodal_audio": {
+        "num_blocks": DEPTH,
+        "ext_pw_out_channel": WIDTH,
+        "depthwise_separable_out_channel": WIDTH,
+        "nemo_conv_channels": WIDTH,
+        "chunk_size": -1,
+    },
+    "reformer": {
+        "is_decoder": True,
+        "attn_layers": ["local", "lsh", "local", "lsh"],
+        "axial_pos_shape": [8, 8],
+        "axial_pos_embds_dim": [16, 48],
+        "local_attn_chunk_length": 16,  # longer than probe and answer: its cached hashing does not run in 5.23
+        "lsh_attn_chunk_length": 16,
+        "num_buckets": 4,
+        "hash_seed": 0,
+    },
+    "mobilebert": {"normalization_type": "layer_norm"},  # without it, random weights explode
+    "mpnet": {"relative_attention_num_buckets": 32},
+    "esm": {"vocab_size": VOCABULARY, "pad_token_id": 1, "mask_token_id": 2},
+    "swin": {
+        "embed_dim": 16,
+        "depths": [2, 2],
+        "num_heads": [2, 4],
+        "window_size": 4,
+        "image_size": 32,
+        "patch_size": 4,
+    },
+    "yolos": {"image_size": [32, 32], "num_detection_tokens": 4},
+    "audio-spectrogram-transformer": {"max_length": 32},
+    "glm4v_text": _PICTURE_ROPE,
+    "qwen2_vl_text": _PICTURE_ROPE,
+    "qwen2_5_vl_text": _PICTURE_ROPE,
+    "hubert": _SPEECH,
+    "wav2vec2": _SPEECH,
+    "wavlm": _SPEECH,
+    "t5": _START,
+    "longt5": _START,
+    "switch_transformers": _START,
+    "roc_bert": {"pronunciation_vocab_size": 64, "shape_vocab_size": 64},
+    "xlstm": {"qk_dim_factor": 1.0},  # both inner widths are rounded up to a multiple of 64
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"layers_block_type": [_LINEAR, "hybrid", _LINEAR, "hybrid"]},
+    "zamba2": {"layers_block_type": [_LINEAR, "hybrid", _LINEAR, "hybrid"]},
+    "zaya": {
+        "num_experts_per_tok": 1,
+        "sliding_window": 4,
+        "layer_types": ["hybrid", "hybrid_sliding", "hybrid", "hybrid_sliding"],
+    },
+}
+
+# Model types whose class takes a part of the configuration that Transformers registers for them.
+PARTS: dict[str, str] = {"musicgen": "decoder", "musicgen_melody": "decoder"}
+
+# Model types that cannot be built here, and why.
+_ASSISTANT = "a draft model: it must share the keys and values of every layer, which its own kv_sharing_modes refuses"
+CANNOT: dict[str, str] = {"gemma4_assistant": _ASSISTANT, "gemma4_unified_assistant": _ASSISTANT}
