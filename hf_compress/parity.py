@@ -100,7 +100,7 @@ def rebuild(model: PreTrainedModel) -> PreTrainedModel:
         ParityError: the config is refused, or the weights are not those that it asks for.
     """
     try:
-        with _quiet(), TemporaryDirectory() as folder:
+        with quiet(), TemporaryDirectory() as folder:
             model.config.save_pretrained(folder)  # through the file: what is not in config.json is lost here too
             config = type(model.config).from_pretrained(folder)
             rebuilt, info = type(model).from_pretrained(
@@ -152,12 +152,12 @@ def check_parity(model: PreTrainedModel, probe: Probe) -> None:
     if difference := next(_differences(model, rebuilt), None):
         raise ParityError(f"the config cannot express what is left of the model: {difference}{_position_hint(model)}")
     try:
-        expected = _outputs(model, probe)
+        expected = outputs_on(model, probe)
     except Exception as error:
         raise UnsupportedModelError(
             f"the model does not run after the change: {_one_line(error)}{_position_hint(model)}"
         ) from error
-    if not same_outputs(expected, _outputs(rebuilt, probe)):
+    if not same_outputs(expected, outputs_on(rebuilt, probe)):
         raise ParityError(f"a model rebuilt from the config gives other outputs{_position_hint(model)}")
 
 
@@ -184,11 +184,11 @@ def _differences(model: PreTrainedModel, rebuilt: PreTrainedModel) -> Iterator[s
     for path, buffer in model.named_buffers():
         if path not in buffers and not path.startswith(stacks):
             continue
-        if path not in buffers or not _same(buffer, buffers[path]):
+        if path not in buffers or not same_tensor(buffer, buffers[path]):
             yield f"the buffer {path} would have other values"
 
 
-def _outputs(model: PreTrainedModel, probe: Probe) -> list[Tensor]:
+def outputs_on(model: PreTrainedModel, probe: Probe) -> list[Tensor]:
     """Every tensor of the model's output on the probe, and the tokens it continues it with."""
     with inference(model), torch.random.fork_rng():
         torch.manual_seed(0)
@@ -206,7 +206,7 @@ def _generate(model: PreTrainedModel, batch: Batch) -> Tensor:
         name: value.to(model.device, torch.long if not value.is_floating_point() else model.dtype)
         for name, value in batch.inputs.items()
     }
-    with inference(model), torch.random.fork_rng(), _quiet():
+    with inference(model), torch.random.fork_rng(), quiet():
         torch.manual_seed(0)
         return model.generate(**inputs, max_new_tokens=_NEW_TOKENS, min_new_tokens=_NEW_TOKENS, do_sample=False)
 
@@ -225,10 +225,11 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 def same_outputs(first: list[Tensor], second: list[Tensor]) -> bool:
     """Whether two outputs are the same bit for bit (NaN where NaN)."""
-    return len(first) == len(second) and all(_same(a, b) for a, b in zip(first, second, strict=True))
+    return len(first) == len(second) and all(same_tensor(a, b) for a, b in zip(first, second, strict=True))
 
 
-def _same(first: Tensor, second: Tensor) -> bool:
+def same_tensor(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors have the same shape, dtype and bits (NaN where NaN)."""
     if first.shape != second.shape or first.dtype != second.dtype:
         return False
     return torch.equal(first, second) or bool(((first == second) | (first.isnan() & second.isnan())).all())
@@ -246,7 +247,7 @@ def _one_line(error: Exception) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep Transformers from logging configs and loading reports while a copy is built."""
     level = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()

@@ -103,9 +103,9 @@ def stream_of_output(output: Any) -> Tensor:
     return value
 
 
-def with_stream(output: Any, stream: Tensor) -> Any:
+def with_stream(output: Any, stream: Tensor | None) -> Any:
     """What a block returned, with another residual stream in it."""
-    return stream if isinstance(output, Tensor) else (stream, *output[1:])
+    return (stream, *output[1:]) if isinstance(output, tuple) else stream
 
 
 def real_tokens(batch: Batch, stream: Tensor) -> Tensor:

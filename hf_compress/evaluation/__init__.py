@@ -1,0 +1,1 @@
+"""Measuring models: lm-eval tasks, perplexity, size and speed."""

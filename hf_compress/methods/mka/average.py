@@ -1,0 +1,100 @@
+"""The paper's own rule: the most similar neighbours become one block by averaging their parameters."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hf_compress.anatomy.kinds import block_kind
+from hf_compress.anatomy.stacks import Stack
+from hf_compress.anatomy.surgery import remove_blocks
+from hf_compress.anatomy.undo import Undo
+from hf_compress.methods.mka.similarity import block_similarity
+from hf_compress.methods.sizing import blocks_to_remove
+from hf_compress.plan import MergeBlocks, Plan
+from hf_compress.workbench import Workbench
+
+if TYPE_CHECKING:
+    from hf_compress.methods.mka.config import MKAConfig
+
+
+def plan_by_averaging(config: MKAConfig, bench: Workbench) -> Plan:
+    """Merge the most similar like-kind neighbours, again and again, on the model itself, and take it all back.
+
+    The fused block stands in the earlier one's place and takes part again.
+
+    Raises:
+        ValueError: no two neighbouring blocks are of one kind, or no block would be left.
+    """
+    stack = bench.stack(config.stack)
+    most = len(stack) - 1
+    if config.ratio is not None or config.num_merges is not None:
+        most = blocks_to_remove(len(stack), config.ratio, config.num_merges, "num_merges")
+    groups = [[index] for index in range(len(stack))]  # of the blocks that became one, in the model's own numbering
+    merges: list[dict[str, Any]] = []
+    matrix: Tensor | None = None
+    with bench.trial() as undo:
+        while len(merges) < most:
+            if matrix is None or config.iterative:
+                with bench.stage("measure similarity"):
+                    matrix = block_similarity(config, bench.model, stack, bench.calibration)
+                if not merges:
+                    first = matrix.clone()
+            pair = _most_similar(stack, matrix)
+            similarity = matrix[pair, pair + 1].item()
+            if config.threshold is not None and similarity < config.threshold:
+                break
+            alpha = similarity if config.alpha is None else config.alpha
+            merges.append({"blocks": groups[pair] + groups[pair + 1], "similarity": similarity, "alpha": alpha})
+            _fuse(bench, stack, pair, alpha, undo)
+            groups[pair] += groups.pop(pair + 1)
+            matrix = _without(matrix, pair)
+        tensors = _tensors(stack, groups)
+    return Plan(
+        tuple(MergeBlocks(stack.path, group[0], tuple(group[1:])) for group in groups if len(group) > 1),
+        tensors,
+        {"similarity": first.tolist(), "merges": merges},
+    )
+
+
+def _most_similar(stack: Stack, matrix: Tensor) -> int:
+    """The earlier block of the most similar pair of neighbours of one kind."""
+    kinds = [block_kind(stack, index) for index in range(len(stack))]
+    pairs = [index for index in range(len(stack) - 1) if kinds[index] == kinds[index + 1]]
+    if not pairs:
+        raise ValueError(
+            f"no two neighbouring blocks of {stack.path} are of one kind ({len(stack)} blocks left): nothing can be merged; "
+            "ask for fewer merges, or leave blocks out instead (DropBlocksConfig)"
+        )
+    return max(pairs, key=lambda index: matrix[index, index + 1].item())
+
+
+def _fuse(bench: Workbench, stack: Stack, pair: int, alpha: float, undo: Undo) -> None:
+    """Turn block `pair` into alpha * itself + (1 - alpha) * the next, parameter by parameter, and take the next out."""
+    later = dict(stack.blocks[pair + 1].named_parameters())
+    for name, parameter in stack.blocks[pair].named_parameters():
+        undo.write(parameter, alpha * parameter.detach().float() + (1 - alpha) * later[name].detach().float())
+    remove_blocks(bench.model, stack, [pair + 1], undo)
+
+
+def _without(matrix: Tensor, pair: int) -> Tensor:
+    """The similarities after a merge when they are not measured anew: the fused block is to each side what the block on
+    that side was, the earlier one to what comes before, the later one to what comes after."""
+    size = len(matrix)
+    row = torch.cat([matrix[pair, : pair + 1], matrix[pair + 1, pair + 1 :]])
+    matrix = matrix.clone()
+    matrix[pair, :], matrix[:, pair] = row, row
+    keep = [index for index in range(size) if index != pair + 1]
+    return matrix[keep][:, keep]
+
+
+def _tensors(stack: Stack, groups: list[list[int]]) -> dict[str, Tensor]:
+    """Copies of the fused blocks' parameters, by the names of the blocks whose places they take."""
+    return {
+        f"{stack.path}.{group[0]}.{name}": parameter.detach().clone()
+        for block, group in zip(stack.blocks, groups, strict=True)
+        if len(group) > 1
+        for name, parameter in block.named_parameters()
+    }

@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+
+from hf_compress.evaluation.perplexity import Perplexity, perplexity
+
+POSITIONS = 48  # of the tiny model
+
+
+def slow_losses(model: LlamaForCausalLM, ids: list[int], max_length: int, stride: int) -> dict[int, float]:
+    """Loss of each token but the first, by its position: one unpadded forward pass a token, from the definition.
+
+    The first window predicts tokens 1 … max_length; each further one predicts `stride` more and sees the `max_length`
+    tokens before its last.
+    """
+    losses = {}
+    for at in range(1, len(ids)):
+        further = max(0, math.ceil((at - max_length) / stride))
+        last = min(len(ids) - 1, max_length + further * stride)
+        context = ids[max(0, last - max_length) : at]
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([context])).logits[0, -1].double()
+        losses[at] = -(logits[ids[at]] - logits.exp().sum().log()).item()
+    return losses
+
+
+@pytest.mark.parametrize(("max_length", "stride"), [(8, 8), (8, 3), (16, 1), (POSITIONS, None), (None, None)])
+def test_is_what_the_definition_gives(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    texts: list[str],
+    max_length: int | None,
+    stride: int | None,
+) -> None:
+    measured = perplexity(model, tokenizer, texts, max_length=max_length, stride=stride, batch_size=3)
+    longest = max_length or POSITIONS
+    expected = [
+        loss
+        for text in texts
+        for loss in slow_losses(model, tokenizer(text)["input_ids"], longest, stride or longest).values()
+    ]
+    assert measured.tokens == len(expected) == 29 + 0 + 74 + 11
+    assert measured.documents == 3  # the text of one word has nothing to score
+    assert measured.loss == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+    assert measured.value == pytest.approx(math.exp(measured.loss))
+
+
+def test_context_matters_in_these_tests(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[str]
+) -> None:
+    """Otherwise the test above could not tell strided windows from unstrided ones."""
+    losses = {stride: perplexity(model, tokenizer, texts, max_length=8, stride=stride).loss for stride in (8, 3, 1)}
+    assert abs(losses[8] - losses[3]) > 1e-3
+    assert abs(losses[3] - losses[1]) > 1e-3
+
+
+def test_uniform_predictions_give_the_size_of_the_vocabulary(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[str]
+) -> None:
+    torch.nn.init.zeros_(model.lm_head.weight)
+    measured = perplexity(model, tokenizer, texts)
+    assert measured.value == pytest.approx(model.config.vocab_size, rel=1e-6)
+    assert measured.loss_standard_error == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 7])
+def test_batches_and_padding_change_nothing(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[str], batch_size: int
+) -> None:
+    one = perplexity(model, tokenizer, texts, max_length=10, stride=4, batch_size=64)
+    other = perplexity(model, tokenizer, texts, max_length=10, stride=4, batch_size=batch_size)
+    assert other.loss == pytest.approx(one.loss, rel=1e-6)
+    assert other.loss_standard_error == pytest.approx(one.loss_standard_error, rel=1e-4)
+
+
+def test_special_tokens_are_context_and_never_scored(
+    model: LlamaForCausalLM, framing_tokenizer: PreTrainedTokenizerFast, texts: list[str]
+) -> None:
+    measured = perplexity(model, framing_tokenizer, texts)
+    expected = []
+    for text in texts:
+        ids = framing_tokenizer(text)["input_ids"]
+        assert (ids[0], ids[-1]) == (framing_tokenizer.bos_token_id, framing_tokenizer.eos_token_id)
+        losses = slow_losses(model, ids, POSITIONS, POSITIONS)
+        expected += [losses[at] for at in range(1, len(ids) - 1)]
+    assert measured.tokens == len(expected) == 30 + 1 + 75 + 12
+    assert measured.loss == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+
+
+def test_special_tokens_inside_a_text_are_not_scored_and_unknown_words_are(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    assert perplexity(model, tokenizer, ["w1 w2 </s> w3 <pad> w4"]).tokens == 3
+    assert tokenizer("never")["input_ids"] == [tokenizer.unk_token_id]
+    assert perplexity(model, tokenizer, ["w1 w2 never w3"]).tokens == 3
+
+
+def test_standard_error_takes_documents_as_independent(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[str]
+) -> None:
+    measured = perplexity(model, tokenizer, texts)
+    per_document = [
+        list(slow_losses(model, tokenizer(text)["input_ids"], POSITIONS, POSITIONS).values()) for text in texts
+    ]
+    scored = [losses for losses in per_document if losses]
+    tokens = sum(map(len, scored))
+    mean = sum(map(sum, scored)) / tokens
+    squares = sum((sum(losses) - mean * len(losses)) ** 2 for losses in scored)
+    expected = math.sqrt(len(scored) / (len(scored) - 1) * squares) / tokens
+    assert measured.clustered_by == "documents"
+    assert measured.loss_standard_error == pytest.approx(expected, rel=1e-4)
+    assert measured.value_standard_error == pytest.approx(measured.value * expected, rel=1e-4)
+
+
+def test_equal_documents_of_one_token_give_the_textbook_standard_error(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """With one scored token a document, the cluster estimate is s / sqrt(n)."""
+    texts = [f"w{number} w{number + 1}" for number in range(20)]
+    losses = torch.tensor([perplexity(model, tokenizer, [text]).loss for text in texts], dtype=torch.float64)
+    measured = perplexity(model, tokenizer, texts)
+    assert measured.loss_standard_error == pytest.approx((losses.std() / math.sqrt(20)).item(), rel=1e-5)
+
+
+def test_one_document_is_clustered_by_windows_and_one_window_has_no_error(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[str]
+) -> None:
+    several = perplexity(model, tokenizer, texts[2:3], max_length=10)
+    assert several.clustered_by == "windows"
+    assert several.loss_standard_error > 0
+    single = perplexity(model, tokenizer, texts[:1])
+    assert single.documents == 1
+    assert math.isnan(single.loss_standard_error)
+
+
+def test_every_submodule_comes_back_in_its_own_mode(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[str]
+) -> None:
+    model.train()
+    model.model.layers[0].eval()
+    before = [module.training for module in model.modules()]
+    perplexity(model, tokenizer, texts)
+    assert [module.training for module in model.modules()] == before
+    assert len(set(before)) == 2
+
+
+def test_prints_with_its_error() -> None:
+    assert str(Perplexity(20.0, math.log(20), 0.05, 10, 2, "documents")) == "20.00 ± 1.00"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_length": 8, "stride": 9}, r"stride is 9.*max_length \(8\).*at most max_length"),
+        ({"stride": 0}, "stride is 0, but must be at least 1"),
+        ({"max_length": -1}, "max_length is -1"),
+        ({"max_length": POSITIONS + 1}, f"max_length is {POSITIONS + 1}.*at most {POSITIONS}"),
+        ({"batch_size": 0}, "batch_size is 0"),
+    ],
+)
+def test_lengths_that_do_not_fit(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[str], arguments: dict, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        perplexity(model, tokenizer, texts, **arguments)
+
+
+@pytest.mark.parametrize("nothing", [[], [""], ["w1"], ["</s> </s>"]])
+def test_nothing_to_score(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, nothing: list[str]) -> None:
+    with pytest.raises(ValueError, match="no token to score; expected at least one text"):
+        perplexity(model, tokenizer, nothing)
+
+
+def test_texts_must_be_strings(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(TypeError, match=r"single string.*pass \[text\]"):
+        perplexity(model, tokenizer, "w1 w2 w3")
+    with pytest.raises(TypeError, match=r"texts\[1\] is a NoneType"):
+        perplexity(model, tokenizer, ["w1 w2", None])
+
+
+def test_a_broken_model_is_an_error_and_not_a_number(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[str]
+) -> None:
+    model.lm_head.weight.data[5] = math.nan
+    with pytest.raises(ValueError, match=r"loss on text 2 is nan.*not a finite number"):
+        perplexity(model, tokenizer, texts)
+
+
+def test_an_encoder_decoder_is_refused(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> None:
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder"):
+        perplexity(t5, tokenizer, texts)

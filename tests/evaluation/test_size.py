@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from hf_compress.evaluation.size import parameter_count, speed_ratio, stored_bytes, tokens_per_second
+
+MakeLlama = Callable[..., LlamaForCausalLM]
+
+
+def header_bytes(file: Path) -> int:
+    """What a safetensors file holds beside its tensors: eight bytes that give the header's length, and the header."""
+    return 8 + int.from_bytes(file.read_bytes()[:8], "little")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_live_model_takes_what_its_file_takes_but_for_the_header(
+    make_llama: MakeLlama, tmp_path: Path, tied: bool, dtype: torch.dtype
+) -> None:
+    model = make_llama(tied=tied).to(dtype)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    assert stored_bytes(tmp_path) == stored_bytes(str(tmp_path)) == file.stat().st_size
+    assert stored_bytes(model) == file.stat().st_size - header_bytes(file)
+
+
+def test_a_model_on_the_meta_device_takes_the_same(make_llama: MakeLlama) -> None:
+    model = make_llama(tied=True)
+    expected = stored_bytes(model)
+    with torch.device("meta"):
+        bodiless = LlamaForCausalLM(model.config)
+    assert stored_bytes(bodiless) == expected
+
+
+def test_parameters_that_share_memory_are_counted_once(make_llama: MakeLlama) -> None:
+    model = make_llama(tied=False)
+    expected = stored_bytes(model) - model.lm_head.weight.numel() * 4
+    model.lm_head.weight = torch.nn.Parameter(model.model.embed_tokens.weight.data)
+    assert stored_bytes(model) == expected
+
+
+def test_shards_are_summed_and_strangers_are_not(make_llama: MakeLlama, tmp_path: Path) -> None:
+    model = make_llama()
+    model.save_pretrained(tmp_path, max_shard_size="10KB")
+    shards = list(tmp_path.glob("*.safetensors"))
+    assert len(shards) > 1
+    (tmp_path / "optimizer.safetensors").write_bytes(b"x" * 1000)
+    assert stored_bytes(tmp_path) == sum(shard.stat().st_size for shard in shards)
+    shards[0].unlink()
+    with pytest.raises(FileNotFoundError, match=f"names .*{shards[0].name}"):
+        stored_bytes(tmp_path)
+
+
+def test_a_directory_without_weights_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"neither model.safetensors nor .*save_pretrained"):
+        stored_bytes(tmp_path)
+    with pytest.raises(FileNotFoundError, match="is not a directory"):
+        stored_bytes(tmp_path / "none")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))
+    with pytest.raises(FileNotFoundError, match=r"gone\.safetensors"):
+        stored_bytes(tmp_path)
+
+
+def test_parameters_are_counted_by_hand(make_llama: MakeLlama) -> None:
+    vocabulary, width, ffn, key_value = 64, 16, 32, 8
+    block = 2 * width * width + 2 * width * key_value + 3 * width * ffn + 2 * width
+    assert parameter_count(make_llama(layers=3, tied=True)) == vocabulary * width + 3 * block + width
+    assert parameter_count(make_llama(layers=3, tied=False)) == 2 * vocabulary * width + 3 * block + width
+
+
+def test_throughput_says_how_it_was_measured(model: LlamaForCausalLM) -> None:
+    model.train()
+    measured = tokens_per_second(model, length=1000, batch_size=2, repeats=3)
+    assert model.training
+    assert (measured.length, measured.batch_size, measured.repeats) == (48, 2, 3)  # cut to the model's 48 positions
+    assert measured.tokens_per_second > 0
+    assert measured.standard_error >= 0
+    assert math.isnan(tokens_per_second(model, repeats=1).standard_error)
+
+
+def test_fewer_blocks_are_faster(make_llama: MakeLlama) -> None:
+    ratio = speed_ratio(make_llama(layers=1), make_llama(layers=12), length=48, repeats=5)
+    assert ratio.value > 2  # a twelfth of the blocks; far from the threshold even on a busy machine
+    assert ratio.pairs == 5
+    assert ratio.standard_error >= 0
+
+
+@pytest.mark.parametrize("argument", ["length", "batch_size", "repeats"])
+def test_numbers_below_one_are_refused(model: LlamaForCausalLM, argument: str) -> None:
+    with pytest.raises(ValueError, match=f"{argument} is 0, but must be at least 1"):
+        tokens_per_second(model, **{argument: 0})
+    with pytest.raises(ValueError, match=f"{argument} is 0, but must be at least 1"):
+        speed_ratio(model, model, **{argument: 0})
