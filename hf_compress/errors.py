@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class UnsupportedModelError(ValueError):
-    """The model, or the asked change of it, is something that hf_compress cannot do; the message names what is in the way."""
+    """A model, or a change of it, that hf_compress cannot do; the message names what is in the way."""
 
 
 class ParityError(UnsupportedModelError):

@@ -7,6 +7,7 @@ sliding window, a layer index), a buffer, or at last the outputs.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -25,6 +27,7 @@ from hf_compress.calibration.data import Batch, special_ids
 from hf_compress.errors import ParityError, UnsupportedModelError
 
 _NEW_TOKENS = 3
+_TRAINING_ONLY = re.compile("DropPath|StochasticDepth")  # their rates rise with the depth, and count in training alone
 _NOT_STRUCTURE = frozenset({"training", "name_or_path", "gradient_checkpointing"})
 
 
@@ -53,8 +56,8 @@ class Probe:
                 forward(model, batch)
         except Exception as error:
             raise UnsupportedModelError(
-                f"{type(model).__name__} does not run on the inputs it would be checked with; pass calibration data that "
-                f"it runs on ({_one_line(error)})"
+                f"{type(model).__name__} does not run on the inputs it would be checked with; pass calibration data "
+                f"that it runs on ({_one_line(error)})"
             ) from error
         try:
             _generate(model, batch)
@@ -103,7 +106,8 @@ def rebuild(model: PreTrainedModel) -> PreTrainedModel:
         with quiet(), TemporaryDirectory() as folder:
             model.config.save_pretrained(folder)  # through the file: what is not in config.json is lost here too
             config = type(model.config).from_pretrained(folder)
-            rebuilt, info = type(model).from_pretrained(
+            loader: Any = type(model).from_pretrained  # annotated as if it never gave the loading report
+            rebuilt, info = loader(
                 None,
                 config=config,
                 state_dict=model.state_dict(),
@@ -114,7 +118,9 @@ def rebuild(model: PreTrainedModel) -> PreTrainedModel:
                 ignore_mismatched_sizes=True,  # reported below, by name
             )
     except Exception as error:
-        raise ParityError(f"the config cannot express what is left of the model: {_one_line(error)}") from error
+        raise ParityError(
+            f"the config cannot express what is left of the model: {_one_line(error)}{_position_hint(model)}"
+        ) from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if keys := sorted(_key(entry) for entry in info[kind]):
             raise ParityError(
@@ -167,19 +173,31 @@ def _differences(model: PreTrainedModel, rebuilt: PreTrainedModel) -> Iterator[s
     Outside of the blocks, what only the live model has does no harm: a table for a kind of block of which none is left.
     """
     stacks = tuple(stack.path for stack in Anatomy(model).stacks)
-    theirs = dict(rebuilt.named_modules())
+    others = dict(rebuilt.named_modules())
     for path, module in model.named_modules():
-        other = theirs.get(path)
-        if type(other) is not type(module):
-            yield f"{path} would be {type(other).__name__} instead of {type(module).__name__}"
+        other = others.get(path)
+        here, there = _class(module), _class(other)
+        if _TRAINING_ONLY.search(f"{here} {there}"):
+            continue
+        if here != there:
+            yield f"{path} would be {there} instead of {here}"
             continue
         for name, value in vars(module).items():
             if name in _NOT_STRUCTURE or name.startswith("_") or not isinstance(value, (bool, int, float, str)):
                 continue
             if name not in vars(other) and not path.startswith(stacks):
                 continue
-            if (there := vars(other).get(name)) != value and value == value:
-                yield f"{path}.{name} would be {there!r} instead of {value!r}"
+            if (theirs := vars(other).get(name)) != value and value == value:
+                yield f"{path}.{name} would be {theirs!r} instead of {value!r}"
+    yield from _buffer_differences(model, rebuilt, stacks)
+
+
+def _class(module: nn.Module | None) -> str:
+    """A module's class; that of a parametrized module is made for it alone, and named by what it was before."""
+    return "nothing" if module is None else type_before_parametrizations(module).__qualname__
+
+
+def _buffer_differences(model: PreTrainedModel, rebuilt: PreTrainedModel, stacks: tuple[str, ...]) -> Iterator[str]:
     buffers = dict(rebuilt.named_buffers())
     for path, buffer in model.named_buffers():
         if path not in buffers and not path.startswith(stacks):
@@ -208,7 +226,8 @@ def _generate(model: PreTrainedModel, batch: Batch) -> Tensor:
     }
     with inference(model), torch.random.fork_rng(), quiet():
         torch.manual_seed(0)
-        return model.generate(**inputs, max_new_tokens=_NEW_TOKENS, min_new_tokens=_NEW_TOKENS, do_sample=False)
+        generator: Any = model
+        return generator.generate(**inputs, max_new_tokens=_NEW_TOKENS, min_new_tokens=_NEW_TOKENS, do_sample=False)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -236,9 +255,16 @@ def same_tensor(first: Tensor, second: Tensor) -> bool:
 
 
 def _position_hint(model: PreTrainedModel) -> str:
-    """The config's numbers that mean a position, which are what is usually in the way."""
-    fields = {k: v for stack in Anatomy(model).stacks for c, _ in stack.configs for k, v in position_fields(c).items()}
-    listed = ", ".join(f"{name}={value}" for name, value in fields.items())
+    """The config's fields that place blocks, which are what is usually in the way."""
+    fields: dict[str, Any] = {}
+    for stack in Anatomy(model).stacks:
+        for config, counts in stack.configs:
+            if model.config.is_encoder_decoder:  # one side's count may be used for the other's cache
+                fields |= {name: vars(config)[name] for name in counts}
+            fields |= position_fields(config, len(stack))
+    listed = ", ".join(
+        name if isinstance(value, (list, tuple, str)) else f"{name}={value}" for name, value in fields.items()
+    )
     return f" (the config places blocks by {listed})" if listed else ""
 
 

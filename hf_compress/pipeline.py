@@ -13,10 +13,10 @@ from hf_compress.apply import apply
 from hf_compress.calibration.data import Calibration, DataOptions, prepare
 from hf_compress.config import CompressionConfig
 from hf_compress.errors import UnsupportedModelError
+from hf_compress.evaluation.size import parameter_count, stored_bytes
 from hf_compress.parity import Probe
 from hf_compress.plan import Plan
 from hf_compress.report.report import CompressionReport, Size, Stage
-from hf_compress.report.size import parameter_count, tensor_bytes
 from hf_compress.workbench import Workbench
 
 
@@ -32,14 +32,14 @@ def compress(
     Args:
         model: any Transformers model whose blocks can be found; on one device, not quantized.
         config: a method's settings, such as `MKAConfig(ratio=0.25)`.
-        calibration: texts, a `datasets.Dataset`, a DataLoader or other iterable of batches, a LongTensor of token ids, or
-            pixel values; see `hf_compress.calibration.data.prepare`. Some methods need none.
+        calibration: texts, a `datasets.Dataset`, a DataLoader or other iterable of batches, a LongTensor of token ids,
+            or pixel values; see `hf_compress.calibration.data.prepare`. Some methods need none.
         tokenizer: the model's own; needed for texts.
         options: batch size, maximum length, and text column of the calibration data.
 
     Returns:
-        `model`, smaller, with a `CompressionReport` as its `compression_report`. It saves with `save_pretrained` and loads
-        with `from_pretrained` to the same outputs, bit for bit; that was checked.
+        `model`, smaller, with a `CompressionReport` as its `compression_report`. It saves with `save_pretrained` and
+        loads with `from_pretrained` to the same outputs, bit for bit; that was checked.
 
     Raises:
         ValueError, TypeError: bad settings, data, or model; each message names the value, the expectation, the remedy.
@@ -100,7 +100,7 @@ def check_model(model: Any) -> None:
 def model_size(model: PreTrainedModel) -> Size:
     """Parameters, stored bytes and blocks of a live model."""
     blocks = {stack.path: len(stack) for stack in Anatomy(model).stacks}
-    return Size(parameter_count(model), tensor_bytes(model), blocks)
+    return Size(parameter_count(model), stored_bytes(model), blocks)
 
 
 def _report(config: CompressionConfig, plan: Plan, bench: Workbench, before: Size, after: Size) -> CompressionReport:

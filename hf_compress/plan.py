@@ -134,10 +134,9 @@ class Plan:
 def _edit_from_dict(values: dict[str, Any]) -> Edit:
     if not isinstance(values, dict) or values.get("edit") not in _EDITS:
         raise ValueError(f"unknown edit in the plan: {values!r}; known are {', '.join(_EDITS)}: upgrade hf-compress?")
-    arguments = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in values.items() if key != "edit"
-    }
+    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items() if key != "edit"}
+    edit: Any = _EDITS[values["edit"]]
     try:
-        return _EDITS[values["edit"]](**arguments)
+        return edit(**fields)
     except TypeError as error:
-        raise ValueError(f"edit {values['edit']} has the wrong fields {sorted(arguments)}: {error}") from None
+        raise ValueError(f"edit {values['edit']} has the wrong fields {sorted(fields)}: {error}") from None

@@ -41,9 +41,7 @@ class Workbench:
     def calibration(self) -> Calibration:
         """The calibration data; CalibrationError where there is none."""
         if self.data is None:
-            raise CalibrationError(
-                "this method needs calibration data: pass calibration=, such as texts with tokenizer="
-            )
+            raise CalibrationError("this method needs calibration data: pass calibration=, say texts, with tokenizer=")
         return self.data
 
     def stack(self, path: str | None) -> Stack:

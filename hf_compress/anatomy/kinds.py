@@ -10,8 +10,8 @@ from torch import nn
 from hf_compress.anatomy.layout import per_block_fields
 from hf_compress.anatomy.stacks import Stack
 
-# Attributes that say where in the stack a module stands.
-INDEX_ATTRIBUTE = re.compile(r"^(layer|block)_?(idx|id|index|number|num|i)$")
+# Attributes that say where in the stack a module stands. BigBird seeds the attention pattern of a block with its index.
+INDEX_ATTRIBUTE = re.compile(r"^((layer|block)_?(idx|id|index|number|num|i)|seed)$")
 
 
 def block_kind(stack: Stack, index: int) -> Hashable:

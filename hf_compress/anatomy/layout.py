@@ -1,8 +1,9 @@
 """What a config says of single blocks, and how it has to change when blocks are taken out.
 
-Four kinds of field speak of single blocks: lists with an entry a block (cut), lists of block indices (renumbered),
-numbers that end or begin a run of blocks (counted anew), and numbers that mean a period or an offset. The last stay, and
-whether the result is still right is checked by rebuilding the model.
+Five kinds of field speak of single blocks: lists with an entry a block (cut), lists of block indices (renumbered),
+numbers that end or begin a run of blocks (counted anew), short forms of a list with an entry a block (spelled out, then
+cut), and numbers that mean a period or an offset. The last stay, and whether the result is still right is checked by
+rebuilding the model.
 """
 
 from __future__ import annotations
@@ -16,24 +17,23 @@ from transformers import PreTrainedConfig
 from hf_compress.anatomy.undo import Undo
 from hf_compress.errors import UnsupportedModelError
 
-# Lists of block indices. One of these can happen to have as many entries as there are blocks, so the name decides.
-INDEX_LISTS = frozenset(
-    {
-        "attn_layer_indices",
-        "cross_attention_layers",
-        "full_attn_idxs",
-        "hybrid_layer_ids",
-        "local_layer_ids",
-        "mlp_only_layers",
-        "moe_layers",
-        "ple_layer_ids",
-        "rope_scaling_layers",
-    }
-)
+# Lists of block indices, with the number of the first block. One of these can happen to have as many entries as there
+# are blocks, so the name decides.
+INDEX_LISTS: dict[str, int] = {
+    "attn_layer_indices": 0,
+    "cross_attention_layers": 0,
+    "full_attn_idxs": 0,
+    "hybrid_layer_ids": 0,
+    "local_layer_ids": 0,
+    "mlp_only_layers": 0,
+    "moe_layers": 0,
+    "ple_layer_ids": 1,
+    "rope_scaling_layers": 0,
+}
 
 # Lists with an entry a block whose names do not say so.
-PER_BLOCK_LISTS = frozenset({"intermediate_size", "activation_sparsity_pattern"})
-_PER_BLOCK_WORDS = ("layer", "block", "pattern")
+PER_BLOCK_LISTS = frozenset({"attention_window", "intermediate_size", "moe_topk", "num_experts"})
+_PER_BLOCK_WORDS = ("layer", "block", "pattern", "_types")
 
 # Numbers that end or begin a run of blocks: (value, blocks before, indices kept) -> the value afterwards.
 _RUNS: dict[str, Callable[[int, int, Sequence[int]], int]] = {
@@ -54,7 +54,9 @@ _PERIODS = frozenset(
         "encoder_sparse_step",
         "expert_layer_offset",
         "expert_layer_period",
+        "global_attn_every_n_layers",
         "moe_layer_interval",
+        "n_layers_per_attn_res_block",
     }
 )
 
@@ -67,14 +69,20 @@ def per_block_fields(config: PreTrainedConfig, length: int) -> list[str]:
         if isinstance(value, (list, tuple, str))
         and len(value) == length
         and name not in INDEX_LISTS
+        and name not in _SHORT_FORMS
         and (name in PER_BLOCK_LISTS or any(word in name for word in _PER_BLOCK_WORDS))
         and (not isinstance(value, str) or "pattern" in name)
     ]
 
 
-def position_fields(config: PreTrainedConfig) -> dict[str, Any]:
-    """The fields of `config` that mean a position in the stack, with their values."""
-    return {name: vars(config)[name] for name in sorted(_PERIODS | _RUNS.keys()) if vars(config).get(name) is not None}
+def position_fields(config: PreTrainedConfig, length: int) -> dict[str, Any]:
+    """The fields of `config` that say where in a stack of `length` blocks which kind stands, with their values."""
+    named = sorted(_PERIODS | _RUNS.keys() | INDEX_LISTS.keys() | _SHORT_FORMS.keys())
+    return {
+        name: vars(config)[name]
+        for name in dict.fromkeys([*per_block_fields(config, length), *named])
+        if vars(config).get(name) not in (None, [], ())
+    }
 
 
 def cut_config(
@@ -85,19 +93,52 @@ def cut_config(
     Raises:
         UnsupportedModelError: a field speaks of single blocks in a way that cannot be cut.
     """
-    _spell_out_sparse_step(config, length, undo)
-    for name in per_block_fields(config, length):
-        value = vars(config)[name]
-        undo.set(config, name, "".join(value[i] for i in kept) if isinstance(value, str) else [value[i] for i in kept])
-    for name in sorted(INDEX_LISTS & vars(config).keys()):
-        if vars(config)[name]:
-            undo.set(config, name, _renumber(name, vars(config)[name], length, kept))
+    if _lists_are_of(config, count_fields):
+        _cut_lists(config, length, kept, undo)
     for name, count in _RUNS.items():
         if type(value := vars(config).get(name)) is int:
             undo.set(config, name, count(value, length, kept))
     _cut_overrides(config, kept, undo)
+    _cut_stages(config, length, kept, undo)
     for name in count_fields:
         undo.set(config, name, len(kept))
+
+
+def _lists_are_of(config: PreTrainedConfig, count_fields: Sequence[str]) -> bool:
+    """Whether the per-block lists of `config` speak of the stack that `count_fields` count.
+
+    Where encoder and decoder share a config, its lists go with what it calls `num_hidden_layers`, the encoder (LED).
+    """
+    hidden = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    return not count_fields or hidden in count_fields or hidden not in vars(config)
+
+
+def _cut_lists(config: PreTrainedConfig, length: int, kept: Sequence[int], undo: Undo) -> None:
+    _spell_out_sparse_step(config, length, undo)
+    for name, (spell_out, shorten) in _SHORT_FORMS.items():
+        if value := vars(config).get(name):
+            entries = spell_out(value, length)
+            if len(entries) != length:
+                raise UnsupportedModelError(f"the config field {name}={value} does not speak of {length} blocks")
+            undo.set(config, name, shorten([entries[i] for i in kept]))
+    for name in per_block_fields(config, length):
+        value = vars(config)[name]
+        undo.set(config, name, "".join(value[i] for i in kept) if isinstance(value, str) else [value[i] for i in kept])
+    for name, first in INDEX_LISTS.items():
+        if value := vars(config).get(name):
+            undo.set(config, name, _renumber(name, value, range(first, first + length), kept))
+
+
+# Lists with an entry a block in a short form: field -> (spelled out for so many blocks, and written again).
+_SHORT_FORMS: dict[str, tuple[Callable[[Any, int], list[Any]], Callable[[list[Any]], list[Any]]]] = {
+    # RecurrentGemma: a tile, repeated to the depth
+    "block_types": (lambda tile, length: [tile[i % len(tile)] for i in range(length)], list),
+    # GPT-Neo: pairs of a tile and how often it stands there
+    "attention_types": (
+        lambda pairs, length: [kind for tile, times in pairs for _ in range(times) for kind in tile],
+        lambda kinds: [[kinds, 1]],
+    ),
+}
 
 
 def _spell_out_sparse_step(config: PreTrainedConfig, length: int, undo: Undo) -> None:
@@ -119,9 +160,23 @@ def _cut_overrides(config: PreTrainedConfig, kept: Sequence[int], undo: Undo) ->
         undo.set(config, "_heterogeneity_spec", replace(spec, per_layer_overrides=overrides))
 
 
-def _renumber(name: str, indices: Sequence[int], length: int, kept: Sequence[int]) -> list[int]:
+def _cut_stages(config: PreTrainedConfig, length: int, kept: Sequence[int], undo: Undo) -> None:
+    """Name the stages of a vision backbone anew: stage i is the stream after i blocks, the stem the one before."""
+    if len(vars(config).get("stage_names") or ()) != length + 1:
+        return
+    names = [f"stage{i}" if i else "stem" for i in range(len(kept) + 1)]
+    undo.set(config, "stage_names", names)
+    if (indices := vars(config).get("_out_indices")) is not None:
+        after = sorted({sum(i < index % (length + 1) for i in kept) for index in indices})
+        undo.set(config, "_out_indices", after)
+        undo.set(config, "_out_features", [names[i] for i in after])
+
+
+def _renumber(name: str, indices: Sequence[int], numbers: range, kept: Sequence[int]) -> list[int]:
     """Block indices of before as indices of after; those of blocks that are gone are left out."""
-    if any(type(i) is not int or not 0 <= i < length for i in indices):
-        raise UnsupportedModelError(f"the config field {name}={list(indices)} is no list of indices of {length} blocks")
-    position = {old: new for new, old in enumerate(kept)}
-    return [position[i] for i in indices if i in position]
+    if any(type(i) is not int or i not in numbers for i in indices):
+        raise UnsupportedModelError(
+            f"the config field {name}={list(indices)} is no list of indices of {len(numbers)} blocks"
+        )
+    after = {numbers[old]: numbers[new] for new, old in enumerate(kept)}
+    return [after[i] for i in indices if i in after]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ class Batch:
 
     Attributes:
         inputs: keyword arguments of the model's forward, on the CPU.
-        real: bool, (samples, positions): the tokens that may enter a statistic. None where every position does (images).
+        real: bool, (samples, positions): tokens that may enter a statistic; None where every position does (images).
     """
 
     inputs: dict[str, Tensor]
@@ -105,39 +105,41 @@ def prepare(
     Raises:
         CalibrationError: the data is missing, empty, or of a kind that is not known; or texts came without a tokenizer.
     """
-    options = options or DataOptions()
-    limit = position_limit(model.config)
-    length = min(options.max_length or limit or 2048, limit or 2**31)
-    truncated = 0
     if data is None:
         raise CalibrationError("no calibration data: pass calibration=, such as a list of texts with tokenizer=")
     if isinstance(data, Calibration):
         return data
+    options = options or DataOptions()
+    limit = position_limit(model.config)
+    length = min(options.max_length or limit or 2048, limit or 2**31)
+    raw, truncated = _raw_batches(data, model, tokenizer, options, length)
+    special = special_ids(model.config, tokenizer)
+    batches = [_batch(item, special, length, model) for item in raw]
+    if not any(batch.samples for batch in batches):
+        raise CalibrationError("the calibration data is empty; pass at least a few dozen texts or images")
+    if truncated:
+        logger.warning("%d calibration samples are longer than %d positions and were truncated", truncated, length)
+    return Calibration(batches, truncated)
+
+
+def _raw_batches(
+    data: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, options: DataOptions, length: int
+) -> tuple[list[Any], int]:
+    """The data cut into batches of whatever kind it is of, and how many samples are longer than `length`."""
     if _is_dataset(data):
         data = _from_dataset(data, options.text_column)
     if isinstance(data, str):
         raise CalibrationError(f"calibration must be a list of texts, not one string ({data[:40]!r}...)")
     if isinstance(data, Tensor):
-        raw: Iterable[Any] = data.split(options.batch_size)
-    elif isinstance(data, Mapping):
-        raw = [data]
-    else:
-        data = list(_iterate(data))
-        if data and all(isinstance(item, str) for item in data):
-            data = _tokenize(data, tokenizer, length)
-        if data and _is_sample(data[0]):
-            truncated = sum(len(item) > length for item in data)
-            raw = _pad([list(item)[:length] for item in data], _pad_id(model.config, tokenizer), options.batch_size)
-        else:
-            raw = data
-    special = special_ids(model.config, tokenizer)
-    batches = [_batch(item, special, length, model) for item in raw]
-    if not any(batch.samples for batch in batches):
-        raise CalibrationError("the calibration data is empty; pass at least a few dozen texts or images")
-    truncated += sum(_length(item) > length for item in raw)
-    if truncated:
-        logger.warning("%d calibration samples are longer than %d positions and were truncated", truncated, length)
-    return Calibration(batches, truncated)
+        data = data.split(options.batch_size)
+    data = [data] if isinstance(data, Mapping) else list(_iterate(data))
+    if data and all(isinstance(item, str) for item in data):
+        data = _tokenize(data, tokenizer, length)
+    if data and _is_sample(data[0]):
+        cut = [list(item)[:length] for item in data]
+        padded = _pad(cut, _pad_id(model.config, tokenizer), options.batch_size)
+        return list(padded), sum(len(item) > length for item in data)
+    return data, sum(samples for samples, positions in map(_shape, data) if positions > length)
 
 
 def position_limit(config: PreTrainedConfig) -> int | None:
@@ -223,10 +225,10 @@ def _pad(samples: list[list[int]], pad: int, batch_size: int) -> list[dict[str, 
     return batches
 
 
-def _length(item: Any) -> int:
-    """Positions of a batch as the user gave it; 0 where it holds no token ids."""
+def _shape(item: Any) -> tuple[int, int]:
+    """Samples and positions of a batch as the user gave it; no positions where it holds no token ids."""
     ids = item.get("input_ids") if isinstance(item, Mapping) else item
-    return ids.shape[1] if isinstance(ids, Tensor) and ids.ndim == 2 else 0
+    return (ids.shape[0], ids.shape[1]) if isinstance(ids, Tensor) and ids.ndim == 2 else (0, 0)
 
 
 def _batch(item: Any, special: Tensor, length: int, model: PreTrainedModel) -> Batch:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.capture import inference
 from hf_compress.calibration.data import Batch
-from hf_compress.calibration.objective import batch_loss, first_tensor
+from hf_compress.calibration.objective import batch_loss, reference_for
 from hf_compress.calibration.runner import BlockRunner
 
 
@@ -35,7 +35,7 @@ def losses_without(
         for batch in tqdm(batches, desc="trying to do without each block", disable=None):
             runner = BlockRunner(model, stack, batch)
             whole, streams = runner.record()
-            reference = first_tensor(whole)
+            reference = reference_for(model, whole, batch)
             if skipped:
                 _, streams = runner.record(skipped)
             for candidate in candidates:

@@ -20,19 +20,26 @@ def first_tensor(output: Any) -> Tensor:
     return value
 
 
+def reference_for(model: PreTrainedModel, output: Any, batch: Batch) -> Tensor | None:
+    """What of the unchanged model's output on a batch has to be kept for `batch_loss`; nothing for a language model."""
+    return None if _is_language_model(model, batch) else first_tensor(output)
+
+
+def _is_language_model(model: PreTrainedModel, batch: Batch) -> bool:
+    return model.can_generate() and "input_ids" in batch.inputs
+
+
 def batch_loss(model: PreTrainedModel, output: Any, batch: Batch, reference: Tensor | None) -> tuple[float, float]:
     """Sum of the loss over a batch, and the weight to divide it by.
 
     A language model's loss is the cross-entropy, in nats, of every real token that follows another; its weight is their
-    number. Any other model's is the squared distance of its output from `reference`, the unchanged model's output; its
-    weight is the squared size of `reference`.
+    number. Any other model's is the squared distance of its output from `reference`, the unchanged model's output (see
+    `reference_for`); its weight is the squared size of `reference`.
     """
     value = first_tensor(output)
-    ids = batch.inputs.get("input_ids")
-    if model.can_generate() and ids is not None and value.ndim == 3 and value.shape[:2] == ids.shape:
-        return _next_token_loss(value, ids.to(value.device).long(), real_tokens(batch, value), model)
     if reference is None:
-        return 0.0, 1.0
+        ids = batch.inputs["input_ids"].to(value.device).long()
+        return _next_token_loss(value, ids, real_tokens(batch, value), model)
     distance = (value.float() - reference.float()).square()
     size = reference.float().square()
     if value.ndim == 3:

@@ -74,6 +74,18 @@ class BlockRunner:
         with replaced_forwards(self.stack, {index: recorded(index) for index in range(len(self.stack))}):
             return forward(self.model, self.batch), streams
 
+    def start(self) -> Tensor:
+        """The stream before the first block, (samples, positions, width)."""
+        seen: list[Tensor] = []
+
+        def stop(own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            seen.append(stream_of(args, kwargs))
+            raise StopForward
+
+        with replaced_forwards(self.stack, {0: stop}):
+            forward(self.model, self.batch)
+        return seen[0]
+
     def run(self, index: int, stream: Tensor) -> Tensor:
         """What block `index` makes of `stream`."""
         seen: list[Tensor] = []

@@ -65,7 +65,7 @@ def _most_similar(stack: Stack, matrix: Tensor) -> int:
     pairs = [index for index in range(len(stack) - 1) if kinds[index] == kinds[index + 1]]
     if not pairs:
         raise ValueError(
-            f"no two neighbouring blocks of {stack.path} are of one kind ({len(stack)} blocks left): nothing can be merged; "
+            f"no two neighbouring blocks of the {len(stack)} in {stack.path} are of one kind: nothing can be merged; "
             "ask for fewer merges, or leave blocks out instead (DropBlocksConfig)"
         )
     return max(pairs, key=lambda index: matrix[index, index + 1].item())

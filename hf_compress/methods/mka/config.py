@@ -36,7 +36,9 @@ class MKAConfig(CompressionConfig, method="mka", paper="https://arxiv.org/abs/24
     similarity: str = field(default="information", metadata={"help": f"one of {', '.join(SIMILARITY_NAMES)}"})
     manifold: str = field(default="diffusion", metadata={"help": "embedding: diffusion, pca or none"})
     components: int = field(default=8, metadata={"help": "dimensions of the embedding"})
-    bandwidth: float | None = field(default=None, metadata={"help": "of the kernel; the median distance when not given"})
+    bandwidth: float | None = field(
+        default=None, metadata={"help": "of the kernel; the median distance when not given"}
+    )
     time: float = field(default=1.0, metadata={"help": "diffusion time: eigenvectors are scaled by eigenvalue ** time"})
     neighbors: int = field(default=3, metadata={"help": "of the nearest-neighbour estimate of information"})
     pooling: str = field(default="mean", metadata={"help": "of a sample's tokens: mean or last"})

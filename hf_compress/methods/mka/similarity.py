@@ -41,7 +41,7 @@ def similarity_of(config: MKAConfig, statistics: BlockStatistics) -> Tensor:
 
 
 def _from_influence(influence: Tensor) -> Tensor:
-    """Neighbours l, l + 1 are as alike as block l + 1 turns the stream little: the mean cosine. Others are not compared."""
+    """Neighbours l, l + 1 are as alike as block l + 1 turns the stream little. Others are not compared."""
     matrix = torch.eye(len(influence), dtype=torch.float64)
     for later in range(1, len(influence)):
         matrix[later - 1, later] = matrix[later, later - 1] = 1 - influence[later]

@@ -1,7 +1,7 @@
 """The projections by which a block writes to the residual stream, solved anew by ridge regression.
 
-A pre-norm block gives  y = x + m (W_o a + b_o + W_d h + b_d),  a from its attention, h from its FFN, m a constant of the
-model. To give `target` instead, with a and h as they are, the change of [W_o W_d b] is a linear regression of
+A pre-norm block gives  y = x + m (W_o a + b_o + W_d h + b_d),  a from its attention, h from its FFN, m a constant of
+the model. To give `target` instead, with a and h as they are, the change of [W_o W_d b] is a linear regression of
 (target - y) / m on [a h 1]. Penalised is the change, not the weight, so that what the data does not speak of stays.
 """
 
@@ -55,7 +55,8 @@ class Writers:
         block = stack.blocks[index]
         self.index = index
         self.modules: list[nn.Module] = [block.get_submodule(p) for p in Anatomy(model).parts(stack, index).writers]
-        self.biased = any(isinstance(getattr(module, "bias", None), Tensor) for module in self.modules)
+        self.biases = [bias for module in self.modules if isinstance(bias := getattr(module, "bias", None), Tensor)]
+        self.biased = bool(self.biases)
         self.inputs = sum(linear_widths(module)[0] for module in self.modules) + self.biased
 
     @contextmanager
@@ -82,8 +83,7 @@ class Writers:
         """The projections as one map, (inputs, width) float32, with the sum of their biases as the last row."""
         rows = [linear_map(module).detach().float() for module in self.modules]
         if self.biased:
-            biases = [m.bias.detach().float() for m in self.modules if isinstance(getattr(m, "bias", None), Tensor)]
-            rows.append(torch.stack(biases).sum(dim=0)[None])
+            rows.append(torch.stack([bias.detach().float() for bias in self.biases]).sum(dim=0)[None])
         return torch.cat(rows)
 
     def multiplier(self, runner: BlockRunner, stream: Tensor) -> float | None:
@@ -109,11 +109,11 @@ class Writers:
             undo.write(weight, weight.detach().double() + rows)
             start += len(weight)
         if self.biased:
-            bias = next(m.bias for m in self.modules if isinstance(getattr(m, "bias", None), Tensor))
+            bias = self.biases[0]
             undo.write(bias, bias.detach().double() + change[-1].to(bias.device))
 
     def _scales(self, statistics: LeastSquares) -> Tensor:
-        """Root mean square of each projection's inputs, one number a feature: so attention and FFN share one penalty."""
+        """Root mean square of each projection's inputs, for every feature: attention and FFN share one penalty."""
         squares = statistics.gram.diagonal() / max(1, statistics.count)
         widths = [linear_widths(module)[0] for module in self.modules] + [1] * self.biased
         means = [part.mean().clamp(min=1e-12).expand(len(part)) for part in squares.split(widths)]
@@ -128,8 +128,8 @@ class Writers:
     ) -> Fit | None:
         """Solve for the change with which the block turns `streams` into `targets`, tensors of one batch each.
 
-        The penalty is chosen on every fourth batch, held out, and the solution then takes them all. With fewer than four
-        batches there is nothing to hold out, and `penalties` must be one.
+        The penalty is chosen on every fourth batch, held out; the solution then takes them all. With fewer than four
+        batches nothing is held out, so `penalties` should hold one.
 
         Returns:
             The change, or None where it would not help on the held-out batches, or the block is not of the kind.

@@ -1,0 +1,221 @@
+"""The default: one block takes over the work of two, by solving for its output projections; then the rest is corrected.
+
+Averaging two blocks' parameters is worse than leaving one out, since the two do not do the same thing; they add to the
+same stream. What one block can take over of the next is what is linear in its own attention and hidden units, and that
+has a closed form (`Writers.fit`).
+
+First *choose*: again and again, let every block in turn absorb the next, by a local fit on a few calibration samples,
+and keep the candidate that costs least on other samples. Then *correct*, from the original weights: walk up the stack,
+with the original model beside, and solve each block for the original stream at the next block's input. So a block that
+absorbed others learns what they gave, and the ones above undo what errors still reach them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from hf_compress.anatomy.stacks import Stack
+from hf_compress.anatomy.undo import Undo
+from hf_compress.calibration.capture import inference
+from hf_compress.calibration.data import Batch, Calibration
+from hf_compress.calibration.objective import batch_loss, reference_for
+from hf_compress.calibration.runner import BlockRunner
+from hf_compress.errors import CalibrationError
+from hf_compress.methods.mka.writers import Writers
+from hf_compress.methods.sizing import blocks_to_remove
+from hf_compress.plan import Edit, MergeBlocks, Plan
+from hf_compress.workbench import Workbench
+
+if TYPE_CHECKING:
+    from hf_compress.methods.mka.config import MKAConfig
+
+# Penalty of the local fits, which are many and on little data.
+_LOCAL_PENALTY = 0.1
+# A block that cannot take away even a hundredth of the error left is the last to be solved until one absorbs another.
+_SETTLED = 0.99
+
+
+def plan_by_refitting(config: MKAConfig, bench: Workbench) -> Plan:
+    """Choose the blocks to absorb, then solve for the projections of those that stay.
+
+    Raises:
+        ValueError: no block would be left; fewer than eight calibration samples.
+    """
+    stack = bench.stack(config.stack)
+    count = blocks_to_remove(len(stack), config.ratio, config.num_merges, "num_merges")
+    if bench.calibration.samples < 8:
+        raise CalibrationError(
+            f"{bench.calibration.samples} calibration samples are too few to solve for projections: "
+            "at least 8 are needed, some hundreds are better"
+        )
+    with inference(bench.model):
+        with bench.stage("choose which blocks to merge"):
+            chooser = _Chooser(bench, stack, _some(bench.calibration, config.choice_samples))
+            absorbed, merges = _choose(bench, chooser, count)
+        chooser.record(absorbed)
+        plain = chooser.loss()
+        with bench.trial() as undo, bench.stage("solve for the projections"):
+            tensors, fits = _correct(bench, stack, absorbed, config.refit_tokens, undo)
+            refitted = chooser.loss()
+    # Never worse than the plain blocks left out: what does not help on the choice's own samples is not kept.
+    notes = {"merges": merges, "fits": fits, "loss": {"blocks left out": plain, "refitted": refitted}}
+    return Plan(tuple(_edits(stack, absorbed)), tensors if refitted < plain else {}, notes)
+
+
+def _edits(stack: Stack, absorbed: Sequence[int]) -> list[Edit]:
+    """One merge for every block that absorbs some."""
+    kept = [index for index in range(len(stack)) if index not in absorbed]
+    groups = {k: tuple(range(k + 1, n)) for k, n in zip(kept, [*kept[1:], len(stack)], strict=True)}
+    return [MergeBlocks(stack.path, index, group) for index, group in groups.items() if group]
+
+
+# --- choosing ---------------------------------------------------------------------------------------------------------
+
+
+def _choose(bench: Workbench, chooser: _Chooser, count: int) -> tuple[list[int], list[dict[str, Any]]]:
+    """The blocks to absorb into those before them, and the loss of every candidate at every step.
+
+    The first block has none before it to absorb it, and is never a candidate.
+    """
+    absorbed: list[int] = []
+    history: list[dict[str, Any]] = []
+    with bench.trial() as undo:
+        for _ in tqdm(range(count), desc="choosing blocks to merge", disable=None):
+            chooser.record(absorbed)
+            candidates = [index for index in range(1, len(chooser.stack)) if index not in absorbed]
+            losses = {index: chooser.loss_after_absorbing(index, undo=None) for index in candidates}
+            best = min(losses, key=losses.__getitem__)
+            chooser.loss_after_absorbing(best, undo)
+            absorbed.append(best)
+            history.append({"absorbed": best, "losses": {str(index): loss for index, loss in losses.items()}})
+    return sorted(absorbed), history
+
+
+def _some(calibration: Calibration, samples: int) -> list[Batch]:
+    """Batches that hold about `samples` samples, evenly spread over the data, at least three."""
+    return _spread(calibration, max(3, -(-samples * len(calibration) // calibration.samples)))
+
+
+def _spread(calibration: Calibration, count: int) -> list[Batch]:
+    """At most `count` batches, at equal distances."""
+    count = min(count, len(calibration))
+    return [calibration.batches[i * len(calibration) // count] for i in range(count)]
+
+
+class _Chooser:
+    """Compares candidates on a few batches: of three, two to fit and one to score."""
+
+    def __init__(self, bench: Workbench, stack: Stack, batches: list[Batch]) -> None:
+        self.bench, self.stack = bench, stack
+        self.runners = runners = [BlockRunner(bench.model, stack, batch) for batch in batches]
+        self.fitting = [r for i, r in enumerate(runners) if i % 3 != 2 or len(runners) < 3]
+        self.scoring = [r for i, r in enumerate(runners) if i % 3 == 2 or len(runners) < 3]
+        self.absorbed: list[int] = []
+        self.references: dict[int, Tensor | None] = {}
+        self.streams: dict[int, dict[int, Tensor]] = {}
+
+    def record(self, absorbed: Sequence[int]) -> None:
+        """Run the model as it is now, without the blocks `absorbed`, and keep the streams of these batches."""
+        self.absorbed = list(absorbed)
+        for runner in self.runners:
+            output, self.streams[id(runner)] = runner.record(absorbed)
+            if id(runner) not in self.references:
+                self.references[id(runner)] = reference_for(self.bench.model, output, runner.batch)
+
+    def _before(self, index: int) -> int:
+        return max(i for i in range(index) if i not in self.absorbed)
+
+    def loss_after_absorbing(self, index: int, undo: Undo | None) -> float:
+        """Mean loss on the scoring batches once the block before `index` has absorbed it; stays so with an `undo`."""
+        keeper = self._before(index)
+        with Undo() as trial:
+            writers = Writers(self.bench.model, self.stack, keeper)
+            starts = [self.streams[id(runner)][keeper] for runner in self.fitting]
+            targets = [runner.run(index, self.streams[id(runner)][index]) for runner in self.fitting]
+            fit = writers.fit(self.fitting, starts, targets, [_LOCAL_PENALTY])
+            if fit is not None:
+                writers.apply(fit.change, trial if undo is None else undo)
+            return self._score(keeper, index)
+
+    def _score(self, keeper: int, index: int) -> float:
+        """Mean loss with the blocks from `keeper` to `index` made by `keeper` alone, as its weights are now."""
+        runs = [(runner, runner.run(keeper, self.streams[id(runner)][keeper])) for runner in self.scoring]
+        return self._mean((runner, runner.finish(index + 1, stream, self.absorbed)) for runner, stream in runs)
+
+    def loss(self) -> float:
+        """Mean loss of the model as it is now, without the blocks last recorded as absorbed."""
+        return self._mean((runner, runner.record(self.absorbed)[0]) for runner in self.runners)
+
+    def _mean(self, outputs: Iterable[tuple[BlockRunner, Any]]) -> float:
+        pairs = [batch_loss(self.bench.model, out, r.batch, self.references[id(r)]) for r, out in outputs]
+        return sum(loss for loss, _ in pairs) / max(sum(weight for _, weight in pairs), 1e-300)
+
+
+# --- correcting -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Walk:
+    """A batch on its way up the stack: the original model's stream, and the compressed model's."""
+
+    runner: BlockRunner
+    original: Tensor
+    compressed: Tensor
+
+
+def _correct(
+    bench: Workbench, stack: Stack, absorbed: Sequence[int], tokens: int, undo: Undo
+) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """Solve every block that stays, from the first that absorbs another on, for the original stream after it.
+
+    The streams of as many batches as hold `tokens` tokens are kept, two a batch and no more.
+
+    Returns:
+        New parameters by name, and each block's held-out error and penalty.
+    """
+    walks = [_start(bench, stack, batch) for batch in _worth(bench.calibration, tokens)]
+    kept = [index for index in range(len(stack)) if index not in absorbed]
+    fits: list[dict[str, Any]] = []
+    tensors: dict[str, Tensor] = {}
+    settled = True  # whether what follows need not be corrected: at first, because both models are one
+    for index, end in tqdm(list(zip(kept, [*kept[1:], len(stack)], strict=True)), desc="solving", disable=None):
+        if settled and index > max(absorbed):
+            break
+        for walk in walks:
+            for passed in range(index, end):
+                walk.original = walk.runner.run(passed, walk.original)
+        if not settled or end > index + 1:
+            fit = _fit(bench, stack, index, walks, undo)
+            fits.append({"block": index, "absorbed": list(range(index + 1, end))} | fit)
+            settled = fit["error"] > _SETTLED
+            if fit["penalty"] is not None:
+                tensors |= {f"{stack.path}.{index}.{name}": p for name, p in stack.blocks[index].named_parameters()}
+        for walk in walks:
+            walk.compressed = walk.runner.run(index, walk.compressed) if fits else walk.original
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}, fits
+
+
+def _start(bench: Workbench, stack: Stack, batch: Batch) -> _Walk:
+    runner = BlockRunner(bench.model, stack, batch)
+    stream = runner.start()
+    return _Walk(runner, stream, stream)
+
+
+def _worth(calibration: Calibration, tokens: int) -> list[Batch]:
+    """Batches that hold about `tokens` tokens, evenly spread over the data, at least four (or all, of images)."""
+    return _spread(calibration, max(4, -(-tokens * len(calibration) // max(1, calibration.tokens))))
+
+
+def _fit(bench: Workbench, stack: Stack, index: int, walks: list[_Walk], undo: Undo) -> dict[str, Any]:
+    """Solve for one block's projections and write them; how far from the target they end, and the penalty."""
+    writers = Writers(bench.model, stack, index)
+    fit = writers.fit([w.runner for w in walks], [w.compressed for w in walks], [w.original for w in walks])
+    if fit is None:
+        return {"error": 1.0, "penalty": None}
+    writers.apply(fit.change, undo)
+    return {"error": fit.error, "penalty": fit.penalty}
