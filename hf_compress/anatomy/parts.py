@@ -97,11 +97,19 @@ def block_parts(block: nn.Module, hidden: int) -> BlockParts:
     linears = {path: linear_widths(module) for path, module in block.named_modules() if is_linear(module)}
     attention = _attention_scopes(linears, hidden)
     outside = {p: w for p, w in linears.items() if not any(p.startswith(f"{scope}.") for scope in attention)}
+    mixers = _mixer_scopes(block)
+    outside = {p: w for p, w in outside.items() if not p.startswith(mixers)}
     output = _last_writer(linears, attention[0], hidden) if attention else None
-    ffn = _experts(block) or _ffn(outside, hidden)
-    if output is None and ffn is None:  # a token mixer without attention, such as a state space model's
-        output = _last_writer(linears, "", hidden)
-    return BlockParts(output, ffn, tuple(_norms(block)))
+    if output is None and mixers:
+        output = _last_writer({p: w for p, w in linears.items() if p.startswith(mixers)}, "", hidden)
+    return BlockParts(output, _experts(block, hidden) or _ffn(outside, hidden), tuple(_norms(block)))
+
+
+def _mixer_scopes(block: nn.Module) -> tuple[str, ...]:
+    """Prefixes of the parts that mix tokens without attention, as state space models do: they hold a convolution."""
+    return tuple(
+        f"{path.partition('.')[0]}." for path, module in block.named_modules() if isinstance(module, nn.Conv1d) and path
+    )
 
 
 def _attention_scopes(linears: dict[str, tuple[int, int]], hidden: int) -> list[str]:
@@ -146,19 +154,24 @@ def _ffn(linears: dict[str, tuple[int, int]], hidden: int) -> FFN | None:
     return FFN("fused", fused, output, width) if len(fused) == 1 else None
 
 
-def _experts(block: nn.Module) -> FFN | None:
+def _experts(block: nn.Module, hidden: int) -> FFN | None:
     """A mixture of experts: three-dimensional tensors, or a list of alike FFNs called experts."""
     for path, module in block.named_modules():
         if not path.rpartition(".")[2].endswith("experts"):
             continue
         if isinstance(module, nn.ModuleList):
-            widths = [linear_widths(m) for m in module.modules() if is_linear(m)]
-            return FFN("experts", (), None, max(min(pair) for pair in widths)) if widths else None
+            shapes = [linear_widths(m) for m in module.modules() if is_linear(m)]
+            return FFN("experts", (), None, _other_width(shapes[-1], hidden)) if shapes else None
         if tensors := [p for p in module.parameters(recurse=False) if p.ndim == 3]:
             # The down projection, (experts, hidden, width) or (experts, width, hidden), is the smallest of them.
             smallest = min(tensors, key=Tensor.numel)
-            return FFN("experts", (), None, min(smallest.shape[1:]))
+            return FFN("experts", (), None, _other_width((smallest.shape[1], smallest.shape[2]), hidden))
     return None
+
+
+def _other_width(widths: tuple[int, int], hidden: int) -> int:
+    """The side of a projection from or to the residual stream that is not the stream's."""
+    return widths[0] if widths[1] == hidden else widths[1]
 
 
 def _norms(block: nn.Module) -> list[str]:

@@ -57,7 +57,7 @@ def find_stacks(model: PreTrainedModel) -> list[Stack]:
     if not found:
         raise UnsupportedModelError(
             f"{type(model).__name__}: found no list of blocks whose length a config field counts "
-            f"(looked for {', '.join(_COUNTS + _DECODER_COUNTS + _ENCODER_COUNTS)})"
+            f"(looked for {', '.join(_COUNTS)}, and the like of one side)"
         )
     _refuse_parallel_lists(model, found)
     return found

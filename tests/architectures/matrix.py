@@ -1,0 +1,253 @@
+"""The matrix: which architectures survive losing blocks, which are refused and why, which cannot be built tiny.
+
+python -m tests.architectures.matrix [TYPE ...]       prints what becomes of these types, or of all
+python -m tests.architectures.matrix --write          writes docs/architectures.md
+"""
+
+import argparse
+import contextlib
+import os
+import re
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from tests.architectures import tiny
+from tests.architectures.changes import Outcome, outcomes
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "architectures.md"
+LONGEST_REASON = 150
+SURVIVES, PARTLY, REFUSED, CANNOT = "survives", "survives, with exceptions", "refused", "cannot be built tiny"
+
+
+@dataclass(frozen=True)
+class Family:
+    """Model types that are built and taken apart in the same way."""
+
+    title: str
+    types: tuple[str, ...]
+    build: Callable[[str], PreTrainedModel]
+    sides: tuple[str | None, ...] = (None,)
+
+
+FAMILIES: dict[str, Family] = {
+    "causal": Family("Causal language models", tuple(tiny.CAUSAL_LM_TYPES), tiny.tiny_model),
+    "encoder": Family("Encoders of text, pictures and sound", tuple(tiny.ENCODER_TYPES), tiny.tiny_base_model),
+    "seq2seq": Family(
+        "Encoder-decoders, each stack for itself",
+        tuple(tiny.SEQ2SEQ_TYPES),
+        tiny.tiny_seq2seq_model,
+        ("encoder", "decoder"),
+    ),
+    "vlm": Family(
+        "Vision-language models, the language tower",
+        tuple(tiny.VISION_LANGUAGE_TYPES),
+        tiny.tiny_vision_language_model,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the matrix says of one stack of one model type."""
+
+    name: str
+    status: str
+    why: str = ""
+
+    @property
+    def row(self) -> str:
+        """Its line in the table."""
+        return f"| `{self.name}` | {self.status} | {self.why.replace('|', '/')} |"
+
+
+def verdicts(family: Family, model_type: str) -> list[Verdict]:
+    """What becomes of a model type: one verdict, or one for each of its stacks.
+
+    Raises:
+        MatrixFailure: it neither survives nor is refused as it should be.
+    """
+    try:
+        family.build(model_type)
+    except tiny.CannotBuild as error:
+        return [Verdict(model_type, CANNOT, str(error))]
+    return [_verdict(family, model_type, side) for side in family.sides]
+
+
+def _verdict(family: Family, model_type: str, side: str | None) -> Verdict:
+    name = f"{model_type}, {side}" if side else model_type
+    results = list(outcomes(lambda: family.build(model_type), side))
+    refused = [result for result in results if result.refusal is not None]
+    if not refused:
+        return Verdict(name, SURVIVES)
+    return Verdict(name, REFUSED if len(refused) == len(results) else PARTLY, _why(refused, len(results)))
+
+
+def _why(refused: list[Outcome], tried: int) -> str:
+    """The changes that were refused, gathered by their reasons; reasons that differ in numbers alone count as one."""
+    reasons: dict[str, str] = {}
+    changes: dict[str, list[str]] = {}
+    for result in refused:
+        why = reason(result.refusal or "")
+        key = re.sub(r"[\d.]+", "#", why)
+        reasons.setdefault(key, why)
+        changes.setdefault(key, []).append(result.change)
+    if len(reasons) == 1 and len(refused) == tried:
+        return next(iter(reasons.values()))
+    return "; ".join(f"not {', '.join(changes[key])}: {why}" for key, why in reasons.items())
+
+
+def reason(message: str) -> str:
+    """The part of a refusal that says what is in the way, short enough for a table."""
+    message, hint, places = message.partition(" (the config places blocks by ")
+    for opening in ("the config cannot express what is left of the model: ", "a model rebuilt from the config "):
+        message = message.removeprefix(opening)
+    message = re.sub(r"\b\w+Error: ", "", message)
+    message = _shorten(message, LONGEST_REASON)
+    if message.startswith("would have") or " would be " in message:
+        return message  # names the very part that is in the way
+    return f"{message} ({_shorten(places.rstrip(')'), LONGEST_REASON // 2)})" if hint else message
+
+
+def _shorten(text: str, longest: int) -> str:
+    return text if len(text) <= longest else text[: text.rfind(" ", 0, longest)].rstrip(",:; ") + " …"
+
+
+# --- the document -----------------------------------------------------------------------------------------------------
+
+INTRODUCTION = """# Architectures
+
+Written by `python -m tests.architectures.matrix --write`, and held against the code by `tests/architectures/`.
+
+## What is checked
+
+For every model type in the causal language model mapping of Transformers {version}, and for a choice of encoders,
+encoder-decoders and vision-language models, a tiny random model is made from its configuration class. From fresh copies
+of it, blocks are taken out: the first, the last, one in the middle, two neighbours; and the two nearest blocks of the
+same kind are merged into their average. After each change the model either
+
+- **survives**: `save_pretrained`, then plain `from_pretrained`, give a model with the same outputs bit for bit, and the
+  same tokens from `generate` with its cache (where the untouched model generates); or
+- is **refused** by an `UnsupportedModelError` that names the field or the part in the way, and is left exactly as it
+  was: weights, config, settings of its modules, outputs.
+
+Anything else fails the test: another error, a difference after loading, a trace left in a refused model.
+
+## Why blocks cannot just be deleted
+
+A block is named in more places than the list it stands in. Its modules know their index, and the cache is read by it;
+the config has lists with an entry a block (`layer_types`), lists of block indices (`mlp_only_layers`), numbers that end
+a run of blocks (`first_k_dense_replace`), and periods (`attn_layer_period`). Deleting the module and lowering the count
+leaves these as they were. Some models then fail in `generate` or when saved; others (Qwen3-MoE, DeepSeek-V3, Llama-4,
+SmolLM3) save and load without a word and give *different logits*. So lists are cut, indices renumbered and runs counted
+anew; and as nobody can know every field of every family, the model is rebuilt from its own config after every change,
+and what cannot be said in that config is refused.
+
+A note on "bit for bit": tensors loaded from a file lie in memory where the file has them, at multiples of 4 or 8 bytes,
+while PyTorch places its own at multiples of 64. A few kernels (the grouped matrix product over experts) sum in another
+order then, so that *any* such model, compressed or not, can differ from its saved self in the last bit. The check
+therefore copies the loaded weights to memory of their own before it compares.
+"""
+
+COUNTS = """## Causal language models: the three counts
+
+| | model types |
+|---|---|
+| survive | {survive} (of these {partly} with exceptions, named below) |
+| refused | {refused} |
+| cannot be built tiny | {cannot} |
+| in the mapping | {total} |
+"""
+
+
+def document(tables: dict[str, list[Verdict]]) -> str:
+    """The text of docs/architectures.md."""
+    counts = Counter(verdict.status for verdict in tables["causal"])
+    parts = [
+        INTRODUCTION.format(version=transformers.__version__),
+        COUNTS.format(
+            survive=counts[SURVIVES] + counts[PARTLY],
+            partly=counts[PARTLY],
+            refused=counts[REFUSED],
+            cannot=counts[CANNOT],
+            total=len(tables["causal"]),
+        ),
+    ]
+    for key, found in tables.items():
+        rows = [verdict.row for verdict in sorted(found, key=lambda verdict: verdict.name)]
+        parts.append(
+            "\n".join([f"## {FAMILIES[key].title}", "", "| model type | verdict | why |", "|---|---|---|", *rows, ""])
+        )
+    return "\n".join(parts)
+
+
+def documented(text: str) -> dict[str, dict[str, Verdict]]:
+    """The tables of the document, by family and name."""
+    titles = {family.title: key for key, family in FAMILIES.items()}
+    tables: dict[str, dict[str, Verdict]] = {}
+    table: dict[str, Verdict] | None = None
+    for line in text.splitlines():
+        if line.startswith("## "):
+            key = titles.get(line.removeprefix("## "))
+            table = tables.setdefault(key, {}) if key else None
+        elif table is not None and line.startswith("| `"):
+            name, status, why = (cell.strip() for cell in line.strip("|").split("|"))
+            table[name.strip("`")] = Verdict(name.strip("`"), status, why)
+    return tables
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def run(wanted: Iterable[str]) -> tuple[dict[str, list[Verdict]], list[str]]:
+    """The tables of these types, or of all when none is named, and the failures."""
+    wanted, failures = set(wanted), []
+    tables: dict[str, list[Verdict]] = {key: [] for key in FAMILIES}
+    for key, family in FAMILIES.items():
+        for model_type in family.types:
+            if wanted and model_type not in wanted:
+                continue
+            start = time.perf_counter()
+            try:
+                with contextlib.redirect_stdout(None):  # some models print
+                    found = verdicts(family, model_type)
+            except Exception as error:
+                failures.append(f"{key} {model_type}: {type(error).__name__}: {str(error)[:500]}")
+                print("FAILED", failures[-1], flush=True)
+                continue
+            tables[key].extend(found)
+            for verdict in found:
+                print(f"{time.perf_counter() - start:5.2f} s {key:8} {verdict.row}", flush=True)
+    return tables, failures
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("types", nargs="*", help="model types; all when none is named")
+    parser.add_argument("--write", action="store_true", help=f"write {DOCUMENT.name}")
+    arguments = parser.parse_args()
+    if arguments.write and arguments.types:
+        parser.error("--write is about all types; name none")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    tables, failures = run(arguments.types)
+    print(dict(Counter(verdict.status for verdict in tables["causal"])))
+    if arguments.write and not failures:
+        DOCUMENT.write_text(document(tables), encoding="utf-8")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""The check that a model is what its own config and weights would give."""
+
+import pytest
+import torch
+from torch import nn
+
+from hf_compress.calibration.data import Batch
+from hf_compress.errors import ParityError, UnsupportedModelError
+from hf_compress.parity import Probe, check_parity, rebuild, same_outputs, same_tensor
+from tests.architectures.tiny import tiny_base_model, tiny_inputs, tiny_model
+
+
+def check(model, probe=None) -> None:
+    check_parity(model, probe or Probe.of(model, Batch(tiny_inputs(model), None)))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "mixtral", "gemma3_text", "mamba2", "jamba"])
+def test_an_untouched_model_agrees_with_itself(model_type):
+    check(tiny_model(model_type))
+
+
+@pytest.mark.parametrize("model_type", ["vit", "wav2vec2", "beit"])
+def test_parametrized_weights_and_stochastic_depth_are_no_difference(model_type):
+    check(tiny_base_model(model_type))
+
+
+def test_the_rebuilt_model_shares_the_weights():
+    model = tiny_model("llama")
+    rebuilt = rebuild(model)
+    assert rebuilt.model.layers[0].mlp.up_proj.weight.data_ptr() == model.model.layers[0].mlp.up_proj.weight.data_ptr()
+    assert rebuilt is not model
+
+
+def wrong_layer_index(model):
+    model.model.layers[1].self_attn.layer_idx = 2
+
+
+def wrong_list(model):
+    model.config.layer_types = [*model.config.layer_types[1:], model.config.layer_types[0]]
+
+
+def wrong_buffer(model):
+    model.model.rotary_emb.full_attention_inv_freq.mul_(2)
+
+
+def wrong_class(model):
+    model.model.layers[3].mlp.act_fn = nn.ReLU()
+
+
+def block_without_a_count(model):
+    model.config.num_hidden_layers = 3
+    model.config.layer_types = model.config.layer_types[:3]
+
+
+def count_without_a_block(model):
+    model.model.layers._modules.popitem()
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (wrong_layer_index, r"model\.layers\.1\.self_attn\.layer_idx would be 1 instead of 2"),
+        (wrong_list, r"model\.layers\.0\.\S+ would be"),
+        (wrong_buffer, r"the buffer model\.rotary_emb\.full_attention_inv_freq would have other values"),
+        (wrong_class, r"model\.layers\.3\.mlp\.act_fn would be \w+ instead of ReLU"),
+    ],
+)
+def test_what_differs_is_named(break_it, message):
+    model = tiny_model("gemma3_text")
+    probe = Probe.of(model, Batch(tiny_inputs(model), None))
+    break_it(model)
+    with pytest.raises(ParityError, match=message):
+        check(model, probe)
+
+
+@pytest.mark.parametrize("break_it", [block_without_a_count, count_without_a_block])
+def test_a_count_that_is_wrong_is_refused(break_it):
+    model = tiny_model("gemma3_text")
+    probe = Probe.of(model, Batch(tiny_inputs(model), None))
+    break_it(model)
+    with pytest.raises(UnsupportedModelError, match="found no list of blocks whose length a config field counts"):
+        check(model, probe)
+
+
+def test_a_difference_that_no_setting_shows_is_found_in_the_outputs():
+    model = tiny_model("llama")
+    own = model.model.layers[1].forward
+    model.model.layers[1].forward = lambda *args, **kwargs: own(*args, **kwargs) * 1.001
+    with pytest.raises(ParityError, match="gives other outputs"):
+        check(model)
+
+
+def test_a_model_that_does_not_run_afterwards_is_told_from_one_that_never_did():
+    model = tiny_model("llama")
+    probe = Probe.of(model, Batch(tiny_inputs(model), None))
+    model.model.layers[1].forward = lambda *args, **kwargs: 1 / 0
+    with pytest.raises(UnsupportedModelError, match="does not run after the change: ZeroDivisionError"):
+        check(model, probe)
+    with pytest.raises(UnsupportedModelError, match="does not run on the inputs it would be checked with"):
+        Probe.of(model)
+
+
+def test_inputs_are_made_up_for_text_and_pictures():
+    assert Probe.of(tiny_model("llama")).generates
+    probe = Probe.of(tiny_base_model("vit"))
+    assert set(probe.batch.inputs) == {"pixel_values"}
+    assert not probe.generates
+
+
+def test_inputs_that_cannot_be_made_up_are_asked_for():
+    with pytest.raises(UnsupportedModelError, match="takes input_values: pass calibration data"):
+        Probe.of(tiny_base_model("wav2vec2"))
+
+
+def test_a_probe_is_short_whatever_the_data():
+    model = tiny_model("llama")
+    ids = torch.randint(10, 100, (20, 40))
+    probe = Probe.of(
+        model, Batch({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, torch.ones(20, 40).bool())
+    )
+    assert {name: tuple(value.shape) for name, value in probe.batch.inputs.items()} == {
+        "input_ids": (8, 16),
+        "attention_mask": (8, 16),
+    }
+
+
+def test_same_means_the_same_bits():
+    one, nan = torch.tensor([1.0, 2.0]), torch.tensor([1.0, float("nan")])
+    assert same_tensor(one, one.clone())
+    assert same_tensor(nan, nan.clone())
+    assert not same_tensor(one, nan)
+    assert not same_tensor(one, torch.nextafter(one, one + 1))
+    assert not same_tensor(one, one.double())
+    assert not same_tensor(one, one[:1])
+    assert not same_outputs([one], [one, one])
