@@ -65,6 +65,7 @@ class EvaluationResult:
         for name in ("throughput", "perplexity"):
             content[name] = None if content[name] is None else asdict(content[name])
         if self.perplexity is not None:
+            del content["perplexity"]["by_document"]
             content["perplexity"]["value_standard_error"] = self.perplexity.value_standard_error
         content["scores"] = [asdict(score) for score in self.scores]
         return _without_nan(content)

@@ -194,3 +194,18 @@ def test_an_encoder_decoder_is_refused(tokenizer: PreTrainedTokenizerFast, texts
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
     with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder"):
         perplexity(t5, tokenizer, texts)
+
+
+def test_paired_difference_is_the_ratio_of_sums_and_far_surer_than_the_losses(model, tokenizer):
+    texts = ["the cat sat on the mat", "a dog ran", "the dog sat on the cat and the mat"]
+    first = perplexity(model, tokenizer, texts)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.01)
+    second = perplexity(model, tokenizer, texts)
+    gap, error = second.loss_difference(first)
+    assert gap == pytest.approx(second.loss - first.loss, abs=1e-12)
+    gaps = [(b - a, n) for (a, n), (b, _) in zip(first.by_document, second.by_document, strict=True)]
+    squares = sum((total - gap * count) ** 2 for total, count in gaps)
+    assert error == pytest.approx((len(gaps) / (len(gaps) - 1) * squares) ** 0.5 / first.tokens)
+    with pytest.raises(ValueError, match="different texts"):
+        second.loss_difference(perplexity(model, tokenizer, texts[:2]))

@@ -1,0 +1,55 @@
+"""What the benchmarks share: the reference model, its texts, and how a result is written down."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from hf_compress.report.report import environment
+
+ROOT = Path(__file__).resolve().parent.parent
+REFERENCE = ROOT / "examples" / "reference" / "manuals-llama-12l"
+RESULTS = ROOT / "benchmarks" / "results"
+WINDOW = 256  # tokens
+
+logging.set_verbosity_error()
+
+
+def load(directory: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A fresh model, in the dtype it is stored in, and its tokenizer."""
+    return AutoModelForCausalLM.from_pretrained(directory).eval(), AutoTokenizer.from_pretrained(directory)
+
+
+def texts(split: str) -> list[str]:
+    """The bundled documents: "calibration" or "heldout"."""
+    file = ROOT / "examples" / "reference" / f"{split}.jsonl"
+    return [json.loads(line)["text"] for line in file.read_text().splitlines()]
+
+
+def calibration_windows(tokenizer: PreTrainedTokenizerBase, samples: int, seed: int = 0) -> Tensor:
+    """(samples, 256) token ids: the calibration documents joined, cut into windows, drawn without replacement."""
+    encoded = tokenizer(texts("calibration"), add_special_tokens=False, verbose=False)["input_ids"]
+    stream = torch.tensor([token for ids in encoded for token in [*ids, tokenizer.eos_token_id]])
+    windows = stream[: len(stream) // WINDOW * WINDOW].view(-1, WINDOW)
+    if samples > len(windows):
+        raise SystemExit(
+            f"the calibration documents hold {len(windows)} windows of {WINDOW} tokens; asked for {samples}"
+        )
+    return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:samples]]
+
+
+def write_result(name: str, markdown: str, data: object) -> None:
+    """Print a result and put it, with the command that made it, under benchmarks/results."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    command = " ".join(["python", str(Path(sys.argv[0]).resolve().relative_to(ROOT)), *sys.argv[1:]])
+    made = ", ".join(f"{key} {value}" for key, value in environment().items())
+    text = f"{markdown}\n\nMade by `{command}` with {made}.\n"
+    (RESULTS / f"{name}.md").write_text(text)
+    (RESULTS / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")
+    print(text)
