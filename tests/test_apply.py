@@ -7,11 +7,11 @@ import hf_compress.apply as apply_module
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.apply import apply
 from hf_compress.calibration.data import Batch
-from hf_compress.errors import ParityError
+from hf_compress.errors import ParityError, UnsupportedModelError
 from hf_compress.parity import Probe
 from hf_compress.plan import MergeBlocks, Plan, RemoveBlocks
 from tests.architectures.changes import Trace, check_reloads, merge_plan
-from tests.architectures.tiny import tiny_inputs, tiny_model, tiny_vision_language_model
+from tests.architectures.tiny import tiny_inputs, tiny_model, tiny_seq2seq_model, tiny_vision_language_model
 
 LAYERS = "model.layers"
 NAME = f"{LAYERS}.0.mlp.up_proj.weight"
@@ -115,6 +115,15 @@ def test_two_stacks_of_one_model_in_one_plan():
     assert [len(stack) for stack in Anatomy(model).stacks] == [3, 2]
     assert model.config.vision_config.num_hidden_layers == 3
     assert model.config.text_config.num_hidden_layers == 2
+
+
+def test_an_encoder_that_must_not_be_shorter_than_the_decoder_is_shortened_with_it():
+    model = tiny_seq2seq_model("t5")
+    probe, encoder, decoder = probe_of(model), RemoveBlocks("encoder.block", (2,)), RemoveBlocks("decoder.block", (1,))
+    with pytest.raises(UnsupportedModelError, match="num_layers=3, num_decoder_layers=4"):
+        apply(Plan((encoder,)), model, probe)
+    apply(Plan((encoder, decoder)), model, probe)
+    assert (model.config.num_layers, model.config.num_decoder_layers) == (3, 3)
 
 
 def test_the_trace_that_these_tests_rely_on_sees_what_changes(model):

@@ -29,6 +29,19 @@ LONGEST_REASON = 150
 SURVIVES, PARTLY, REFUSED, CANNOT = "survives", "survives, with exceptions", "refused", "cannot be built tiny"
 
 
+# What errors say, as the table says it.
+PLAIN_WORDS = {
+    r"^the config cannot express what is left of the model: ": "",
+    r"^a model rebuilt from the config would have missing keys: ": "by the config, there would have to be ",
+    r"^a model rebuilt from the config would have unexpected keys: ": "by the config, there is no place for ",
+    r"^a model rebuilt from the config would have mismatched keys: ": "by the config, of another shape: ",
+    r"^the model does not run after the change: ": "does not run: ",
+    r"\b(?!KeyError|IndexError)\w+Error: ": "",
+    r"`get_seq_length` can only be called on Attention layers.*": "the cache needs at least one block with attention",
+    r"There is an issue with your definition of `tie_weights_keys`.*": "blocks share weights, by their indices",
+}
+
+
 @dataclass(frozen=True)
 class Family:
     """Model types that are built and taken apart in the same way."""
@@ -109,12 +122,12 @@ def _why(refused: list[Outcome], tried: int) -> str:
 def reason(message: str) -> str:
     """The part of a refusal that says what is in the way, short enough for a table."""
     message, hint, places = message.partition(" (the config places blocks by ")
-    for opening in ("the config cannot express what is left of the model: ", "a model rebuilt from the config "):
-        message = message.removeprefix(opening)
-    message = re.sub(r"\b\w+Error: ", "", message)
+    names_the_part = " keys: " in message or " would be " in message
+    for pattern, words in PLAIN_WORDS.items():
+        message = re.sub(pattern, words, message)
     message = _shorten(message, LONGEST_REASON)
-    if message.startswith("would have") or " would be " in message:
-        return message  # names the very part that is in the way
+    if names_the_part:
+        return message
     return f"{message} ({_shorten(places.rstrip(')'), LONGEST_REASON // 2)})" if hint else message
 
 
@@ -141,6 +154,10 @@ same kind are merged into their average. After each change the model either
   was: weights, config, settings of its modules, outputs.
 
 Anything else fails the test: another error, a difference after loading, a trace left in a refused model.
+
+The reasons in the tables are those of the tiny models, shortened; fields in parentheses are those that say where blocks
+of which kind stand. T5 and its kin size the decoder's cache by the encoder's count, so their encoder cannot become
+shorter than their decoder: shorten the decoder first, or both in one plan.
 
 ## Why blocks cannot just be deleted
 
