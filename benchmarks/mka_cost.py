@@ -4,7 +4,7 @@
     python benchmarks/mka_cost.py --full     # every number of merges, more repetitions
 
 Every measurement of `compress` stands between two of the plain pass, in one process, and is divided by their mean; the
-median over repetitions is printed with the smallest and the largest. Peak memory is the resident set of a process of its
+median over repetitions is printed with the smallest and largest. Peak memory is the resident set of a process of its
 own for each cell, and what counts is its growth with the number of samples.
 """
 

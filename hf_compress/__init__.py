@@ -16,6 +16,7 @@ _PUBLIC = {
     "CompressionReport": "hf_compress.report.report",
     "DataOptions": "hf_compress.calibration.data",
     "DropBlocksConfig": "hf_compress.methods.drop_blocks",
+    "EvaluationResult": "hf_compress.evaluation.evaluate",
     "MKAConfig": "hf_compress.methods.mka",
     "ParityError": "hf_compress.errors",
     "Plan": "hf_compress.plan",

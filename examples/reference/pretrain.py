@@ -61,7 +61,11 @@ def gather_documents() -> Iterator[str]:
         for pattern in patterns:
             for path in sorted(root.glob(pattern)):
                 real = path.resolve()
-                if real in seen or not real.is_file() or {"site-packages", "test", "tests", "idlelib"} & set(path.parts):
+                if (
+                    real in seen
+                    or not real.is_file()
+                    or {"site-packages", "test", "tests", "idlelib"} & set(path.parts)
+                ):
                     continue
                 seen.add(real)
                 text = read_document(real)
