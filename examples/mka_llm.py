@@ -1,10 +1,10 @@
-"""MKA on a trained language model: look at the blocks, merge a quarter of them, save, load, score, write the model card.
+"""MKA on a trained language model: look at the blocks, merge a quarter, save, load, score, write the model card.
 
     python examples/mka_llm.py                        # the bundled model and texts; about ten minutes on two cores
     python examples/mka_llm.py --full                 # the whole cloze task
     python examples/mka_llm.py --model gpt2 --calibration my.jsonl --heldout other.jsonl --output out/gpt2-9l
 
-Writes the model and a heatmap of the blocks' similarity to --output, and its card, with the scores measured in this run
+Writes the model and a heatmap of its blocks' similarity to --output, and its card, with the scores measured in this run
 and those of its controls, to model_cards/ (for the bundled model) and into the model's folder.
 """
 
@@ -31,8 +31,8 @@ CARD = """---
 # {name}
 
 [{base}]({base_link}) with {after} of its {before} residual blocks, made by
-[MKA](../docs/mka.md) (arXiv [2406.16330](https://arxiv.org/abs/2406.16330)), default variant, with hf_compress. {blocks}
-It is a plain checkpoint: stock Transformers loads it.
+[MKA](../docs/mka.md) (arXiv [2406.16330](https://arxiv.org/abs/2406.16330)), default variant, with hf_compress.
+{blocks} It is a plain checkpoint: stock Transformers loads it.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -47,21 +47,21 @@ Measured by the command below; ± are standard errors. The controls leave the sa
 
 {table}
 
-Perplexity: {documents} documents that neither training nor calibration has seen, {tokens:,} tokens, in windows of 512. The
-errors are mostly what documents differ by; between models of one table they are far smaller. Cloze: which of four
+Perplexity: {documents} documents that neither training nor calibration has seen, {tokens:,} tokens, in windows of 512.
+The errors are mostly what documents differ by; between models of one table they are far smaller. Cloze: which of four
 continuations is a held-out manual's own ({questions} questions, chance 0.25).
 
 ## How it was made
 
     {command}
 
-Calibration: {samples} texts, {calibration_tokens:,} tokens, of Unix manual pages, Python, Perl and Git documentation and
-standard-library code. Settings: `{config}`. Versions: {versions}.
+Calibration: {samples} texts, {calibration_tokens:,} tokens, of Unix manual pages, Python, Perl and Git documentation
+and standard-library code. Settings: `{config}`. Versions: {versions}.
 
 ## Limitations
 
-The base model is a small one, trained to exercise this library on manual pages and code; it is good for nothing else, and
-neither is this. Nothing was trained after compression. Not evaluated: safety, bias, any other language or kind of text.
+The base model is a small one, trained to exercise this library on manual pages and code; it is good for nothing else,
+and neither is this. Nothing was trained after compression. Not evaluated: safety, bias, any other language or kind of text.
 """
 
 

@@ -4,8 +4,9 @@
     python examples/reference/pretrain.py --output out/my-llama
     python examples/reference/pretrain.py --architecture gpt2 --width 192 --steps 1200 --output out/my-gpt2
 
-Documents whose beginning stands in `heldout.jsonl` are kept out of training, so that the held-out texts stay held out.
-The tokenizer is the bundled one unless `--new-tokenizer` trains another on the gathered documents.
+A document in which a tenth of the eight-word sequences of one of `heldout.jsonl` occur is kept out of training, whatever
+its markup, so that the held-out texts stay held out. The tokenizer is the bundled one unless `--new-tokenizer` trains
+another on the gathered documents.
 """
 
 from __future__ import annotations
@@ -42,12 +43,14 @@ SOURCES = {
     "handbook": (SHARE / "doc/debian-handbook/html/en-US", ["*.html"]),
     "py": (Path(sysconfig.get_paths()["stdlib"]), ["*.py", "[a-z]*/*.py"]),
 }
-FINGERPRINT = 400  # characters of a document's beginning that identify it
+SHORTEST = 400  # characters of a document
+SHINGLE = 8  # words
+SHARED = 0.1  # of a held-out document's shingles
 
 
 def read_document(path: Path) -> str:
     """The text of one file, unpacked and without HTML tags."""
-    raw = gzip.open(path).read() if path.suffix == ".gz" else path.read_bytes()
+    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     text = raw.decode("utf-8", errors="replace")
     if path.suffix == ".html":
         text = html.unescape(re.sub(r"<[^>]+>", " ", text))
@@ -69,17 +72,32 @@ def gather_documents() -> Iterator[str]:
                     continue
                 seen.add(real)
                 text = read_document(real)
-                if len(text) > FINGERPRINT:
+                if len(text) > SHORTEST:
                     yield text
+
+
+def shingles(text: str) -> set[int]:
+    """Hashes of all sequences of eight words, so that markup, line breaks and numbers make no difference."""
+    words = re.findall(r"[a-z]{2,}", text.lower())
+    return {hash(tuple(words[i : i + SHINGLE])) for i in range(len(words) - SHINGLE + 1)}
 
 
 def training_documents() -> list[str]:
     """The gathered documents without the held-out ones and without duplicates, in a fixed random order."""
-    heldout = {json.loads(line)["text"].strip()[:FINGERPRINT] for line in open(HERE / "heldout.jsonl")}
-    documents = {text[:FINGERPRINT]: text for text in gather_documents()}
-    kept = [text for start, text in documents.items() if start not in heldout]
+    heldout = [shingles(text) for text in bundled("heldout")]
+    every = set().union(*heldout)
+    kept = []
+    for text in tqdm(dict.fromkeys(gather_documents()), desc="reading documents"):
+        common = shingles(text) & every
+        if not any(len(common & document) > SHARED * len(document) for document in heldout):
+            kept.append(text)
     random.Random(0).shuffle(kept)
     return kept
+
+
+def bundled(split: str) -> list[str]:
+    """The texts of `calibration.jsonl` or `heldout.jsonl`."""
+    return [json.loads(line)["text"] for line in (HERE / f"{split}.jsonl").read_text().splitlines()]
 
 
 def train_tokenizer(documents: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
@@ -165,8 +183,11 @@ def train(model: PreTrainedModel, stream: torch.Tensor, args: argparse.Namespace
 @torch.no_grad()
 def heldout_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, length: int) -> float:
     """Mean cross-entropy (nats a token) on the first 64 windows of the held-out texts."""
-    texts = [json.loads(line)["text"] for line in open(HERE / "heldout.jsonl")]
-    ids = [i for text in texts for i in [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]]
+    ids = [
+        i
+        for text in bundled("heldout")
+        for i in [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    ]
     windows = torch.tensor(ids[: 64 * length]).view(-1, length)
     return sum(model(input_ids=w, labels=w).loss.item() for w in windows.split(8)) / len(windows.split(8))
 
