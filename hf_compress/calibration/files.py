@@ -1,0 +1,143 @@
+"""Texts from files, folders and datasets on the Hub, as the command line takes them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from hf_compress.errors import CalibrationError
+
+_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+_HUB_NAME = re.compile(r"^[\w.-]+(/[\w.-]+)?(:[\w.-]+){0,2}$")
+
+
+def load_texts(source: str | Path, text_column: str | None = None, limit: int | None = None) -> list[str]:
+    """The texts that a file, a folder or a dataset on the Hub holds; empty ones are left out.
+
+    Args:
+        source: one of
+            - a `.txt` file: every paragraph is a text, paragraphs being separated by blank lines. (A whole file as one
+              text would be cut off at the model's positions.)
+            - a `.jsonl`, `.json`, `.csv` or `.parquet` file, with a text a row;
+            - a folder written by `datasets.Dataset.save_to_disk`, or one with files of the kinds above;
+            - a dataset on the Hub: `name`, `name:configuration` or `name:configuration:split`, such as
+              `Salesforce/wikitext:wikitext-2-raw-v1`.
+        text_column: the column that holds the texts; when not given, "text", or else the only column of strings.
+        limit: at most so many texts, the first ones. A dataset on the Hub is then read only so far.
+
+    Raises:
+        FileNotFoundError: no such file or folder.
+        CalibrationError: a kind of file that is not known, a dataset that cannot be read, a missing column, no texts.
+        ValueError: `limit` is below 1.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"the number of texts must be at least 1; got {limit}")
+    path = Path(source)
+    if path.is_file() and path.suffix == ".txt":
+        texts = [part.strip() for part in re.split(r"\n\s*\n", _read(path))]
+    else:
+        rows = _rows(str(source), limit)
+        try:
+            texts = _texts(rows, str(source), text_column, limit)
+        except (OSError, ValueError, TypeError) as error:  # files are parsed as they are read
+            raise _unreadable(str(source), error) from error
+    texts = [text for text in texts if text.strip()][:limit]
+    if not texts:
+        raise CalibrationError(f"{source} holds no texts; calibration needs at least a few dozen")
+    return texts
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"{path} is not UTF-8 text ({error}): convert it, for instance by iconv") from None
+
+
+def _rows(source: str, limit: int | None) -> Iterable[Mapping[str, Any]]:
+    """The rows of a file (read as they are asked for), a folder, or a dataset on the Hub."""
+    from datasets import load_dataset, load_from_disk
+
+    path = Path(source)
+    if path.is_file():
+        if path.suffix not in _BUILDERS:
+            known = ", ".join([".txt", *_BUILDERS])
+            raise CalibrationError(f"{source}: texts are read from {known} files and folders; not from {path.suffix!r}")
+        return _one_split(load_dataset(_BUILDERS[path.suffix], data_files=source, streaming=True), source)
+    try:
+        if path.is_dir():
+            saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
+            return _one_split(load_from_disk(source) if saved else load_dataset(source, streaming=True), source)
+        return _from_hub(source, limit)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(_nothing_there(source)) from error
+    except (OSError, ValueError) as error:
+        raise _unreadable(source, error) from error
+
+
+def _from_hub(source: str, limit: int | None) -> Iterable[Mapping[str, Any]]:
+    from datasets import load_dataset
+
+    if not _HUB_NAME.match(source) or Path(source).suffix in (".txt", *_BUILDERS):
+        raise FileNotFoundError(_nothing_there(source))
+    name, configuration, split = [*source.split(":"), None, None][:3]
+    return _one_split(load_dataset(name, configuration, split=split, streaming=limit is not None), source)
+
+
+def _nothing_there(source: str) -> str:
+    return f"{source}: no such file or folder, nor a dataset on the Hub that can be reached"
+
+
+def _unreadable(source: str, error: Exception) -> CalibrationError:
+    if isinstance(error, CalibrationError):
+        return error
+    cause = error.__cause__ or error  # datasets wraps what the parser says
+    return CalibrationError(f"{source} cannot be read: {type(cause).__name__}: {' '.join(str(cause).split())[:300]}")
+
+
+def _one_split(data: Any, source: str) -> Iterable[Mapping[str, Any]]:
+    """The only split of a dataset, or the training split of several."""
+    if not isinstance(data, Mapping):
+        return data
+    if len(data) == 1:
+        return next(iter(data.values()))
+    if "train" not in data:
+        raise CalibrationError(
+            f"{source} has the splits {', '.join(map(str, data))} and none called train: name one, as in "
+            f"name:configuration:{next(iter(data))}"
+        )
+    return data["train"]
+
+
+def _texts(rows: Iterable[Mapping[str, Any]], source: str, column: str | None, limit: int | None) -> list[str]:
+    """The first `limit` texts of the rows; none where there are no rows."""
+    texts: list[str] = []
+    for number, row in enumerate(rows):
+        if number == 0:
+            column = _column(row, source, column)
+        text = row[str(column)]
+        if text is not None and not isinstance(text, str):
+            raise CalibrationError(
+                f"{source}: row {number} has a {type(text).__name__} in the column {column!r}, not a text; "
+                f"name another column of {', '.join(row)}"
+            )
+        if text and text.strip():
+            texts.append(text)
+        if len(texts) == limit:
+            break
+    return texts
+
+
+def _column(row: Mapping[str, Any], source: str, column: str | None) -> str:
+    """The column to take the texts from."""
+    strings = [name for name, value in row.items() if isinstance(value, str)]
+    if column is None:
+        column = "text" if "text" in row else strings[0] if len(strings) == 1 else None
+    if column not in row:
+        raise CalibrationError(
+            f"{source} has the columns {', '.join(row)}: name the one with the texts (text_column=, or --text-column)"
+            + (f"; there is no {column!r}" if column else "")
+        )
+    return str(column)

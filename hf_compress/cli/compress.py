@@ -1,0 +1,145 @@
+"""`hf-compress compress` and `hf-compress methods`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hf_compress.cli.app import app
+from hf_compress.cli.output import (
+    BatchSize,
+    Device,
+    Dtype,
+    MaxLength,
+    Model,
+    Samples,
+    TextColumn,
+    Texts,
+    console,
+    quiet_libraries,
+    writable,
+)
+from hf_compress.cli.settings import config_from
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from hf_compress.config import CompressionConfig
+
+
+@app.command()
+def compress(  # noqa: PLR0913 (each of them is an option of the command)
+    model: Model,
+    method: Annotated[str | None, typer.Option(help="See `hf-compress methods`.", show_default="mka")] = None,
+    ratio: Annotated[float | None, typer.Option(help="Share to take out, in (0, 1).")] = None,
+    num: Annotated[int | None, typer.Option(help="Number to take out, in place of a ratio.")] = None,
+    calibration: Texts = None,
+    output: Annotated[Path | None, typer.Option(help="Where the smaller model goes.")] = None,
+    settings: Annotated[
+        list[str], typer.Option("--set", metavar="FIELD=VALUE", help="A setting of the method; as often as needed.")
+    ] = [],  # noqa: B006 (typer never changes it)
+    recipe: Annotated[Path | None, typer.Option(help="YAML file: `method` and its settings. Options win.")] = None,
+    samples: Samples = 256,
+    max_length: MaxLength = None,
+    batch_size: BatchSize = 8,
+    text_column: TextColumn = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    dry_run: Annotated[bool, typer.Option(help="Show the plan and the sizes; write nothing.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace the output directory, if it exists.")] = False,
+    seed: Annotated[int, typer.Option(help="Of whatever is random.")] = 0,
+) -> None:
+    """Make a model smaller and save it.
+
+    The new model is saved only if it loads again with identical outputs.
+    """
+    from hf_compress.calibration.data import DataOptions
+    from hf_compress.calibration.files import load_texts
+
+    config = config_from(method, recipe, ratio, num, settings, seed)
+    options = DataOptions(batch_size, max_length, text_column)
+    if output is None and not dry_run:
+        raise ValueError("say where the model goes: --output DIR, or --dry-run to see what would be done")
+    if output is not None:
+        writable(output, overwrite)
+    texts = load_texts(calibration, text_column, samples) if calibration else None
+    small, tokenizer = _compress(model, config, texts, options, dtype, device, seed)
+    out = console()
+    _show(out, small.compression_report)
+    if output is None or dry_run:
+        out.print("Dry run: the smaller model was made in memory and checked; nothing was written.")
+        return
+    _save(small, output, tokenizer, overwrite, out)
+
+
+def _compress(
+    name: str,
+    config: CompressionConfig,
+    texts: list[str] | None,
+    options: Any,
+    dtype: str,
+    device: str | None,
+    seed: int,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    quiet_libraries()
+    from transformers import set_seed
+
+    from hf_compress.cli.loading import load_model, load_tokenizer
+    from hf_compress.pipeline import compress
+
+    set_seed(seed)
+    tokenizer = load_tokenizer(name)
+    return compress(load_model(name, dtype, device), config, texts, tokenizer, options), tokenizer
+
+
+def _show(out: Console, report: Any) -> None:
+    out.print(edits_table(report.edits))
+    out.print(report.table())
+
+
+def _save(
+    model: PreTrainedModel, output: Path, tokenizer: PreTrainedTokenizerBase | None, overwrite: bool, out: Console
+) -> None:
+    from hf_compress.cli.loading import how_to_load
+    from hf_compress.storage.save import save
+
+    save(model, output, tokenizer, overwrite=overwrite)
+    out.print(f"Saved to {output}; loaded again with identical outputs. In Python:", markup=False)
+    out.print(f"  {how_to_load(model, output)}", markup=False)
+
+
+def edits_table(edits: list[dict[str, Any]]) -> Any:
+    """A plan's edits, for `rich.print`."""
+    from rich.table import Table
+
+    table = Table("edit", "where", "what", title="plan")
+    for edit in edits:
+        what = {key: value for key, value in edit.items() if key not in ("edit", "stack")}
+        table.add_row(edit["edit"], edit.get("stack", ""), ", ".join(f"{key} {_plain(v)}" for key, v in what.items()))
+    return table
+
+
+def _plain(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+@app.command()
+def methods() -> None:
+    """List the methods, their papers, and their settings."""
+    from dataclasses import fields
+
+    from rich.table import Table
+
+    from hf_compress.config import config_class, method_names
+
+    out = console()
+    for name in method_names():
+        cls = config_class(name)
+        summary = (cls.__doc__ or "").strip().splitlines()[0]
+        table = Table("setting", "default", "", title=f"{name}: {summary} {cls.paper or ''}", title_justify="left")
+        for field in fields(cls):
+            table.add_row(field.name, str(field.default), field.metadata.get("help", ""))
+        out.print(table)

@@ -1,0 +1,72 @@
+"""Models and texts, as the commands name them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def load_model(name: str, dtype: str = "auto", device: str | None = None) -> PreTrainedModel:
+    """The model in a directory or on the Hub, with the head that it was saved with.
+
+    Raises:
+        ValueError: an unknown dtype.
+        OSError: no model there; as Transformers says it.
+        UnsupportedModelError: weights are missing there, or of other shapes than the config says.
+    """
+    import torch
+    import transformers
+
+    from hf_compress.errors import UnsupportedModelError
+
+    if dtype not in _DTYPES:
+        raise ValueError(f"--dtype must be one of {', '.join(_DTYPES)}; got {dtype!r}")
+    check_folder(name)
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+    except OSError as error:  # offline, its message does not name the model
+        raise OSError(f"no model {name!r}: {error}") from error
+    architecture = (config.architectures or [""])[0]
+    loader = getattr(transformers, architecture, transformers.AutoModelForCausalLM)
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    load: Any = loader.from_pretrained  # annotated as if it never gave the loading report
+    model, found = load(name, dtype=dtype, device_map={"": place}, output_loading_info=True)
+    if wrong := [*found["missing_keys"], *found["mismatched_keys"]]:
+        raise UnsupportedModelError(
+            f"{name}: {len(wrong)} weights of {type(model).__name__}, such as {wrong[0]}, are missing there or "
+            "have other shapes than its config says; they would be random"
+        )
+    return model
+
+
+def check_folder(name: str) -> None:
+    """Transformers would look for a folder that is not there on the Hub, and say so at length."""
+    path = Path(name)
+    if path.is_dir() and not (path / "config.json").exists():
+        raise FileNotFoundError(f"{name} holds no config.json: it is no model that save_pretrained has written")
+    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise FileNotFoundError(f"{name}: no such directory")
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside a model; None where there is none, as with vision models."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def how_to_load(model: PreTrainedModel, directory: Path) -> str:
+    """The Python line that loads a saved model again."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    name = type(model).__name__
+    causal = name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return f'{"AutoModelForCausalLM" if causal else name}.from_pretrained("{directory}")'

@@ -1,0 +1,77 @@
+"""What the commands print with, and the options that several of them have."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Model = Annotated[
+    str, typer.Argument(help="A directory with a model, or a model's name on the Hub.", show_default=False)
+]
+Texts = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration",
+        help="Texts: a .txt, .jsonl, .json, .csv or .parquet file, a folder, or a dataset on the Hub "
+        "(name:configuration:split). Never the data that you will test on.",
+    ),
+]
+Samples = Annotated[int, typer.Option(help="Texts to take, the first ones.", min=1)]
+MaxLength = Annotated[int | None, typer.Option(help="Tokens to keep of a text; as many as the model has positions.")]
+BatchSize = Annotated[int, typer.Option(help="Texts that go through the model at once.")]
+TextColumn = Annotated[str | None, typer.Option(help="The column with the texts, where there are several.")]
+Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, …; a CUDA device where there is one.", show_default=False)]
+
+
+def console() -> Console:
+    """Standard output, for results; as wide as the tables need where it is no terminal."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+
+
+def errors() -> Console:
+    """Standard error, for messages."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+def human_bytes(count: int) -> str:
+    """A number of bytes, such as "20.4 MB" (powers of 1,000)."""
+    size = float(count)
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def quiet_libraries() -> None:
+    """Keep Transformers and datasets from flooding the terminal: errors alone, and bars on terminals alone."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import datasets
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+
+
+def writable(directory: Path, overwrite: bool) -> None:
+    """Raise, before any work is done, where `hf_compress.save` would refuse to write after it.
+
+    Raises:
+        FileExistsError: the directory holds something already.
+    """
+    if directory.exists() and not overwrite and (directory.is_file() or any(directory.iterdir())):
+        raise FileExistsError(f"{directory} exists and is not empty: choose another --output, or pass --overwrite")

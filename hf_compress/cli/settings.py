@@ -1,0 +1,103 @@
+"""A method's settings from a recipe and from the command line."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hf_compress.config import CompressionConfig
+
+
+def config_from(
+    method: str | None,
+    recipe: Path | None = None,
+    ratio: float | None = None,
+    num: int | None = None,
+    settings: Sequence[str] = (),
+    seed: int | None = None,
+) -> CompressionConfig:
+    """The config that a recipe and options describe; the options win.
+
+    Args:
+        method: name of the method; the recipe's, or else "mka", when None.
+        recipe: YAML or JSON file with `method` and the config's own fields.
+        ratio: the config's `ratio`.
+        num: the config's `num_…`, which stands in place of a ratio.
+        settings: `field=value`, the value as in YAML.
+        seed: the config's `seed`, where it has one.
+
+    Raises:
+        ValueError: an unknown method or field, a value that the config refuses, a recipe that is no mapping.
+        FileNotFoundError: no such recipe.
+    """
+    from hf_compress.config import CompressionConfig, config_class
+
+    values = _read_recipe(recipe) if recipe else {}
+    method = method or values.pop("method", None) or "mka"
+    values.pop("method", None)
+    cls = config_class(method)
+    names = [field.name for field in fields(cls)]
+    given = dict(_setting(text) for text in settings)
+    if ratio is not None:
+        given["ratio"] = ratio
+    if num is not None:
+        given[_num_field(method, names)] = num
+    if seed is not None and "seed" in names:
+        given.setdefault("seed", seed)
+    _drop_other_amount(values, given)
+    values |= given
+    for name in values:
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=1)
+            hint = f"; did you mean {close[0]!r}" if close else ""
+            raise ValueError(f"{method} has no setting {name!r}{hint}; it has {', '.join(names)}")
+    return CompressionConfig.from_dict({"method": method, **values})
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    values = _yaml(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: a recipe is a mapping of 'method' and the method's settings; got {values!r:.60}")
+    return values
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name.strip():
+        raise ValueError(f"--set takes field=value; got {text!r}")
+    parsed = _yaml(value, f"--set {text}")
+    if isinstance(parsed, str):
+        with contextlib.suppress(ValueError):
+            parsed = float(parsed)  # YAML takes 1e-3 for a word
+    return name.strip(), parsed
+
+
+def _yaml(text: str, source: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{source} is not YAML: {error}") from None
+
+
+def _num_field(method: str, names: list[str]) -> str:
+    """The field that says how many blocks, layers or the like."""
+    found = [name for name in names if name.startswith("num_")]
+    if len(found) != 1:
+        raise ValueError(f"{method} has {'several' if found else 'no'} settings num_…: use --set field=value instead")
+    return found[0]
+
+
+def _drop_other_amount(values: dict[str, Any], given: dict[str, Any]) -> None:
+    """A ratio on the command line stands in place of a recipe's number, and the other way round."""
+    if "ratio" in given:
+        for name in [name for name in values if name.startswith("num_")]:
+            del values[name]
+    elif any(name.startswith("num_") for name in given):
+        values.pop("ratio", None)

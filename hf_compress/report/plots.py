@@ -1,0 +1,305 @@
+"""Pictures of what was measured and done. Drawn on matplotlib's Agg canvas, without its global state.
+
+Colours are of Okabe and Ito's palette and of cividis, which look different to the colour-blind too; what a colour says,
+a letter or a shape says as well.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hf_compress.report.report import CompressionReport
+
+_KEPT, _MERGED, _REMOVED, _INK = "#BFC5CC", "#0072B2", "#D55E00", "#22272E"
+_STAYS: dict[str, Any] = {"facecolor": _KEPT, "edgecolor": _INK}
+_GONE: dict[str, Any] = {"facecolor": "white", "edgecolor": _REMOVED, "hatch": "///"}
+_STEPS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+_MARKERS = "osD^vP"
+_SCORES = {
+    "block_influence": "block influence\n(1 − cosine of the stream before and after)",
+    "angular_distance": "angular distance of the run that begins here\n(share of π)",
+}
+
+
+def plot_similarity(
+    matrix: Sequence[Sequence[float]] | Any,
+    path: str | Path,
+    title: str = "Similarity of the blocks",
+    merged: Sequence[Sequence[int]] = (),
+) -> Path:
+    """Draw a similarity matrix as a heatmap.
+
+    Args:
+        matrix: (blocks, blocks), nested lists or a tensor, entries in [0, 1].
+        path: where to write it; PNG or SVG, by its ending.
+        title: stands above it.
+        merged: groups of blocks that became one, which are framed.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: the matrix is not square, or the ending is neither .png nor .svg.
+    """
+    path = _checked(path)
+    rows = _square(matrix)
+    side = min(9.0, 3.2 + 0.32 * len(rows))
+    figure = _figure(side + 0.9, side)
+    _heatmap(figure, figure.add_subplot(), rows, merged)
+    figure.suptitle(title, fontsize=12, color=_INK)
+    return _write(figure, path)
+
+
+def plot_report(report: CompressionReport, path: str | Path) -> Path:
+    """Draw what a method measured and which blocks were kept, merged and removed.
+
+    Above, as far as the report's notes have them: the similarity matrix with the merged blocks framed; every block's
+    score; the loss of every candidate at every step; the error that refitting left. Below, the blocks themselves.
+
+    Raises:
+        ValueError: the report says nothing of blocks, or the ending is neither .png nor .svg.
+    """
+    path = _checked(path)
+    panels = _panels(report)
+    stacks = [stack for stack in report.before.blocks if any(edit.get("stack") == stack for edit in report.edits)]
+    if not panels and not stacks:
+        raise ValueError(
+            f"the report of {report.method!r} has neither scores nor edits of blocks: there is nothing to draw"
+        )
+    heights = [4.6 if kind == "similarity" else 2.5 for kind, _ in panels] + [0.75] * len(stacks)
+    widest = max(report.before.blocks.values(), default=0)
+    figure = _figure(min(16.0, max(7.0, 2.5 + 0.4 * widest)), sum(heights) + 0.9)
+    axes = figure.subplots(len(heights), 1, gridspec_kw={"height_ratios": heights}, squeeze=False)[:, 0]
+    for axis, (kind, values) in zip(axes, panels, strict=False):
+        _DRAW[kind](figure, axis, values, report)
+    for axis, stack in zip(axes[len(panels) :], stacks, strict=True):
+        _strip(axis, report, stack)
+    counts = [f"{report.before.blocks[stack]} → {report.after.blocks.get(stack, 0)} blocks" for stack in stacks]
+    name = Path(report.base_model).name or "model"
+    figure.suptitle(", ".join([f"{name}: {report.method}", *counts]), fontsize=12, color=_INK)
+    return _write(figure, path)
+
+
+# --- what there is to draw --------------------------------------------------------------------------------------------
+
+
+def _panels(report: CompressionReport) -> list[tuple[str, Any]]:
+    """The panels that the report's notes have data for, in order from above."""
+    notes = report.notes
+    panels: list[tuple[str, Any]] = []
+    if "similarity" in notes:
+        panels.append(("similarity", _square(notes["similarity"])))
+    panels += [("scores", (name, notes[name])) for name in _SCORES if name in notes]
+    if steps := [merge for merge in notes.get("merges", []) if "losses" in merge]:
+        panels.append(("losses", steps))
+    if "greedy" in notes:
+        panels.append(("greedy", notes["greedy"]))
+    if fits := notes.get("fits"):
+        panels.append(("fits", fits))
+    return panels
+
+
+def _merged_groups(report: CompressionReport) -> list[list[int]]:
+    return [[edit["kept"], *edit["absorbed"]] for edit in report.edits if edit.get("edit") == "MergeBlocks"]
+
+
+def _gone(edits: list[dict[str, Any]]) -> set[int]:
+    """Blocks that are no more."""
+    return {i for edit in edits for i in (*edit.get("blocks", ()), *edit.get("absorbed", ()))}
+
+
+# --- panels -----------------------------------------------------------------------------------------------------------
+
+
+def _draw_similarity(figure: Any, axis: Any, rows: list[list[float]], report: CompressionReport) -> None:
+    _heatmap(figure, axis, rows, _merged_groups(report))
+    axis.set_title("similarity; merged blocks are framed", fontsize=10, loc="left", color=_INK)
+
+
+def _heatmap(figure: Any, axis: Any, rows: list[list[float]], merged: Sequence[Sequence[int]]) -> None:
+    from matplotlib.patches import Rectangle
+
+    size = len(rows)
+    others = [value for i, row in enumerate(rows) for j, value in enumerate(row) if i != j and math.isfinite(value)]
+    low = min(others, default=0.0)
+    image = axis.imshow(rows, cmap="cividis", vmin=low, vmax=max(max(others, default=1.0), low + 1e-9))
+    if size <= 16:
+        middle = (low + max(others, default=1.0)) / 2
+        for i, row in enumerate(rows):
+            for j, value in enumerate(row):
+                text = "" if i == j else f"{value:.2f}".removeprefix("0")
+                axis.text(
+                    j, i, text, ha="center", va="center", fontsize=7, color="white" if value < middle else "black"
+                )
+    for group in merged:
+        first, last = min(group), max(group)
+        corner, side = (first - 0.5, first - 0.5), last - first + 1
+        axis.add_patch(Rectangle(corner, side, side, fill=False, edgecolor=_REMOVED, linewidth=2.5))
+    ticks = _ticks(size)
+    axis.set_xticks(ticks)
+    axis.set_yticks(ticks)
+    axis.set_xlabel("block")
+    axis.set_ylabel("block")
+    figure.colorbar(image, ax=axis, label="similarity of different blocks", shrink=0.85)
+
+
+def _draw_scores(figure: Any, axis: Any, entry: tuple[str, list[float]], report: CompressionReport) -> None:
+    name, values = entry
+    gone = _gone(report.edits)
+    for index, value in enumerate(values):
+        _bar(axis, index, value, index in gone)
+    _finish(axis, len(values), _SCORES[name])
+    _log_if_wide(axis, values)
+    _legend(axis, {"kept": _STAYS, "taken out": _GONE})
+
+
+def _draw_losses(figure: Any, axis: Any, steps: list[dict[str, Any]], report: CompressionReport) -> None:
+    every = [loss for step in steps for loss in step["losses"].values()]
+    for number, step in enumerate(steps):
+        colour, marker = _STEPS[number % len(_STEPS)], _MARKERS[number % len(_MARKERS)]
+        losses = {int(index): loss for index, loss in step["losses"].items()}
+        blocks = sorted(losses)
+        axis.plot(
+            blocks,
+            [losses[block] for block in blocks],
+            color=colour,
+            marker=marker,
+            markersize=4.5,
+            linewidth=1,
+            alpha=0.85,
+            label=f"step {number + 1}: block {step['absorbed']}",
+        )
+        chosen = step["absorbed"]
+        axis.plot(chosen, losses[chosen], "o", markersize=12, markerfacecolor="none", markeredgecolor=colour, mew=2)
+    _finish(axis, report.before.blocks.get(_only_stack(report), len(every)), "loss when this block is\nabsorbed (nats)")
+    _log_if_wide(axis, every)
+    axis.legend(fontsize=8, frameon=False, loc="upper right", title="taken (ringed)", title_fontsize=8)
+
+
+def _draw_greedy(figure: Any, axis: Any, steps: list[dict[str, Any]], report: CompressionReport) -> None:
+    for number, step in enumerate(steps):
+        _bar(axis, number, step["loss"], True)
+    axis.set_xticks(range(len(steps)), [f"block {step['removed']}" for step in steps])
+    axis.set_xlabel("taken out, in this order")
+    axis.set_ylabel("loss afterwards (nats)")
+    _despine(axis)
+
+
+def _draw_fits(figure: Any, axis: Any, fits: list[dict[str, Any]], report: CompressionReport) -> None:
+    for fit in fits:
+        axis.bar(fit["block"], fit["error"], width=0.7, color=_MERGED if fit["absorbed"] else _KEPT, edgecolor=_INK)
+    axis.axhline(1, color=_INK, linewidth=0.8, linestyle="--")
+    _finish(axis, report.before.blocks.get(_only_stack(report), len(fits)), "error after solving\n(1 = without)")
+    axis.set_ylim(0, 1.08)
+    _legend(axis, {"absorbed the next": {"facecolor": _MERGED}, "corrected": _STAYS})
+
+
+def _strip(axis: Any, report: CompressionReport, stack: str) -> None:
+    """The blocks of a stack as boxes: kept, made of several, taken out."""
+    from matplotlib.patches import Rectangle
+
+    total = report.before.blocks[stack]
+    edits = [edit for edit in report.edits if edit.get("stack") == stack]
+    gone = _gone(edits)
+    merged = {edit["kept"]: edit["absorbed"] for edit in edits if "kept" in edit}
+    for index in range(total):
+        look: dict[str, Any] = _GONE if index in gone else {"color": _MERGED if index in merged else _KEPT}
+        axis.add_patch(Rectangle((index - 0.42, 0), 0.84, 1, linewidth=1.2, **look))
+        if total <= 48:
+            ink = "white" if index in merged else _INK
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 1} if index in gone else None
+            axis.text(index, 0.5, str(index), ha="center", va="center", fontsize=8, color=ink, bbox=box)
+    for kept, absorbed in merged.items():
+        arrow = {"arrowstyle": "-|>", "color": _INK, "shrinkA": 0, "shrinkB": 0, "linewidth": 1.2}
+        axis.annotate("", xy=(kept, 1.28), xytext=(max(absorbed) + 0.4, 1.28), arrowprops=arrow, annotation_clip=False)
+    axis.set_xlim(-0.6, total - 0.4)
+    axis.set_ylim(-0.05, 1.45)
+    axis.axis("off")
+    words = ["grey: kept"] + ["blue: absorbed those under the arrow"] * bool(merged) + ["hatched: taken out"]
+    axis.set_title(f"{stack} ({', '.join(words)})", fontsize=9, loc="left", color=_INK)
+
+
+_DRAW: dict[str, Callable[[Any, Any, Any, CompressionReport], None]] = {
+    "similarity": _draw_similarity,
+    "scores": _draw_scores,
+    "losses": _draw_losses,
+    "greedy": _draw_greedy,
+    "fits": _draw_fits,
+}
+
+
+# --- common -----------------------------------------------------------------------------------------------------------
+
+
+def _only_stack(report: CompressionReport) -> str:
+    return next((edit["stack"] for edit in report.edits if "stack" in edit), "")
+
+
+def _bar(axis: Any, at: int, height: float, gone: bool) -> None:
+    axis.bar(at, height, width=0.75, **(_GONE if gone else _STAYS))
+
+
+def _finish(axis: Any, blocks: int, label: str) -> None:
+    axis.set_xticks(_ticks(blocks))
+    axis.set_xlim(-0.6, blocks - 0.4)
+    axis.set_xlabel("block")
+    axis.set_ylabel(label)
+    _despine(axis)
+
+
+def _despine(axis: Any) -> None:
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(axis="y", color="#E3E6EA", linewidth=0.8)
+    axis.set_axisbelow(True)
+
+
+def _log_if_wide(axis: Any, values: Sequence[float]) -> None:
+    """A logarithmic axis where the values differ more than tenfold, so that the small ones can be told apart."""
+    if values and min(values) > 0 and max(values) > 10 * min(values):
+        axis.set_yscale("log")
+
+
+def _legend(axis: Any, looks: dict[str, dict[str, Any]]) -> None:
+    from matplotlib.patches import Patch
+
+    handles = [Patch(label=name, **look) for name, look in looks.items()]
+    axis.legend(handles=handles, fontsize=8, frameon=False, loc="upper right", ncols=len(handles))
+
+
+def _ticks(size: int) -> range:
+    return range(0, size, max(1, math.ceil(size / 32)))
+
+
+def _square(matrix: Any) -> list[list[float]]:
+    rows = [[float(value) for value in row] for row in matrix]
+    if not rows or any(len(row) != len(rows) for row in rows):
+        raise ValueError(
+            f"a similarity matrix must be square; got {len(rows)} rows of {[len(row) for row in rows][:4]}"
+        )
+    return rows
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _checked(path: str | Path) -> Path:
+    path = Path(path)
+    if path.suffix.lower() not in (".png", ".svg"):
+        raise ValueError(f"plots are written as .png or .svg; got {str(path)!r}")
+    return path
+
+
+def _write(figure: Any, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=144)
+    return path
