@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.data import Batch
-from hf_compress.errors import CalibrationError
+from hf_compress.errors import CalibrationError, UnsupportedModelError
 
 # index of the block, its input and its output, each (samples, positions, width)
 BlockWatcher = Callable[[int, Tensor, Tensor], None]
@@ -96,7 +96,7 @@ def stream_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 
 def stream_of_output(output: Any) -> Tensor:
-    """The residual stream in what a block returns: a tensor, or the first entry of a tuple."""
+    """The residual stream in what a block returns: a tensor, or the first entry of a tuple or list."""
     value = output if isinstance(output, Tensor) else output[0]
     if not isinstance(value, Tensor):
         raise TypeError(f"a block returned no tensor for the residual stream; got {type(value).__name__}")
@@ -105,7 +105,9 @@ def stream_of_output(output: Any) -> Tensor:
 
 def with_stream(output: Any, stream: Tensor | None) -> Any:
     """What a block returned, with another residual stream in it."""
-    return (stream, *output[1:]) if isinstance(output, tuple) else stream
+    if isinstance(output, tuple) and hasattr(output, "_replace"):  # a named one
+        return output._replace(**{output._fields[0]: stream})
+    return type(output)((stream, *output[1:])) if isinstance(output, (tuple, list)) else stream
 
 
 def real_tokens(batch: Batch, stream: Tensor) -> Tensor:
@@ -115,8 +117,22 @@ def real_tokens(batch: Batch, stream: Tensor) -> Tensor:
     return torch.ones(stream.shape[:2], dtype=torch.bool, device=stream.device)
 
 
-def check_finite(stack: Stack, index: int, stream: Tensor) -> None:
-    """Raise where a block's output holds NaN or infinity, naming the block."""
+def stream_tokens(stack: Stack, batch: Batch, stream: Tensor) -> Tensor:
+    """`real_tokens` of the stream of a stack; `forward` gives a decoder the text one place to the right."""
+    real = real_tokens(batch, stream)
+    shifted = stack.side == "decoder" and any(config.is_encoder_decoder for config, _ in stack.configs)
+    if not shifted or batch.real is None or "decoder_input_ids" in batch.inputs:
+        return real
+    return torch.cat([torch.zeros_like(real[:, :1]), real[:, :-1]], dim=1)
+
+
+def check_stream(stack: Stack, index: int, before: Tensor, stream: Tensor) -> None:
+    """Raise where a block's output is no stream like its input, or holds NaN or infinity, naming the block."""
+    if stream.ndim != 3 or stream.shape != before.shape:
+        raise UnsupportedModelError(
+            f"block {stack.path}.{index} turns a stream of shape {tuple(before.shape)} into {tuple(stream.shape)}; "
+            "only a residual stream (samples, positions, width) that stays as wide and as long can be compared and cut"
+        )
     if not torch.isfinite(stream).all():
         raise CalibrationError(
             f"block {stack.path}.{index} gives NaN or infinite activations on the calibration data; "

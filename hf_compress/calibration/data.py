@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -85,7 +86,9 @@ class DataOptions:
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_length"):
             value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 1):
+            if value is None and name == "max_length":
+                continue
+            if type(value) is not int or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1; got {value!r}")
 
 
@@ -96,8 +99,8 @@ def prepare(
 
     Args:
         data: a list of strings, a `datasets.Dataset`, a DataLoader or other iterable of batches (mappings, tensors, or
-            (inputs, ...) tuples), a LongTensor of token ids (samples, positions), or a float tensor of pixel values
-            (samples, channels, height, width).
+            (inputs, ...) tuples), a LongTensor of token ids (samples, positions), a float tensor of pixel values
+            (samples, channels, height, width), or a mapping of such tensors, as a tokenizer gives it.
         model: whose positions limit the texts' length and whose device the batches will go to.
         tokenizer: needed for texts; its special tokens are kept out of statistics.
         options: batch size, length, text column.
@@ -117,6 +120,10 @@ def prepare(
     batches = [_batch(item, special, length, model) for item in raw]
     if not any(batch.samples for batch in batches):
         raise CalibrationError("the calibration data is empty; pass at least a few dozen texts or images")
+    if not any(batch.real is None or batch.real.any() for batch in batches):
+        raise CalibrationError(
+            "the calibration data has no token that counts: all are padding or special tokens; pass longer texts"
+        )
     if truncated:
         logger.warning("%d calibration samples are longer than %d positions and were truncated", truncated, length)
     return Calibration(batches, truncated)
@@ -130,12 +137,16 @@ def _raw_batches(
         data = _from_dataset(data, options.text_column)
     if isinstance(data, str):
         raise CalibrationError(f"calibration must be a list of texts, not one string ({data[:40]!r}...)")
-    if isinstance(data, Tensor):
+    if isinstance(data, Mapping):
+        data = _from_mapping(data, options.batch_size)
+    elif isinstance(data, Tensor):
+        _check_dimensions(data)
         data = data.split(options.batch_size)
-    data = [data] if isinstance(data, Mapping) else list(_iterate(data))
-    if data and all(isinstance(item, str) for item in data):
+    data = list(_iterate(data))
+    if any(isinstance(item, str) for item in data):
         data = _tokenize(data, tokenizer, length)
-    if data and _is_sample(data[0]):
+    if data and all(map(_is_sample, data)):
+        data = [item for item in data if item]
         cut = [list(item)[:length] for item in data]
         padded = _pad(cut, _pad_id(model.config, tokenizer), options.batch_size)
         return list(padded), sum(len(item) > length for item in data)
@@ -179,7 +190,8 @@ def _from_dataset(data: Any, text_column: str | None) -> Any:
     """The texts, token ids or pixel values of a `datasets.Dataset`."""
     columns = list(data.column_names)
     if text_column is None and "input_ids" in columns:
-        return [list(ids) for ids in data["input_ids"]]
+        plain = data.with_format(None)
+        return _unpadded(plain["input_ids"], plain["attention_mask"] if "attention_mask" in columns else None)
     if text_column is None and "pixel_values" in columns:
         return torch.stack([torch.as_tensor(values) for values in data.with_format("torch")["pixel_values"]])
     strings = [name for name in columns if getattr(data.features[name], "dtype", None) in ("string", "large_string")]
@@ -194,12 +206,37 @@ def _from_dataset(data: Any, text_column: str | None) -> Any:
     return list(data[text_column])
 
 
+def _from_mapping(data: Mapping[str, Any], batch_size: int) -> list[Any]:
+    """What a tokenizer gives for all texts at once, as batches, or as lists of token ids where it is not padded."""
+    ids = data.get("input_ids")
+    if isinstance(ids, list) and all(map(_is_sample, ids)):
+        return _unpadded(ids, data.get("attention_mask"))
+    tensors = {name: value for name, value in data.items() if isinstance(value, Tensor) and value.ndim}
+    sizes = {len(value) for value in tensors.values()}
+    if len(tensors) < len(data) or len(sizes) != 1:
+        return [data]
+    starts = range(0, sizes.pop(), batch_size)
+    return [{name: value[start : start + batch_size] for name, value in tensors.items()} for start in starts]
+
+
+def _unpadded(samples: Any, masks: Any) -> list[list[int]]:
+    """Token ids of texts without those that the masks leave out."""
+    if masks is None:
+        return [list(ids) for ids in samples]
+    pairs = zip(samples, masks, strict=True)
+    return [[token for token, counts in zip(ids, mask, strict=True) if counts] for ids, mask in pairs]
+
+
 def _is_sample(item: Any) -> bool:
     """Whether an item is the token ids of one text."""
     return isinstance(item, (list, tuple)) and all(isinstance(token, int) for token in item)
 
 
 def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase | None, length: int) -> list[list[int]]:
+    if other := next(((i, item) for i, item in enumerate(texts) if not isinstance(item, str)), None):
+        raise CalibrationError(
+            f"calibration must be all texts or none; entry {other[0]} is a {type(other[1]).__name__}: leave it out"
+        )
     if tokenizer is None:
         raise CalibrationError("calibration is text: pass tokenizer= as well")
     # One token more than fits, so that truncation can be seen and told.
@@ -233,28 +270,66 @@ def _shape(item: Any) -> tuple[int, int]:
 
 def _batch(item: Any, special: Tensor, length: int, model: PreTrainedModel) -> Batch:
     """One batch of the user's as keyword arguments and a mask of the tokens that count."""
-    if isinstance(item, (list, tuple)) and item and isinstance(item[0], Tensor):
+    if isinstance(item, (list, tuple)) and item and isinstance(item[0], (Tensor, Mapping)):
         item = item[0]  # (inputs, labels), as a TensorDataset gives
     if isinstance(item, Tensor):
-        item = {"pixel_values" if item.is_floating_point() else "input_ids": item}
+        item = {_input_name(item, model): item}
     if not isinstance(item, Mapping) or not any(name in item for name in _INPUTS):
         kind = f"a mapping of {sorted(item)}" if isinstance(item, Mapping) else f"a {type(item).__name__}"
         raise CalibrationError(f"a calibration batch must be a tensor or hold one of {', '.join(_INPUTS)}; got {kind}")
-    inputs = {name: torch.as_tensor(value) for name, value in item.items() if name != "labels" and value is not None}
+    inputs = _accepted(item, model)
     if "input_ids" not in inputs:
-        return Batch(inputs, inputs.get("attention_mask"))
+        mask = inputs.get("attention_mask")
+        return Batch(inputs, None if mask is None else mask.bool())
     inputs = {
         n: v[:, :length] if v.ndim == 2 and v.shape == inputs["input_ids"].shape else v for n, v in inputs.items()
     }
     ids = inputs["input_ids"]
     _check_ids(ids, model.config)
-    real = inputs.get("attention_mask", torch.ones_like(ids)).bool() & ~torch.isin(ids.long(), special)
-    return Batch(inputs, real)
+    mask = inputs.get("attention_mask", torch.ones_like(ids)).bool()
+    if mask.shape != ids.shape:  # MusicGen's ids have a row for every codebook
+        return Batch(inputs, mask)
+    return Batch(inputs, mask & ~torch.isin(ids.long(), special))
+
+
+def _input_name(values: Tensor, model: PreTrainedModel) -> str:
+    """Which of the model's inputs a bare tensor is: token ids, or pixel values and the like."""
+    if not values.is_floating_point():
+        return "input_ids"
+    if model.main_input_name != "input_ids":
+        return model.main_input_name
+    if values.ndim < 3:
+        raise CalibrationError(
+            f"token ids must be whole numbers; got a tensor of {values.dtype} and shape {tuple(values.shape)}: "
+            "convert it by .long()"
+        )
+    return "pixel_values"
+
+
+def _accepted(item: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Tensor]:
+    """The entries of a batch that the model's forward knows by name, as tensors; labels are not among its inputs."""
+    known = inspect.signature(model.forward).parameters
+    inputs = {n: torch.as_tensor(v) for n, v in item.items() if n in known and n != "labels" and v is not None}
+    if not any(name in inputs for name in _INPUTS):
+        raise CalibrationError(
+            f"{type(model).__name__} takes none of {', '.join(sorted(map(str, item)))}; its main input is "
+            f"{model.main_input_name}"
+        )
+    return inputs
+
+
+def _check_dimensions(values: Tensor) -> None:
+    if values.ndim < 2:
+        raise CalibrationError(
+            f"calibration tensors must have the dimensions (samples, positions), or more; got the shape "
+            f"{tuple(values.shape)}: add the missing one by .unsqueeze(0)"
+        )
 
 
 def _check_ids(ids: Tensor, config: PreTrainedConfig) -> None:
     """Ids outside the vocabulary would otherwise fail deep inside the embedding."""
     vocabulary = getattr(config.get_text_config(), "vocab_size", None)
+    _check_dimensions(ids)
     if ids.is_floating_point():
         raise CalibrationError(f"token ids must be whole numbers; got a tensor of {ids.dtype}")
     if ids.numel() and isinstance(vocabulary, int) and (int(ids.max()) >= vocabulary or int(ids.min()) < 0):

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.capture import inference
 from hf_compress.calibration.data import Batch
-from hf_compress.calibration.objective import batch_loss, reference_for
+from hf_compress.calibration.objective import batch_loss, mean_loss, reference_for
 from hf_compress.calibration.runner import BlockRunner
 
 
@@ -43,4 +43,4 @@ def losses_without(
                 loss, weight = batch_loss(model, output, batch, reference)
                 sums[candidate][0] += loss
                 sums[candidate][1] += weight
-    return {candidate: loss / max(weight, 1e-300) for candidate, (loss, weight) in sums.items()}
+    return {candidate: mean_loss(loss, weight) for candidate, (loss, weight) in sums.items()}

@@ -48,6 +48,12 @@ def batch_loss(model: PreTrainedModel, output: Any, batch: Batch, reference: Ten
     return distance.double().sum().item(), size.double().sum().item()
 
 
+def mean_loss(loss: float, weight: float) -> float:
+    """Their quotient, infinite where the loss is no number: such a candidate is never the best."""
+    mean = loss / max(weight, 1e-300)
+    return mean if mean == mean else float("inf")
+
+
 def _next_token_loss(logits: Tensor, ids: Tensor, real: Tensor, model: PreTrainedModel) -> tuple[float, float]:
     if not model.config.is_encoder_decoder:  # there the decoder's input is shifted already
         logits, ids, real = logits[:, :-1], ids[:, 1:], real[:, 1:]

@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_compress.anatomy.stacks import Stack
-from hf_compress.calibration.capture import StopForward, check_finite, forward, stream_of, stream_of_output, with_stream
+from hf_compress.anatomy.undo import Undo
+from hf_compress.calibration.capture import StopForward, check_stream, forward, stream_of, stream_of_output, with_stream
 from hf_compress.calibration.data import Batch
 
 # (the block's own forward, its arguments) -> what the block returns
@@ -24,18 +25,17 @@ BlockForward = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], A
 @contextmanager
 def replaced_forwards(stack: Stack, replacements: dict[int, BlockForward]) -> Iterator[None]:
     """Give single blocks, not their class, another forward for a while."""
-    for index, replacement in replacements.items():
-        own = stack.blocks[index].forward
-
-        def patched(*args: Any, _own: Callable[..., Any] = own, _new: BlockForward = replacement, **kwargs: Any) -> Any:
-            return _new(_own, args, kwargs)
-
-        vars(stack.blocks[index])["forward"] = patched
-    try:
+    with Undo() as undo:
+        for index, replacement in replacements.items():
+            undo.set(stack.blocks[index], "forward", _wrapped(stack.blocks[index].forward, replacement))
         yield
-    finally:
-        for index in replacements:
-            vars(stack.blocks[index]).pop("forward", None)
+
+
+def _wrapped(own: Callable[..., Any], new: BlockForward) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return new(own, args, kwargs)
+
+    return forward
 
 
 class BlockRunner:
@@ -65,7 +65,7 @@ class BlockRunner:
                 if index in skipped:
                     return with_stream(self._forms[index], streams[index])
                 output = own(*args, **kwargs)
-                check_finite(self.stack, index, stream_of_output(output))
+                check_stream(self.stack, index, streams[index], stream_of_output(output))
                 self._forms.setdefault(index, with_stream(output, None))
                 return output
 
@@ -98,7 +98,7 @@ class BlockRunner:
 
         with replaced_forwards(self.stack, {**self.handing(range(index), stream), index: wanted}):
             forward(self.model, self.batch)
-        check_finite(self.stack, index, seen[0])
+        check_stream(self.stack, index, stream, seen[0])
         return seen[0]
 
     def finish(self, start: int, stream: Tensor, skipped: Collection[int]) -> Any:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from hf_compress.anatomy.stacks import Stack
-from hf_compress.calibration.capture import check_finite, forward, inference, real_tokens, watch_blocks
+from hf_compress.calibration.capture import check_stream, forward, inference, stream_tokens, watch_blocks
 from hf_compress.calibration.data import Batch, Calibration
 
 Pooling = Literal["mean", "last"]
@@ -48,8 +48,8 @@ class _Collector:
         self.batch: Batch
 
     def __call__(self, index: int, before: Tensor, after: Tensor) -> None:
-        check_finite(self.stack, index, after)
-        real = real_tokens(self.batch, after)
+        check_stream(self.stack, index, before, after)
+        real = stream_tokens(self.stack, self.batch, after)
         self.pooled[index].append(pool(after, real, self.pooling))
         self.influence[index] += (1 - _cosine(before, after, real)).sum()
         self.before[index] = before

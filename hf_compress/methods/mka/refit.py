@@ -23,10 +23,10 @@ from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.capture import inference
 from hf_compress.calibration.data import Batch, Calibration
-from hf_compress.calibration.objective import batch_loss, reference_for
+from hf_compress.calibration.objective import batch_loss, mean_loss, reference_for
 from hf_compress.calibration.runner import BlockRunner
 from hf_compress.errors import CalibrationError
-from hf_compress.methods.mka.writers import Writers
+from hf_compress.methods.mka.writers import PENALTIES, Writers
 from hf_compress.methods.sizing import blocks_to_remove
 from hf_compress.plan import Edit, MergeBlocks, Plan
 from hf_compress.workbench import Workbench
@@ -153,7 +153,7 @@ class _Chooser:
 
     def _mean(self, outputs: Iterable[tuple[BlockRunner, Any]]) -> float:
         pairs = [batch_loss(self.bench.model, out, r.batch, self.references[id(r)]) for r, out in outputs]
-        return sum(loss for loss, _ in pairs) / max(sum(weight for _, weight in pairs), 1e-300)
+        return mean_loss(sum(loss for loss, _ in pairs), sum(weight for _, weight in pairs))
 
 
 # --- correcting -------------------------------------------------------------------------------------------------------
@@ -214,7 +214,9 @@ def _worth(calibration: Calibration, tokens: int) -> list[Batch]:
 def _fit(bench: Workbench, stack: Stack, index: int, walks: list[_Walk], undo: Undo) -> dict[str, Any]:
     """Solve for one block's projections and write them; how far from the target they end, and the penalty."""
     writers = Writers(bench.model, stack, index)
-    fit = writers.fit([w.runner for w in walks], [w.compressed for w in walks], [w.original for w in walks])
+    penalties = PENALTIES if len(walks) >= 4 else [_LOCAL_PENALTY]  # too few to hold any out, and to choose by
+    streams, targets = [w.compressed for w in walks], [w.original for w in walks]
+    fit = writers.fit([w.runner for w in walks], streams, targets, penalties)
     if fit is None:
         return {"error": 1.0, "penalty": None}
     writers.apply(fit.change, undo)

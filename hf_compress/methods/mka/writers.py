@@ -19,7 +19,7 @@ from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.parts import linear_map, linear_widths
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
-from hf_compress.calibration.capture import real_tokens
+from hf_compress.calibration.capture import stream_tokens
 from hf_compress.calibration.runner import BlockRunner
 from hf_compress.numerics.ridge import LeastSquares, solve_ridge
 
@@ -60,10 +60,13 @@ class Writers:
         self.inputs = sum(linear_widths(module)[0] for module in self.modules) + self.biased
 
     @contextmanager
-    def _watched(self) -> Iterator[list[Tensor]]:
-        """Collects what each projection is given while a block runs."""
-        seen: list[Tensor] = []
-        handles = [m.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for m in self.modules]
+    def _watched(self) -> Iterator[list[list[Tensor]]]:
+        """Collects what each projection is given while a block runs, whichever of them runs first."""
+        seen: list[list[Tensor]] = [[] for _ in self.modules]
+        handles = [
+            module.register_forward_pre_hook(lambda _, args, inputs=inputs: inputs.append(args[0]))
+            for module, inputs in zip(self.modules, seen, strict=True)
+        ]
         try:
             yield seen
         finally:
@@ -74,10 +77,17 @@ class Writers:
         """What the block makes of `stream`, and its projections' inputs side by side, (samples, positions, inputs)."""
         with self._watched() as seen:
             output = runner.run(self.index, stream)
-        parts = [part.reshape(*output.shape[:2], -1) for part in seen]
+        rows = output.shape[0] * output.shape[1]
+        widths = [linear_widths(module)[0] for module in self.modules]
+        parts = [
+            part.reshape(*output.shape[:2], width)
+            for inputs, width in zip(seen, widths, strict=True)
+            for part in inputs
+            if part.numel() == rows * width
+        ]
         if self.biased:
-            parts.append(torch.ones_like(parts[0][..., :1]))
-        return output, torch.cat(parts, dim=-1)
+            parts.append(torch.ones_like(output[..., :1]))
+        return output, torch.cat(parts, dim=-1) if parts else output[..., :0]
 
     def weight(self) -> Tensor:
         """The projections as one map, (inputs, width) float32, with the sum of their biases as the last row."""
@@ -91,10 +101,13 @@ class Writers:
         if not self.modules:
             return None
         output, features = self.features(runner, stream)
-        real = real_tokens(runner.batch, stream)
+        fits = features.shape[-1] == self.inputs and output.shape[-1] == self.weight().shape[-1]
+        if not fits:  # a projection did not run, or more than once, or not on the stream
+            return None
+        real = stream_tokens(runner.stack, runner.batch, stream)
         added, written = (output - stream)[real].float(), features[real].float() @ self.weight()
         size = written.square().sum()
-        if features.shape[-1] != self.inputs or size == 0:
+        if size == 0:
             return None
         multiplier = ((added * written).sum() / size).item()
         unexplained = (added - multiplier * written).norm() / added.norm()
@@ -141,7 +154,7 @@ class Writers:
         fitted, held = (LeastSquares(self.inputs, width, targets[0].device) for _ in range(2))
         for number, (runner, stream, target) in enumerate(zip(runners, streams, targets, strict=True)):
             output, features = self.features(runner, stream)
-            real = real_tokens(runner.batch, stream)
+            real = stream_tokens(runner.stack, runner.batch, stream)
             part = held if number % 4 == 3 else fitted
             part.update(features[real], (target - output)[real].double() / multiplier)
         if held.count == 0 or held.energy == 0:

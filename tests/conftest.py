@@ -1,0 +1,85 @@
+"""Tiny random models and a word tokenizer for every test: nothing here is downloaded."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before Transformers is imported
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.stacks import Stack
+from hf_compress.calibration.data import Calibration, DataOptions, prepare
+from tests.architectures.tiny import tiny_model
+from tests.evaluation.conftest import WORDS, tiny_llama, word_tokenizer, words
+
+LENGTHS = (9, 3, 12, 5, 7, 12, 4, 10, 6, 11, 8, 5)
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word, nothing around a text."""
+    return word_tokenizer(add_special=False)
+
+
+@pytest.fixture
+def framing_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word, and `<s> ... </s>` around a text."""
+    return word_tokenizer(add_special=True)
+
+
+@pytest.fixture
+def texts() -> list[str]:
+    """Twelve texts of three to twelve words."""
+    return [words(count, seed=seed) for seed, count in enumerate(LENGTHS)]
+
+
+@pytest.fixture
+def model() -> LlamaForCausalLM:
+    """Five blocks that do quite different things."""
+    return tiny_llama(layers=5)
+
+
+@pytest.fixture
+def make_llama() -> Callable[..., LlamaForCausalLM]:
+    return tiny_llama
+
+
+@pytest.fixture
+def stack(model: PreTrainedModel) -> Stack:
+    return Anatomy(model).stack()
+
+
+@pytest.fixture
+def calibration(model: PreTrainedModel, framing_tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Calibration:
+    """The twelve texts for `model`, padded, three at a time, with special tokens around each."""
+    return prepare(texts, model, framing_tokenizer, DataOptions(batch_size=3))
+
+
+@pytest.fixture
+def ids() -> Tensor:
+    """(12, 8) token ids, none special."""
+    return torch.randint(4, len(WORDS), (12, 8), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture
+def tiny() -> Callable[..., PreTrainedModel]:
+    """A causal model of a given type, in which every parameter matters."""
+    return tiny_model
+
+
+def leftovers(model: PreTrainedModel) -> list[str]:
+    """Hooks and replaced forwards that somebody forgot to take off."""
+    found = []
+    for path, module in model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+            found.append(f"hooks of {path}")
+        if "forward" in vars(module):
+            found.append(f"forward of {path}")
+    return found
