@@ -101,7 +101,7 @@ def method_names() -> list[str]:
 
 def check_ratio(name: str, value: float | None) -> None:
     """Raise unless `value` is None or strictly between 0 and 1."""
-    if value is not None and not 0 < value < 1:
+    if value is not None and not (is_number(value) and 0 < value < 1):
         raise ValueError(f"{name} must lie strictly between 0 and 1 (a fraction of the blocks); got {value!r}")
 
 
@@ -112,6 +112,12 @@ def check_choice(name: str, value: str, choices: list[str] | tuple[str, ...]) ->
 
 
 def check_at_least(name: str, value: int | float | None, least: int | float) -> None:
-    """Raise unless `value` is None or a number not below `least`."""
-    if value is not None and not (isinstance(value, (int, float)) and value >= least):
-        raise ValueError(f"{name} must be at least {least}; got {value!r}")
+    """Raise unless `value` is None or a number not below `least`; a whole one where `least` is."""
+    whole = isinstance(least, int)
+    if value is not None and not (is_number(value) and value >= least and (isinstance(value, int) or not whole)):
+        raise ValueError(f"{name} must be a {'whole ' * whole}number of at least {least}; got {value!r}")
+
+
+def is_number(value: Any) -> bool:
+    """Whether `value` is an int or a float, and no bool."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

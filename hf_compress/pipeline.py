@@ -45,7 +45,7 @@ def compress(
         ValueError, TypeError: bad settings, data, or model; each message names the value, the expectation, the remedy.
             In every case, on interruption too, the model is as it was.
     """
-    check_model(model)
+    _check_arguments(model, config)
     start = perf_counter()
     data = _prepare(calibration, model, tokenizer, options)
     bench = Workbench(model, data, {"prepare calibration data": perf_counter() - start} if data else {})
@@ -65,7 +65,7 @@ def make_plan(
     options: DataOptions | None = None,
 ) -> Plan:
     """What `compress` would do to `model`, without doing it. Arguments and errors are those of `compress`."""
-    check_model(model)
+    _check_arguments(model, config)
     return config.plan(Workbench(model, _prepare(calibration, model, tokenizer, options)))
 
 
@@ -73,6 +73,12 @@ def _prepare(
     data: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, options: DataOptions | None
 ) -> Calibration | None:
     return None if data is None else prepare(data, model, tokenizer, options)
+
+
+def _check_arguments(model: Any, config: Any) -> None:
+    check_model(model)
+    if not isinstance(config, CompressionConfig):
+        raise TypeError(f"config must be a method's settings, such as MKAConfig(ratio=0.25); got {config!r}")
 
 
 def check_model(model: Any) -> None:

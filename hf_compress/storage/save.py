@@ -109,11 +109,12 @@ def _put_in_place(staged: Path, target: Path) -> None:
         staged.rename(target)
         return
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-    target.rename(aside / target.name)
     try:
+        target.rename(aside / target.name)
         staged.rename(target)
     except BaseException:
-        (aside / target.name).rename(target)
+        if not target.exists():
+            (aside / target.name).rename(target)
         raise
     finally:
         if target.exists():

@@ -25,28 +25,39 @@ def plan_by_averaging(config: MKAConfig, bench: Workbench) -> Plan:
 
     The fused block stands in the earlier one's place and takes part again.
 
+    With a threshold alone, merging ends where no pair is left that may be merged.
+
     Raises:
         ValueError: no two neighbouring blocks are of one kind, or no block would be left.
     """
     stack = bench.stack(config.stack)
-    most = len(stack) - 1
-    if config.ratio is not None or config.num_merges is not None:
+    bounded = config.ratio is not None or config.num_merges is not None
+    most = len(stack)
+    if bounded:
         most = blocks_to_remove(len(stack), config.ratio, config.num_merges, "num_merges")
     groups = [[index] for index in range(len(stack))]  # of the blocks that became one, in the model's own numbering
     merges: list[dict[str, Any]] = []
     matrix: Tensor | None = None
     with bench.trial() as undo:
         while len(merges) < most:
+            pairs = _like_neighbours(stack)
+            if not pairs and merges and not bounded:
+                break
+            if not pairs:
+                raise ValueError(
+                    f"no two neighbouring blocks of the {len(stack)} in {stack.path} are of one kind: nothing can be "
+                    "merged; ask for fewer merges, or leave blocks out instead (DropBlocksConfig)"
+                )
             if matrix is None or config.iterative:
                 with bench.stage("measure similarity"):
                     matrix = block_similarity(config, bench.model, stack, bench.calibration)
                 if not merges:
                     first = matrix.clone()
-            pair = _most_similar(stack, matrix)
+            pair = _most_similar(stack, pairs, matrix)
             similarity = matrix[pair, pair + 1].item()
             if config.threshold is not None and similarity < config.threshold:
                 break
-            alpha = similarity if config.alpha is None else config.alpha
+            alpha = min(1.0, max(0.0, similarity)) if config.alpha is None else config.alpha
             merges.append({"blocks": groups[pair] + groups[pair + 1], "similarity": similarity, "alpha": alpha})
             _fuse(bench, stack, pair, alpha, undo)
             groups[pair] += groups.pop(pair + 1)
@@ -59,15 +70,14 @@ def plan_by_averaging(config: MKAConfig, bench: Workbench) -> Plan:
     )
 
 
-def _most_similar(stack: Stack, matrix: Tensor) -> int:
-    """The earlier block of the most similar pair of neighbours of one kind."""
+def _like_neighbours(stack: Stack) -> list[int]:
+    """The earlier block of every pair of neighbours of one kind."""
     kinds = [block_kind(stack, index) for index in range(len(stack))]
-    pairs = [index for index in range(len(stack) - 1) if kinds[index] == kinds[index + 1]]
-    if not pairs:
-        raise ValueError(
-            f"no two neighbouring blocks of the {len(stack)} in {stack.path} are of one kind: nothing can be merged; "
-            "ask for fewer merges, or leave blocks out instead (DropBlocksConfig)"
-        )
+    return [index for index in range(len(stack) - 1) if kinds[index] == kinds[index + 1]]
+
+
+def _most_similar(stack: Stack, pairs: list[int], matrix: Tensor) -> int:
+    """The one of `pairs` that is the most similar."""
     return max(pairs, key=lambda index: matrix[index, index + 1].item())
 
 
@@ -75,7 +85,7 @@ def _fuse(bench: Workbench, stack: Stack, pair: int, alpha: float, undo: Undo) -
     """Turn block `pair` into alpha * itself + (1 - alpha) * the next, parameter by parameter, and take the next out."""
     later = dict(stack.blocks[pair + 1].named_parameters())
     for name, parameter in stack.blocks[pair].named_parameters():
-        undo.write(parameter, alpha * parameter.detach().float() + (1 - alpha) * later[name].detach().float())
+        undo.write(parameter, alpha * parameter.detach().double() + (1 - alpha) * later[name].detach().double())
     remove_blocks(bench.model, stack, [pair + 1], undo)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from hf_compress.config import CompressionConfig, check_at_least, check_choice
+from hf_compress.config import CompressionConfig, check_at_least, check_choice, is_number
 from hf_compress.methods.sizing import check_amount
 from hf_compress.numerics.manifold import MANIFOLDS
 from hf_compress.numerics.similarity import SIMILARITIES
@@ -66,9 +66,10 @@ class MKAConfig(CompressionConfig, method="mka", paper="https://arxiv.org/abs/24
             check_at_least(name, getattr(self, name), least)
         for name in ("threshold", "alpha"):
             value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
+            if value is not None and not (is_number(value) and 0 <= value <= 1):
                 raise ValueError(f"{name} must lie between 0 and 1; got {value!r}")
-        if self.bandwidth is not None and not self.bandwidth > 0:
+        check_at_least("time", self.time, 0.0)
+        if self.bandwidth is not None and not (is_number(self.bandwidth) and self.bandwidth > 0):
             raise ValueError(f"bandwidth must be positive, or None for the median distance; got {self.bandwidth!r}")
         if self.ratio is None and self.num_merges is None and (self.threshold is None or self.variant != "paper"):
             raise ValueError("say how much to merge: ratio=, num_merges=, or, in the paper variant, threshold=")
