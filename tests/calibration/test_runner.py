@@ -1,0 +1,247 @@
+"""Blocks run one at a time inside the model's own forward: the model itself, step by step, and no trace of it after."""
+
+import pytest
+import torch
+
+from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.calibration.capture import (
+    StopForward,
+    forward,
+    inference,
+    stream_of,
+    stream_of_output,
+    stream_tokens,
+    watch_blocks,
+    with_stream,
+)
+from hf_compress.calibration.data import Batch
+from hf_compress.calibration.runner import BlockRunner, replaced_forwards
+from hf_compress.errors import CalibrationError, UnsupportedModelError
+from tests.architectures.tiny import tiny_base_model, tiny_inputs, tiny_model, tiny_seq2seq_model
+from tests.conftest import leftovers
+
+BUILDERS = {
+    "llama": tiny_model,
+    "gpt2": tiny_model,
+    "gemma3_text": tiny_model,
+    "openai-gpt": tiny_model,
+    "falcon": tiny_model,
+    "bert": tiny_base_model,
+    "vit": tiny_base_model,
+    "t5": tiny_seq2seq_model,
+    "bart": tiny_seq2seq_model,
+}
+CASES = [*((name, None) for name in BUILDERS), ("t5", "encoder"), ("bart", "encoder")]
+
+
+def built(name, side=None):
+    model = BUILDERS[name](name)
+    inputs = tiny_inputs(model)
+    inputs.pop("decoder_input_ids", None)
+    if "attention_mask" in inputs:
+        inputs["attention_mask"][1, 6:] = 0
+    return model, Anatomy(model).stack(side), Batch(inputs, None)
+
+
+def tensors(output):
+    return {name: value for name, value in output.items() if isinstance(value, torch.Tensor)}
+
+
+def same_output(first, second):
+    first, second = tensors(first), tensors(second)
+    return bool(first) and first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
+
+
+@pytest.mark.parametrize(("name", "side"), CASES)
+def test_blocks_run_one_by_one_are_the_model(name, side):
+    model, stack, batch = built(name, side)
+    before, after = {}, {}
+
+    def watch(index, first, second):
+        before[index], after[index] = first.clone(), second.clone()
+
+    with inference(model):
+        with watch_blocks(stack, watch):
+            whole = forward(model, batch)
+        runner = BlockRunner(model, stack, batch)
+        stream = runner.start()
+        for index in range(len(stack)):
+            assert torch.equal(stream, before[index])
+            stream = runner.run(index, stream)
+            assert torch.equal(stream, after[index])
+        assert same_output(runner.finish(len(stack), stream, ()), whole)
+        assert same_output(runner.finish(0, before[0], ()), whole)
+        assert same_output(runner.finish(2, before[2], ()), whole)
+    assert leftovers(model) == []
+
+
+@pytest.mark.parametrize(("name", "side"), CASES)
+def test_recording_is_the_model_and_keeps_every_stream(name, side):
+    model, stack, batch = built(name, side)
+    before = {}
+    with inference(model):
+        with watch_blocks(stack, lambda index, first, _: before.__setitem__(index, first.clone())):
+            whole = forward(model, batch)
+        output, streams = BlockRunner(model, stack, batch).record()
+    assert same_output(output, whole)
+    assert list(streams) == list(range(len(stack)))
+    assert all(torch.equal(streams[index], before[index]) for index in before)
+
+
+def test_another_stream_gives_another_output():
+    model, stack, batch = built("llama")
+    with inference(model):
+        runner = BlockRunner(model, stack, batch)
+        whole, streams = runner.record()
+        moved = runner.run(1, streams[1] * 1.5)
+        assert not torch.allclose(moved, runner.run(1, streams[1]))
+        assert not same_output(runner.finish(2, moved, ()), whole)
+        assert torch.equal(runner.record()[0].logits, whole.logits)
+
+
+def test_only_the_wanted_block_runs():
+    model, stack, batch = built("llama")
+    ran = []
+    for index, block in enumerate(stack.blocks):
+        block.mlp.register_forward_hook(lambda *_, index=index: ran.append(index))
+    with inference(model):
+        runner = BlockRunner(model, stack, batch)
+        _, streams = runner.record()
+        ran.clear()
+        runner.run(2, streams[2])
+        assert ran == [2]
+        ran.clear()
+        runner.start()
+        assert ran == []
+        runner.finish(1, streams[1], (2,))
+        assert ran == [1, 3]
+
+
+# --- nothing is left behind -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_hooks_and_forwards_come_off_on_every_way_out(error):
+    model, stack, batch = built("llama")
+    training = model.train().training
+
+    def fail(*_, **__):
+        raise error("in a block")
+
+    handle = stack.blocks[2].mlp.act_fn.register_forward_hook(fail)
+    runner = BlockRunner(model, stack, batch)
+    streams = dict.fromkeys(range(4), torch.zeros(2, 8, model.config.hidden_size))
+    for attempt in (
+        lambda: runner.record(),
+        lambda: [runner.run(index, streams[index]) for index in range(3)],
+        lambda: runner.finish(2, streams[2], ()),
+        lambda: watched(model, stack, batch),
+    ):
+        with pytest.raises(error, match="in a block"), inference(model):
+            attempt()
+        assert model.training == training
+    handle.remove()
+    assert leftovers(model) == []
+
+
+def watched(model, stack, batch):
+    with watch_blocks(stack, lambda *_: None):
+        forward(model, batch)
+
+
+def test_a_watcher_may_end_the_pass():
+    model, stack, batch = built("llama")
+    seen = []
+
+    def stop(index, *_):
+        seen.append(index)
+        if index == 1:
+            raise StopForward
+
+    with inference(model), watch_blocks(stack, stop):
+        assert forward(model, batch) is None
+    assert seen == [0, 1]
+    assert leftovers(model) == []
+
+
+def test_a_forward_that_somebody_else_set_comes_back():
+    _, stack, _ = built("llama")
+    own = stack.blocks[1].forward
+    other = lambda *args, **kwargs: own(*args, **kwargs)  # noqa: E731 (as Accelerate does)
+    stack.blocks[1].forward = other
+    with replaced_forwards(stack, {1: lambda own, args, kwargs: own(*args, **kwargs)}):
+        assert stack.blocks[1].forward is not other
+    assert stack.blocks[1].forward is other
+
+
+def test_every_module_gets_its_own_mode_back():
+    model, stack, _ = built("llama")
+    model.train()
+    stack.blocks[1].eval()
+    modes = [module.training for module in model.modules()]
+    with inference(model):
+        assert not any(module.training for module in model.modules())
+        assert not torch.is_grad_enabled()
+    assert [module.training for module in model.modules()] == modes
+    with pytest.raises(KeyboardInterrupt), inference(model):
+        raise KeyboardInterrupt
+    assert [module.training for module in model.modules()] == modes
+    assert torch.is_grad_enabled()
+
+
+# --- what cannot be followed is refused -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_activations_that_are_not_finite_name_their_block(value):
+    model, stack, batch = built("llama")
+    with torch.no_grad():
+        stack.blocks[2].mlp.down_proj.weight[0, 0] = value
+    runner = BlockRunner(model, stack, batch)
+    with inference(model):
+        with pytest.raises(CalibrationError, match=r"block model\.layers\.2 gives NaN or infinite"):
+            runner.record()
+        stream = runner.run(1, runner.run(0, runner.start()))
+        with pytest.raises(CalibrationError, match=r"block model\.layers\.2 gives NaN or infinite"):
+            runner.run(2, stream)
+    assert leftovers(model) == []
+
+
+def test_a_stream_that_changes_its_shape_names_its_block():
+    model = tiny_base_model("swin")
+    stack = Anatomy(model).stack()
+    with inference(model), pytest.raises(UnsupportedModelError, match=r"block encoder\.layers\.0 turns a stream of"):
+        BlockRunner(model, stack, Batch(tiny_inputs(model), None)).record()
+
+
+# --- small things -----------------------------------------------------------------------------------------------------
+
+
+def test_the_stream_in_what_a_block_takes_and_returns():
+    stream, other = torch.ones(1, 2, 3), torch.zeros(1, 2, 3)
+    assert stream_of((stream, other), {}) is stream
+    assert stream_of((), {"attention_mask": other, "hidden_states": stream}) is stream
+    assert stream_of((), {"position": torch.zeros(1, dtype=torch.long), "x": stream}) is stream
+    for output in (stream, (stream, other), [stream]):
+        assert stream_of_output(output) is stream
+        replaced = with_stream(output, other)
+        assert type(replaced) is type(output)
+        assert stream_of_output(replaced) is other
+    for wrong in ((3,), ("x", stream)):
+        with pytest.raises(TypeError, match="a block"):
+            stream_of_output(wrong)
+        with pytest.raises(TypeError, match="a block"):
+            stream_of(wrong, {})
+
+
+def test_a_decoder_s_start_token_does_not_count():
+    """forward() gives a decoder [start, first, ..., last but one]."""
+    model = tiny_seq2seq_model("t5")
+    real = torch.tensor([[True, True, False, True]])
+    batch = Batch({"input_ids": torch.tensor([[9, 10, 11, 12]])}, real)
+    stream = torch.zeros(1, 4, 8)
+    anatomy = Anatomy(model)
+    assert stream_tokens(anatomy.stack("encoder"), batch, stream).tolist() == [[True, True, False, True]]
+    assert stream_tokens(anatomy.stack("decoder"), batch, stream).tolist() == [[False, True, True, False]]
+    opt = tiny_model("opt")  # whose only stack lies under a module called decoder
+    assert stream_tokens(Anatomy(opt).stack(), batch, stream).tolist() == real.tolist()

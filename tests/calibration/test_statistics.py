@@ -1,0 +1,159 @@
+"""Statistics of blocks against slow loops over real tokens alone."""
+
+import math
+
+import pytest
+import torch
+
+from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.calibration.data import Calibration, DataOptions, prepare
+from hf_compress.calibration.statistics import block_statistics, pool
+from hf_compress.errors import CalibrationError
+from tests.architectures.tiny import tiny_base_model, tiny_seq2seq_model
+from tests.conftest import leftovers
+from tests.evaluation.conftest import WORDS
+
+
+def token_streams(model, stack, ids):
+    """The stream of one unpadded sample before the first block and after every block, [depth][position]."""
+    seen = []
+
+    def before(_, args, kwargs):
+        seen.append(args[0] if args else kwargs["hidden_states"])
+
+    def after(_, __, output):
+        seen.append(output if isinstance(output, torch.Tensor) else output[0])
+
+    handles = [stack.blocks[0].register_forward_pre_hook(before, with_kwargs=True)]
+    handles += [block.register_forward_hook(after) for block in stack.blocks]
+    with torch.no_grad():
+        model(torch.tensor([ids]))
+    for handle in handles:
+        handle.remove()
+    return [stream[0].double() for stream in seen]
+
+
+@pytest.fixture
+def samples(model, stack, texts):
+    """Per text: streams and the positions between `<s>` and `</s>`."""
+    bos, eos = WORDS.index("<s>"), WORDS.index("</s>")
+    rows = [[bos, *(WORDS.index(word) for word in text.split()), eos] for text in texts]
+    return [(token_streams(model, stack, row), range(1, len(row) - 1)) for row in rows]
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_pooled_states_are_of_real_tokens_alone(model, stack, calibration, samples, pooling):
+    pooled = block_statistics(model, stack, calibration, pooling).pooled
+    assert len(pooled) == len(stack)
+    for block, states in enumerate(pooled):
+        assert states.shape == (12, model.config.hidden_size)
+        assert states.dtype == torch.float32
+        for row, (streams, positions) in zip(states, samples, strict=True):
+            stream = streams[block + 1]
+            mean = sum(stream[position] for position in positions) / len(positions)
+            torch.testing.assert_close(
+                row.double(), mean if pooling == "mean" else stream[positions[-1]], atol=1e-5, rtol=1e-4
+            )
+
+
+def angle(first, second):
+    cosine = sum(a * b for a, b in zip(first.tolist(), second.tolist(), strict=True))
+    cosine /= math.sqrt(sum(a * a for a in first.tolist())) * math.sqrt(sum(b * b for b in second.tolist()))
+    return cosine, math.acos(max(-1.0, min(1.0, cosine))) / math.pi
+
+
+def test_block_influence_is_one_minus_the_mean_cosine(model, stack, calibration, samples):
+    influence = block_statistics(model, stack, calibration).influence
+    for block in range(len(stack)):
+        values = [1 - angle(s[block][p], s[block + 1][p])[0] for s, positions in samples for p in positions]
+        assert influence[block].item() == pytest.approx(sum(values) / len(values), abs=1e-6)
+
+
+@pytest.mark.parametrize("span", [1, 2, 4, 5])
+def test_change_is_the_mean_angle_over_a_span(model, stack, calibration, samples, span):
+    change = block_statistics(model, stack, calibration, span=span).change
+    assert change.shape == (len(stack) - span + 1,)
+    for start in range(len(change)):
+        values = [angle(s[start][p], s[start + span][p])[1] for s, positions in samples for p in positions]
+        assert change[start].item() == pytest.approx(sum(values) / len(values), abs=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 12])
+def test_statistics_do_not_depend_on_the_batch_size(model, stack, framing_tokenizer, texts, calibration, batch_size):
+    one = block_statistics(model, stack, calibration)
+    other = block_statistics(model, stack, prepare(texts, model, framing_tokenizer, DataOptions(batch_size=batch_size)))
+    torch.testing.assert_close(torch.stack(other.pooled), torch.stack(one.pooled), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(other.influence, one.influence, atol=1e-7, rtol=1e-5)
+    torch.testing.assert_close(other.change, one.change, atol=1e-6, rtol=1e-4)
+
+
+def test_padding_on_either_side_is_no_matter():
+    """What stands at masked positions never enters, and samples with no real token give no row."""
+    stream = torch.arange(24.0).reshape(3, 4, 2)
+    real = torch.tensor([[True, True, False, False], [False, False, True, True], [False] * 4])
+    expected = torch.stack([stream[0, :2].mean(dim=0), stream[1, 2:].mean(dim=0)])
+    assert torch.equal(pool(stream, real, "mean"), expected)
+    assert torch.equal(pool(stream, real, "last"), torch.stack([stream[0, 1], stream[1, 3]]))
+
+
+def test_every_position_of_a_picture_counts():
+    model = tiny_base_model("vit")
+    stack = Anatomy(model).stack()
+    size = model.config.image_size
+    images = torch.randn(5, 3, size, size, generator=torch.Generator().manual_seed(0))
+    seen = []
+    handle = stack.blocks[-1].register_forward_hook(lambda _, __, output: seen.append(output))
+    with torch.no_grad():
+        model(images)
+    handle.remove()
+    pooled = block_statistics(model, stack, prepare(images, model, None, DataOptions(batch_size=2))).pooled
+    torch.testing.assert_close(pooled[-1], seen[0].mean(dim=1), atol=1e-5, rtol=1e-4)
+
+
+def test_a_decoder_is_pooled_over_the_tokens_it_was_given(ids):
+    """Position 0 holds the start token, and position i the token i - 1."""
+    model = tiny_seq2seq_model("t5")
+    stack = Anatomy(model).stack("decoder")
+    seen = []
+    handle = stack.blocks[-1].register_forward_hook(lambda _, __, output: seen.append(output[0]))
+    shifted = torch.cat([torch.full((12, 1), model.config.decoder_start_token_id), ids[:, :-1]], dim=1)
+    with torch.no_grad():
+        model(input_ids=ids, decoder_input_ids=shifted)
+    handle.remove()
+    pooled = block_statistics(model, stack, prepare(ids, model, None)).pooled
+    torch.testing.assert_close(pooled[-1], seen[0][:, 1:].mean(dim=1), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_activations_that_are_not_finite_name_their_block(model, stack, calibration, value):
+    with torch.no_grad():
+        stack.blocks[3].mlp.down_proj.weight[0, 0] = value
+    with pytest.raises(CalibrationError, match=r"block model\.layers\.3 gives NaN or infinite activations"):
+        block_statistics(model, stack, calibration)
+    assert leftovers(model) == []
+
+
+def test_memory_does_not_grow_with_the_data(model, stack, calibration, monkeypatch):
+    """At any time, the streams held are as many after the last batch as after the first."""
+    import weakref
+
+    import hf_compress.calibration.statistics as module
+
+    alive: list[weakref.ref] = []
+    held: list[int] = []
+    own = module._Collector.__call__
+
+    def counting(self, index, before, after):
+        alive.append(weakref.ref(after))
+        own(self, index, before, after)
+        if index == len(stack) - 1:
+            held.append(sum(ref() is not None for ref in alive))
+
+    monkeypatch.setattr(module._Collector, "__call__", counting)
+    many = Calibration([*calibration.batches] * 5)
+    statistics = block_statistics(model, stack, many, span=2)
+    assert len(held) == 20
+    assert max(held) <= 2 * len(stack)
+    assert held[-1] == held[1]
+    assert all(states.numel() == many.samples * model.config.hidden_size for states in statistics.pooled)
+    assert all(states.untyped_storage().nbytes() == states.numel() * 4 for states in statistics.pooled)
