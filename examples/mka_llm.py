@@ -61,7 +61,7 @@ and standard-library code. Settings: `{config}`. Versions: {versions}.
 ## Limitations
 
 The base model is a small one, trained to exercise this library on manual pages and code; it is good for nothing else,
-and neither is this. Nothing was trained after compression. Not evaluated: safety, bias, any other language or kind of text.
+and neither is this. Nothing was trained after compression. Not evaluated: safety, bias, other languages, other text.
 """
 
 

@@ -52,10 +52,6 @@ class Workbench:
         """What tells the blocks of a stack apart."""
         return self.anatomy.kinds(stack)
 
-    def parameter_name(self, parameter_path: str, stack: Stack, index: int) -> str:
-        """The model's name of a parameter of a block."""
-        return f"{stack.path}.{index}.{parameter_path}"
-
     @contextmanager
     def trial(self) -> Iterator[Undo]:
         """Changes made through the given `Undo` last until the end of the `with` block."""

@@ -4,7 +4,7 @@
     python examples/reference/pretrain.py --output out/my-llama
     python examples/reference/pretrain.py --architecture gpt2 --width 192 --steps 1200 --output out/my-gpt2
 
-A document in which a tenth of the eight-word sequences of one of `heldout.jsonl` occur is kept out of training, whatever
+A document that holds a tenth of the eight-word sequences of one of `heldout.jsonl` is kept out of training, whatever
 its markup, so that the held-out texts stay held out. The tokenizer is the bundled one unless `--new-tokenizer` trains
 another on the gathered documents.
 """

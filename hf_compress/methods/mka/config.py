@@ -21,7 +21,7 @@ class MKAConfig(CompressionConfig, method="mka", paper="https://arxiv.org/abs/24
 
     variant="refit", the default: the pair whose merging costs least becomes one block, the earlier of the two, whose
     output projections are solved for anew so that it gives what both gave; then every later block is corrected for what
-    is left of the error. `similarity` and what belongs to it are only reported.
+    is left of the error. `similarity` and what belongs to it play no part; `analyze` shows them.
 
     variant="paper": the pair of the highest similarity becomes one block by averaging all parameters,
     alpha * earlier + (1 - alpha) * later.
