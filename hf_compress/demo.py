@@ -32,25 +32,21 @@ if TYPE_CHECKING:
 REFERENCE = Path(__file__).resolve().parent.parent / "examples" / "reference"
 RATIO = 0.25
 _CALIBRATION_TOKENS = 256  # of each text
-METHODS: dict[str, CompressionConfig] = {
-    "MKA": MKAConfig(ratio=RATIO),
-    "MKA, the paper's averaging": MKAConfig(ratio=RATIO, variant="paper"),
-    "drop the last blocks": DropBlocksConfig(ratio=RATIO, criterion="last"),
-    "drop by block influence": DropBlocksConfig(ratio=RATIO, criterion="block_influence"),
-}
 _HELD_OUT_LETTERS = 1500  # from the middle of each held-out document: about as many tokens as the model has positions
 
 
 @dataclass(frozen=True)
 class _Amounts:
-    """How much data the demo takes."""
+    """How much data the demo takes: texts, questions, and texts that MKA compares candidates on."""
 
     calibration: int
+    choice: int
     held_out: int
     cloze: int
 
 
-_FULL, _QUICK = _Amounts(calibration=128, held_out=93, cloze=100), _Amounts(calibration=48, held_out=32, cloze=40)
+_FULL = _Amounts(calibration=128, choice=32, held_out=64, cloze=100)
+_QUICK = _Amounts(calibration=32, choice=8, held_out=24, cloze=40)
 
 
 @dataclass(frozen=True)
@@ -62,6 +58,16 @@ class _Row:
     bytes: int
     perplexity: Perplexity
     cloze: TaskScore | None
+
+
+def methods(choice_samples: int = 32) -> dict[str, CompressionConfig]:
+    """What is compared, by the names in the table."""
+    return {
+        "MKA": MKAConfig(ratio=RATIO, choice_samples=choice_samples),
+        "MKA, the paper's averaging": MKAConfig(ratio=RATIO, variant="paper"),
+        "drop the last blocks": DropBlocksConfig(ratio=RATIO, criterion="last"),
+        "drop by block influence": DropBlocksConfig(ratio=RATIO, criterion="block_influence"),
+    }
 
 
 def run(console: Console, output: Path, *, quick: bool = False) -> None:
@@ -83,7 +89,7 @@ def run(console: Console, output: Path, *, quick: bool = False) -> None:
     name = str(REFERENCE / "manuals-llama-12l")
     tokenizer = AutoTokenizer.from_pretrained(name)
     rows: list[_Row] = []
-    for label, model in _models(console, name, calibration, tokenizer):
+    for label, model in _models(console, name, calibration, tokenizer, amounts.choice):
         if label == "MKA":
             report: Any = model.compression_report
             console.print(report.table())
@@ -99,12 +105,12 @@ def run(console: Console, output: Path, *, quick: bool = False) -> None:
 
 
 def _models(
-    console: Console, name: str, calibration: list[str], tokenizer: PreTrainedTokenizerBase
+    console: Console, name: str, calibration: list[str], tokenizer: PreTrainedTokenizerBase, choice: int
 ) -> Iterator[tuple[str, PreTrainedModel]]:
     """The dense model, and one for every method, each from the files anew."""
     yield "dense", _load(name)
     data = None
-    for label, config in METHODS.items():
+    for label, config in methods(choice).items():
         console.print(f"[bold]{label}[/bold]: taking out 3 of 12 blocks …")
         model = _load(name)
         data = data or prepare(calibration, model, tokenizer, DataOptions(max_length=_CALIBRATION_TOKENS))

@@ -10,7 +10,7 @@ from typing import Any
 from hf_compress.errors import CalibrationError
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-_HUB_NAME = re.compile(r"^[\w.-]+(/[\w.-]+)?(:[\w.-]+){0,2}$")
+_HUB_NAME = re.compile(r"^\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+){0,2}$")
 
 
 def load_texts(source: str | Path, text_column: str | None = None, limit: int | None = None) -> list[str]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hf_compress.config import CompressionConfig
+
+_EXPONENT = re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
 
 
 def config_from(
@@ -54,7 +56,7 @@ def config_from(
     for name in values:
         if name not in names:
             close = difflib.get_close_matches(name, names, n=1)
-            hint = f"; did you mean {close[0]!r}" if close else ""
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
             raise ValueError(f"{method} has no setting {name!r}{hint}; it has {', '.join(names)}")
     return CompressionConfig.from_dict({"method": method, **values})
 
@@ -63,18 +65,14 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     values = _yaml(path.read_text(encoding="utf-8"), str(path))
     if not isinstance(values, dict):
         raise ValueError(f"{path}: a recipe is a mapping of 'method' and the method's settings; got {values!r:.60}")
-    return values
+    return {name: _number(value) for name, value in values.items()}
 
 
 def _setting(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not name.strip():
         raise ValueError(f"--set takes field=value; got {text!r}")
-    parsed = _yaml(value, f"--set {text}")
-    if isinstance(parsed, str):
-        with contextlib.suppress(ValueError):
-            parsed = float(parsed)  # YAML takes 1e-3 for a word
-    return name.strip(), parsed
+    return name.strip(), _number(_yaml(value, f"--set {text}"))
 
 
 def _yaml(text: str, source: str) -> Any:
@@ -84,6 +82,11 @@ def _yaml(text: str, source: str) -> Any:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(f"{source} is not YAML: {error}") from None
+
+
+def _number(value: Any) -> Any:
+    """A number that YAML takes for a word, such as 1e-5, as Python and JSON write it."""
+    return float(value) if isinstance(value, str) and _EXPONENT.match(value) else value
 
 
 def _num_field(method: str, names: list[str]) -> str:

@@ -20,8 +20,8 @@ _GONE: dict[str, Any] = {"facecolor": "white", "edgecolor": _REMOVED, "hatch": "
 _STEPS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 _MARKERS = "osD^vP"
 _SCORES = {
-    "block_influence": "block influence\n(1 − cosine of the stream before and after)",
-    "angular_distance": "angular distance of the run that begins here\n(share of π)",
+    "block_influence": "block influence\n(1 − cosine, before and after)",
+    "angular_distance": "angle, as a share of π, over\nthe run that begins here",
 }
 
 
@@ -126,7 +126,9 @@ def _heatmap(figure: Any, axis: Any, rows: list[list[float]], merged: Sequence[S
     size = len(rows)
     others = [value for i, row in enumerate(rows) for j, value in enumerate(row) if i != j and math.isfinite(value)]
     low = min(others, default=0.0)
-    image = axis.imshow(rows, cmap="cividis", vmin=low, vmax=max(max(others, default=1.0), low + 1e-9))
+    shown = [[math.nan if i == j else value for j, value in enumerate(row)] for i, row in enumerate(rows)]
+    axis.set_facecolor("#E3E6EA")  # the diagonal, which is 1 always
+    image = axis.imshow(shown, cmap="cividis", vmin=low, vmax=max(max(others, default=1.0), low + 1e-9))
     if size <= 16:
         middle = (low + max(others, default=1.0)) / 2
         for i, row in enumerate(rows):
@@ -150,11 +152,17 @@ def _heatmap(figure: Any, axis: Any, rows: list[list[float]], merged: Sequence[S
 def _draw_scores(figure: Any, axis: Any, entry: tuple[str, list[float]], report: CompressionReport) -> None:
     name, values = entry
     gone = _gone(report.edits)
-    for index, value in enumerate(values):
-        _bar(axis, index, value, index in gone)
+    _log_if_wide(axis, values)  # so points, not bars: a bar on a logarithmic axis has no foot to stand on
+    for out, marker, colour in ((False, "o", _MERGED), (True, "X", _REMOVED)):
+        blocks = [index for index in range(len(values)) if (index in gone) is out]
+        label = "taken out" if out else "kept"
+        axis.plot(blocks, [values[i] for i in blocks], marker, color=colour, markersize=9, label=label)
+    if len(values) <= 24:
+        for index, value in enumerate(values):
+            axis.annotate(f"{value:.3g}", (index, value), (0, 8), textcoords="offset points", ha="center", fontsize=8)
+    axis.margins(y=0.2)
     _finish(axis, len(values), _SCORES[name])
-    _log_if_wide(axis, values)
-    _legend(axis, {"kept": _STAYS, "taken out": _GONE})
+    axis.legend(fontsize=8, frameon=False, loc="upper right", ncols=2)
 
 
 def _draw_losses(figure: Any, axis: Any, steps: list[dict[str, Any]], report: CompressionReport) -> None:
@@ -182,7 +190,7 @@ def _draw_losses(figure: Any, axis: Any, steps: list[dict[str, Any]], report: Co
 
 def _draw_greedy(figure: Any, axis: Any, steps: list[dict[str, Any]], report: CompressionReport) -> None:
     for number, step in enumerate(steps):
-        _bar(axis, number, step["loss"], True)
+        axis.plot(number, step["loss"], "X", color=_REMOVED, markersize=9)
     axis.set_xticks(range(len(steps)), [f"block {step['removed']}" for step in steps])
     axis.set_xlabel("taken out, in this order")
     axis.set_ylabel("loss afterwards (nats)")
@@ -194,8 +202,8 @@ def _draw_fits(figure: Any, axis: Any, fits: list[dict[str, Any]], report: Compr
         axis.bar(fit["block"], fit["error"], width=0.7, color=_MERGED if fit["absorbed"] else _KEPT, edgecolor=_INK)
     axis.axhline(1, color=_INK, linewidth=0.8, linestyle="--")
     _finish(axis, report.before.blocks.get(_only_stack(report), len(fits)), "error after solving\n(1 = without)")
-    axis.set_ylim(0, 1.08)
-    _legend(axis, {"absorbed the next": {"facecolor": _MERGED}, "corrected": _STAYS})
+    axis.set_ylim(0, 1.05)
+    _legend_above(axis, {"absorbed the next": {"facecolor": _MERGED}, "corrected": _STAYS})
 
 
 def _strip(axis: Any, report: CompressionReport, stack: str) -> None:
@@ -239,10 +247,6 @@ def _only_stack(report: CompressionReport) -> str:
     return next((edit["stack"] for edit in report.edits if "stack" in edit), "")
 
 
-def _bar(axis: Any, at: int, height: float, gone: bool) -> None:
-    axis.bar(at, height, width=0.75, **(_GONE if gone else _STAYS))
-
-
 def _finish(axis: Any, blocks: int, label: str) -> None:
     axis.set_xticks(_ticks(blocks))
     axis.set_xlim(-0.6, blocks - 0.4)
@@ -263,11 +267,11 @@ def _log_if_wide(axis: Any, values: Sequence[float]) -> None:
         axis.set_yscale("log")
 
 
-def _legend(axis: Any, looks: dict[str, dict[str, Any]]) -> None:
+def _legend_above(axis: Any, looks: dict[str, dict[str, Any]]) -> None:
     from matplotlib.patches import Patch
 
     handles = [Patch(label=name, **look) for name, look in looks.items()]
-    axis.legend(handles=handles, fontsize=8, frameon=False, loc="upper right", ncols=len(handles))
+    axis.legend(handles=handles, fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=(1, 0.97), ncols=2)
 
 
 def _ticks(size: int) -> range:

@@ -1,0 +1,85 @@
+"""Pictures are drawn from whatever a report holds, and refused where it holds nothing."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hf_compress.report.plots import plot_report, plot_similarity
+from hf_compress.report.report import CompressionReport, Size, Stage
+
+MERGE = {"edit": "MergeBlocks", "stack": "model.layers", "kept": 1, "absorbed": [2]}
+REMOVE = {"edit": "RemoveBlocks", "stack": "model.layers", "blocks": [3]}
+SIMILARITY = [[1.0, 0.5, 0.2, 0.1], [0.5, 1.0, 0.8, 0.3], [0.2, 0.8, 1.0, 0.4], [0.1, 0.3, 0.4, 1.0]]
+NOTES: dict[str, dict[str, Any]] = {
+    "similarity": {"similarity": SIMILARITY, "merges": [{"blocks": [1, 2], "similarity": 0.8, "alpha": 0.8}]},
+    "block influence": {"block_influence": [0.9, 0.02, 0.03, 0.1]},
+    "angular": {"angular_distance": [0.3, 0.2, 0.1]},
+    "greedy": {"greedy": [{"removed": 3, "loss": 2.5}]},
+    "refit": {
+        "merges": [{"absorbed": 2, "losses": {"1": 300.0, "2": 2.0, "3": 2.5}}],
+        "fits": [{"block": 1, "absorbed": [2], "error": 0.5, "penalty": 0.1}],
+    },
+    "nothing": {},
+}
+
+
+@pytest.fixture
+def report() -> CompressionReport:
+    return CompressionReport(
+        method="mka",
+        config={"method": "mka"},
+        base_model="somewhere/model",
+        before=Size(1000, 2000, {"model.layers": 4}),
+        after=Size(750, 1500, {"model.layers": 3}),
+        edits=[MERGE],
+        notes={},
+        stages=[Stage("choose", 1.0)],
+        calibration={"samples": 2},
+        parity=True,
+    )
+
+
+@pytest.mark.parametrize("edit", [MERGE, REMOVE], ids=["merge", "remove"])
+@pytest.mark.parametrize("notes", NOTES.values(), ids=NOTES)
+def test_every_kind_of_report_is_drawn(
+    report: CompressionReport, notes: dict[str, Any], edit: dict[str, Any], tmp_path: Path
+) -> None:
+    path = plot_report(replace(report, notes=notes, edits=[edit]), tmp_path / "new" / "plot.png")
+    assert path.read_bytes()[:4] == b"\x89PNG"
+    assert path.stat().st_size > 4000
+
+
+def test_the_ending_says_the_format(report: CompressionReport, tmp_path: Path) -> None:
+    assert "<svg" in report.plot(tmp_path / "plot.svg").read_text()[:800]
+    with pytest.raises(ValueError, match=r"\.png or \.svg; got .*plot\.pdf"):
+        report.plot(tmp_path / "plot.pdf")
+
+
+def test_a_report_without_scores_or_edits_is_refused(report: CompressionReport, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nothing to draw"):
+        plot_report(replace(report, edits=[]), tmp_path / "plot.png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_large_matrix_is_drawn_and_one_that_is_not_square_is_refused(tmp_path: Path) -> None:
+    matrix = torch.rand(60, 60, dtype=torch.float64)
+    assert plot_similarity(matrix, tmp_path / "big.png", "title", merged=[(3, 4)]).exists()
+    assert plot_similarity([[1.0]], tmp_path / "one.png", "title").exists()
+    with pytest.raises(ValueError, match="must be square"):
+        plot_similarity([[1.0, 0.5]], tmp_path / "bad.png", "title")
+
+
+def test_pyplot_and_its_global_state_are_not_used(report: CompressionReport, tmp_path: Path) -> None:
+    report.plot(tmp_path / "plot.png")
+    assert "matplotlib.pyplot" not in sys.modules
+
+
+def test_json_and_back(report: CompressionReport, tmp_path: Path) -> None:
+    assert CompressionReport.from_json(report.to_json(tmp_path / "r.json")) == report
+    assert CompressionReport.from_json((tmp_path / "r.json").read_text()) == report

@@ -1,0 +1,315 @@
+"""The command line: what it prints, writes, and exits with."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from time import perf_counter
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+from typer.testing import CliRunner, Result
+
+from hf_compress.cli import app
+from hf_compress.cli.output import human_bytes
+from hf_compress.cli.settings import config_from
+from hf_compress.demo import REFERENCE
+from hf_compress.methods.drop_blocks import DropBlocksConfig
+from hf_compress.methods.mka import MKAConfig
+from tests.evaluation.conftest import tiny_llama, word_tokenizer, words
+
+COMMANDS = ("compress", "analyze", "evaluate", "info", "demo", "methods")
+
+
+@pytest.fixture(autouse=True)
+def _verbosity() -> object:
+    """The commands turn Transformers' down; other tests should find it as it was."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    yield
+    transformers_logging.set_verbosity(level)
+    if bars:
+        transformers_logging.enable_progress_bar()
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_llama(6).save_pretrained(folder)
+    word_tokenizer(add_special=False).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("texts") / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": words(20, seed)}) + "\n" for seed in range(24)))
+    return str(path)
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+# --- help -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)], ids=lambda c: " ".join(c) or "all")
+def test_help_imports_nothing_slow(command: tuple[str, ...]) -> None:
+    code = (
+        "import sys; from hf_compress.cli import main\n"
+        f"sys.argv = ['hf-compress', *{command!r}, '--help']\n"
+        "try:\n    main()\nfinally:\n"
+        "    print([m for m in ('torch', 'transformers', 'datasets', 'numpy', 'matplotlib') if m in sys.modules])"
+    )
+    start = perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert perf_counter() - start < 2
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "Usage: hf-compress" in done.stdout
+
+
+def test_methods_are_listed_with_papers_and_settings() -> None:
+    result = run("methods")
+    assert result.exit_code == 0
+    for part in ("mka", "drop_blocks", "arxiv.org/abs/2406.16330", "num_merges", "share of the blocks to merge away"):
+        assert part in result.stdout
+
+
+# --- compress ---------------------------------------------------------------------------------------------------------
+
+
+def test_compress_saves_a_model_that_plain_transformers_loads(
+    model_folder: str, text_file: str, tmp_path: Path
+) -> None:
+    output = tmp_path / "small"
+    result = run("compress", model_folder, "--ratio", "0.34", "--calibration", text_file, "--output", output)
+    assert result.exit_code == 0, result.output
+    assert "MergeBlocks" in result.stdout
+    assert f'AutoModelForCausalLM.from_pretrained("{output}")' in result.stdout.replace("\n", "")
+    model = AutoModelForCausalLM.from_pretrained(output)
+    assert len(model.model.layers) == 4
+    assert (output / "tokenizer.json").exists()
+    assert json.loads((output / "compression_report.json").read_text())["method"] == "mka"
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
+
+
+def test_dry_run_shows_plan_and_sizes_and_writes_nothing(model_folder: str, text_file: str, tmp_path: Path) -> None:
+    output, before = tmp_path / "small", sorted(Path(model_folder).iterdir())
+    arguments = ("--method", "drop_blocks", "--num", "2", "--calibration", text_file, "--output", output)
+    result = run("compress", model_folder, *arguments, "--dry-run")
+    assert result.exit_code == 0, result.output
+    dense = tiny_llama(6)
+    left = dense.num_parameters() - 2 * sum(p.numel() for p in dense.model.layers[0].parameters())
+    for part in ("RemoveBlocks", f"{dense.num_parameters():,}", f"{left:,}", f"{4 * left:,}", "nothing was written"):
+        assert part in result.stdout
+    assert list(tmp_path.iterdir()) == []
+    assert sorted(Path(model_folder).iterdir()) == before
+
+
+def test_a_method_without_data_needs_no_calibration(model_folder: str) -> None:
+    arguments = ("--method", "drop_blocks", "--ratio", "0.5", "--set", "criterion=last", "--dry-run")
+    result = run("compress", model_folder, *arguments)
+    assert result.exit_code == 0, result.output
+    assert "blocks 3, 4, 5" in result.stdout
+
+
+def test_an_output_that_exists_is_refused_at_once_and_replaced_on_request(model_folder: str, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("keep")
+    arguments = ("compress", model_folder, "--method", "drop_blocks", "--num", "1", "--set", "criterion=last")
+    result = run(*arguments, "--output", tmp_path)
+    assert result.exit_code == 2
+    assert "exists and is not empty" in result.stderr
+    assert (tmp_path / "mine").read_text() == "keep"
+    assert run(*arguments, "--output", tmp_path, "--overwrite").exit_code == 0
+    assert not (tmp_path / "mine").exists()
+    assert (tmp_path / "config.json").exists()
+
+
+def test_the_seed_is_the_method_s(model_folder: str) -> None:
+    arguments = ("--method", "drop_blocks", "--num", "2", "--set", "criterion=random", "--dry-run")
+    outputs = [run("compress", model_folder, *arguments, "--seed", seed).stdout for seed in "0012"]
+    runs = [re.findall("blocks ([0-9, ]+)", output)[0] for output in outputs]
+    assert runs[0] == runs[1]
+    assert len(set(runs)) > 1
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MKAConfig(num_merges=3, variant="paper", similarity="cka", alpha=0.25, iterative=False, bandwidth=1e-5),
+        DropBlocksConfig(ratio=0.4, criterion="random", seed=7, stack="model.layers"),
+    ],
+    ids=["mka", "drop_blocks"],
+)
+def test_a_recipe_says_all_that_a_config_says(config: MKAConfig | DropBlocksConfig, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(config.to_dict()))
+    assert config_from(None, recipe) == config
+    recipe.write_text(config.to_json())
+    assert config_from(None, recipe) == config
+
+
+def test_options_win_over_the_recipe(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("method: mka\nratio: 0.5\nvariant: paper\nalpha: 0.1\n")
+    assert config_from(None, recipe, num=2) == MKAConfig(num_merges=2, variant="paper", alpha=0.1)
+    assert config_from(None, recipe, ratio=0.2, settings=["alpha=1e-3"]) == MKAConfig(
+        ratio=0.2, variant="paper", alpha=0.001
+    )
+    assert config_from(None, recipe, settings=["alpha=null", "num_merges=1"]) == MKAConfig(
+        num_merges=1, variant="paper"
+    )
+    recipe.write_text("ratio: 0.5\n")
+    assert config_from("drop_blocks", recipe, seed=3) == DropBlocksConfig(ratio=0.5, seed=3)
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--ratio", "1.5"), "ratio must lie strictly between 0 and 1"),
+        (("--ratio", "0.5", "--num", "2"), "give ratio or num_merges, not both"),
+        ((), "say how much to merge"),
+        (("--method", "magic"), "unknown method 'magic'; known are drop_blocks, mka"),
+        (("--ratio", "0.5", "--set", "variannt=paper"), "did you mean 'variant'?"),
+        (("--ratio", "0.5", "--set", "variant"), "--set takes field=value"),
+        (("--ratio", "0.5", "--recipe", "nowhere.yaml"), "nowhere.yaml"),
+        (("--ratio", "0.5", "--calibration", "nowhere.jsonl"), "nowhere.jsonl: no such file or folder"),
+        (("--ratio", "0.5"), "needs calibration data"),
+        (("--ratio", "0.5", "--dtype", "int3"), "--dtype must be one of auto, float32"),
+        (("--num", "6", "--calibration", "TEXTS"), "num_merges=6 takes 6 of 6 blocks and leaves none"),
+        (("--num", "1", "--calibration", "TEXTS", "--samples", "3"), "3 calibration samples are too few"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    arguments: tuple[str, ...], message: str, model_folder: str, text_file: str, tmp_path: Path
+) -> None:
+    given = [text_file if argument == "TEXTS" else argument for argument in arguments]
+    result = run("compress", model_folder, "--output", tmp_path / "out", *given)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_is_not_there_is_named(text_file: str, tmp_path: Path) -> None:
+    for name in ("./nowhere", str(tmp_path)):
+        result = run("compress", name, "--ratio", "0.5", "--calibration", text_file, "--dry-run")
+        assert result.exit_code == 2
+        assert name in result.stderr
+    assert "--output DIR, or --dry-run" in run("compress", "any", "--ratio", "0.5").stderr
+
+
+def test_debug_shows_where_an_error_comes_from(model_folder: str) -> None:
+    result = run("--debug", "compress", model_folder, "--ratio", "1.5", "--dry-run")
+    assert isinstance(result.exception, ValueError)
+
+
+def test_an_interruption_exits_with_130_and_leaves_nothing(
+    model_folder: str, text_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_compress.storage.save.verify", interrupted)  # the files are written by then
+    arguments = ("--method", "drop_blocks", "--num", "1", "--calibration", text_file, "--output", tmp_path / "out")
+    result = run("compress", model_folder, *arguments)
+    assert result.exit_code == 130
+    assert "Interrupted" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- looking ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(model_folder: str, tmp_path: Path) -> Path:
+    output = tmp_path / "small"
+    arguments = ("--method", "drop_blocks", "--num", "2", "--set", "criterion=last", "--output", output)
+    assert run("compress", model_folder, *arguments).exit_code == 0
+    return output
+
+
+def test_info_says_what_was_done_and_checks_it(small: Path, model_folder: str) -> None:
+    result = run("info", small)
+    assert result.exit_code == 0, result.output
+    for part in ("blocks 4, 5", "criterion=last", "stored:", "parity check passed"):
+        assert part in result.stdout
+    plain = run("info", model_folder)
+    assert plain.exit_code == 0
+    assert "no compression report" in plain.stdout
+
+
+def test_info_fails_where_weights_are_missing_or_the_report_is_another_s(small: Path) -> None:
+    report = small / "compression_report.json"
+    content = json.loads(report.read_text())
+    report.write_text(json.dumps(content | {"after": {"parameters": 3, "bytes": 4, "blocks": {"model.layers": 1}}}))
+    result = run("info", small)
+    assert result.exit_code == 1
+    assert "the report speaks of 3 parameters" in result.stdout
+    report.write_text("{}")
+    assert run("info", small).exit_code == 2
+    report.unlink()
+    weights = load_file(small / "model.safetensors")
+    weights.pop("model.layers.0.mlp.down_proj.weight")
+    save_file(weights, small / "model.safetensors", metadata={"format": "pt"})
+    result = run("info", small)
+    assert result.exit_code == 1
+    assert "model.layers.0.mlp.down_proj.weight" in result.stdout
+    assert run("info", small / "nowhere").exit_code == 2
+
+
+def test_analyze_prints_and_writes_a_picture(model_folder: str, text_file: str, tmp_path: Path) -> None:
+    result = run("analyze", model_folder, "--calibration", text_file, "--output", tmp_path / "look")
+    assert result.exit_code == 0, result.output
+    assert "similarity to next" in result.stdout
+    assert "what would be taken out" in result.stdout
+    assert sorted(path.name for path in (tmp_path / "look").iterdir()) == ["analysis.json", "similarity.png"]
+
+
+def test_evaluate_measures_perplexity_and_writes_json(model_folder: str, text_file: str, tmp_path: Path) -> None:
+    result = run("evaluate", model_folder, "--texts", text_file, "--limit", "4", "--output", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "perplexity" in result.stdout
+    assert json.loads((tmp_path / "evaluation.json").read_text())["perplexity"]["documents"] == 4
+
+
+def test_sizes_are_written_for_people() -> None:
+    assert [human_bytes(n) for n in (12, 21_901_824, 3 * 10**12)] == ["12 bytes", "21.9 MB", "3.0 TB"]
+
+
+# --- demo -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_demo_outside_of_a_clone_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("hf_compress.demo.REFERENCE", tmp_path / "nowhere")
+    result = run("demo", "--output", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "clone of the repository" in result.stderr
+
+
+@pytest.mark.slow
+def test_the_demo_beats_its_controls(tmp_path: Path) -> None:
+    result = run("demo", "--quick", "--output", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "bit for bit" in result.stdout
+    lines = [line for line in result.stdout.splitlines() if "±" in line]
+    perplexities = [float(line.split("│")[4].split("±")[0]) for line in lines]
+    assert len(perplexities) == 5
+    assert perplexities[0] < perplexities[1] == min(perplexities[1:])
+    dense = AutoModelForCausalLM.from_pretrained(REFERENCE / "manuals-llama-12l")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert (len(dense.model.layers), len(loaded.model.layers)) == (12, 9)
+    assert loaded.dtype == torch.bfloat16
