@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from time import perf_counter
 from typing import Any
 
@@ -116,7 +117,7 @@ def _report(config: CompressionConfig, plan: Plan, bench: Workbench, before: Siz
         base_model=str(bench.model.name_or_path or ""),
         before=before,
         after=after,
-        edits=[edit.to_dict() for edit in plan.edits],
+        edits=json.loads(plan.to_json())["edits"],  # with lists for tuples, as they come back from a file
         notes=plan.notes,
         stages=[Stage(name, seconds) for name, seconds in bench.seconds.items()],
         calibration=bench.data.describe() if bench.data else {},

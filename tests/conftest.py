@@ -51,6 +51,13 @@ def make_llama() -> Callable[..., LlamaForCausalLM]:
     return tiny_llama
 
 
+def in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """`model` as from_pretrained loads it in a dtype: unlike model.to(), that leaves buffers in float32."""
+    own = type(model)._from_config(model.config, dtype=dtype).eval()
+    own.load_state_dict(model.state_dict())
+    return own
+
+
 @pytest.fixture
 def stack(model: PreTrainedModel) -> Stack:
     return Anatomy(model).stack()

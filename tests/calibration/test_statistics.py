@@ -51,9 +51,8 @@ def test_pooled_states_are_of_real_tokens_alone(model, stack, calibration, sampl
         for row, (streams, positions) in zip(states, samples, strict=True):
             stream = streams[block + 1]
             mean = sum(stream[position] for position in positions) / len(positions)
-            torch.testing.assert_close(
-                row.double(), mean if pooling == "mean" else stream[positions[-1]], atol=1e-5, rtol=1e-4
-            )
+            expected = mean if pooling == "mean" else stream[positions[-1]]
+            torch.testing.assert_close(row.double(), expected, atol=1e-5, rtol=1e-4)
 
 
 def angle(first, second):

@@ -1,0 +1,195 @@
+"""save(): whole and proven, or not at all."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import hf_compress.storage.save as save_module
+from hf_compress.errors import ParityError
+from hf_compress.methods.drop_blocks import DropBlocksConfig
+from hf_compress.pipeline import compress
+from hf_compress.report.report import CompressionReport
+from hf_compress.storage.save import REPORT_FILE, save
+from tests.conftest import in_dtype
+
+DROP_TWO = DropBlocksConfig(num_blocks=2, criterion="last")
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def old(tmp_path):
+    """A directory that holds something."""
+    folder = tmp_path / "out"
+    (folder / "inner").mkdir(parents=True)
+    (folder / "config.json").write_text("an older model's")
+    (folder / "inner" / "notes.txt").write_text("keep me")
+    return folder
+
+
+def test_all_of_it_is_written(model, tokenizer, ids, tmp_path):
+    compress(model, DROP_TWO)
+    folder = save(model, tmp_path / "deep" / "down" / "out", tokenizer)
+    assert folder == tmp_path / "deep" / "down" / "out"
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert len(loaded.model.layers) == 3
+    assert AutoTokenizer.from_pretrained(folder)("w1 w2").input_ids == tokenizer("w1 w2").input_ids
+    report = CompressionReport.from_json((folder / REPORT_FILE).read_text())
+    assert report == CompressionReport.from_json(model.compression_report.to_json())
+    assert [path.name for path in folder.parent.iterdir()] == ["out"]
+
+
+def test_a_model_that_was_not_compressed_has_no_report(model, tmp_path):
+    assert REPORT_FILE not in files(save(model, tmp_path / "out"))
+
+
+def test_the_folder_can_be_read_by_whom_the_umask_lets(model, tmp_path):
+    (tmp_path / "plain").mkdir()
+    assert save(model, tmp_path / "out").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_directory_that_holds_something_is_refused(model, old):
+    before = files(old)
+    with pytest.raises(FileExistsError, match=r"out exists and is not empty: choose another.*overwrite=True"):
+        save(model, old)
+    assert files(old) == before
+
+
+def test_a_file_in_the_way_is_refused(model, tmp_path):
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(FileExistsError, match="out exists"):
+        save(model, tmp_path / "out")
+    assert (tmp_path / "out").read_text() == "a file"
+
+
+def test_an_empty_directory_is_filled(model, tmp_path):
+    (tmp_path / "out").mkdir()
+    assert "config.json" in files(save(model, tmp_path / "out"))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_overwriting_replaces_the_whole(model, old):
+    save(model, old, overwrite=True)
+    assert json.loads((old / "config.json").read_text())["num_hidden_layers"] == 5
+    assert not (old / "inner").exists()
+    assert [path.name for path in old.parent.iterdir()] == ["out"]
+
+
+class Broken(Exception):
+    pass
+
+
+def _raise(*_, **__):
+    raise Broken
+
+
+def _interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+def fail_writing(monkeypatch, model):
+    own = type(model).save_pretrained
+
+    def half(self, folder, **kwargs):
+        own(self, folder, **kwargs)
+        raise OSError("no space left")
+
+    monkeypatch.setattr(type(model), "save_pretrained", half)
+    return OSError
+
+
+def fail_verifying(monkeypatch, model):
+    monkeypatch.setattr(save_module, "verify", _interrupt)
+    return KeyboardInterrupt
+
+
+def fail_renaming(which):
+    def install(monkeypatch, model):
+        own, calls = Path.rename, []
+
+        def rename(self, target):
+            calls.append(target)
+            return _raise() if len(calls) == which else own(self, target)
+
+        monkeypatch.setattr(Path, "rename", rename)
+        return Broken
+
+    return install
+
+
+FAILURES = {
+    "writing": fail_writing,
+    "verifying": fail_verifying,
+    "putting the old one aside": fail_renaming(1),
+    "putting the new one in place": fail_renaming(2),
+}
+
+
+@pytest.mark.parametrize("when", FAILURES)
+def test_a_failure_leaves_what_was_there_and_nothing_else(model, old, monkeypatch, when):
+    before = files(old)
+    error = FAILURES[when](monkeypatch, model)
+    with pytest.raises(error):
+        save(model, old, overwrite=True)
+    assert files(old) == before
+    assert [path.name for path in old.parent.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("when", ["writing", "verifying", "putting the old one aside"])
+def test_a_failure_leaves_nothing_where_nothing_was(model, tmp_path, monkeypatch, when):
+    error = FAILURES[when](monkeypatch, model)  # the first renaming is then that of the new one
+    with pytest.raises(error):
+        save(model, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def spoiled_weights(model, monkeypatch):
+    own = type(model).save_pretrained
+
+    def spoil(self, folder, **kwargs):
+        with torch.no_grad():
+            weight = self.model.layers[1].mlp.up_proj.weight
+            kept = weight[0, 0].clone()
+            weight[0, 0] += 1
+            own(self, folder, **kwargs)
+            weight[0, 0] = kept
+
+    monkeypatch.setattr(type(model), "save_pretrained", spoil)
+    return r"model\.layers\.1\.mlp\.up_proj\.weight has other values"
+
+
+def spoiled_config(model, monkeypatch):
+    model.model.layers[0].input_layernorm.variance_epsilon = 0.1  # which no config can say of one block
+    return "the same tensors as the one in memory, but gives other outputs"
+
+
+@pytest.mark.parametrize("spoil", [spoiled_weights, spoiled_config])
+def test_what_does_not_load_as_it_is_in_memory_is_not_put_there(model, tmp_path, monkeypatch, spoil):
+    message = spoil(model, monkeypatch)
+    with pytest.raises(ParityError, match=message):
+        save(model, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_saving_leaves_the_model_as_it_is(model, tmp_path):
+    model.train()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    save(model, tmp_path / "out")
+    assert model.training
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_every_dtype_and_tied_embeddings(make_llama, tmp_path, dtype, ids):
+    model = in_dtype(make_llama(layers=2, tied=True), dtype)
+    loaded = AutoModelForCausalLM.from_pretrained(save(model, tmp_path / "out"))
+    assert loaded.dtype == dtype
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)

@@ -1,0 +1,144 @@
+"""Imports point down the floors of the house, `import hf_compress` costs nothing, and every public name is there."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hf_compress
+from hf_compress.config import config_class, method_names
+
+PACKAGE = Path(hf_compress.__file__).parent
+ROOT = PACKAGE.parent
+
+# Lowest first. A module may import from its own floor and from those below.
+FLOORS = [
+    {"errors"},
+    {"numerics"},
+    {"anatomy", "plan"},
+    {"calibration"},
+    {"config", "workbench", "parity", "apply"},
+    {"evaluation", "report"},
+    {"methods"},
+    {"pipeline", "analysis", "storage"},
+    {"cli", "demo"},
+]
+LEVEL = {name: level for level, floor in enumerate(FLOORS) for name in floor}
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def room(module: str) -> str:
+    return module.split(".")[1]
+
+
+def name_of(path: Path) -> str:
+    return ".".join(["hf_compress", *path.relative_to(PACKAGE).with_suffix("").parts]).removesuffix(".__init__")
+
+
+def public(name: str) -> str:
+    """The module that `from hf_compress import name` imports; none for what stands in the package's own file."""
+    return "" if name.startswith("__") else hf_compress._PUBLIC.get(name, f"hf_compress.{name}")
+
+
+def imports_of(tree: ast.Module, module: str, package: bool) -> list[str]:
+    """The modules of hf_compress that are imported when this one is: not in functions, not for type checking only."""
+    found: list[str] = []
+    todo: list[ast.stmt] = list(tree.body)
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            parts = module.split(".")[: None if package and node.level == 1 else -node.level + package]
+            base = ".".join([*parts, *([node.module] if node.module else [])])
+            found += [base] if node.module else [f"{base}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found += [public(a.name) for a in node.names] if node.module == "hf_compress" else [node.module or ""]
+        elif isinstance(node, (ast.If, ast.Try, ast.With, ast.ClassDef)):
+            checking = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+            todo += [*([] if checking else node.body), *getattr(node, "orelse", []), *getattr(node, "finalbody", [])]
+            todo += [statement for handler in getattr(node, "handlers", []) for statement in handler.body]
+    return [name for name in found if name.startswith("hf_compress.")]
+
+
+def climbs(source: str, module: str, package: bool = False) -> list[str]:
+    """The imports of a module that point up."""
+    return [
+        name
+        for name in imports_of(ast.parse(source), module, package)
+        if LEVEL.get(room(name), len(FLOORS)) > LEVEL[room(module)]
+    ]
+
+
+def test_every_room_has_its_floor():
+    rooms = {room(name_of(path)) for path in MODULES}
+    assert rooms - {"__main__"} == set(LEVEL), "give a new room its floor, and take away one that is gone"
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if p.stem != "__main__"], ids=name_of)
+def test_imports_point_down(path):
+    assert climbs(path.read_text(encoding="utf-8"), name_of(path), path.name == "__init__.py") == []
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("from hf_compress.pipeline import compress", ["hf_compress.pipeline"]),
+        ("import hf_compress.methods.mka", ["hf_compress.methods.mka"]),
+        ("from hf_compress import workbench", ["hf_compress.workbench"]),
+        ("from hf_compress import MKAConfig, __version__", ["hf_compress.methods.mka"]),
+        ("from ..config import CompressionConfig", ["hf_compress.config"]),
+        ("try:\n    import hf_compress.cli\nexcept ImportError:\n    pass", ["hf_compress.cli"]),
+        ("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from hf_compress.plan import Plan", []),
+        ("def f():\n    from hf_compress.pipeline import compress", []),
+        ("from .registry import Registry\nfrom ..errors import ParityError\nimport torch", []),
+    ],
+)
+def test_what_this_test_can_see(source, expected):
+    assert climbs(source, "hf_compress.numerics.ridge") == expected
+
+
+def test_numerics_know_nothing_of_transformers():
+    for path in (PACKAGE / "numerics").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not any(name.startswith("transformers") for name in names), path
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    heavy = ("torch", "transformers", "numpy", "datasets", "matplotlib", "lm_eval", "hf_compress.pipeline")
+    assert run(f"import hf_compress, sys; print([n for n in {heavy} if n in sys.modules])") == "[]"
+
+
+def test_every_public_name_resolves():
+    for name in hf_compress.__all__:
+        assert getattr(hf_compress, name) is not None
+    assert set(hf_compress.__all__) <= set(dir(hf_compress))
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        hf_compress.nothing  # noqa: B018
+
+
+def test_star_import():
+    names = "['MKAConfig', 'Plan', 'analyze', 'compress', 'evaluate', 'save']"
+    code = f"from hf_compress import *; print(all(callable(globals()[n]) for n in {names}), __version__)"
+    assert run(code) == f"True {hf_compress.__version__}"
+
+
+def test_a_public_function_is_no_submodule_of_the_same_name():
+    assert run("import hf_compress, hf_compress.analysis; print(callable(hf_compress.analyze))") == "True"
+
+
+@pytest.mark.parametrize("method", method_names())
+def test_every_method_has_its_tests_and_its_page(method):
+    assert config_class(method).__module__.startswith(f"hf_compress.methods.{method}")
+    assert list((ROOT / "tests" / "methods").glob(f"test_{method}*.py")), f"tests/methods/test_{method}.py is missing"
+    assert (ROOT / "docs" / f"{method}.md").is_file(), f"docs/{method}.md is missing"
