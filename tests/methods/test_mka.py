@@ -1,0 +1,416 @@
+"""MKA's default: one block solved to do the work of two, against least squares by numpy."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+import hf_compress.methods.mka.refit as refit_module
+from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.undo import Undo
+from hf_compress.apply import apply
+from hf_compress.calibration.data import Batch, DataOptions, prepare
+from hf_compress.calibration.runner import BlockRunner
+from hf_compress.errors import CalibrationError
+from hf_compress.methods.mka import MKAConfig
+from hf_compress.methods.mka.writers import Writers
+from hf_compress.pipeline import compress
+from hf_compress.plan import MergeBlocks, Plan, RemoveBlocks
+from hf_compress.workbench import Workbench
+from tests.architectures.changes import Trace
+from tests.architectures.tiny import tiny_base_model, tiny_inputs, tiny_model
+from tests.conftest import leftovers
+
+LAYERS = "model.layers"
+
+
+@pytest.fixture(autouse=True)
+def _without_gradients():
+    with torch.no_grad():
+        yield
+
+
+def runners_of(model, samples=24, length=8, masked=True, batch_size=6):
+    """Runners of several batches, with some masked positions, that have seen every block."""
+    stack = Anatomy(model).stack()
+    generator = torch.Generator().manual_seed(3)
+    size = model.config.get_text_config().vocab_size
+    ids = torch.randint(4, size - 1, (samples, length), generator=generator)
+    runners = []
+    for part in ids.split(batch_size):
+        real = torch.rand(part.shape, generator=generator) < 0.8 if masked else torch.ones_like(part, dtype=torch.bool)
+        runners.append(BlockRunner(model, stack, Batch({"input_ids": part}, real)))
+    streams = [runner.record()[1] for runner in runners]
+    return stack, runners, streams
+
+
+def inputs_of(stack, index, names, runner, stream):
+    """What the projections of a block are given, flat over the real tokens, and what the block makes of `stream`."""
+    seen = {}
+    handles = [
+        stack.blocks[index]
+        .get_submodule(name)
+        .register_forward_pre_hook(lambda _, args, name=name: seen.__setitem__(name, args[0]))
+        for name in names
+    ]
+    output = runner.run(index, stream)
+    for handle in handles:
+        handle.remove()
+    real = runner.batch.real
+    rows = torch.cat([seen[name].reshape(*stream.shape[:2], -1)[real] for name in names], dim=-1)
+    return rows.double().numpy(), output[real].double().numpy()
+
+
+WRITERS = {  # (projections, whether they have biases)
+    "llama": (("self_attn.o_proj", "mlp.down_proj"), False),
+    "gpt2": (("attn.c_proj", "mlp.c_proj"), True),
+    "phi": (("self_attn.dense", "mlp.fc2"), True),
+    "granite": (("self_attn.o_proj", "mlp.down_proj"), False),
+    "gptj": (("attn.out_proj", "mlp.fc_out"), True),
+}
+
+
+def solved_by_numpy(x, y, widths, penalty):
+    """Ridge with every projection's inputs divided by their root mean square, as a stacked least-squares problem."""
+    parts = np.split(x, np.cumsum(widths)[:-1], axis=1)
+    scales = np.concatenate([np.full(part.shape[1], np.sqrt((part**2).mean())) for part in parts])
+    scaled = x / scales
+    weight = np.sqrt(penalty * (scaled**2).sum(axis=0).mean())
+    rows = np.vstack([scaled, weight * np.eye(x.shape[1])])
+    solution, *_ = np.linalg.lstsq(rows, np.vstack([y, np.zeros((x.shape[1], y.shape[1]))]), rcond=None)
+    return solution / scales[:, None]
+
+
+@pytest.mark.parametrize("model_type", WRITERS)
+@pytest.mark.parametrize("penalty", [0.03, 1.0])
+def test_the_change_is_the_ridge_solution(model_type, penalty):
+    """Of (the two blocks' output - the first block's) / multiplier on [attention, FFN, 1], over real tokens alone."""
+    names, biased = WRITERS[model_type]
+    model = tiny_model(model_type)
+    if model_type == "granite":
+        assert model.config.residual_multiplier == 1.0
+        model = with_multiplier(model, 0.4)
+    stack, runners, streams = runners_of(model, samples=160, batch_size=40)
+    starts = [stream[1] for stream in streams]
+    targets = [runner.run(2, runner.run(1, start)) for runner, start in zip(runners, starts, strict=True)]
+    fit = Writers(model, stack, 1).fit(runners, starts, targets, [penalty])
+    assert fit is not None
+    assert fit.penalty == penalty
+    xs, ys = [], []
+    for runner, start, target in zip(runners, starts, targets, strict=True):
+        x, output = inputs_of(stack, 1, names, runner, start)
+        xs.append(np.hstack([x, np.ones((len(x), 1))]) if biased else x)
+        ys.append((target[runner.batch.real].double().numpy() - output) / (0.4 if model_type == "granite" else 1.0))
+    modules = [stack.blocks[1].get_submodule(name) for name in names]
+    widths = [x.weight.shape[0] if type(x).__name__ == "Conv1D" else x.weight.shape[1] for x in modules] + [1] * biased
+    expected = solved_by_numpy(np.vstack(xs), np.vstack(ys), widths, penalty)
+    np.testing.assert_allclose(fit.change.numpy(), expected, atol=1e-4 * np.abs(expected).max())
+    # Held out is the fourth batch, and the error is what is left of the distance there.
+    part = solved_by_numpy(np.vstack(xs[:3]), np.vstack(ys[:3]), widths, penalty)
+    left = ((ys[3] - xs[3] @ part) ** 2).sum() / (ys[3] ** 2).sum()
+    assert fit.error == pytest.approx(left, rel=1e-3)
+    assert fit.error < 1
+    assert leftovers(model) == []
+
+
+def with_multiplier(model, value):
+    model.config.residual_multiplier = value
+    for layer in model.model.layers:
+        layer.residual_multiplier = value
+    return model
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "phi", "granite"])
+def test_a_reachable_target_is_reached(model_type):
+    """What another set of output projections would give is given, once they are solved for."""
+    names, _ = WRITERS[model_type]
+    model = tiny_model(model_type)
+    model = with_multiplier(model, 0.3) if model_type == "granite" else model
+    wanted = copy.deepcopy(model)
+    name = names[-1]  # the FFN's: attention's would change what the FFN is given
+    module = Anatomy(wanted).stack().blocks[1].get_submodule(name)
+    module.weight += 0.3 * torch.randn(module.weight.shape, generator=torch.Generator().manual_seed(1))
+    if module.bias is not None:
+        module.bias += 0.5
+    stack, runners, streams = runners_of(model, samples=120)
+    other, others, _ = runners_of(wanted, samples=120)
+    starts = [stream[1] for stream in streams]
+    targets = [runner.run(1, start) for runner, start in zip(others, starts, strict=True)]
+    writers = Writers(model, stack, 1)
+    fit = writers.fit(runners, starts, targets, [1e-9])
+    assert fit.error < 1e-4
+    before = Trace.of(model)
+    with Undo() as undo:
+        writers.apply(fit.change, undo)
+        for runner, start, target in zip(runners, starts, targets, strict=True):
+            torch.testing.assert_close(runner.run(1, start), target, atol=1e-2, rtol=1e-2)
+        new = stack.blocks[1].get_submodule(name).weight
+        torch.testing.assert_close(new, other.blocks[1].get_submodule(name).weight, atol=2e-2, rtol=2e-2)
+    assert before.difference(model) is None
+
+
+def test_masked_tokens_have_no_say():
+    model = tiny_model("llama")
+    stack, runners, streams = runners_of(model)
+    starts = [stream[1] for stream in streams]
+    targets = [runner.run(2, runner.run(1, start)) for runner, start in zip(runners, starts, strict=True)]
+    first = Writers(model, stack, 1).fit(runners, starts, targets)
+    for runner, target in zip(runners, targets, strict=True):
+        target[~runner.batch.real] = 1e4
+    second = Writers(model, stack, 1).fit(runners, starts, targets)
+    assert torch.equal(first.change, second.change)
+
+
+@pytest.mark.parametrize(
+    ("build", "model_type"),
+    [(tiny_base_model, "bert"), (tiny_model, "olmo2"), (tiny_model, "gemma2"), (tiny_base_model, "dinov2")],
+)
+def test_a_block_that_does_not_add_its_projections_is_left(build, model_type):
+    """A norm or a scale comes between the projection and the stream."""
+    model = build(model_type)
+    stack = Anatomy(model).stack()
+    inputs = tiny_inputs(model)
+    runner = BlockRunner(model, stack, Batch(inputs, None))
+    _, streams = runner.record()
+    writers = Writers(model, stack, 1)
+    assert writers.modules
+    assert writers.multiplier(runner, streams[1]) is None
+    assert writers.fit([runner], [streams[1]], [streams[3]], [0.1]) is None
+
+
+@pytest.mark.parametrize("value", [1.0, 0.22])
+def test_the_multiplier_of_granite(value):
+    model = with_multiplier(tiny_model("granite"), value)
+    stack, runners, streams = runners_of(model)
+    assert Writers(model, stack, 2).multiplier(runners[0], streams[0][2]) == pytest.approx(value, rel=1e-4)
+
+
+def test_projections_that_do_not_run_are_left_alone():
+    """Longformer multiplies by the weight itself in places, so that the module is never called."""
+    model = tiny_model("llama")
+    stack, runners, streams = runners_of(model)
+    mlp = stack.blocks[1].mlp
+    mlp.forward = lambda x: mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x) @ mlp.down_proj.weight.T
+    assert Writers(model, stack, 1).fit(runners[:1], [streams[0][1]], [streams[0][3]], [0.1]) is None
+
+
+def test_a_change_that_would_not_help_is_none():
+    model = tiny_model("llama")
+    stack, runners, streams = runners_of(model)
+    starts = [stream[1] for stream in streams]
+    generator = torch.Generator().manual_seed(0)
+    noise = [runner.run(1, start) for runner, start in zip(runners, starts, strict=True)]
+    noise = [target + torch.randn(target.shape, generator=generator) for target in noise]
+    assert Writers(model, stack, 1).fit(runners, starts, noise, [1e-6]) is None
+
+
+# --- the plan ---------------------------------------------------------------------------------------------------------
+
+
+def calibration_of(model, samples=24, batch_size=3):
+    ids = torch.randint(4, 63, (samples, 10), generator=torch.Generator().manual_seed(8))
+    return prepare(ids, model, None, DataOptions(batch_size=batch_size))
+
+
+def plan_of(model, calibration, **options):
+    before = Trace.of(model)
+    plan = MKAConfig(**options).plan(Workbench(model, calibration))
+    assert before.difference(model) is None
+    assert leftovers(model) == []
+    return plan
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_the_plan(model, count):
+    plan = plan_of(model, calibration_of(model), num_merges=count)
+    gone = plan.removed(LAYERS)
+    assert len(gone) == count
+    assert 0 not in gone, "the first block is never absorbed"
+    assert all(isinstance(edit, MergeBlocks) for edit in plan.edits)
+    for edit in plan.edits:
+        assert edit.absorbed == tuple(range(edit.kept + 1, edit.kept + 1 + len(edit.absorbed)))
+    kept = [index for index in range(5) if index not in gone]
+    assert {int(name.split(".")[2]) for name in plan.tensors} <= set(kept)
+    for entry in plan.notes["merges"]:
+        assert entry["absorbed"] == int(min(entry["losses"], key=entry["losses"].__getitem__))
+        assert "0" not in entry["losses"]
+    assert sorted(entry["absorbed"] for entry in plan.notes["merges"]) == list(gone)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_first_block_is_never_absorbed_even_if_it_does_nothing(model, count):
+    first = model.model.layers[0]
+    first.self_attn.o_proj.weight.zero_()
+    first.mlp.down_proj.weight.zero_()
+    assert 0 not in plan_of(model, calibration_of(model), num_merges=count).removed(LAYERS)
+
+
+def test_only_output_projections_change(model):
+    plan = plan_of(model, calibration_of(model, samples=120, batch_size=12), num_merges=1)
+    assert plan.tensors
+    own = dict(model.named_parameters())
+    changed = {name for name, tensor in plan.tensors.items() if not torch.equal(tensor, own[name])}
+    assert changed
+    assert all(name.endswith(("o_proj.weight", "down_proj.weight")) for name in changed)
+
+
+def choice_loss(model, plan, calibration, samples):
+    """Mean loss of the model that the plan gives, on the batches that candidates are compared on."""
+    smaller = copy.deepcopy(model)
+    apply(plan, smaller)
+    return mean_loss_on(smaller, refit_module._some(calibration, samples))
+
+
+def mean_loss_on(model, batches):
+    """Cross-entropy of every token but the first of a text; these texts have no padding."""
+    total = count = 0.0
+    for batch in batches:
+        ids = batch.inputs["input_ids"].long()
+        logits = model(ids).logits[:, :-1]
+        total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
+        count += ids[:, 1:].numel()
+    return total / count
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("count", [1, 2])
+def test_never_worse_than_leaving_the_blocks_out(model, seed, count):
+    for parameter in model.model.layers.parameters():
+        parameter += 0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
+    calibration = calibration_of(model)
+    plan = plan_of(model, calibration, num_merges=count, choice_samples=9)
+    plain = choice_loss(model, Plan((RemoveBlocks(LAYERS, plan.removed(LAYERS)),)), calibration, 9)
+    solved = choice_loss(model, plan, calibration, 9)
+    assert plan.notes["loss"]["blocks left out"] == pytest.approx(plain, rel=1e-4)
+    if plan.tensors:
+        assert plan.notes["loss"]["refitted"] == pytest.approx(solved, rel=1e-3)
+        assert solved < plain
+    else:
+        assert plan.notes["loss"]["refitted"] >= plan.notes["loss"]["blocks left out"]
+
+
+def test_a_refit_that_does_not_help_is_not_kept(model, monkeypatch):
+    def worse(bench, stack, absorbed, tokens, undo):
+        undo.write(model.lm_head.weight, -3 * model.lm_head.weight)
+        return {"model.layers.0.mlp.down_proj.weight": torch.zeros(16, 32)}, []
+
+    monkeypatch.setattr(refit_module, "_correct", worse)
+    plan = plan_of(model, calibration_of(model), num_merges=1)
+    assert plan.notes["loss"]["refitted"] > plan.notes["loss"]["blocks left out"]
+    assert plan.tensors == {}
+
+
+def test_a_block_that_does_nothing_costs_nothing(model):
+    """There is nothing to solve for, and the loss after absorbing it is the whole model's."""
+    third = model.model.layers[3]
+    third.self_attn.o_proj.weight.zero_()
+    third.mlp.down_proj.weight.zero_()
+    calibration = calibration_of(model, batch_size=2)
+    losses = plan_of(model, calibration, num_merges=1, choice_samples=6).notes["merges"][0]["losses"]
+    scored = refit_module._some(calibration, 6)[2::3]  # of three batches, the third is not fitted on
+    whole = mean_loss_on(model, scored)
+    assert losses["3"] == pytest.approx(whole, rel=1e-6)
+    assert all(losses[index] != pytest.approx(whole, rel=1e-6) for index in "124")
+
+
+def test_solving_takes_away_error_on_data_that_was_not_seen(model):
+    """The stream after the merged block is nearer to the original than without solving."""
+    calibration = calibration_of(model, samples=120, batch_size=12)
+    plan = plan_of(model, calibration, num_merges=1)
+    (edit,) = plan.edits
+    assert plan.notes["fits"][0]["block"] == edit.kept
+    assert plan.notes["fits"][0]["absorbed"] == [*edit.absorbed]
+    fresh = torch.randint(4, 63, (40, 10), generator=torch.Generator().manual_seed(77))
+    runner = BlockRunner(model, Anatomy(model).stack(), Batch({"input_ids": fresh}, None))
+    streams = runner.record()[1]
+    target = runner.run(edit.absorbed[-1], streams[edit.absorbed[-1]])
+    plain = (runner.run(edit.kept, streams[edit.kept]) - target).square().sum().item()
+    with Undo() as undo:
+        for name, tensor in plan.tensors.items():
+            if name.startswith(f"{LAYERS}.{edit.kept}."):
+                undo.write(model.get_parameter(name), tensor)
+        solved = (runner.run(edit.kept, streams[edit.kept]) - target).square().sum().item()
+    assert solved < 0.95 * plain
+
+
+def test_the_same_plan_twice(model):
+    first, second = (plan_of(model, calibration_of(model), num_merges=2) for _ in range(2))
+    assert first.edits == second.edits
+    assert first.notes == second.notes
+    assert first.tensors.keys() == second.tensors.keys()
+    assert all(torch.equal(first.tensors[name], second.tensors[name]) for name in first.tensors)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "vit", "mixtral", "gemma3_text", "olmo2"])
+def test_other_families_are_compressed_or_left_plain(model_type):
+    model = (tiny_base_model if model_type in ("bert", "vit") else tiny_model)(model_type)
+    generator = torch.Generator().manual_seed(0)
+    if model_type == "vit":
+        size = model.config.image_size
+        data = torch.randn((12, 3, size, size), generator=generator)
+    else:
+        data = torch.randint(8, 100, (12, 8), generator=generator)
+    with torch.enable_grad():
+        compress(model, MKAConfig(num_merges=1), data, options=DataOptions(batch_size=2))
+    assert len(Anatomy(model).stack()) == 3
+    assert model.compression_report.notes["loss"]["blocks left out"] > 0
+
+
+def test_too_few_samples(model):
+    with pytest.raises(CalibrationError, match=r"7 calibration samples are too few.*at least 8 are needed"):
+        MKAConfig(num_merges=1).plan(Workbench(model, calibration_of(model, samples=7)))
+
+
+def test_with_too_few_batches_to_hold_one_out_the_penalty_is_not_chosen(model):
+    calibration = calibration_of(model, samples=9, batch_size=3)
+    plan = plan_of(model, calibration, num_merges=1)
+    assert {fit["penalty"] for fit in plan.notes["fits"]} <= {refit_module._LOCAL_PENALTY, None}
+
+
+# --- cost -------------------------------------------------------------------------------------------------------------
+
+
+def block_forwards(model, calibration, **options):
+    """How many times a block really ran (its own FFN) while planning, over the number of blocks."""
+    calls = []
+    handles = [layer.mlp.register_forward_hook(lambda *_: calls.append(1)) for layer in model.model.layers]
+    MKAConfig(**options).plan(Workbench(model, calibration))
+    for handle in handles:
+        handle.remove()
+    return len(calls)
+
+
+def test_the_cost_depends_on_the_budgets_not_on_the_data(model):
+    options = {"num_merges": 2, "choice_samples": 12, "refit_tokens": 240}
+    costs = [block_forwards(model, calibration_of(model, samples=n), **options) for n in (24, 48, 96, 192)]
+    assert max(costs) < 1.3 * min(costs), "blocks already settled are not solved for, so the counts differ a little"
+    more = block_forwards(model, calibration_of(model, samples=96), **options | {"choice_samples": 48})
+    assert more > costs[0]
+
+
+def test_the_cost_is_bounded_by_the_number_of_merges(model):
+    """In block forwards on L blocks: per merge every candidate's target, fit and tail on the choice's batches."""
+    length = 5
+    for merges in (1, 2, 3):
+        calibration = calibration_of(model, samples=30, batch_size=3)
+        choice, refit = 6, 8  # batches
+        cost = block_forwards(model, calibration, num_merges=merges, choice_samples=18, refit_tokens=240)
+        per_candidate = choice * (1 + 2 + 1 + length)  # target, features twice at most, one block and the tail
+        choosing = merges * (choice * length + length * per_candidate)
+        correcting = 2 * choice * length + refit * length * 4 + choice * length
+        assert cost <= choosing + correcting
+
+
+def test_streams_of_the_walk_are_two_a_batch(model, monkeypatch):
+    """The refit keeps the streams of as many batches as its budget of tokens holds."""
+    seen = []
+    own = refit_module._fit
+
+    def spy(bench, stack, index, walks, undo):
+        seen.append(len(walks))
+        return own(bench, stack, index, walks, undo)
+
+    monkeypatch.setattr(refit_module, "_fit", spy)
+    MKAConfig(num_merges=1, refit_tokens=240).plan(Workbench(model, calibration_of(model, samples=192)))
+    assert set(seen) == {8}
