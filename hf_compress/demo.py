@@ -45,7 +45,7 @@ class _Amounts:
     cloze: int
 
 
-_FULL = _Amounts(calibration=128, choice=32, held_out=64, cloze=100)
+_FULL = _Amounts(calibration=96, choice=24, held_out=64, cloze=100)
 _QUICK = _Amounts(calibration=32, choice=8, held_out=24, cloze=40)
 
 
