@@ -82,8 +82,10 @@ def test_recording_is_the_model_and_keeps_every_stream(name, side):
     with inference(model):
         with watch_blocks(stack, lambda index, first, _: before.__setitem__(index, first.clone())):
             whole = forward(model, batch)
-        output, streams = BlockRunner(model, stack, batch).record()
-    assert same_output(output, whole)
+        runner = BlockRunner(model, stack, batch)
+        output, streams = runner.record()
+        assert same_output(output, whole)
+        assert same_output(runner.finish(2, streams[2], ()), whole)
     assert list(streams) == list(range(len(stack)))
     assert all(torch.equal(streams[index], before[index]) for index in before)
 

@@ -240,3 +240,18 @@ def test_a_weight_is_a_share(model, calibration, monkeypatch, similarity_value):
     monkeypatch.setattr(average, "block_similarity", lambda *_: matrix)
     plan = MKAConfig(num_merges=1, variant="paper").plan(Workbench(model, calibration))
     assert plan.notes["merges"][0]["alpha"] == max(0.0, similarity_value)
+
+
+def test_measured_once_a_fused_block_is_to_each_side_what_stood_there(model, calibration, monkeypatch):
+    """0 and 1 become one; its likeness to 2 is that of 1 and 2, to be compared with that of 2 and 3."""
+    import hf_compress.methods.mka.average as average
+
+    neighbours = {(0, 1): 0.9, (1, 2): 0.5, (2, 3): 0.4, (3, 4): 0.3}
+    matrix = torch.full((5, 5), 0.1, dtype=torch.float64).fill_diagonal_(1.0)
+    for (first, second), value in neighbours.items():
+        matrix[first, second] = matrix[second, first] = value
+    monkeypatch.setattr(average, "block_similarity", lambda *_: matrix)
+    plan = MKAConfig(num_merges=3, variant="paper", iterative=False).plan(Workbench(model, calibration))
+    merges = [(entry["blocks"], entry["similarity"]) for entry in plan.notes["merges"]]
+    assert merges == [([0, 1], 0.9), ([0, 1, 2], 0.5), ([0, 1, 2, 3], 0.4)]
+    assert torch.equal(torch.tensor(plan.notes["similarity"], dtype=torch.float64), matrix)
