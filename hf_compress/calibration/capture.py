@@ -105,9 +105,10 @@ def stream_of_output(output: Any) -> Tensor:
 
 def with_stream(output: Any, stream: Tensor | None) -> Any:
     """What a block returned, with another residual stream in it."""
-    if isinstance(output, tuple) and hasattr(output, "_replace"):  # a named one
-        return output._replace(**{output._fields[0]: stream})
-    return type(output)((stream, *output[1:])) if isinstance(output, (tuple, list)) else stream
+    if not isinstance(output, (tuple, list)):
+        return stream
+    make: Any = getattr(type(output), "_make", type(output))  # the first where the tuple is a named one
+    return make((stream, *output[1:]))
 
 
 def real_tokens(batch: Batch, stream: Tensor) -> Tensor:

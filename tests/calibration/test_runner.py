@@ -1,5 +1,7 @@
 """Blocks run one at a time inside the model's own forward: the model itself, step by step, and no trace of it after."""
 
+from collections import namedtuple
+
 import pytest
 import torch
 
@@ -32,6 +34,9 @@ BUILDERS = {
     "bart": tiny_seq2seq_model,
 }
 CASES = [*((name, None) for name in BUILDERS), ("t5", "encoder"), ("bart", "encoder")]
+
+
+Named = namedtuple("Named", ["states", "other"])
 
 
 def built(name, side=None):
@@ -224,7 +229,7 @@ def test_the_stream_in_what_a_block_takes_and_returns():
     assert stream_of((stream, other), {}) is stream
     assert stream_of((), {"attention_mask": other, "hidden_states": stream}) is stream
     assert stream_of((), {"position": torch.zeros(1, dtype=torch.long), "x": stream}) is stream
-    for output in (stream, (stream, other), [stream]):
+    for output in (stream, (stream, other), [stream], Named(stream, other)):
         assert stream_of_output(output) is stream
         replaced = with_stream(output, other)
         assert type(replaced) is type(output)
