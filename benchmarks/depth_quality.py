@@ -6,8 +6,8 @@
     python benchmarks/depth_quality.py --full                              # every size, more seeds, the whole cloze
 
 Every method sees the same calibration windows (greedy search, the slowest, half of them). Perplexity is measured on
-documents that neither the model nor any method has seen, in windows of 256 tokens, and compared document by document with
-the best control of the same size.
+documents that neither the model nor any method has seen, in windows of 256 tokens, and compared document by document
+with the best control of the same size.
 """
 
 from __future__ import annotations

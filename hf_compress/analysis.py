@@ -17,7 +17,7 @@ from hf_compress.calibration.data import DataOptions, prepare
 from hf_compress.calibration.statistics import BlockStatistics, block_statistics
 from hf_compress.config import check_ratio
 from hf_compress.methods.mka.config import MKAConfig
-from hf_compress.methods.mka.similarity import _check_samples, similarity_of
+from hf_compress.methods.mka.similarity import check_samples, similarity_of
 from hf_compress.methods.sizing import blocks_to_remove
 from hf_compress.pipeline import check_model
 
@@ -168,7 +168,7 @@ def analyze(
     data = prepare(calibration, model, tokenizer, options)
     anatomy = Anatomy(model)
     stack = anatomy.stack(config.stack)
-    _check_samples(config, data)  # before the pass, not after it
+    check_samples(config, data)  # before the pass, not after it
     statistics = block_statistics(model, stack, data, config.pooling)  # type: ignore[arg-type]
     similarity = similarity_of(config, statistics)
     kinds = anatomy.kinds(stack)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from dataclasses import asdict, dataclass, fields
 from importlib import import_module
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from hf_compress.plan import Plan
     from hf_compress.workbench import Workbench
 
+_EXPONENT = re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
 _REGISTRY: dict[str, type[CompressionConfig]] = {}
 
 
@@ -69,14 +71,7 @@ class CompressionConfig:
     @staticmethod
     def from_yaml(path: str | Path) -> CompressionConfig:
         """The config in a recipe file (YAML or JSON): `method` and the config's own fields."""
-        import yaml
-
-        values = yaml.safe_load(Path(path).read_text())
-        if not isinstance(values, dict):
-            raise ValueError(
-                f"{path}: a recipe is a mapping of 'method' and the method's fields; got {type(values).__name__}"
-            )
-        return CompressionConfig.from_dict(values)
+        return CompressionConfig.from_dict(read_recipe(path))
 
     def to_json(self) -> str:
         """`to_dict` as JSON text."""
@@ -97,6 +92,33 @@ def method_names() -> list[str]:
     for module in iter_modules(methods.__path__):
         import_module(f"{methods.__name__}.{module.name}")
     return sorted(_REGISTRY)
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """The settings in a recipe file.
+
+    Raises:
+        ValueError: it is no YAML, or no mapping.
+    """
+    values = parse_yaml(Path(path).read_text(encoding="utf-8"), str(path))
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: a recipe is a mapping, 'method' and its fields; got {type(values).__name__}")
+    return {name: as_number(value) for name, value in values.items()}
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """What `text` holds as YAML; ValueError, naming `source`, where it is none."""
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{source} is not YAML: {error}") from None
+
+
+def as_number(value: Any) -> Any:
+    """A number that YAML takes for a word, such as 1e-5, as Python and JSON write it; anything else as it is."""
+    return float(value) if isinstance(value, str) and _EXPONENT.match(value) else value
 
 
 def check_ratio(name: str, value: float | None) -> None:

@@ -203,7 +203,16 @@ def _buffer_differences(model: PreTrainedModel, rebuilt: PreTrainedModel, stacks
         if path not in buffers and not path.startswith(stacks):
             continue
         if path not in buffers or not same_tensor(buffer, buffers[path]):
-            yield f"the buffer {path} would have other values"
+            yield f"the buffer {path} would have other values{_dtype_hint(buffer, buffers.get(path))}"
+
+
+def _dtype_hint(here: Tensor, there: Tensor | None) -> str:
+    """What to do about a model that was converted as a whole, which no checkpoint can say."""
+    if there is None or here.dtype == there.dtype:
+        return ""
+    return (
+        f" ({there.dtype} instead of {here.dtype}: load the model with dtype=, do not convert it with .to() or .half())"
+    )
 
 
 def outputs_on(model: PreTrainedModel, probe: Probe) -> list[Tensor]:

@@ -96,6 +96,8 @@ BAD = [
     (MKAConfig, {}, "say how much to merge: ratio="),
     (DropBlocksConfig, {}, "say how much to leave out: ratio="),
     (MKAConfig, {"threshold": 0.5}, "or, in the paper variant, threshold="),
+    (MKAConfig, {"ratio": 0.5, "threshold": 0.5}, "belong to variant='paper'"),
+    (MKAConfig, {"ratio": 0.5, "alpha": 0.5}, "belong to variant='paper'"),
     (MKAConfig, {"ratio": 0.5, "num_merges": 2}, "give ratio or num_merges, not both; got ratio=0.5 and num_merges=2"),
     (DropBlocksConfig, {"ratio": 0.5, "num_blocks": 2}, "give ratio or num_blocks, not both"),
     (DropBlocksConfig, {"ratio": 0.5, "criterion": "best"}, "criterion must be one of angular, .*; got 'best'"),

@@ -48,10 +48,24 @@ SHINGLE = 8  # words
 SHARED = 0.1  # of a held-out document's shingles
 
 
+def strip_troff(source: str) -> str:
+    """The text of a manual page's source: its macros' arguments and its plain lines, without fonts and comments."""
+    lines = []
+    for line in source.splitlines():
+        if re.match(r"['.]\s*(\\\"|TH|de|ds|if|ie|el|nr|tr|so)", line):
+            continue
+        line = re.sub(r"^[.']\s*[A-Za-z]{1,2}\b ?", "", line)
+        line = re.sub(r"\\f(\[\w*\]|\(..|.)|\\s[-+]?\d|\\&|\\\".*", "", line)
+        lines.append(re.sub(r"\\(-|e|\(..|\[\w+\])", lambda match: "-" if match[1] == "-" else "", line))
+    return "\n".join(line for line in lines if line.strip())
+
+
 def read_document(path: Path) -> str:
-    """The text of one file, unpacked and without HTML tags."""
+    """The text of one file, unpacked and without HTML tags or troff macros."""
     raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     text = raw.decode("utf-8", errors="replace")
+    if path.suffix == ".gz":
+        text = strip_troff(text)
     if path.suffix == ".html":
         text = html.unescape(re.sub(r"<[^>]+>", " ", text))
     return text.strip()

@@ -19,7 +19,6 @@ from hf_compress.cli.output import (
     Texts,
     console,
     quiet_libraries,
-    writable,
 )
 from hf_compress.cli.settings import config_from
 
@@ -58,13 +57,14 @@ def compress(  # noqa: PLR0913 (each of them is an option of the command)
     """
     from hf_compress.calibration.data import DataOptions
     from hf_compress.calibration.files import load_texts
+    from hf_compress.storage.save import check_target
 
     config = config_from(method, recipe, ratio, num, settings, seed)
     options = DataOptions(batch_size, max_length, text_column)
     if output is None and not dry_run:
         raise ValueError("say where the model goes: --output DIR, or --dry-run to see what would be done")
     if output is not None:
-        writable(output, overwrite)
+        check_target(output, overwrite)  # before any work is done
     texts = load_texts(calibration, text_column, samples) if calibration else None
     small, tokenizer = _compress(model, config, texts, options, dtype, device, seed)
     out = console()

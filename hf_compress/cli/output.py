@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -65,13 +64,3 @@ def quiet_libraries() -> None:
     logging.disable_progress_bar()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-
-
-def writable(directory: Path, overwrite: bool) -> None:
-    """Raise, before any work is done, where `hf_compress.save` would refuse to write after it.
-
-    Raises:
-        FileExistsError: the directory holds something already.
-    """
-    if directory.exists() and not overwrite and (directory.is_file() or any(directory.iterdir())):
-        raise FileExistsError(f"{directory} exists and is not empty: choose another --output, or pass --overwrite")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -11,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hf_compress.config import CompressionConfig
-
-_EXPONENT = re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
 
 
 def config_from(
@@ -37,9 +34,9 @@ def config_from(
         ValueError: an unknown method or field, a value that the config refuses, a recipe that is no mapping.
         FileNotFoundError: no such recipe.
     """
-    from hf_compress.config import CompressionConfig, config_class
+    from hf_compress.config import CompressionConfig, config_class, read_recipe
 
-    values = _read_recipe(recipe) if recipe else {}
+    values = read_recipe(recipe) if recipe else {}
     method = method or values.pop("method", None) or "mka"
     values.pop("method", None)
     cls = config_class(method)
@@ -61,32 +58,13 @@ def config_from(
     return CompressionConfig.from_dict({"method": method, **values})
 
 
-def _read_recipe(path: Path) -> dict[str, Any]:
-    values = _yaml(path.read_text(encoding="utf-8"), str(path))
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: a recipe is a mapping of 'method' and the method's settings; got {values!r:.60}")
-    return {name: _number(value) for name, value in values.items()}
-
-
 def _setting(text: str) -> tuple[str, Any]:
+    from hf_compress.config import as_number, parse_yaml
+
     name, equals, value = text.partition("=")
     if not equals or not name.strip():
         raise ValueError(f"--set takes field=value; got {text!r}")
-    return name.strip(), _number(_yaml(value, f"--set {text}"))
-
-
-def _yaml(text: str, source: str) -> Any:
-    import yaml
-
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{source} is not YAML: {error}") from None
-
-
-def _number(value: Any) -> Any:
-    """A number that YAML takes for a word, such as 1e-5, as Python and JSON write it."""
-    return float(value) if isinstance(value, str) and _EXPONENT.match(value) else value
+    return name.strip(), as_number(parse_yaml(value, f"--set {text}"))
 
 
 def _num_field(method: str, names: list[str]) -> str:

@@ -52,8 +52,8 @@ class Perplexity:
     def loss_difference(self, other: Perplexity) -> tuple[float, float]:
         """By how much this loss is above another model's on the same texts, and the standard error of that.
 
-        Documents differ more than models do, so the error of the difference, document by document, is far below those of
-        the two losses. In nats per token.
+        Documents differ more than models do, so the error of the difference, document by document, is far below those
+        of the two losses. In nats per token.
 
         Raises:
             ValueError: the two were not measured on the same tokens.

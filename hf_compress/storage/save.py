@@ -47,8 +47,7 @@ def save(
         ParityError: what was written does not load as the model in memory; nothing is left behind.
     """
     target = Path(directory)
-    if target.exists() and not overwrite and (target.is_file() or any(target.iterdir())):
-        raise FileExistsError(f"{target} exists and is not empty: choose another directory, or pass overwrite=True")
+    check_target(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     staged = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
@@ -59,6 +58,14 @@ def save(
         shutil.rmtree(staged, ignore_errors=True)
         raise
     return target
+
+
+def check_target(directory: Path, overwrite: bool) -> None:
+    """Raise FileExistsError where the directory holds something and may not be replaced."""
+    if directory.exists() and not overwrite and (directory.is_file() or any(directory.iterdir())):
+        raise FileExistsError(
+            f"{directory} exists and is not empty: choose another, or pass overwrite=True (--overwrite)"
+        )
 
 
 def _write(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:

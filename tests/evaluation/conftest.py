@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -80,21 +79,6 @@ def tiny_llama(layers: int = 2, tied: bool = False) -> LlamaForCausalLM:
         pad_token_id=WORDS.index("<pad>"),
     )
     return LlamaForCausalLM(config).eval()
-
-
-@pytest.fixture
-def tokenizer() -> PreTrainedTokenizerFast:
-    return word_tokenizer(add_special=False)
-
-
-@pytest.fixture
-def framing_tokenizer() -> PreTrainedTokenizerFast:
-    return word_tokenizer(add_special=True)
-
-
-@pytest.fixture
-def make_llama() -> Callable[..., LlamaForCausalLM]:
-    return tiny_llama
 
 
 @pytest.fixture

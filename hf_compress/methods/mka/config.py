@@ -73,6 +73,10 @@ class MKAConfig(CompressionConfig, method="mka", paper="https://arxiv.org/abs/24
             raise ValueError(f"bandwidth must be positive, or None for the median distance; got {self.bandwidth!r}")
         if self.ratio is None and self.num_merges is None and (self.threshold is None or self.variant != "paper"):
             raise ValueError("say how much to merge: ratio=, num_merges=, or, in the paper variant, threshold=")
+        if self.variant != "paper" and (self.threshold is not None or self.alpha is not None):
+            raise ValueError(
+                "threshold and alpha belong to variant='paper'; the refit chooses by loss and averages nothing"
+            )
 
     def plan(self, bench: Workbench) -> Plan:
         from hf_compress.methods.mka.average import plan_by_averaging

@@ -25,7 +25,7 @@ def block_similarity(config: MKAConfig, model: PreTrainedModel, stack: Stack, ca
     Raises:
         CalibrationError: fewer samples than the embedding and the estimate need; activations that are not finite.
     """
-    _check_samples(config, calibration)
+    check_samples(config, calibration)
     return similarity_of(config, block_statistics(model, stack, calibration, config.pooling))  # type: ignore[arg-type]
 
 
@@ -48,7 +48,8 @@ def _from_influence(influence: Tensor) -> Tensor:
     return matrix
 
 
-def _check_samples(config: MKAConfig, calibration: Calibration) -> None:
+def check_samples(config: MKAConfig, calibration: Calibration) -> None:
+    """CalibrationError where there are fewer samples than the embedding and the estimate need."""
     embedding = config.components + 2 if config.manifold != "none" else 1
     needed = max(embedding, config.neighbors + 2, 4) if config.similarity == "information" else 4
     if calibration.samples < needed:
