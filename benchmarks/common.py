@@ -49,7 +49,7 @@ def write_result(name: str, markdown: str, data: object) -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     given = [
         Path(word).name if word.startswith("..") else word for word in sys.argv[1:]
-    ]  # files outside: by their names
+    ]
     command = " ".join(["python", str(Path(sys.argv[0]).resolve().relative_to(ROOT)), *given])
     made = ", ".join(f"{key} {value}" for key, value in environment().items())
     text = f"{markdown}\n\nMade by `{command}` with {made}.\n"
