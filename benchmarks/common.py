@@ -47,9 +47,7 @@ def calibration_windows(tokenizer: PreTrainedTokenizerBase, samples: int, seed: 
 def write_result(name: str, markdown: str, data: object) -> None:
     """Print a result and put it, with the command that made it, under benchmarks/results."""
     RESULTS.mkdir(parents=True, exist_ok=True)
-    given = [
-        Path(word).name if word.startswith("..") else word for word in sys.argv[1:]
-    ]
+    given = [Path(word).name if word.startswith("..") else word for word in sys.argv[1:]]
     command = " ".join(["python", str(Path(sys.argv[0]).resolve().relative_to(ROOT)), *given])
     made = ", ".join(f"{key} {value}" for key, value in environment().items())
     text = f"{markdown}\n\nMade by `{command}` with {made}.\n"

@@ -1,6 +1,6 @@
 """MKA on a trained language model: look at the blocks, merge a quarter, save, load, score, write the model card.
 
-    python examples/mka_llm.py                        # the bundled model and texts; about ten minutes on two cores
+    python examples/mka_llm.py                        # the bundled model and texts; some minutes on two cores
     python examples/mka_llm.py --full                 # the whole cloze task
     python examples/mka_llm.py --model gpt2 --calibration my.jsonl --heldout other.jsonl --output out/gpt2-9l
 
@@ -84,7 +84,7 @@ class Task:
 
 def row(name: str, result: hfc.EvaluationResult) -> str:
     """A line of the card's table."""
-    cloze = next(score for score in result.scores if score.metric.startswith("acc,"))
+    cloze = next(score for score in result.scores if score.metric == "acc")
     return (
         f"| {name} | {result.parameters:,} | {result.stored_bytes:,} | {result.perplexity} | "
         f"{cloze.value:.3f} ± {cloze.standard_error:.3f} |"
