@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -48,15 +48,9 @@ class Workbench:
         """The residual stack to work on; see `Anatomy.stack`."""
         return self.anatomy.stack(path)
 
-    def kinds(self, stack: Stack) -> list[Hashable]:
-        """What tells the blocks of a stack apart."""
-        return self.anatomy.kinds(stack)
-
-    @contextmanager
-    def trial(self) -> Iterator[Undo]:
-        """Changes made through the given `Undo` last until the end of the `with` block."""
-        with Undo() as undo:
-            yield undo
+    def trial(self) -> Undo:
+        """Changes made through it last until the end of the `with` block that it opens."""
+        return Undo()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
