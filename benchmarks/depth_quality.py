@@ -25,9 +25,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress import DropBlocksConfig, MKAConfig, Plan, compress, make_plan, perplexity
 from hf_compress.apply import apply
+from hf_compress.edits import RemoveBlocks
 from hf_compress.evaluation.harness import run_tasks
 from hf_compress.evaluation.perplexity import Perplexity
-from hf_compress.plan import RemoveBlocks
 
 OURS = ("MKA (default)", "MKA (paper)", "MKA (paper, CKA, alpha 0.5)")
 HELDOUT = slice(1500, 3000)  # characters of each held-out document: past the preambles that manual pages share

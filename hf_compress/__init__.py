@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from wrapt import register_post_import_hook
+
 __version__ = "0.1.0"
 
 _PUBLIC = {
@@ -20,6 +22,7 @@ _PUBLIC = {
     "MKAConfig": "hf_compress.methods.mka",
     "ParityError": "hf_compress.errors",
     "Plan": "hf_compress.plan",
+    "PlanError": "hf_compress.errors",
     "UnsupportedModelError": "hf_compress.errors",
     "analyze": "hf_compress.analysis",
     "compress": "hf_compress.pipeline",
@@ -30,6 +33,11 @@ _PUBLIC = {
 }
 
 __all__ = [*_PUBLIC, "__version__"]
+
+
+# As soon as Transformers is imported, before or after this package, its `from_pretrained` learns to load what `save`
+# writes. Until then there is nothing to teach, and nothing is imported for it.
+register_post_import_hook("hf_compress.storage.loader:register", "transformers.quantizers.auto")
 
 
 def __getattr__(name: str) -> Any:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.surgery import remove_blocks
 from hf_compress.anatomy.undo import Undo
+from hf_compress.edits import ModuleEdit
+from hf_compress.errors import PlanError
 from hf_compress.parity import Probe, check_parity
 from hf_compress.plan import Plan
+from hf_compress.record import after_removal, record, recorded
+from hf_compress.structure import Site, restructure
 
 
 def apply(plan: Plan, model: PreTrainedModel, probe: Probe | None = None) -> None:
@@ -16,18 +22,23 @@ def apply(plan: Plan, model: PreTrainedModel, probe: Probe | None = None) -> Non
 
     Args:
         plan: made for this very model.
-        model: changed in place.
+        model: changed in place. Its config says afterwards what it has become, by its own fields where they can.
         probe: inputs on which the changed model and its rebuilt copy have to agree; made up when None.
 
     Raises:
-        ValueError: the plan names blocks or parameters that the model does not have, or shapes that do not fit.
+        PlanError: the plan names blocks, modules or parameters that the model does not have, or sizes that do not fit.
         UnsupportedModelError: the model does not run afterwards, or its config cannot say what it has become
             (`ParityError`). In every case, on interruption too, the model is as it was.
     """
     probe = probe or Probe.of(model)
     undo = Undo()
     try:
+        edits: list[ModuleEdit] = [*recorded(model.config), *plan.module_edits]
+        lengths = {stack: len(Anatomy(model).stack(stack)) for stack in plan.stacks}
         carry_out(plan, model, undo)
+        for stack, length in lengths.items():
+            edits = after_removal(edits, stack, length, plan.removed(stack))
+        record(model, edits, undo)
         check_parity(model, probe)
     except BaseException:
         undo.rollback()
@@ -35,15 +46,44 @@ def apply(plan: Plan, model: PreTrainedModel, probe: Probe | None = None) -> Non
 
 
 def carry_out(plan: Plan, model: PreTrainedModel, undo: Undo) -> None:
-    """Write the plan's tensors and take its blocks out, recording each step in `undo`."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    if unknown := sorted(set(plan.tensors) - set(parameters)):
-        raise ValueError(
-            f"the plan has tensors for parameters that {type(model).__name__} does not have: {unknown[:5]}"
-        )
+    """Change modules, write the plan's tensors, and take its blocks out, recording each step in `undo`."""
+    device = model.device
+    site = Site(model, undo)
+    for edit in plan.module_edits:
+        restructure(edit, site)
+    _write(plan.tensors, model, device, undo)
     anatomy = Anatomy(model)
     stacks = {path: anatomy.stack(path) for path in plan.stacks}
-    for name, tensor in plan.tensors.items():
-        undo.write(parameters[name], tensor)
     for path, stack in stacks.items():
         remove_blocks(model, stack, plan.removed(path), undo)
+
+
+def _write(tensors: dict[str, Tensor], model: PreTrainedModel, device: torch.device, undo: Undo) -> None:
+    """Give tensors of the model new values; those that an edit has made get their memory here."""
+    own = _named_tensors(model)
+    if unknown := sorted(set(tensors) - set(own)):
+        raise PlanError(f"the plan has tensors for parameters that {type(model).__name__} does not have: {unknown[:5]}")
+    for name, value in tensors.items():
+        current = own[name]
+        if current.device.type != "meta":
+            undo.write(current, value)
+            continue
+        if current.shape != value.shape:
+            raise PlanError(f"{name} is {tuple(current.shape)} after the plan; its tensor is {tuple(value.shape)}")
+        if current.dtype != value.dtype and not current.is_floating_point():
+            raise PlanError(f"{name} is kept as {current.dtype}; its tensor is {value.dtype}")
+        owner, _, last = name.rpartition(".")
+        made = value.detach().to(device, current.dtype, copy=True, memory_format=torch.contiguous_format)
+        if isinstance(current, nn.Parameter):
+            made = nn.Parameter(made, requires_grad=current.requires_grad)
+        module = model.get_submodule(owner)
+        undo.put(module._parameters if isinstance(made, nn.Parameter) else module._buffers, last, made)
+    if empty := sorted(name for name, tensor in _named_tensors(model).items() if tensor.device.type == "meta"):
+        raise PlanError(f"the plan changes {', '.join(empty[:5])} but gives no values for them")
+
+
+def _named_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }

@@ -13,3 +13,7 @@ class ParityError(UnsupportedModelError):
 
 class CalibrationError(ValueError):
     """The calibration data is missing, empty, too little, or leads to activations that are not finite."""
+
+
+class PlanError(ValueError):
+    """A plan is malformed, of a newer version, or does not fit the model."""

@@ -155,7 +155,8 @@ def check_parity(model: PreTrainedModel, probe: Probe) -> None:
         ParityError: it runs, but its rebuilt copy is another model; the message names what differs.
     """
     rebuilt = rebuild(model)
-    if difference := next(_differences(model, rebuilt), None):
+    difference = next(module_differences(model, rebuilt), None) or next(_buffer_differences(model, rebuilt), None)
+    if difference:
         raise ParityError(f"the config cannot express what is left of the model: {difference}{_position_hint(model)}")
     try:
         expected = outputs_on(model, probe)
@@ -167,8 +168,8 @@ def check_parity(model: PreTrainedModel, probe: Probe) -> None:
         raise ParityError(f"a model rebuilt from the config gives other outputs{_position_hint(model)}")
 
 
-def _differences(model: PreTrainedModel, rebuilt: PreTrainedModel) -> Iterator[str]:
-    """What tells the rebuilt model's modules and buffers from the live one's, in words.
+def module_differences(model: PreTrainedModel, rebuilt: PreTrainedModel) -> Iterator[str]:
+    """What tells the modules of a rebuilt model from the live one's, in words: classes and settings.
 
     Outside of the blocks, what only the live model has does no harm: a table for a kind of block of which none is left.
     """
@@ -189,7 +190,6 @@ def _differences(model: PreTrainedModel, rebuilt: PreTrainedModel) -> Iterator[s
                 continue
             if (theirs := vars(other).get(name)) != value and value == value:
                 yield f"{path}.{name} would be {theirs!r} instead of {value!r}"
-    yield from _buffer_differences(model, rebuilt, stacks)
 
 
 def _class(module: nn.Module | None) -> str:
@@ -197,7 +197,8 @@ def _class(module: nn.Module | None) -> str:
     return "nothing" if module is None else type_before_parametrizations(module).__qualname__
 
 
-def _buffer_differences(model: PreTrainedModel, rebuilt: PreTrainedModel, stacks: tuple[str, ...]) -> Iterator[str]:
+def _buffer_differences(model: PreTrainedModel, rebuilt: PreTrainedModel) -> Iterator[str]:
+    stacks = tuple(stack.path for stack in Anatomy(model).stacks)
     buffers = dict(rebuilt.named_buffers())
     for path, buffer in model.named_buffers():
         if path not in buffers and not path.startswith(stacks):

@@ -3,78 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+from hf_compress.edits import Edit, MergeBlocks, ModuleEdit, StackEdit, edit_from_dict
+from hf_compress.errors import PlanError
+
 PLAN_VERSION = 1
-_EDITS: dict[str, type[Edit]] = {}
-
-
-@dataclass(frozen=True)
-class Edit:
-    """One structural change. `stack` is the path of the residual stack's ModuleList, such as "model.layers"."""
-
-    stack: str
-
-    def __init_subclass__(cls) -> None:
-        _EDITS[cls.__name__] = cls
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.stack, str) or not self.stack:
-            raise ValueError(f"an edit's stack must be the path of a module; got {self.stack!r}")
-
-    def removed_blocks(self) -> tuple[int, ...]:
-        """Indices of the blocks that are gone afterwards, counted in the model before the plan."""
-        return ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values, with the edit's name under "edit"."""
-        return {"edit": type(self).__name__, **asdict(self)}
-
-
-@dataclass(frozen=True)
-class RemoveBlocks(Edit):
-    """The blocks at `blocks` are left out."""
-
-    blocks: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "blocks", _block_indices("blocks", self.blocks))
-
-    def removed_blocks(self) -> tuple[int, ...]:
-        return self.blocks
-
-
-@dataclass(frozen=True)
-class MergeBlocks(Edit):
-    """The blocks `absorbed` are gone and the block `kept` stands for them and itself; its tensors are in the plan."""
-
-    kept: int
-    absorbed: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _block_indices("kept", (self.kept,))
-        object.__setattr__(self, "absorbed", _block_indices("absorbed", self.absorbed))
-        if self.kept in self.absorbed:
-            raise ValueError(f"block {self.kept} is both kept and absorbed; a block can be only one of them")
-
-    def removed_blocks(self) -> tuple[int, ...]:
-        return self.absorbed
-
-
-def _block_indices(name: str, values: Any) -> tuple[int, ...]:
-    """`values` as a sorted tuple of distinct, non-negative block indices, or ValueError."""
-    try:
-        indices = tuple(sorted(values))
-    except TypeError:
-        raise ValueError(f"{name} must be a list of block indices; got {values!r}") from None
-    if not indices or any(type(i) is not int or i < 0 for i in indices) or len(set(indices)) != len(indices):
-        raise ValueError(f"{name} must be distinct block indices counted from 0, at least one; got {values!r}")
-    return indices
+_MAX_EDITS = 100_000  # no model has as many modules; a longer list is an attack or an accident
 
 
 @dataclass(frozen=True)
@@ -82,9 +20,10 @@ class Plan:
     """Structural edits and new tensors.
 
     Attributes:
-        edits: carried out together; block indices count the blocks of the model as it was before the plan.
-        tensors: new values of parameters, by their names in the model before the plan; shapes and dtypes are the
-            parameters' own.
+        edits: carried out together, edits of modules before blocks are taken out; block indices and module paths are
+            those of the model as it was before the plan.
+        tensors: new values of parameters, by their names before any block is taken out. Where an edit changes a
+            module, the shapes are those after it and every tensor of it is needed; else they are the parameters' own.
         notes: what the method found out on the way (similarities, errors, choices), for the report; JSON values.
     """
 
@@ -92,23 +31,37 @@ class Plan:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def stack_edits(self) -> tuple[StackEdit, ...]:
+        return tuple(edit for edit in self.edits if isinstance(edit, StackEdit))
+
+    @property
+    def module_edits(self) -> tuple[ModuleEdit, ...]:
+        return tuple(edit for edit in self.edits if isinstance(edit, ModuleEdit))
+
     def removed(self, stack: str) -> tuple[int, ...]:
         """All blocks of a stack that the plan takes out, in rising order."""
-        return tuple(sorted(i for edit in self.edits if edit.stack == stack for i in edit.removed_blocks()))
+        return tuple(sorted(i for edit in self.stack_edits if edit.stack == stack for i in edit.removed_blocks()))
 
     @property
     def stacks(self) -> tuple[str, ...]:
-        """The stacks that the plan edits, in the order of the edits."""
-        return tuple(dict.fromkeys(edit.stack for edit in self.edits))
+        """The stacks that the plan takes blocks out of, in the order of the edits."""
+        return tuple(dict.fromkeys(edit.stack for edit in self.stack_edits))
 
     def __post_init__(self) -> None:
         for stack in self.stacks:
             removed = self.removed(stack)
             if len(set(removed)) != len(removed):
-                raise ValueError(f"the plan takes a block of {stack} out twice: {removed}")
+                raise PlanError(f"the plan takes a block of {stack} out twice: {removed}")
             kept = {edit.kept for edit in self.edits if isinstance(edit, MergeBlocks) and edit.stack == stack}
             if both := sorted(kept & set(removed)):
-                raise ValueError(f"the plan both merges into and removes the blocks {both} of {stack}")
+                raise PlanError(f"the plan both merges into and removes the blocks {both} of {stack}")
+
+    def __add__(self, other: Plan) -> Plan:
+        """Both plans as one, to be carried out together; both count blocks in the same model."""
+        if both := sorted(self.tensors.keys() & other.tensors.keys()):
+            raise PlanError(f"both plans give values for {both[:5]}")
+        return Plan(self.edits + other.edits, {**self.tensors, **other.tensors}, {**self.notes, **other.notes})
 
     def to_json(self) -> str:
         """The edits as JSON; tensors are not part of it."""
@@ -119,24 +72,25 @@ class Plan:
         """The plan whose `to_json` gave `text`, without its tensors.
 
         Raises:
-            ValueError: not a plan, a newer version, an unknown edit, or an edit with missing or wrong fields.
+            PlanError: not a plan, a newer version, an unknown edit, or an edit with missing or wrong fields.
         """
-        data = json.loads(text)
-        if not isinstance(data, dict) or not isinstance(data.get("edits"), list):
-            raise ValueError("a plan is a JSON object with the keys 'version' and 'edits'")
-        if data.get("version") != PLAN_VERSION:
-            raise ValueError(
-                f"this plan has version {data.get('version')!r}, known is {PLAN_VERSION}: upgrade hf-compress"
-            )
-        return Plan(tuple(_edit_from_dict(values) for values in data["edits"]))
+        try:
+            data = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise PlanError(f"a plan is JSON: {error}") from None
+        if not isinstance(data, dict) or "edits" not in data:
+            raise PlanError("a plan is a JSON object with the keys 'version' and 'edits'")
+        return Plan(edits_from_list(data.get("version"), data["edits"]))
 
 
-def _edit_from_dict(values: dict[str, Any]) -> Edit:
-    if not isinstance(values, dict) or values.get("edit") not in _EDITS:
-        raise ValueError(f"unknown edit in the plan: {values!r}; known are {', '.join(_EDITS)}: upgrade hf-compress?")
-    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items() if key != "edit"}
-    edit: Any = _EDITS[values["edit"]]
-    try:
-        return edit(**fields)
-    except TypeError as error:
-        raise ValueError(f"edit {values['edit']} has the wrong fields {sorted(fields)}: {error}") from None
+def edits_from_list(version: Any, edits: Any) -> tuple[Edit, ...]:
+    """Edits from the JSON values of a plan of some version.
+
+    Raises:
+        PlanError: as `Plan.from_json`.
+    """
+    if type(version) is not int or version != PLAN_VERSION:
+        raise PlanError(f"this plan has version {version!r}, known is {PLAN_VERSION}: upgrade hf-compress")
+    if not isinstance(edits, list) or len(edits) > _MAX_EDITS:
+        raise PlanError(f"a plan is a list of at most {_MAX_EDITS} edits; got {type(edits).__name__}")
+    return tuple(edit_from_dict(values) for values in edits)

@@ -16,10 +16,11 @@ ROOT = PACKAGE.parent
 # Lowest first. A module may import from its own floor and from those below.
 FLOORS = [
     {"errors"},
-    {"numerics"},
+    {"numerics", "modules"},
+    {"edits"},
     {"anatomy", "plan"},
-    {"calibration"},
-    {"config", "workbench", "parity", "apply"},
+    {"calibration", "structure"},
+    {"config", "workbench", "parity", "record", "apply", "drafts"},
     {"evaluation", "report"},
     {"methods"},
     {"pipeline", "analysis", "storage"},

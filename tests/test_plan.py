@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_compress.plan import PLAN_VERSION, MergeBlocks, Plan, RemoveBlocks
+from hf_compress.edits import MergeBlocks, RemoveBlocks
+from hf_compress.plan import PLAN_VERSION, Plan
 
 LAYERS = "model.layers"
 indices = st.lists(st.integers(0, 99), min_size=2, max_size=12, unique=True)

@@ -8,12 +8,14 @@ since nothing in the shapes tells an attention from an FFN.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
+
+from hf_compress.errors import UnsupportedModelError
 
 # The last word of the projections from the residual stream to queries, keys and values.
 _QKV = re.compile(
@@ -34,12 +36,16 @@ class FFN:
         inputs: projections from the residual stream to the hidden units; empty for experts.
         output: the projection back to the residual stream; None for experts.
         width: number of hidden units (of one expert).
+        activation: the module of the nonlinearity; None where there is none to be found.
+        experts: the module that holds all experts, for those alone.
     """
 
     kind: FFNKind
     inputs: tuple[str, ...]
     output: str | None
     width: int
+    activation: str | None = None
+    experts: str | None = None
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,8 @@ def block_parts(block: nn.Module, hidden: int) -> BlockParts:
     output = _last_writer(linears, attention[0], hidden) if attention else None
     if output is None and mixers:
         output = _last_writer({p: w for p, w in linears.items() if p.startswith(mixers)}, "", hidden)
-    return BlockParts(output, _experts(block, hidden) or _ffn(outside, hidden), tuple(_norms(block)))
+    ffn = _experts(block, hidden) or _ffn(outside, hidden)
+    return BlockParts(output, ffn and _with_activation(ffn, block), tuple(_norms(block)))
 
 
 def _mixer_scopes(block: nn.Module) -> tuple[str, ...]:
@@ -161,12 +168,77 @@ def _experts(block: nn.Module, hidden: int) -> FFN | None:
             continue
         if isinstance(module, nn.ModuleList):
             shapes = [linear_widths(m) for m in module.modules() if is_linear(m)]
-            return FFN("experts", (), None, _other_width(shapes[-1], hidden)) if shapes else None
+            return FFN("experts", (), None, _other_width(shapes[-1], hidden), experts=path) if shapes else None
         if tensors := [p for p in module.parameters(recurse=False) if p.ndim == 3]:
             # The down projection, (experts, hidden, width) or (experts, width, hidden), is the smallest of them.
             smallest = min(tensors, key=Tensor.numel)
-            return FFN("experts", (), None, _other_width((smallest.shape[1], smallest.shape[2]), hidden))
+            width = _other_width((smallest.shape[1], smallest.shape[2]), hidden)
+            return FFN("experts", (), None, width, experts=path)
     return None
+
+
+def _with_activation(ffn: FFN, block: nn.Module) -> FFN:
+    """The FFN with its activation: the one such module in what holds its first projection, or else around that."""
+    scope = ffn.experts or ffn.inputs[0].rpartition(".")[0]
+    while True:
+        owner = block.get_submodule(scope)
+        found = [name for name, child in owner.named_children() if is_activation(child)]
+        if len(found) == 1:
+            return replace(ffn, activation=f"{scope}.{found[0]}".lstrip("."))
+        if found or not scope:
+            return ffn
+        scope = scope.rpartition(".")[0]
+
+
+def is_activation(module: nn.Module) -> bool:
+    """Whether a module is an elementwise nonlinearity without parameters, of PyTorch's or of Transformers'."""
+    home = type(module).__module__
+    known = home in ("torch.nn.modules.activation", "transformers.activations")
+    return known and not any(True for _ in module.parameters()) and not isinstance(module, nn.Softmax)
+
+
+@dataclass(frozen=True)
+class ExpertAxes:
+    """Where the hidden units are in the tensors that hold all experts.
+
+    Attributes:
+        width: hidden units of one expert.
+        of: tensor name -> the axis along which the units lie, and how many entries each has there: two where gate and
+            up are in one tensor.
+        interleaved: whether the two entries of a unit are neighbours, instead of all gates before all ups.
+    """
+
+    width: int
+    of: dict[str, tuple[int, int]]
+    interleaved: bool
+
+
+def expert_axes(experts: nn.Module) -> ExpertAxes:
+    """Find the hidden units in tensors (experts, …, …), the last of which projects back to the residual stream.
+
+    Raises:
+        UnsupportedModelError: the tensors do not tell which of their axes is the hidden units'.
+    """
+    tables = {name: table for name, table in experts.named_parameters(recurse=False) if table.ndim == 3}
+    if len(tables) < 2:
+        raise UnsupportedModelError(f"{type(experts).__name__} does not hold its experts' projections in a tensor each")
+    *ups, down = tables
+    sides = tables[down].shape[1:]
+    transposed = getattr(experts, "is_transposed", None)
+    if transposed is None:  # the stream's side is the one that all tensors have
+        streams = [side for side in (0, 1) if all(sides[side] in tables[name].shape[1:] for name in ups)]
+        if len(streams) != 1:
+            raise UnsupportedModelError(f"{type(experts).__name__}: both sides of {down} could be the hidden units")
+        transposed = streams[0] == 1
+    width = sides[0 if transposed else 1]
+    of = {down: (1 if transposed else 2, 1)}
+    for name in ups:
+        axis = 2 if transposed else 1
+        of[name] = (axis, tables[name].shape[axis] // width)
+        for bias, table in experts.named_parameters(recurse=False):
+            if table.ndim == 2 and bias.startswith(name):
+                of[bias] = (1, of[name][1])
+    return ExpertAxes(width, of, not getattr(experts, "is_concatenated", True))
 
 
 def _other_width(widths: tuple[int, int], hidden: int) -> int:

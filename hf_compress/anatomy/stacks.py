@@ -93,7 +93,7 @@ def _counting_configs(model: PreTrainedModel, path: str, length: int) -> list[tu
     fields = _count_fields(own, side, length)
     if fields is None:
         return []
-    saved = list(_reachable(model.config))
+    saved = list(reachable_configs(model.config))
     if any(config is own for config in saved):
         return [(own, fields)]
     for config in saved:
@@ -112,12 +112,12 @@ def _nearest_config(model: PreTrainedModel, path: str) -> PreTrainedConfig:
     return model.config
 
 
-def _reachable(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+def reachable_configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
     """`config` and the configs inside it."""
     yield config
     for value in vars(config).values():
         if isinstance(value, PreTrainedConfig):
-            yield from _reachable(value)
+            yield from reachable_configs(value)
 
 
 def _count_fields(config: PreTrainedConfig, side: str, length: int) -> tuple[str, ...] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import torch
@@ -28,13 +28,23 @@ class Undo:
 
     def set(self, owner: object, name: str, value: Any) -> None:
         """Put `value` under `name` in the attributes of `owner`, past any __setattr__ of its own."""
+        self.put(vars(owner), name, value)
+
+    def unset(self, owner: object, name: str) -> None:
+        """Take `name` out of the attributes of `owner`, where it is there."""
         attributes = vars(owner)
         if name in attributes:
-            old = attributes[name]
+            old = attributes.pop(name)
             self._steps.append(lambda: attributes.__setitem__(name, old))
+
+    def put(self, table: MutableMapping[str, Any], name: str, value: Any) -> None:
+        """Put `value` under `name` into a dict, such as a module's `_parameters`."""
+        if name in table:
+            old = table[name]
+            self._steps.append(lambda: table.__setitem__(name, old))
         else:
-            self._steps.append(lambda: attributes.pop(name, None))
-        attributes[name] = value
+            self._steps.append(lambda: table.pop(name, None))
+        table[name] = value
 
     def replace_children(self, blocks: nn.ModuleList, kept: list[nn.Module]) -> None:
         """Make `kept` the whole content of a ModuleList, in place, so that who holds the list sees it too."""
@@ -50,6 +60,10 @@ class Undo:
         old = parameter.detach().clone()
         self._steps.append(lambda: _copy(parameter, old))
         parameter.copy_(value)
+
+    def later(self, step: Callable[[], None]) -> None:
+        """Have `step` done in its turn when everything is taken back."""
+        self._steps.append(step)
 
     def rollback(self) -> None:
         """Take every change back, the last one first. A second call does nothing."""

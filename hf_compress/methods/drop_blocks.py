@@ -10,8 +10,9 @@ from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.losses import losses_without
 from hf_compress.calibration.statistics import block_statistics
 from hf_compress.config import CompressionConfig, check_choice
+from hf_compress.edits import RemoveBlocks
 from hf_compress.methods.sizing import blocks_to_remove, check_amount
-from hf_compress.plan import Plan, RemoveBlocks
+from hf_compress.plan import Plan
 from hf_compress.workbench import Workbench
 
 CRITERIA = ("last", "block_influence", "angular", "perplexity", "random")

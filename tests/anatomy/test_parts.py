@@ -6,13 +6,18 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_compress.anatomy.anatomy import Anatomy
-from hf_compress.anatomy.parts import FFN, hidden_size, linear_map, linear_widths
+from hf_compress.anatomy.parts import expert_axes, hidden_size, linear_map, linear_widths
+from hf_compress.errors import UnsupportedModelError
 from tests.architectures.tiny import tiny_base_model, tiny_model, tiny_seq2seq_model
 
 
 def parts(model, index=0, path=None):
     anatomy = Anatomy(model)
     return anatomy.parts(anatomy.stack(path), index)
+
+
+def shape(ffn):
+    return ffn.kind, ffn.inputs, ffn.output, ffn.width
 
 
 @pytest.mark.parametrize(
@@ -33,7 +38,7 @@ def parts(model, index=0, path=None):
 def test_attention_and_ffn(build, model_type, attention, ffn):
     found = parts(build(model_type))
     assert found.attention_output == attention
-    assert found.ffn == FFN(*ffn)
+    assert shape(found.ffn) == ffn
     assert found.writers == tuple(path for path in (attention, ffn[2]) if path)
 
 
@@ -55,13 +60,57 @@ def test_a_token_mixer_without_attention(model_type, mixer, kind):
 
 def test_the_second_block_of_a_mixture_has_experts():
     model = tiny_model("qwen3_moe")  # decoder_sparse_step = 2
-    assert parts(model, 1).ffn == FFN("experts", (), None, 48)
+    assert shape(parts(model, 1).ffn) == ("experts", (), None, 48)
+    assert parts(model, 1).ffn.experts == "mlp.experts"
 
 
 def test_the_attention_to_the_encoder_is_not_taken_for_the_own():
     found = parts(tiny_seq2seq_model("bart"), path="decoder")
     assert found.attention_output == "self_attn.out_proj"
-    assert found.ffn == FFN("plain", ("fc1",), "fc2", 96)
+    assert shape(found.ffn) == ("plain", ("fc1",), "fc2", 96)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "activation"),
+    [
+        ("llama", "mlp.act_fn"),
+        ("bert", "intermediate.intermediate_act_fn"),
+        ("opt", "activation_fn"),  # beside the projections, in the block itself
+        ("gpt2", "mlp.act"),
+        ("mixtral", "mlp.experts.act_fn"),
+        ("gpt_oss", None),  # computes it in a function of its own
+    ],
+)
+def test_activation(model_type, activation):
+    build = tiny_base_model if model_type == "bert" else tiny_model
+    assert parts(build(model_type)).ffn.activation == activation
+
+
+@pytest.mark.parametrize(
+    ("model_type", "index", "of", "interleaved"),
+    [
+        ("mixtral", 0, {"gate_up_proj": (1, 2), "down_proj": (2, 1)}, False),
+        ("qwen3_moe", 1, {"gate_up_proj": (1, 2), "down_proj": (2, 1)}, False),
+        (
+            "gpt_oss",
+            0,
+            {"gate_up_proj": (2, 2), "gate_up_proj_bias": (1, 2), "down_proj": (1, 1)},
+            True,
+        ),
+    ],
+)
+def test_where_the_hidden_units_of_experts_are(model_type, index, of, interleaved):
+    model = tiny_model(model_type)
+    ffn = parts(model, index).ffn
+    axes = expert_axes(model.get_submodule(f"model.layers.{index}.{ffn.experts}"))
+    assert (axes.width, axes.of, axes.interleaved) == (ffn.width, of, interleaved)
+
+
+def test_experts_that_do_not_tell_their_hidden_units():
+    experts = nn.Module()
+    experts.up, experts.down = nn.Parameter(torch.zeros(2, 6, 6)), nn.Parameter(torch.zeros(2, 6, 6))
+    with pytest.raises(UnsupportedModelError, match="both sides of down could be the hidden units"):
+        expert_axes(experts)
 
 
 @pytest.mark.parametrize(

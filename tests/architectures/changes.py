@@ -15,9 +15,10 @@ from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.apply import apply
 from hf_compress.calibration.data import Batch
+from hf_compress.edits import MergeBlocks, RemoveBlocks
 from hf_compress.errors import UnsupportedModelError
 from hf_compress.parity import Probe
-from hf_compress.plan import MergeBlocks, Plan, RemoveBlocks
+from hf_compress.plan import Plan
 from tests.architectures.tiny import tiny_inputs
 
 NEW_TOKENS = 5

@@ -13,7 +13,8 @@ from hf_compress.calibration.capture import forward, inference
 from hf_compress.calibration.data import Batch, DataOptions, prepare
 from hf_compress.calibration.losses import losses_without
 from hf_compress.calibration.objective import batch_loss, mean_loss, reference_for
-from hf_compress.plan import Plan, RemoveBlocks
+from hf_compress.edits import RemoveBlocks
+from hf_compress.plan import Plan
 from tests.architectures.tiny import tiny_base_model, tiny_inputs, tiny_model, tiny_seq2seq_model
 from tests.conftest import leftovers
 

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from hf_compress.apply import apply
+from hf_compress.edits import RemoveBlocks
 from hf_compress.errors import CalibrationError
 from hf_compress.methods.drop_blocks import DropBlocksConfig
-from hf_compress.plan import Plan, RemoveBlocks
+from hf_compress.plan import Plan
 from hf_compress.workbench import Workbench
 
 LAYERS = "model.layers"

@@ -12,11 +12,12 @@ from hf_compress.anatomy.undo import Undo
 from hf_compress.apply import apply
 from hf_compress.calibration.data import Batch, DataOptions, prepare
 from hf_compress.calibration.runner import BlockRunner
+from hf_compress.edits import MergeBlocks, RemoveBlocks
 from hf_compress.errors import CalibrationError
 from hf_compress.methods.mka import MKAConfig
 from hf_compress.methods.mka.writers import Writers
 from hf_compress.pipeline import compress
-from hf_compress.plan import MergeBlocks, Plan, RemoveBlocks
+from hf_compress.plan import Plan
 from hf_compress.workbench import Workbench
 from tests.architectures.changes import Trace
 from tests.architectures.tiny import tiny_base_model, tiny_inputs, tiny_model

@@ -12,10 +12,10 @@ from transformers import Gemma3ForCausalLM
 
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.calibration.data import DataOptions, prepare
+from hf_compress.edits import MergeBlocks
 from hf_compress.methods.mka import MKAConfig
 from hf_compress.numerics.manifold import embed
 from hf_compress.numerics.similarity import similarity_matrix
-from hf_compress.plan import MergeBlocks
 from hf_compress.workbench import Workbench
 from tests.architectures.changes import Trace
 from tests.architectures.tiny import tiny_model

@@ -11,9 +11,10 @@ from hf_compress.anatomy.kinds import block_kind
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.surgery import remove_blocks
 from hf_compress.anatomy.undo import Undo
+from hf_compress.edits import MergeBlocks
 from hf_compress.methods.mka.similarity import block_similarity
 from hf_compress.methods.sizing import blocks_to_remove
-from hf_compress.plan import MergeBlocks, Plan
+from hf_compress.plan import Plan
 from hf_compress.workbench import Workbench
 
 if TYPE_CHECKING:

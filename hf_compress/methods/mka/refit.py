@@ -25,10 +25,11 @@ from hf_compress.calibration.capture import inference
 from hf_compress.calibration.data import Batch, Calibration
 from hf_compress.calibration.objective import batch_loss, mean_loss, reference_for
 from hf_compress.calibration.runner import BlockRunner
+from hf_compress.edits import Edit, MergeBlocks
 from hf_compress.errors import CalibrationError
 from hf_compress.methods.mka.writers import PENALTIES, Writers
 from hf_compress.methods.sizing import blocks_to_remove
-from hf_compress.plan import Edit, MergeBlocks, Plan
+from hf_compress.plan import Plan
 from hf_compress.workbench import Workbench
 
 if TYPE_CHECKING:

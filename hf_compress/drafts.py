@@ -1,0 +1,161 @@
+"""Drafts of plans with one edit each: what to change in words of the anatomy, and tensors in mathematical layout.
+
+A method decides which units stay and what a map becomes; how a family stores that (transposed, fused, interleaved, with
+experts in one tensor) is settled here. Drafts of the same model add up: `narrow_ffn(…) + linear_ffn(…)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.parts import FFN, expert_axes, hidden_size, linear_map
+from hf_compress.anatomy.stacks import Stack
+from hf_compress.edits import InsertBottleneck, LinearFFN, NarrowExperts, NarrowFFN, PackLinear, ReplaceActivation
+from hf_compress.errors import UnsupportedModelError
+from hf_compress.modules.activation import Blend
+from hf_compress.modules.packed import pack
+from hf_compress.plan import Plan
+from hf_compress.structure import BOTTLENECK
+
+
+def narrow_ffn(model: PreTrainedModel, stack: Stack, index: int, units: Sequence[int]) -> Plan:
+    """Keep the hidden units `units` of a block's FFN, in this order."""
+    ffn, path = _ffn(model, stack, index)
+    inputs, output = _dense(ffn, path)
+    kept = torch.as_tensor(units)
+    tensors = {}
+    for name in inputs:
+        module = model.get_submodule(name)
+        rows = kept if ffn.kind != "fused" else torch.cat([kept, kept + ffn.width])
+        tensors |= _linear(model, name, linear_map(module)[:, rows], None if module.bias is None else module.bias[rows])
+    down = model.get_submodule(output)
+    tensors |= _linear(model, output, linear_map(down)[kept], down.bias)
+    return Plan((NarrowFFN(inputs, output, len(kept)),), tensors)
+
+
+def narrow_experts(model: PreTrainedModel, stack: Stack, index: int, units: Tensor) -> Plan:
+    """Keep the hidden units `units` (experts, width) of each expert, in this order."""
+    ffn, path = _ffn(model, stack, index)
+    if ffn.experts is None:
+        raise UnsupportedModelError(f"block {index} of {stack.path} has no experts")
+    name = f"{path}.{ffn.experts}"
+    experts = model.get_submodule(name)
+    axes = expert_axes(experts)
+    tensors = {}
+    for tensor, (axis, times) in axes.of.items():
+        table = experts.get_parameter(tensor)
+        shifts = torch.arange(times)
+        # Gate and up of a unit are neighbours, or all gates come before all ups.
+        spread = units[..., None] * times + shifts if axes.interleaved else units[..., None] + shifts * axes.width
+        rows = (spread if axes.interleaved else spread.transpose(1, 2)).flatten(1)
+        shape = [1] * table.ndim
+        shape[0], shape[axis] = rows.shape
+        picked = (
+            rows.to(table.device).view(shape).expand([*table.shape[:axis], rows.shape[1], *table.shape[axis + 1 :]])
+        )
+        tensors[f"{name}.{tensor}"] = table.gather(axis, picked)
+    return Plan((NarrowExperts(name, units.shape[1]),), tensors)
+
+
+def linear_ffn(
+    model: PreTrainedModel, stack: Stack, index: int, maps: Sequence[Tensor], bias: Tensor | None = None
+) -> Plan:
+    """Put a linear map in the place of a block's FFN.
+
+    Args:
+        maps: one matrix (hidden, hidden) that multiplies from the right, or the two factors (hidden, rank) and
+            (rank, hidden) of one.
+        bias: (hidden).
+    """
+    ffn, path = _ffn(model, stack, index)
+    inputs, output = _dense(ffn, path)
+    rank = maps[0].shape[1] if len(maps) == 2 else None
+    activation = f"{path}.{ffn.activation}" if ffn.activation else None
+    edit = LinearFFN(inputs, output, rank, bias is not None, activation)
+    # Where what is left stands, and under which names, is for the edit to know: it is tried out.
+    names = dict.fromkeys([*([inputs[-1]] if rank else []), output])
+    tensors: dict[str, Tensor] = {}
+    for name, matrix in zip(names, maps, strict=True):
+        tensors |= _linear(model, name, matrix, bias if name == output else None)
+    return Plan((edit,), tensors)
+
+
+def insert_bottleneck(
+    model: PreTrainedModel,
+    stack: Stack,
+    index: int,
+    encoder: Tensor,
+    decoder: Tensor,
+    center: Tensor | None = None,
+    skip: float = 0.1,
+) -> Plan:
+    """Have what comes out of a block pass through a `Bottleneck` of these tensors; rescaled when it has a center."""
+    path = f"{stack.path}.{index}"
+    hidden, width = encoder.shape
+    edit = InsertBottleneck(path, hidden, width, skip, rescale=center is not None)
+    tensors = {"encoder": encoder, "decoder": decoder} | ({} if center is None else {"center": center})
+    return Plan((edit,), {f"{path}.{BOTTLENECK}.{name}": tensor for name, tensor in tensors.items()})
+
+
+def replace_activation(
+    model: PreTrainedModel,
+    stack: Stack,
+    index: int,
+    blend: Blend,
+    alpha: float = 0.0,
+    constant: Tensor | None = None,
+) -> Plan:
+    """Blend the activation of a block's FFN, by `alpha`, with what a linear map can absorb; see `BlendedActivation`."""
+    ffn, path = _ffn(model, stack, index)
+    if ffn.activation is None:
+        raise UnsupportedModelError(
+            f"the activation of block {index} of {stack.path} is no module that can be replaced"
+        )
+    name = f"{path}.{ffn.activation}"
+    width = None if constant is None else len(constant)
+    tensors = {f"{name}.alpha": torch.tensor([alpha])} | ({} if constant is None else {f"{name}.constant": constant})
+    return Plan((ReplaceActivation(name, blend, width),), tensors)
+
+
+def pack_linear(model: PreTrainedModel, path: str, bits: Tensor, group_size: int, symmetric: bool = True) -> Plan:
+    """Store the linear map at `path` in few bits, rounded to nearest.
+
+    Args:
+        bits: of every group of weights, (outputs, inputs / group_size).
+        group_size, symmetric: see `Packing`.
+    """
+    module = model.get_submodule(path)
+    packing, tensors = pack(linear_map(module).T, bits, group_size, symmetric)
+    if module.bias is not None:
+        tensors["bias"] = module.bias
+    edit = PackLinear(path, group_size, packing.planes, symmetric)
+    return Plan((edit,), {f"{path}.{name}": tensor for name, tensor in tensors.items()})
+
+
+def _ffn(model: PreTrainedModel, stack: Stack, index: int) -> tuple[FFN, str]:
+    """A block's FFN, and the path of the block."""
+    ffn = Anatomy(model).parts(stack, index).ffn
+    if ffn is None:
+        raise UnsupportedModelError(f"found no FFN in block {index} of {stack.path}")
+    return ffn, f"{stack.path}.{index}"
+
+
+def _dense(ffn: FFN, path: str) -> tuple[tuple[str, ...], str]:
+    """The paths of an FFN's projections in the model."""
+    if ffn.output is None:
+        raise UnsupportedModelError(f"the FFN of {path} is a mixture of experts; use narrow_experts")
+    return tuple(f"{path}.{name}" for name in ffn.inputs), f"{path}.{ffn.output}"
+
+
+def _linear(model: PreTrainedModel, path: str, matrix: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+    """The tensors of a linear map from its matrix (inputs, outputs), as the module at `path` stores them."""
+    transposed = isinstance(model.get_submodule(path), Conv1D)
+    if bias is None and transposed:  # it cannot do without one
+        bias = matrix.new_zeros(matrix.shape[1])
+    return {f"{path}.weight": matrix if transposed else matrix.T} | ({} if bias is None else {f"{path}.bias": bias})

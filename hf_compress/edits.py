@@ -1,0 +1,301 @@
+"""Edits: the single changes that a plan is made of, as plain data that checks itself.
+
+Edits of stacks take blocks out; afterwards the model's config says so. Edits of modules name the modules that they
+change by their paths, so that what a saved plan means does not hang on how parts of a model are found. They are kept in
+the saved config wherever it cannot say by itself what the model has become.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar, Self
+
+from hf_compress.errors import PlanError
+from hf_compress.modules.activation import BLENDS, Blend
+from hf_compress.modules.packed import MAX_BITS
+
+_EDITS: dict[str, type[Edit]] = {}
+_PATH = re.compile(r"\w{1,100}(\.\w{1,100}){0,20}", re.ASCII)
+_MAX_SIZE = 2**31
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One structural change."""
+
+    def __init_subclass__(cls) -> None:
+        if cls.__name__ in _EDITS:
+            raise TypeError(f"there is an edit called {cls.__name__} already")
+        _EDITS[cls.__name__] = cls
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values, with the edit's name under "edit"."""
+        return {"edit": type(self).__name__, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class StackEdit(Edit):
+    """A change to the blocks of a stack. `stack` is the path of its ModuleList, such as "model.layers"."""
+
+    stack: str
+
+    def __post_init__(self) -> None:
+        _check_path("stack", self.stack)
+
+    def removed_blocks(self) -> tuple[int, ...]:
+        """Indices of the blocks that are gone afterwards, counted in the model before the plan."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class RemoveBlocks(StackEdit):
+    """The blocks at `blocks` are left out."""
+
+    blocks: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "blocks", _block_indices("blocks", self.blocks))
+
+    def removed_blocks(self) -> tuple[int, ...]:
+        return self.blocks
+
+
+@dataclass(frozen=True)
+class MergeBlocks(StackEdit):
+    """The blocks `absorbed` are gone and the block `kept` stands for them and itself; its tensors are in the plan."""
+
+    kept: int
+    absorbed: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _block_indices("kept", (self.kept,))
+        object.__setattr__(self, "absorbed", _block_indices("absorbed", self.absorbed))
+        if self.kept in self.absorbed:
+            raise PlanError(f"block {self.kept} is both kept and absorbed; a block can be only one of them")
+
+    def removed_blocks(self) -> tuple[int, ...]:
+        return self.absorbed
+
+
+@dataclass(frozen=True)
+class ModuleEdit(Edit):
+    """A change to single modules, named by their paths in the model."""
+
+    path_fields: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        for name in self.path_fields:
+            value = getattr(self, name)
+            if isinstance(value, list):
+                object.__setattr__(self, name, value := tuple(value))
+            if isinstance(value, tuple) and not value:
+                raise PlanError(f"{name} must name a module; got nothing")
+            if value is None and getattr(type(self), name, ...) is None:
+                continue  # it may be left out
+            for path in value if isinstance(value, tuple) else (value,):
+                _check_path(name, path)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Every module path that the edit names."""
+        values = [getattr(self, name) for name in self.path_fields]
+        return tuple(path for value in values for path in (value if isinstance(value, tuple) else (value,)) if path)
+
+    def moved(self, rename: Callable[[str], str]) -> Self:
+        """The same edit in a model whose modules have other paths."""
+        changes: dict[str, Any] = {}
+        for name in self.path_fields:
+            value = getattr(self, name)
+            if value is not None:
+                changes[name] = tuple(rename(path) for path in value) if isinstance(value, tuple) else rename(value)
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class NarrowFFN(ModuleEdit):
+    """An FFN has fewer hidden units.
+
+    Attributes:
+        inputs: the projections from the residual stream to the hidden units: up, or gate and up, or both in one.
+        output: the projection back.
+        width: hidden units left.
+        bias: whether the output projection gets a bias that it did not have.
+    """
+
+    inputs: tuple[str, ...]
+    output: str
+    width: int
+    bias: bool = False
+    path_fields: ClassVar = ("inputs", "output")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_size("width", self.width)
+        _check_bool("bias", self.bias)
+
+
+@dataclass(frozen=True)
+class NarrowExperts(ModuleEdit):
+    """Every expert of a mixture has fewer hidden units: `width` are left. `experts` holds their tensors."""
+
+    experts: str
+    width: int
+    path_fields: ClassVar = ("experts",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_size("width", self.width)
+
+
+@dataclass(frozen=True)
+class LinearFFN(ModuleEdit):
+    """An FFN is one linear map.
+
+    Attributes:
+        inputs, output: as for `NarrowFFN`. What is left goes by the name of the output projection and, with a rank, of
+            the last input projection.
+        rank: of the map, which is then the product of two; full when None.
+        bias: whether the map has a bias.
+        activation: of the FFN; needed where it stands in the block itself, beside other parts.
+    """
+
+    inputs: tuple[str, ...]
+    output: str
+    rank: int | None = None
+    bias: bool = True
+    activation: str | None = None
+    path_fields: ClassVar = ("inputs", "output", "activation")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank is not None:
+            _check_size("rank", self.rank)
+        _check_bool("bias", self.bias)
+
+
+@dataclass(frozen=True)
+class InsertBottleneck(ModuleEdit):
+    """What comes out of a block passes through a `Bottleneck` of `width` features; see there for `skip`, `rescale`."""
+
+    block: str
+    hidden: int
+    width: int
+    skip: float = 0.1
+    rescale: bool = True
+    path_fields: ClassVar = ("block",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_size("hidden", self.hidden)
+        _check_size("width", self.width)
+        if self.width > self.hidden:
+            raise PlanError(f"a bottleneck must be narrower than the stream, {self.hidden}; got {self.width} features")
+        if type(self.skip) not in (int, float) or not 0 <= self.skip <= 1:
+            raise PlanError(f"skip must be a number between 0 and 1; got {self.skip!r}")
+        _check_bool("rescale", self.rescale)
+
+
+@dataclass(frozen=True)
+class PackLinear(ModuleEdit):
+    """A linear map is stored in few bits; see `Packing` for what the fields mean."""
+
+    module: str
+    group_size: int
+    planes: tuple[int, ...]
+    symmetric: bool = True
+    path_fields: ClassVar = ("module",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_size("group_size", self.group_size)
+        if not isinstance(self.planes, (list, tuple)) or not 1 <= len(self.planes) <= MAX_BITS:
+            raise PlanError(f"planes must be 1 to {MAX_BITS} numbers of groups; got {self.planes!r}")
+        for count in self.planes:
+            _check_size("planes", count)
+        object.__setattr__(self, "planes", tuple(self.planes))
+        _check_bool("symmetric", self.symmetric)
+
+
+@dataclass(frozen=True)
+class ReplaceActivation(ModuleEdit):
+    """An activation is blended with what a linear map can absorb; see `BlendedActivation`."""
+
+    activation: str
+    blend: Blend
+    width: int | None = None
+    path_fields: ClassVar = ("activation",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.blend not in BLENDS:
+            raise PlanError(f"blend must be one of {', '.join(BLENDS)}; got {self.blend!r}")
+        if (self.blend == "constant") != (self.width is not None):
+            raise PlanError(
+                f'width is for the blend "constant", and needed there; got {self.width!r} with {self.blend}'
+            )
+        if self.width is not None:
+            _check_size("width", self.width)
+
+
+@dataclass(frozen=True)
+class Seal(ModuleEdit):
+    """A module is `Sealed`, because the other edits leave every shape as it was; added where it is needed."""
+
+    module: str
+    path_fields: ClassVar = ("module",)
+
+
+def edit_from_dict(values: Any) -> Edit:
+    """The inverse of `Edit.to_dict`.
+
+    Raises:
+        PlanError: an unknown edit, or missing, unknown or wrong fields.
+    """
+    if not isinstance(values, dict) or not isinstance(values.get("edit"), str) or values["edit"] not in _EDITS:
+        raise PlanError(
+            f"unknown edit in the plan: {_short(values)}; known are {', '.join(_EDITS)}: upgrade hf-compress"
+        )
+    fields = {key: value for key, value in values.items() if key != "edit"}
+    edit: Any = _EDITS[values["edit"]]
+    try:
+        return edit(**fields)
+    except TypeError as error:
+        raise PlanError(
+            f"edit {values['edit']} has the wrong fields {_short(sorted(map(str, fields)))}: {error}"
+        ) from None
+
+
+def _check_path(name: str, value: Any) -> None:
+    if not isinstance(value, str) or not _PATH.fullmatch(value):
+        raise PlanError(f'{name} must be the path of a module, such as "model.layers.0"; got {_short(value)}')
+
+
+def _check_size(name: str, value: Any) -> None:
+    if type(value) is not int or not 1 <= value < _MAX_SIZE:
+        raise PlanError(f"{name} must be a positive whole number; got {_short(value)}")
+
+
+def _check_bool(name: str, value: Any) -> None:
+    if type(value) is not bool:
+        raise PlanError(f"{name} must be true or false; got {_short(value)}")
+
+
+def _block_indices(name: str, values: Any) -> tuple[int, ...]:
+    """`values` as a sorted tuple of distinct, non-negative block indices, or PlanError."""
+    try:
+        indices = tuple(sorted(values))
+    except TypeError:
+        raise PlanError(f"{name} must be a list of block indices; got {_short(values)}") from None
+    if not indices or any(type(i) is not int or i < 0 for i in indices) or len(set(indices)) != len(indices):
+        raise PlanError(f"{name} must be distinct block indices counted from 0, at least one; got {_short(values)}")
+    return indices
+
+
+def _short(value: Any) -> str:
+    """What was given, cut to what fits a message."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"

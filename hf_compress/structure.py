@@ -1,0 +1,259 @@
+"""Carries out edits of modules: on a live model, or on one that is being loaded and has no memory yet.
+
+New tensors are made on the meta device, so nothing is allocated before everything is checked. The loader fills them
+from the checkpoint, `apply` from the plan.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import singledispatch
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from hf_compress.anatomy.parts import expert_axes, is_linear, linear_widths
+from hf_compress.anatomy.undo import Undo
+from hf_compress.edits import (
+    Edit,
+    InsertBottleneck,
+    LinearFFN,
+    NarrowExperts,
+    NarrowFFN,
+    PackLinear,
+    ReplaceActivation,
+    Seal,
+)
+from hf_compress.errors import PlanError
+from hf_compress.modules.activation import BlendedActivation
+from hf_compress.modules.bottleneck import Bottleneck
+from hf_compress.modules.packed import MixedPrecisionLinear, Packing
+from hf_compress.modules.sealed import Sealed
+
+BOTTLENECK = "bottleneck"  # what a block calls the one that its output passes through
+_WIDTH_NAMES = re.compile(r"intermediate|inner|ffn|ff_dim|dim_ff|d_ff|expert_dim")
+
+
+@dataclass(frozen=True)
+class Site:
+    """A model that is being changed: finds its modules by path and replaces them, each step recorded in `undo`."""
+
+    model: PreTrainedModel
+    undo: Undo
+
+    def module(self, path: str) -> nn.Module:
+        module: nn.Module = self.model
+        for name in path.split("."):
+            child = module._modules.get(name)
+            if child is None:
+                raise PlanError(f"{type(self.model).__name__} has no module {path}, which the plan changes")
+            module = child
+        return module
+
+    def linear(self, path: str) -> nn.Module:
+        """The linear map at `path`, which nobody else uses."""
+        module = self.module(path)
+        if not is_linear(module):
+            raise PlanError(f"the plan takes {path} for a linear map, but it is {type(module).__name__}")
+        users = [p for p, m in self.model.named_modules(remove_duplicate=False) if m is module]
+        weights = [n for n, p in self.model.named_parameters(remove_duplicate=False) if p is module.weight]
+        if len(users) > 1 or len(weights) > 1:
+            raise PlanError(
+                f"{path} is shared ({', '.join(users if len(users) > 1 else weights)}) and cannot be changed"
+            )
+        return module
+
+    def replace(self, path: str, new: nn.Module) -> None:
+        """Put another module in the place of the one at `path`."""
+        old = self.module(path)
+        owner, _, name = path.rpartition(".")
+        new.train(old.training)
+        self.undo.put((self.module(owner) if owner else self.model)._modules, name, new)
+
+    def tensors(self, path: str) -> set[Tensor]:
+        """Every parameter and buffer in the module at `path`."""
+        module = self.module(path)
+        return {*module.parameters(), *module.buffers()}
+
+
+@singledispatch
+def restructure(edit: Edit, site: Site) -> None:
+    """Change the modules that `edit` names.
+
+    Raises:
+        PlanError: the model has no such modules, they are of another kind or shared, or sizes do not fit.
+    """
+    raise PlanError(f"{type(edit).__name__} is no edit of modules")
+
+
+@restructure.register
+def _(edit: NarrowFFN, site: Site) -> None:
+    output = site.linear(edit.output)
+    old, hidden = linear_widths(output)
+    if edit.width > old:
+        raise PlanError(f"the FFN of {edit.output} has {old} hidden units; the plan asks for {edit.width}")
+    for path in edit.inputs:
+        inputs, outputs = linear_widths(site.linear(path))
+        if inputs != hidden or outputs not in (old, 2 * old):
+            raise PlanError(f"{path} maps {inputs} to {outputs} and is no input of an FFN {hidden} → {old} → {hidden}")
+        site.replace(path, resized(site.module(path), inputs, edit.width * (outputs // old)))
+    bias = edit.bias or output.bias is not None
+    site.replace(edit.output, resized(output, edit.width, hidden, bias))
+    for owner in {path.rpartition(".")[0] for path in (*edit.inputs, edit.output)}:
+        _set_width(site, owner, old, edit.width)
+
+
+@restructure.register
+def _(edit: NarrowExperts, site: Site) -> None:
+    experts = site.module(edit.experts)
+    tables = {name: table for name, table in experts.named_parameters(recurse=False) if table.ndim >= 2}
+    if not tables:
+        raise PlanError(f"{edit.experts} is no module that holds the tensors of all experts")
+    axes = expert_axes(experts)
+    if edit.width > axes.width:
+        raise PlanError(f"the experts of {edit.experts} have {axes.width} hidden units; the plan asks for {edit.width}")
+    new = copy.copy(experts)
+    new._parameters = dict(experts._parameters)
+    for name, (axis, times) in axes.of.items():
+        shape = list(tables[name].shape)
+        shape[axis] = edit.width * times
+        new._parameters[name] = _empty(shape, tables[name])
+    site.replace(edit.experts, new)
+    _set_width(site, edit.experts, axes.width, edit.width)
+
+
+@restructure.register
+def _(edit: LinearFFN, site: Site) -> None:
+    output = site.linear(edit.output)
+    inner, hidden = linear_widths(output)
+    for path in edit.inputs:
+        if linear_widths(site.linear(path))[0] != hidden:
+            raise PlanError(f"{path} does not read a stream of width {hidden}, to which {edit.output} writes")
+    if edit.rank is not None and edit.rank > min(inner, hidden):
+        raise PlanError(
+            f"the FFN of {edit.output} is {hidden} → {inner} → {hidden}; the plan asks for rank {edit.rank}"
+        )
+    layers = OrderedDict[str, nn.Module]()
+    if edit.rank is not None:
+        layers[_name(edit.inputs[-1])] = resized(site.module(edit.inputs[-1]), hidden, edit.rank, False)
+    last = resized(output, edit.rank or hidden, hidden, edit.bias)
+    if scope := _scope_of(site, (*edit.inputs, edit.output)):
+        site.replace(scope, nn.Sequential(OrderedDict(layers | {_name(edit.output): last})))
+        return
+    site.replace(edit.output, last)
+    if scope := _scope_of(site, edit.inputs):
+        site.replace(scope, nn.Sequential(layers))
+    elif len(edit.inputs) == 1 and edit.activation is not None:
+        site.replace(edit.inputs[0], next(iter(layers.values()), nn.Identity()))
+        _activation(site, edit.activation)
+        site.replace(edit.activation, nn.Identity())
+    else:
+        raise PlanError(f"the FFN of {edit.output} stands among other parts of its block and cannot be one linear map")
+
+
+@restructure.register
+def _(edit: InsertBottleneck, site: Site) -> None:
+    block = site.module(edit.block)
+    if BOTTLENECK in block._modules:
+        raise PlanError(f"{edit.block} has a bottleneck already; put it behind another block")
+    example = next((p for p in block.parameters() if p.ndim == 1 and len(p) == edit.hidden), None)
+    example = example if example is not None else next((p for p in block.parameters() if edit.hidden in p.shape), None)
+    if example is None:
+        raise PlanError(f"nothing in {edit.block} is {edit.hidden} wide, as the plan says of its residual stream")
+    bottleneck = Bottleneck(edit.hidden, edit.width, edit.skip, edit.rescale, device="meta", dtype=example.dtype)
+    site.undo.put(block._modules, BOTTLENECK, bottleneck.train(block.training))
+    site.undo.later(block.register_forward_hook(bottleneck.after).remove)
+
+
+@restructure.register
+def _(edit: PackLinear, site: Site) -> None:
+    linear = site.linear(edit.module)
+    inputs, outputs = linear_widths(linear)
+    try:
+        packing = Packing(outputs, inputs, edit.group_size, edit.planes, edit.symmetric)
+    except ValueError as error:
+        raise PlanError(f"{edit.module}: {error}") from None
+    bias = linear.bias is not None
+    site.replace(edit.module, MixedPrecisionLinear(packing, bias, device="meta", dtype=next(linear.parameters()).dtype))
+
+
+@restructure.register
+def _(edit: ReplaceActivation, site: Site) -> None:
+    activation = _activation(site, edit.activation)
+    dtype = next(site.model.parameters()).dtype
+    site.replace(edit.activation, BlendedActivation(activation, edit.blend, edit.width, device="meta", dtype=dtype))
+
+
+@restructure.register
+def _(edit: Seal, site: Site) -> None:
+    module = site.module(edit.module)
+    if "weight" not in module._parameters:
+        raise PlanError(f"{edit.module} has no weight to seal")
+    site.replace(edit.module, Sealed(module))
+
+
+def resized(linear: nn.Module, inputs: int, outputs: int, bias: bool | None = None) -> nn.Module:
+    """A linear map like `linear`, of other widths, without memory. `bias`: with or without one; as it was when None."""
+    new = copy.copy(linear)
+    new._parameters = dict(linear._parameters)
+    weight, old_bias = linear._parameters["weight"], linear._parameters.get("bias")
+    assert weight is not None
+    transposed = isinstance(linear, Conv1D)
+    new._parameters["weight"] = _empty([inputs, outputs] if transposed else [outputs, inputs], weight)
+    # Conv1D cannot do without a bias.
+    has_bias = transposed or (old_bias is not None if bias is None else bias)
+    new._parameters["bias"] = _empty([outputs], old_bias if old_bias is not None else weight) if has_bias else None
+    names = ("nx", "nf") if transposed else ("in_features", "out_features")
+    vars(new).update(zip(names, (inputs, outputs), strict=True))
+    return new
+
+
+def _empty(shape: list[int], like: Tensor) -> nn.Parameter:
+    """A parameter without memory, of the dtype of another and trained if that one is."""
+    return nn.Parameter(torch.empty(shape, dtype=like.dtype, device="meta"), requires_grad=like.requires_grad)
+
+
+def _name(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
+def _scope_of(site: Site, paths: tuple[str, ...]) -> str:
+    """The innermost module that holds all of `paths` and has no tensors but theirs; "" where there is none."""
+    parts = [path.split(".")[:-1] for path in paths]
+    shared = [column[0] for column in _alike(parts)]
+    scope = ".".join(shared)
+    if not scope:
+        return ""
+    inside = set().union(*(site.tensors(path) for path in paths))
+    # The other parts of the module are gone with it, so an FFN with a norm or a convolution inside is no such module.
+    return scope if site.tensors(scope) <= inside else ""
+
+
+def _alike(rows: list[list[str]]) -> list[tuple[str, ...]]:
+    """The leading columns in which all rows have the same entry."""
+    columns = []
+    for column in zip(*rows, strict=False):
+        if len(set(column)) > 1:
+            break
+        columns.append(column)
+    return columns
+
+
+def _activation(site: Site, path: str) -> nn.Module:
+    module = site.module(path)
+    if any(True for _ in module.children()) or any(True for _ in module.parameters()):
+        raise PlanError(f"the plan takes {path} for an activation, but it is {type(module).__name__} with parts")
+    return module
+
+
+def _set_width(site: Site, path: str, old: int, new: int) -> None:
+    """Tell a module that keeps the number of hidden units by a telling name."""
+    owner = site.module(path)
+    for name, value in list(vars(owner).items()):
+        if value == old and type(value) is int and _WIDTH_NAMES.search(name):
+            site.undo.set(owner, name, new)
