@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_compress.anatomy.anatomy import Anatomy
-from hf_compress.anatomy.parts import FFN, expert_axes, hidden_size, linear_map
+from hf_compress.anatomy.parts import FFN, expert_axes, linear_map
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.edits import InsertBottleneck, LinearFFN, NarrowExperts, NarrowFFN, PackLinear, ReplaceActivation
 from hf_compress.errors import UnsupportedModelError
@@ -29,13 +29,14 @@ def narrow_ffn(model: PreTrainedModel, stack: Stack, index: int, units: Sequence
     ffn, path = _ffn(model, stack, index)
     inputs, output = _dense(ffn, path)
     kept = torch.as_tensor(units)
-    tensors = {}
+    columns = kept if ffn.kind != "fused" else torch.cat([kept, kept + ffn.width])
+    tensors: dict[str, Tensor] = {}
     for name in inputs:
         module = model.get_submodule(name)
-        rows = kept if ffn.kind != "fused" else torch.cat([kept, kept + ffn.width])
-        tensors |= _linear(model, name, linear_map(module)[:, rows], None if module.bias is None else module.bias[rows])
+        bias = module._parameters.get("bias")
+        tensors |= _linear(model, name, linear_map(module)[:, columns], None if bias is None else bias[columns])
     down = model.get_submodule(output)
-    tensors |= _linear(model, output, linear_map(down)[kept], down.bias)
+    tensors |= _linear(model, output, linear_map(down)[kept], down._parameters.get("bias"))
     return Plan((NarrowFFN(inputs, output, len(kept)),), tensors)
 
 
@@ -78,8 +79,7 @@ def linear_ffn(
     rank = maps[0].shape[1] if len(maps) == 2 else None
     activation = f"{path}.{ffn.activation}" if ffn.activation else None
     edit = LinearFFN(inputs, output, rank, bias is not None, activation)
-    # Where what is left stands, and under which names, is for the edit to know: it is tried out.
-    names = dict.fromkeys([*([inputs[-1]] if rank else []), output])
+    names = [inputs[-1], output] if rank else [output]
     tensors: dict[str, Tensor] = {}
     for name, matrix in zip(names, maps, strict=True):
         tensors |= _linear(model, name, matrix, bias if name == output else None)
@@ -132,8 +132,8 @@ def pack_linear(model: PreTrainedModel, path: str, bits: Tensor, group_size: int
     """
     module = model.get_submodule(path)
     packing, tensors = pack(linear_map(module).T, bits, group_size, symmetric)
-    if module.bias is not None:
-        tensors["bias"] = module.bias
+    if (bias := module._parameters.get("bias")) is not None:
+        tensors["bias"] = bias
     edit = PackLinear(path, group_size, packing.planes, symmetric)
     return Plan((edit,), {f"{path}.{name}": tensor for name, tensor in tensors.items()})
 

@@ -25,10 +25,11 @@ _MAX_SIZE = 2**31
 class Edit:
     """One structural change."""
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, abstract: bool = False) -> None:
         if cls.__name__ in _EDITS:
             raise TypeError(f"there is an edit called {cls.__name__} already")
-        _EDITS[cls.__name__] = cls
+        if not abstract:
+            _EDITS[cls.__name__] = cls
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values, with the edit's name under "edit"."""
@@ -36,7 +37,7 @@ class Edit:
 
 
 @dataclass(frozen=True)
-class StackEdit(Edit):
+class StackEdit(Edit, abstract=True):
     """A change to the blocks of a stack. `stack` is the path of its ModuleList, such as "model.layers"."""
 
     stack: str
@@ -82,7 +83,7 @@ class MergeBlocks(StackEdit):
 
 
 @dataclass(frozen=True)
-class ModuleEdit(Edit):
+class ModuleEdit(Edit, abstract=True):
     """A change to single modules, named by their paths in the model."""
 
     path_fields: ClassVar[tuple[str, ...]] = ()

@@ -8,7 +8,6 @@ old shapes comes with a seal.
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -124,9 +123,9 @@ def _last_of_each(edits: Sequence[ModuleEdit]) -> tuple[ModuleEdit, ...]:
 
 def described(model: PreTrainedModel, edits: Iterable[ModuleEdit]) -> PreTrainedModel:
     """The model that the config of `model` describes, without a record, and with `edits` done to it; on meta."""
-    config = copy.deepcopy(model.config)
-    vars(config).pop(_FIELD, None)
+    values = {name: value for name, value in model.config.to_dict().items() if name != _FIELD}
     with quiet(), torch.device("meta"):
+        config = type(model.config).from_dict(values)  # as from a file, for configs check what they are made of
         own: Any = type(model)
         plain: PreTrainedModel = own._from_config(config, dtype=model.dtype)
         site = Site(plain, Undo())
@@ -215,7 +214,8 @@ def _said(name: str, value: Any, old: int, new: int) -> Any:
     if value is None and _UNSET_WIDTHS.search(name):
         return new
     if type(value) in (int, float) and _WIDTH_RATIOS.search(name):
-        return value * new / old
+        ratio = value * new / old
+        return int(ratio) if ratio.is_integer() and type(value) is int else ratio
     return None
 
 

@@ -1,0 +1,262 @@
+"""Models whose structure no config can say, through everything that Transformers does with a model."""
+
+import copy
+import json
+
+import peft
+import pytest
+import torch
+from datasets import Dataset
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+)
+
+from examples.round_trip import EDITS, build, inputs, logits
+from hf_compress import drafts
+from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.apply import apply
+from hf_compress.errors import PlanError
+from hf_compress.plan import Plan
+from hf_compress.storage.save import save
+
+RECORDED = ("narrow one FFN", "linear FFN", "low-rank FFN", "bottleneck", "packed linear", "blended activation")
+
+
+def changed(family="Llama", edit="narrow one FFN", block=1):
+    """A tiny model with one change."""
+    model = build(family)
+    torch.manual_seed(2)
+    apply(EDITS[edit](model, Anatomy(model).stack(), block), model)
+    return model
+
+
+def several(family="Llama"):
+    """A tiny model with another change in each of its blocks."""
+    model = build(family)
+    stack = Anatomy(model).stack()
+    edits = ("narrow one FFN", "bottleneck", "packed linear", "blended activation")
+    torch.manual_seed(2)
+    apply(sum((EDITS[edit](model, stack, block) for block, edit in enumerate(edits)), start=Plan()), model)
+    return model
+
+
+def same_state(first, second):
+    one, other = first.state_dict(), second.state_dict()
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("family", "auto"),
+    [
+        ("Llama", AutoModelForCausalLM),
+        ("Mixtral", AutoModelForCausalLM),
+        ("BERT", AutoModelForSequenceClassification),
+        ("ViT", AutoModelForImageClassification),
+    ],
+)
+def test_the_auto_classes(family, auto, tmp_path):
+    model = several(family)
+    loaded = auto.from_pretrained(save(model, tmp_path / "out"))
+    assert type(loaded) is type(model)
+    assert same_state(loaded, model)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_what_is_loaded_is_an_ordinary_model(tmp_path):
+    loaded = AutoModelForCausalLM.from_pretrained(save(several(), tmp_path / "out"))
+    assert not loaded.is_quantized
+    assert getattr(loaded, "hf_quantizer", None) is None
+    assert not hasattr(loaded, "quantization_method")
+    assert not hasattr(loaded.config, "_is_quantized")
+    assert loaded.config.quantization_config["quant_method"] == "hf_compress"
+
+
+@pytest.mark.parametrize("family", ["Llama", "BERT", "ViT"])
+def test_the_body_alone(family, tmp_path):
+    model = several(family)
+    body = AutoModel.from_pretrained(save(model, tmp_path / "out"))
+    assert type(body) is type(model.base_model)
+    own = model.base_model.state_dict()
+    assert own
+    assert all(torch.equal(body.state_dict()[name], own[name]) for name in own)
+    again = AutoModel.from_pretrained(save(body, tmp_path / "body"))
+    assert same_state(again, body)
+
+
+def test_a_head_on_a_body_that_was_saved_alone(tmp_path):
+    body = AutoModel.from_pretrained(save(several("BERT"), tmp_path / "out"))
+    folder = save(body, tmp_path / "body")
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
+    inside, own = model.bert.state_dict(), body.state_dict()
+    assert len(inside) > 30
+    assert all(torch.equal(inside[name], own[name]) for name in inside)
+
+
+def test_a_changed_head_is_left_out_with_the_head(tmp_path):
+    model = build("Qwen3")
+    bits = torch.full((99, 4), 8)
+    apply(drafts.pack_linear(model, "lm_head", bits, 8) + EDITS["bottleneck"](model, Anatomy(model).stack(), 1), model)
+    folder = save(model, tmp_path / "out")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder)), logits(model))
+    ids = inputs(model)["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(AutoModel.from_pretrained(folder)(ids)[0], model.model(ids)[0])
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mixtral"])
+def test_shards(family, tmp_path):
+    model = several(family)
+    model.save_pretrained(tmp_path / "out", max_shard_size="40kB")
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
+    assert same_state(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), model)
+
+
+def test_tied_embeddings_stay_tied(tmp_path):
+    model = several()
+    assert model.config.tie_word_embeddings
+    loaded = AutoModelForCausalLM.from_pretrained(save(model, tmp_path / "out"))
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+def test_dtype(tmp_path):
+    model = several()
+    folder = save(model, tmp_path / "out")
+    half = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    packed = half.model.layers[2].self_attn.o_proj
+    assert half.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+    assert half.model.layers[1].bottleneck.encoder.dtype == torch.bfloat16
+    assert torch.equal(packed.unpacked(), model.model.layers[2].self_attn.o_proj.unpacked())
+    assert torch.allclose(logits(half).float(), logits(model), atol=0.05)
+    again = AutoModelForCausalLM.from_pretrained(save(half, tmp_path / "half"), dtype="auto")
+    assert same_state(again, half)
+    assert torch.equal(logits(again), logits(half))
+
+
+@pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}])
+def test_device_map(device_map, tmp_path):
+    model = several()
+    loaded = AutoModelForCausalLM.from_pretrained(save(model, tmp_path / "out"), device_map=device_map)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_saving_a_loaded_model_writes_the_same_files(tmp_path):
+    model = several("Mixtral")
+    model.save_pretrained(tmp_path / "first")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+
+
+def test_a_deep_copy_is_the_same_model(tmp_path):
+    model = several()
+    twin = copy.deepcopy(model)
+    assert torch.equal(logits(twin), logits(model))
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(save(twin, tmp_path / "out"))), logits(model))
+
+
+def dataset():
+    ids = torch.randint(0, 99, (8, 12), generator=torch.Generator().manual_seed(3))
+    return Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()})
+
+
+def arguments(folder, steps):
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        save_steps=2,
+        per_device_train_batch_size=2,
+        learning_rate=1e-3,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+
+
+def test_trainer(tmp_path):
+    """Trained in two stretches from a checkpoint or in one go, and loaded from what Trainer wrote."""
+    folder = save(several(), tmp_path / "out")
+    whole = Trainer(
+        AutoModelForCausalLM.from_pretrained(folder), arguments(tmp_path / "whole", 4), train_dataset=dataset()
+    )
+    whole.train()
+    assert not torch.equal(logits(whole.model), logits(several()))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "checkpoint-4")
+    assert torch.equal(logits(loaded), logits(whole.model))
+    resumed = Trainer(
+        AutoModelForCausalLM.from_pretrained(folder), arguments(tmp_path / "whole", 4), train_dataset=dataset()
+    )
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert same_state(resumed.model, whole.model)
+
+
+@pytest.mark.parametrize("edit", RECORDED)
+def test_lora_and_merging_it(edit, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(save(changed(edit=edit), tmp_path / "out"))
+    before = logits(model)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "down_proj"], r=2))
+    torch.manual_seed(4)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    merged = adapted.merge_and_unload()
+    assert not torch.allclose(logits(merged), before, atol=1e-3)
+    again = AutoModelForCausalLM.from_pretrained(save(merged, tmp_path / "merged"))
+    assert torch.equal(logits(again), logits(merged))
+
+
+def test_an_adapter_finds_its_way_back(tmp_path):
+    folder = save(several(), tmp_path / "out")
+    adapted = peft.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(folder),
+        peft.LoraConfig(target_modules=["up_proj"], init_lora_weights=False),
+    )
+    adapted.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "adapter")
+    with torch.no_grad():
+        ids = inputs(build("Llama"))["input_ids"]
+        assert torch.equal(again.eval()(ids).logits, adapted.eval()(ids).logits)
+
+
+def rewrite(folder, **entry):
+    """Change fields of the record in a saved config."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"] |= entry
+    path.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"version": 2}, "has version 2, known is 1: upgrade hf-compress"),
+        ({"version": None}, "has version None"),
+        ({"plan": {}}, "a list of at most"),
+        (
+            {"plan": [{"edit": "Teleport"}]},
+            "unknown edit in the plan.*known are RemoveBlocks, .*Seal: upgrade hf-compress",
+        ),
+        ({"plan": [{"edit": "RemoveBlocks", "stack": "model.layers", "blocks": [0]}]}, "says by itself which blocks"),
+        ({"plan": [{"edit": "Seal", "module": "../model"}]}, "must be the path of a module"),
+        ({"plan": [{"edit": "Seal", "module": "model.nowhere"}]}, "LlamaForCausalLM has no module model.nowhere"),
+        ({"surprise": 1}, "unknown fields .'surprise'"),
+    ],
+)
+def test_a_record_that_cannot_be_carried_out(entry, message, tmp_path):
+    folder = save(changed(), tmp_path / "out")
+    rewrite(folder, **entry)
+    with pytest.raises(PlanError, match=message):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_a_record_wider_than_the_model(tmp_path):
+    folder = save(changed(), tmp_path / "out")
+    entry = json.loads((folder / "config.json").read_text())["quantization_config"]
+    entry["plan"][0]["width"] = 10**9
+    rewrite(folder, **entry)
+    with pytest.raises(PlanError, match="has 64 hidden units; the plan asks for 1000000000"):
+        AutoModelForCausalLM.from_pretrained(folder)
