@@ -51,6 +51,8 @@ def narrow_experts(model: PreTrainedModel, stack: Stack, index: int, units: Tens
     tensors = {}
     for tensor, (axis, times) in axes.of.items():
         table = experts.get_parameter(tensor)
+        if len(table) != len(units):
+            raise UnsupportedModelError(f"{name}.{tensor} holds {len(table)} experts; units name {len(units)}")
         shifts = torch.arange(times)
         # Gate and up of a unit are neighbours, or all gates come before all ups.
         spread = units[..., None] * times + shifts if axes.interleaved else units[..., None] + shifts * axes.width

@@ -9,6 +9,7 @@ old shapes comes with a seal.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -245,13 +246,19 @@ def _passes_for_stock(model: PreTrainedModel, edits: Sequence[ModuleEdit]) -> bo
 
 
 def _sealable(model: PreTrainedModel, edits: Sequence[ModuleEdit]) -> str:
-    """The norm to put a seal on: in the block of the first edit, or else in the first block."""
+    """The module to seal: a norm, or a projection where norms learn nothing; best in a block that was changed."""
     anatomy = Anatomy(model)
-    for stack in sorted(anatomy.stacks, key=lambda stack: not any(_inside(edit, stack) for edit in edits)):
-        touched = [int(e.paths[0][len(stack.path) + 1 :].split(".")[0]) for e in edits if _inside(e, stack)]
-        for index in [*touched, *range(len(stack))]:
-            for norm in anatomy.parts(stack, index).norms:
-                path = f"{stack.path}.{index}.{norm}"
-                if "weight" in model.get_submodule(path)._parameters:
-                    return path
-    raise PlanError("the change leaves every shape as it was, and no block has a norm by which it could be sealed")
+    names = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    candidates: list[tuple[bool, bool, str]] = []
+    for stack in anatomy.stacks:
+        for index, block in enumerate(stack.blocks):
+            path, parts = f"{stack.path}.{index}", anatomy.parts(stack, index)
+            untouched = not any(p.startswith(f"{path}.") or p == path for edit in edits for p in edit.paths)
+            candidates += [
+                (name not in parts.norms, untouched, f"{path}.{name}")
+                for name in (*parts.norms, *reversed(parts.writers))
+                if names[id(block.get_submodule(name)._parameters.get("weight"))] == 1  # it has one, and shares it not
+            ]
+    if not candidates:
+        raise PlanError("the change leaves every shape as it was, and no block has a module that could be sealed")
+    return min(candidates, key=lambda candidate: candidate[:2])[2]

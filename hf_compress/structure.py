@@ -11,6 +11,7 @@ import re
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import singledispatch
+from itertools import takewhile
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ from hf_compress.modules.bottleneck import Bottleneck
 from hf_compress.modules.packed import MixedPrecisionLinear, Packing
 from hf_compress.modules.sealed import Sealed
 
-BOTTLENECK = "bottleneck"  # what a block calls the one that its output passes through
+BOTTLENECK = "residual_bottleneck"  # what a block calls the one that its output passes through
 _WIDTH_NAMES = re.compile(r"intermediate|inner|ffn|ff_dim|dim_ff|d_ff|expert_dim")
 
 
@@ -97,6 +98,7 @@ def _(edit: NarrowFFN, site: Site) -> None:
     old, hidden = linear_widths(output)
     if edit.width > old:
         raise PlanError(f"the FFN of {edit.output} has {old} hidden units; the plan asks for {edit.width}")
+    _refuse_other_parts(site, edit, old, hidden)
     for path in edit.inputs:
         inputs, outputs = linear_widths(site.linear(path))
         if inputs != hidden or outputs not in (old, 2 * old):
@@ -106,6 +108,17 @@ def _(edit: NarrowFFN, site: Site) -> None:
     site.replace(edit.output, resized(output, edit.width, hidden, bias))
     for owner in {path.rpartition(".")[0] for path in (*edit.inputs, edit.output)}:
         _set_width(site, owner, old, edit.width)
+
+
+def _refuse_other_parts(site: Site, edit: NarrowFFN, width: int, hidden: int) -> None:
+    """An FFN with, say, a norm of its hidden units cannot be narrowed by its projections alone."""
+    paths = (*edit.inputs, edit.output)
+    scope = _shared_scope(paths)
+    if not scope or width == hidden:  # then nothing tells such parts from those of the stream
+        return
+    for name, tensor in site.module(scope).named_parameters():
+        if width in tensor.shape and not f"{scope}.{name}".startswith(tuple(f"{path}." for path in paths)):
+            raise PlanError(f"{scope}.{name} is {tuple(tensor.shape)}: it, too, has an entry for each hidden unit")
 
 
 @restructure.register
@@ -192,7 +205,7 @@ def _(edit: ReplaceActivation, site: Site) -> None:
 @restructure.register
 def _(edit: Seal, site: Site) -> None:
     module = site.module(edit.module)
-    if "weight" not in module._parameters:
+    if module._parameters.get("weight") is None:
         raise PlanError(f"{edit.module} has no weight to seal")
     site.replace(edit.module, Sealed(module))
 
@@ -224,9 +237,7 @@ def _name(path: str) -> str:
 
 def _scope_of(site: Site, paths: tuple[str, ...]) -> str:
     """The innermost module that holds all of `paths` and has no tensors but theirs; "" where there is none."""
-    parts = [path.split(".")[:-1] for path in paths]
-    shared = [column[0] for column in _alike(parts)]
-    scope = ".".join(shared)
+    scope = _shared_scope(paths)
     if not scope:
         return ""
     inside = set().union(*(site.tensors(path) for path in paths))
@@ -234,14 +245,10 @@ def _scope_of(site: Site, paths: tuple[str, ...]) -> str:
     return scope if site.tensors(scope) <= inside else ""
 
 
-def _alike(rows: list[list[str]]) -> list[tuple[str, ...]]:
-    """The leading columns in which all rows have the same entry."""
-    columns = []
-    for column in zip(*rows, strict=False):
-        if len(set(column)) > 1:
-            break
-        columns.append(column)
-    return columns
+def _shared_scope(paths: tuple[str, ...]) -> str:
+    """The path of the innermost module around all of `paths`."""
+    columns = zip(*(path.split(".")[:-1] for path in paths), strict=False)
+    return ".".join(column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns))
 
 
 def _activation(site: Site, path: str) -> nn.Module:

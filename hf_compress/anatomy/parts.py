@@ -24,6 +24,9 @@ _QKV = re.compile(
     re.IGNORECASE,
 )
 
+# Inside an attention: what weighs its output, and is no output itself.
+_GATE = re.compile(r"(^|_)gate(_|$)")
+
 FFNKind = Literal["plain", "gated", "fused", "experts"]
 
 
@@ -105,7 +108,8 @@ def block_parts(block: nn.Module, hidden: int) -> BlockParts:
     outside = {p: w for p, w in linears.items() if not any(p.startswith(f"{scope}.") for scope in attention)}
     mixers = _mixer_scopes(block)
     outside = {p: w for p, w in outside.items() if not p.startswith(mixers)}
-    output = _last_writer(linears, attention[0], hidden) if attention else None
+    ungated = {path: widths for path, widths in linears.items() if not _GATE.search(path.rpartition(".")[2])}
+    output = _last_writer(ungated, attention[0], hidden) if attention else None
     if output is None and mixers:
         output = _last_writer({p: w for p, w in linears.items() if p.startswith(mixers)}, "", hidden)
     ffn = _experts(block, hidden) or _ffn(outside, hidden)
@@ -133,23 +137,29 @@ def _attention_scopes(linears: dict[str, tuple[int, int]], hidden: int) -> list[
     return scopes
 
 
+def _is_qkv(path: str) -> bool:
+    return _QKV.match(path.rpartition(".")[2]) is not None
+
+
 def _last_writer(linears: dict[str, tuple[int, int]], scope: str, hidden: int) -> str | None:
     """The last linear map under `scope` that ends in the residual stream and is no query, key or value projection."""
     writers = [
         path
         for path, (_, outputs) in linears.items()
-        if path.startswith(f"{scope}." if scope else "")
-        and outputs == hidden
-        and not _QKV.match(path.rpartition(".")[2])
+        if path.startswith(f"{scope}." if scope else "") and outputs == hidden and not _is_qkv(path)
     ]
     return writers[-1] if writers else None
 
 
 def _ffn(linears: dict[str, tuple[int, int]], hidden: int) -> FFN | None:
-    """The FFN among the linear maps that are not attention's."""
-    output = _last_writer(linears, "", hidden)
-    if output is None:
-        return None
+    """The FFN among the linear maps that are not attention's: the widest, where there are several."""
+    writers = [path for path, (_, outputs) in linears.items() if outputs == hidden and not _is_qkv(path)]
+    found = [ffn for output in writers if (ffn := _ffn_to(output, linears, hidden))]
+    return max(reversed(found), key=lambda ffn: ffn.width, default=None)
+
+
+def _ffn_to(output: str, linears: dict[str, tuple[int, int]], hidden: int) -> FFN | None:
+    """The FFN that ends in the linear map `output`."""
     width = linears[output][0]
     others = {path: widths for path, widths in linears.items() if path != output and widths[0] == hidden}
     inputs = tuple(path for path, (_, outputs) in others.items() if outputs == width)

@@ -59,9 +59,9 @@ class Bottleneck(nn.Module):
         return self.decode(*self.encode(stream), stream)
 
     def after(self, block: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
-        """The forward hook by which a block's output, a tensor or a tuple that begins with it, passes through here."""
-        if isinstance(output, tuple):
-            return (self(output[0]), *output[1:])
+        """The forward hook by which a block's output, a tensor or what begins with it, passes through here."""
+        if type(output) in (tuple, list):
+            return type(output)([self(output[0]), *output[1:]])
         return self(output)
 
     def extra_repr(self) -> str:

@@ -129,7 +129,7 @@ def test_dtype(tmp_path):
     half = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     packed = half.model.layers[2].self_attn.o_proj
     assert half.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
-    assert half.model.layers[1].bottleneck.encoder.dtype == torch.bfloat16
+    assert half.model.layers[1].residual_bottleneck.encoder.dtype == torch.bfloat16
     assert torch.equal(packed.unpacked(), model.model.layers[2].self_attn.o_proj.unpacked())
     assert torch.allclose(logits(half).float(), logits(model), atol=0.05)
     again = AutoModelForCausalLM.from_pretrained(save(half, tmp_path / "half"), dtype="auto")

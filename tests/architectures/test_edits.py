@@ -1,0 +1,99 @@
+"""Edits of modules on every architecture that can be built tiny: they save and load, or are refused with a reason.
+
+Reversing the order of an FFN's hidden units changes every tensor of it and nothing that is computed, so it shows that
+the right tensors were found. A bottleneck changes no shape, so it shows that a seal can be set.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from hf_compress import drafts
+from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.parts import expert_axes, hidden_size
+from hf_compress.anatomy.stacks import Stack
+from hf_compress.apply import apply
+from hf_compress.errors import PlanError, UnsupportedModelError
+from hf_compress.parity import quiet
+from hf_compress.plan import Plan
+from hf_compress.storage.save import save
+from tests.architectures.changes import forward
+from tests.architectures.matrix import FAMILIES
+from tests.architectures.tiny import CannotBuild, tiny_inputs
+
+TYPES = [(key, kind, side) for key, family in FAMILIES.items() for kind in family.types for side in family.sides]
+# What may be refused, by a word of the reason; all else has to be changed.
+REFUSED = {
+    "reversed_units": {
+        "bitnet": "it, too, has an entry for each hidden unit",  # a norm
+        "swin": "it, too, has an entry for each hidden unit",  # a block is itself a list of blocks
+        "zamba": "is shared",
+        "zamba2": "is shared",
+        "longcat_flash": "experts",
+    },
+    "bottleneck": {
+        "qwen4_exp": "does not run",  # four streams side by side
+        "qwen4_exp_text": "does not run",
+        "reformer": "does not run",  # two streams
+        "rwkv": "layers_are_rescaled",
+        "swin": "shift_size",  # its config cannot say it even unchanged
+    },
+}
+SPEECH = ("takes input_values", "takes input_features", "does not run on the inputs it would be checked with")
+
+
+def reversed_units(model, stack: Stack, index: int) -> Plan:
+    ffn = Anatomy(model).parts(stack, index).ffn
+    if ffn is None:
+        pytest.skip("no FFN was found, so there is none to narrow")
+    if ffn.experts is None:
+        return drafts.narrow_ffn(model, stack, index, range(ffn.width)[::-1])
+    experts = model.get_submodule(f"{stack.path}.{index}.{ffn.experts}")
+    count = len(experts.get_parameter(next(iter(expert_axes(experts).of))))
+    return drafts.narrow_experts(model, stack, index, torch.arange(ffn.width).flip(0).expand(count, -1))
+
+
+def bottleneck(model, stack: Stack, index: int) -> Plan:
+    d = hidden_size(stack.configs[0][0])
+    directions = torch.linalg.qr(torch.randn(d, d // 2, generator=torch.Generator().manual_seed(0))).Q
+    return drafts.insert_bottleneck(model, stack, index, directions, 0.9 * directions.T, torch.zeros(d))
+
+
+def change(key: str, kind: str, side: str | None, draft: Callable[..., Plan], folder) -> float:
+    """Change the last block, save, and how far the outputs moved, relative to the largest; skips where it cannot be."""
+    try:
+        model = FAMILIES[key].build(kind)
+        stack = Anatomy(model).stack(side)
+    except (CannotBuild, UnsupportedModelError) as error:
+        pytest.skip(str(error))
+    inputs = tiny_inputs(model)
+    before = forward(model, inputs)
+    refusal = try_out(model, lambda: draft(model, stack, len(stack) - 1), folder)
+    if refusal:
+        assert any(words in refusal for words in (*SPEECH, REFUSED[draft.__name__].get(kind, "nothing else"))), refusal
+        pytest.skip(refusal)
+    return float((forward(model, inputs) - before).abs().max() / before.abs().max())
+
+
+def try_out(model, draft: Callable[[], Plan], folder) -> str:
+    """Change and save a model; why it was refused, or nothing."""
+    try:
+        with quiet():
+            apply(draft(), model)
+            save(model, folder / "out")
+    except (UnsupportedModelError, PlanError) as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("key", "kind", "side"), TYPES)
+def test_reversed_units(key, kind, side, tmp_path):
+    assert change(key, kind, side, reversed_units, tmp_path) < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("key", "kind", "side"), TYPES)
+def test_bottleneck(key, kind, side, tmp_path):
+    assert change(key, kind, side, bottleneck, tmp_path) > 0
