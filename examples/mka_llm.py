@@ -11,58 +11,35 @@ and those of its controls, to model_cards/ (for the bundled model) and into the 
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+import shlex
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from huggingface_hub import ModelCard, ModelCardData
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 import hf_compress as hfc
 from hf_compress.calibration.files import load_texts
+from hf_compress.report.card import CardDetails, model_card
 
 REFERENCE = Path(__file__).parent / "reference"
 CARDS = Path(__file__).parent.parent / "model_cards"
 
-CARD = """---
-{metadata}
----
-
-# {name}
-
-[{base}]({base_link}) with {after} of its {before} residual blocks, made by
-[MKA](../docs/mka.md) (arXiv [2406.16330](https://arxiv.org/abs/2406.16330)), default variant, with hf_compress.
-{blocks} It is a plain checkpoint: stock Transformers loads it.
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{folder}")
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
-```
-
-## Scores
-
-Measured by the command below; ± are standard errors. The controls leave the same number of blocks out.
-
-{table}
-
-Perplexity: {documents} documents that neither training nor calibration has seen, {tokens:,} tokens, in windows of 512.
-The errors are mostly what documents differ by; between models of one table they are far smaller. Cloze: which of four
-continuations is a held-out manual's own ({questions} questions, chance 0.25).
-
-## How it was made
-
-    {command}
-
-Calibration: {samples} texts, {calibration_tokens:,} tokens, of Unix manual pages, Python, Perl and Git documentation
-and standard-library code. Settings: `{config}`. Versions: {versions}.
-
-## Limitations
-
-The base model is a small one, trained to exercise this library on manual pages and code; it is good for nothing else,
-and neither is this. Nothing was trained after compression. Not evaluated: safety, bias, other languages, other text.
-"""
+DATA = ("model", "calibration", "heldout")
+BUNDLED = CardDetails(  # what is true of the default DATA alone
+    license="apache-2.0",
+    language="en",
+    calibration="Unix manual pages, Python, Perl and Git documentation and standard-library code.",
+    evaluation=(
+        "documents of the same kinds that neither training nor calibration has seen, in windows of 512 tokens; "
+        "manuals_cloze asks which of four continuations is a held-out manual's own (chance 0.25)"
+    ),
+    limitations=(
+        "The base model is a small one, trained to exercise this library on manual pages and code; it is good for "
+        "nothing else, and neither is this."
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -82,65 +59,17 @@ class Task:
         return hfc.evaluate(model, self.tokenizer, tasks=["manuals_cloze"], texts=self.heldout, limit=self.questions)
 
 
-def row(name: str, result: hfc.EvaluationResult) -> str:
-    """A line of the card's table."""
-    cloze = next(score for score in result.scores if score.metric == "acc")
-    return (
-        f"| {name} | {result.parameters:,} | {result.stored_bytes:,} | {result.perplexity} | "
-        f"{cloze.value:.3f} ± {cloze.standard_error:.3f} |"
-    )
-
-
-def scored_table(task: Task, ratio: float, ours: PreTrainedModel) -> tuple[str, hfc.EvaluationResult]:
-    """The table of our model, the uncompressed one, the paper's variant and the controls; and our model's scores."""
-    result = task.score(ours)
-    lines = ["| model | parameters | bytes | held-out perplexity | cloze accuracy |", "|---|---|---|---|---|"]
-    lines += [row("uncompressed", task.score(task.fresh())), row("**MKA (default)**", result)]
-    others = {
+def controls(task: Task, ratio: float) -> dict[str, hfc.EvaluationResult]:
+    """The scores of the uncompressed model, of the paper's variant, and of the simplest things of the same size."""
+    configs = {
         "MKA (paper): averaging": hfc.MKAConfig(ratio=ratio, variant="paper"),
         "last blocks left out": hfc.DropBlocksConfig(ratio=ratio, criterion="last"),
         "block influence (ShortGPT)": hfc.DropBlocksConfig(ratio=ratio, criterion="block_influence"),
     }
-    for name, config in others.items():
-        model = hfc.compress(task.fresh(), config, task.calibration, task.tokenizer)
-        lines.append(row(name, task.score(model)))
-    return "\n".join(lines), result
-
-
-def write_card(task: Task, args: argparse.Namespace, model: PreTrainedModel, folder: Path) -> ModelCard:
-    """The card of a compressed model, with all of its scores."""
-    report = model.compression_report
-    table, result = scored_table(task, args.ratio, model)
-    stack, before = next(iter(report.before.blocks.items()))
-    merged = [edit for edit in report.edits if edit["edit"] == "MergeBlocks"]
-    blocks = "Block " + ", block ".join(
-        f"{edit['kept']} stands for {[edit['kept'], *edit['absorbed']]}" for edit in merged
-    )
-    base = Path(task.model).name
-    metadata = ModelCardData(
-        license="apache-2.0", library_name="transformers", tags=["hf-compress", "mka"], pipeline_tag="text-generation"
-    )
-    bundled = args.model is None
-    text = CARD.format(
-        metadata=metadata.to_yaml(),
-        name=folder.name,
-        base=base,
-        base_link=f"../examples/reference/{base}" if bundled else f"https://huggingface.co/{task.model}",
-        before=before,
-        after=report.after.blocks[stack],
-        blocks=f"{blocks} of the original, counted from 0.",
-        folder=folder.name,
-        table=table,
-        documents=result.perplexity.documents,
-        tokens=result.perplexity.tokens,
-        questions=next(iter(result.scores)).documents,
-        command="python examples/mka_llm.py" + (" --full" if args.full else ""),
-        samples=report.calibration["samples"],
-        calibration_tokens=report.calibration["tokens"],
-        config=report.config,
-        versions=", ".join(f"{name} {version}" for name, version in report.environment.items()),
-    )
-    return ModelCard(text)
+    scores = {"uncompressed": task.score(task.fresh())}
+    for name, config in configs.items():
+        scores[name] = task.score(hfc.compress(task.fresh(), config, task.calibration, task.tokenizer))
+    return scores
 
 
 def main() -> None:
@@ -169,9 +98,16 @@ def main() -> None:
     analysis.plot(folder / "similarity.png")
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     loaded.compression_report = model.compression_report
-    card = write_card(task, args, loaded, folder)
+    bundled = all(value == parser.get_default(key) for key, value in vars(args).items() if key in DATA)
+    card = model_card(
+        loaded,
+        result=task.score(loaded),
+        controls=controls(task, args.ratio),
+        command=shlex.join(["python", "examples/mka_llm.py", *sys.argv[1:]]),
+        details=replace(BUNDLED if bundled else CardDetails(), name=folder.name),
+    )
     card.save(folder / "README.md")
-    if args.model is None:
+    if bundled:
         CARDS.mkdir(exist_ok=True)
         card.save(CARDS / f"{folder.name}.md")
     print(card.content)

@@ -14,12 +14,15 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "Anatomy": "hf_compress.anatomy.anatomy",
+    "CardDetails": "hf_compress.report.card",
     "CompressionConfig": "hf_compress.config",
     "CompressionReport": "hf_compress.report.report",
     "DataOptions": "hf_compress.calibration.data",
     "DropBlocksConfig": "hf_compress.methods.drop_blocks",
     "EvaluationResult": "hf_compress.evaluation.evaluate",
+    "HubError": "hf_compress.errors",
     "MKAConfig": "hf_compress.methods.mka",
+    "ManifestError": "hf_compress.storage.manifest",
     "ParityError": "hf_compress.errors",
     "Plan": "hf_compress.plan",
     "PlanError": "hf_compress.errors",
@@ -28,8 +31,11 @@ _PUBLIC = {
     "compress": "hf_compress.pipeline",
     "evaluate": "hf_compress.evaluation.evaluate",
     "make_plan": "hf_compress.pipeline",
+    "model_card": "hf_compress.report.card",
     "perplexity": "hf_compress.evaluation.perplexity",
+    "push_to_hub": "hf_compress.storage.hub",
     "save": "hf_compress.storage.save",
+    "verify_files": "hf_compress.storage.manifest",
 }
 
 __all__ = [*_PUBLIC, "__version__"]

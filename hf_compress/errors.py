@@ -15,5 +15,9 @@ class CalibrationError(ValueError):
     """The calibration data is missing, empty, too little, or leads to activations that are not finite."""
 
 
+class HubError(RuntimeError):
+    """A model could not be pushed to the Hub; the message says to which repository, why, and what to do."""
+
+
 class PlanError(ValueError):
     """A plan is malformed, of a newer version, or does not fit the model."""

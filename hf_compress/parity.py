@@ -57,7 +57,7 @@ class Probe:
         except Exception as error:
             raise UnsupportedModelError(
                 f"{type(model).__name__} does not run on the inputs it would be checked with; pass calibration data "
-                f"that it runs on ({_one_line(error)})"
+                f"that it runs on ({one_line(error)})"
             ) from error
         try:
             _generate(model, batch)
@@ -119,7 +119,7 @@ def rebuild(model: PreTrainedModel) -> PreTrainedModel:
             )
     except Exception as error:
         raise ParityError(
-            f"the config cannot express what is left of the model: {_one_line(error)}{_position_hint(model)}"
+            f"the config cannot express what is left of the model: {one_line(error)}{_position_hint(model)}"
         ) from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if keys := sorted(_key(entry) for entry in info[kind]):
@@ -162,7 +162,7 @@ def check_parity(model: PreTrainedModel, probe: Probe) -> None:
         expected = outputs_on(model, probe)
     except Exception as error:
         raise UnsupportedModelError(
-            f"the model does not run after the change: {_one_line(error)}{_position_hint(model)}"
+            f"the model does not run after the change: {one_line(error)}{_position_hint(model)}"
         ) from error
     if not same_outputs(expected, outputs_on(rebuilt, probe)):
         raise ParityError(f"a model rebuilt from the config gives other outputs{_position_hint(model)}")
@@ -278,7 +278,7 @@ def _position_hint(model: PreTrainedModel) -> str:
     return f" (the config places blocks by {listed})" if listed else ""
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 

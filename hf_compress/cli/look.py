@@ -102,8 +102,7 @@ def info(
 
 
 def _report(directory: Path) -> CompressionReport | None:
-    from hf_compress.report.report import CompressionReport
-    from hf_compress.storage.save import REPORT_FILE
+    from hf_compress.report.report import REPORT_FILE, CompressionReport
 
     path = directory / REPORT_FILE
     if not path.exists():

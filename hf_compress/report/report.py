@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
+REPORT_FILE = "compression_report.json"  # what a report is called beside the model that it is of
+
 
 @dataclass(frozen=True)
 class Size:

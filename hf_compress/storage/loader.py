@@ -67,13 +67,18 @@ class StructureLoader(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         """Leave the record in the config and nothing else of a quantizer."""
+        from transformers import PreTrainedConfig
+
         from hf_compress.record import entry_of
+        from hf_compress.storage.portable import forget_shim, is_shim
 
         self.remove_quantization_config(model)
         model.config.quantization_config = entry_of(self.edits)
         for module in model.modules():
-            if hasattr(module, "config"):
-                vars(module.config).pop("_is_quantized", None)
+            if isinstance(config := getattr(module, "config", None), PreTrainedConfig):
+                vars(config).pop("_is_quantized", None)
+        if not is_shim(type(model)):
+            forget_shim(model.config)
         return model
 
     def is_serializable(self) -> bool:

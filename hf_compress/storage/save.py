@@ -1,22 +1,22 @@
-"""Saving a compressed model: staged beside its place, loaded again and compared, and only then put there."""
+"""Saving a compressed model: built beside its place, loaded again and compared, and only then put there."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import torch
+from huggingface_hub import ModelCard
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.calibration.data import Batch
 from hf_compress.errors import ParityError
-from hf_compress.parity import Probe, outputs_on, quiet, same_outputs, same_tensor
-from hf_compress.report.report import CompressionReport
-
-REPORT_FILE = "compression_report.json"
+from hf_compress.parity import Probe, one_line, outputs_on, quiet, same_outputs, same_tensor
+from hf_compress.report.card import CardDetails, model_card
+from hf_compress.report.report import REPORT_FILE, CompressionReport
+from hf_compress.storage.manifest import CARD_FILE, describe, verify_files, write_manifest
+from hf_compress.storage.portable import make_portable
+from hf_compress.storage.staging import put_in_place, stage
 
 
 def save(
@@ -26,38 +26,53 @@ def save(
     *,
     overwrite: bool = False,
     probe: Batch | None = None,
+    portable: bool = False,
+    card: ModelCard | None = None,
 ) -> Path:
-    """Write `model`, its tokenizer and its compression report, so that `from_pretrained(directory)` gives it back.
+    """Write `model`, its tokenizer, report and card, so that `from_pretrained(directory)` gives it back.
 
-    The files are written to a sibling folder, loaded from there, and compared: every tensor, and the outputs on a probe
-    batch, bit for bit. Then the folder is renamed. `directory` holds all of it, or what it held before.
+    The files are written to a hidden folder beside `directory`, loaded from there, and compared: every tensor, and the
+    outputs on a probe batch, bit for bit. A manifest of their hashes comes last (see `verify_files`). Then the folder
+    is put in its place, in one step where the system has it (Linux). Whatever happens, a `kill -9` or a power cut
+    included, `directory` holds all of the new model, or what it held before; without such a step it may, for the moment
+    between two renamings, hold nothing, and what it held waits in the hidden folder until a save succeeds. The next
+    save to `directory` deletes what killed ones left beside it.
 
     Args:
         model: any model in memory; with a `compression_report` when it comes from `compress`.
-        directory: where it goes; its parents are made.
+        directory: where it goes; its parents are made. Of a link, what it points to is replaced.
         tokenizer: saved beside the model.
         overwrite: whether a directory that exists may be replaced. It is replaced whole, not written into.
         probe: inputs for the comparison; made up when None.
+        portable: whether a checkpoint that needs the plugin brings a file that imports it under
+            `trust_remote_code=True`. A plain checkpoint needs none, and gets none.
+        card: the README.md; made of the compression report when None, if there is one.
 
     Returns:
         The directory.
 
     Raises:
         FileExistsError: the directory exists and holds something, and `overwrite` is false.
+        UnsupportedModelError: the model does not run on the probe.
         ParityError: what was written does not load as the model in memory; nothing is left behind.
+        ManifestError: a file changed between being written and being put in place; nothing is left behind.
+        ValueError: `portable`, and the model's class is none of Transformers.
     """
-    target = Path(directory)
-    check_target(target, overwrite)
+    check_target(Path(directory), overwrite)
+    target = Path(directory).resolve()
+    inputs = Probe.of(model, probe)
     target.parent.mkdir(parents=True, exist_ok=True)
-    staged = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        _write(model, staged, tokenizer)
-        verify(model, staged, Probe.of(model, probe))
-        _put_in_place(staged, target)
-    except BaseException:
-        shutil.rmtree(staged, ignore_errors=True)
-        raise
-    return target
+    with stage(target) as folder:
+        _write(model, folder, tokenizer, card or _card(model, target.name, tokenizer is not None, portable))
+        if portable:
+            make_portable(model, folder)
+        _share(folder)
+        files = describe(folder)  # before they are loaded and compared, so that it is these that were
+        verify(model, folder, inputs)
+        write_manifest(folder, files)
+        verify_files(folder)
+        put_in_place(folder, target, overwrite)
+    return Path(directory)
 
 
 def check_target(directory: Path, overwrite: bool) -> None:
@@ -68,7 +83,9 @@ def check_target(directory: Path, overwrite: bool) -> None:
         )
 
 
-def _write(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
+def _write(
+    model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None, card: ModelCard | None
+) -> None:
     with quiet():
         model.save_pretrained(folder)
     if tokenizer is not None:
@@ -76,12 +93,32 @@ def _write(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerB
     report = getattr(model, "compression_report", None)
     if isinstance(report, CompressionReport):
         report.to_json(folder / REPORT_FILE)
+    if card is not None:
+        card.save(folder / CARD_FILE)
+
+
+def _card(model: PreTrainedModel, name: str, tokenizer: bool, portable: bool) -> ModelCard | None:
+    """What is known of a model that has a report; of any other, whoever made it knows more."""
+    if not isinstance(getattr(model, "compression_report", None), CompressionReport):
+        return None
+    return model_card(model, details=CardDetails(name=name, tokenizer=tokenizer, portable=portable))
+
+
+def _share(folder: Path) -> None:
+    """Let the weights be read by whom the umask lets: safetensors makes them for their owner alone."""
+    mode = (folder / "config.json").stat().st_mode
+    for path in folder.iterdir():
+        if path.is_file():
+            path.chmod(mode)
 
 
 def verify(model: PreTrainedModel, folder: Path, probe: Probe) -> None:
     """Raise unless the model loaded from `folder` is `model`: the same tensors, and the same outputs on the probe."""
-    with quiet():
-        loaded = type(model).from_pretrained(folder, dtype=model.dtype, device_map={"": model.device})
+    try:
+        with quiet():
+            loaded = type(model).from_pretrained(folder, dtype=model.dtype, device_map={"": model.device})
+    except Exception as error:
+        raise ParityError(f"the saved model does not load: {one_line(error)}") from error
     for name, difference in _tensor_differences(model.state_dict(), loaded.state_dict()):
         raise ParityError(f"the saved model does not load as it is in memory: {name} {difference}")
     loaded.train(model.training)
@@ -107,28 +144,3 @@ def _tensor_differences(first: dict[str, Tensor], second: dict[str, Tensor]) -> 
     added = [(name, "appears from nowhere") for name in second.keys() - first.keys()]
     changed = [(n, "has other values") for n in first.keys() & second.keys() if not same_tensor(first[n], second[n])]
     return sorted(missing + added + changed)
-
-
-def _put_in_place(staged: Path, target: Path) -> None:
-    """Rename `staged` to `target`, putting aside and then deleting what was there."""
-    os.chmod(staged, 0o777 & ~_umask())
-    if not target.exists():
-        staged.rename(target)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-    try:
-        target.rename(aside / target.name)
-        staged.rename(target)
-    except BaseException:
-        if not target.exists():
-            (aside / target.name).rename(target)
-        raise
-    finally:
-        if target.exists():
-            shutil.rmtree(aside, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,20 +1,25 @@
 """save(): whole and proven, or not at all."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_compress.storage.save as save_module
+import hf_compress.storage.staging as staging
 from hf_compress.errors import ParityError
 from hf_compress.methods.drop_blocks import DropBlocksConfig
 from hf_compress.pipeline import compress
-from hf_compress.report.report import CompressionReport
-from hf_compress.storage.save import REPORT_FILE, save
+from hf_compress.report.report import REPORT_FILE, CompressionReport, Size
+from hf_compress.storage.manifest import ManifestError, verify_files
+from hf_compress.storage.save import save
 from tests.conftest import in_dtype
 
+linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux is asked to exchange two folders in one step")
 DROP_TWO = DropBlocksConfig(num_blocks=2, criterion="last")
 
 
@@ -46,13 +51,59 @@ def test_all_of_it_is_written(model, tokenizer, ids, tmp_path):
     assert [path.name for path in folder.parent.iterdir()] == ["out"]
 
 
-def test_a_model_that_was_not_compressed_has_no_report(model, tmp_path):
-    assert REPORT_FILE not in files(save(model, tmp_path / "out"))
+def test_a_model_that_was_not_compressed_has_no_report_and_no_card(model, tmp_path):
+    assert not {REPORT_FILE, "README.md"} & files(save(model, tmp_path / "out")).keys()
 
 
-def test_the_folder_can_be_read_by_whom_the_umask_lets(model, tmp_path):
+def report_of(model) -> CompressionReport:
+    size = Size(parameters=1, bytes=4, blocks={"model.layers": 5})
+    return CompressionReport("nothing", {}, "org/base", size, size, [], {}, [], {}, parity=True)
+
+
+def test_the_card_is_made_of_the_report(model, tokenizer, tmp_path):
+    model.compression_report = report_of(model)
+    card = files(save(model, tmp_path / "out", tokenizer))["README.md"].decode()
+    assert "org/base" in card
+    assert "tokenizer = AutoTokenizer" in card
+    assert "AutoTokenizer" not in files(save(model, tmp_path / "bare"))["README.md"].decode()
+
+
+def test_a_card_that_is_given_is_written_as_it_is(model, old):
+    model.compression_report = report_of(model)
+    (old / "README.md").write_text("of the older model")
+    save(model, old, overwrite=True, card=ModelCard("---\nlicense: mit\n---\n\nMine.\n"))
+    assert (old / "README.md").read_text() == "---\nlicense: mit\n---\n\nMine.\n"
+
+
+def test_the_files_can_be_read_by_whom_the_umask_lets(model, tmp_path):
     (tmp_path / "plain").mkdir()
-    assert save(model, tmp_path / "out").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    (tmp_path / "file").touch()
+    folder = save(model, tmp_path / "out")
+    assert folder.stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert {path.stat().st_mode for path in folder.iterdir()} == {(tmp_path / "file").stat().st_mode}
+
+
+def test_a_link_stays_one(model, old, tmp_path):
+    (tmp_path / "link").symlink_to(old)
+    assert save(model, tmp_path / "link", overwrite=True) == tmp_path / "link"
+    assert (tmp_path / "link").readlink() == old
+    assert verify_files(old)
+
+
+def test_what_changes_before_it_is_in_place_is_not_put_there(model, old, monkeypatch):
+    before, own = files(old), save_module.verify
+
+    def change_after(model, folder, probe):
+        own(model, folder, probe)
+        with (folder / "model.safetensors").open("r+b") as weights:
+            weights.seek(-1, 2)
+            weights.write(b"\x01")
+
+    monkeypatch.setattr(save_module, "verify", change_after)
+    with pytest.raises(ManifestError, match=r"model\.safetensors was changed"):
+        save(model, old, overwrite=True)
+    assert files(old) == before
+    assert [path.name for path in old.parent.iterdir()] == ["out"]
 
 
 def test_a_directory_that_holds_something_is_refused(model, old):
@@ -75,11 +126,43 @@ def test_an_empty_directory_is_filled(model, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_overwriting_replaces_the_whole(model, old):
+def in_two_steps(monkeypatch):
+    monkeypatch.setattr(staging, "_exchange", lambda *_: False)
+
+
+def in_one_step(monkeypatch):
+    monkeypatch.setattr(staging, "_put_aside_and_rename", _raise)
+
+
+@pytest.mark.parametrize("way", [in_two_steps, pytest.param(in_one_step, marks=linux)])
+def test_overwriting_replaces_the_whole(model, old, monkeypatch, way):
+    way(monkeypatch)
     save(model, old, overwrite=True)
     assert json.loads((old / "config.json").read_text())["num_hidden_layers"] == 5
     assert not (old / "inner").exists()
     assert [path.name for path in old.parent.iterdir()] == ["out"]
+
+
+def test_a_file_is_overwritten_if_asked_to(model, tmp_path, monkeypatch):
+    for name, way in (("one", lambda _: None), ("two", in_two_steps)):
+        way(monkeypatch)
+        (tmp_path / name).write_text("a file")
+        assert verify_files(save(model, tmp_path / name, overwrite=True))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+
+
+def test_what_appears_at_the_target_while_saving_stays(model, tmp_path, monkeypatch):
+    own = save_module.verify
+
+    def meanwhile(*arguments):
+        own(*arguments)
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out" / "theirs").write_text("of another process")
+
+    monkeypatch.setattr(save_module, "verify", meanwhile)
+    with pytest.raises(OSError, match="out"):
+        save(model, tmp_path / "out")
+    assert files(tmp_path) == {"out/theirs": b"of another process"}
 
 
 class Broken(Exception):
@@ -112,6 +195,7 @@ def fail_verifying(monkeypatch, model):
 
 def fail_renaming(which):
     def install(monkeypatch, model):
+        in_two_steps(monkeypatch)
         own, calls = Path.rename, []
 
         def rename(self, target):

@@ -1,0 +1,67 @@
+"""A plan's edits in words, for the model card."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hf_compress.report.markdown import escape, in_words, runs, table
+from hf_compress.report.report import REPORT_FILE
+
+MOST_ROWS = 24  # of the table; the report beside the card has every edit
+
+_MODULE = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)\.(\d{1,6})((?:\.\w+)*)", re.ASCII)  # a path with a block in it
+
+
+def changes(edits: Sequence[Mapping[str, Any]]) -> str:
+    """The section: what was changed, from the edits as a report has them; kinds that are not known here, too."""
+    if not edits:
+        return "## What was changed\n\nNo structural edit is recorded."
+    rows = _grouped(edits)
+    text = table(["edit", "where", "what"], [[escape(cell) for cell in row] for row in rows[:MOST_ROWS]])
+    if more := rows[MOST_ROWS:]:
+        text += f"\n\nAnd {len(more):,} more lines; {REPORT_FILE} has every one of the {len(edits):,} edits."
+    return f"## What was changed\n\n{text}\n\nBlocks are counted from 0, in the base model."
+
+
+def _grouped(edits: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
+    """Kind, place and effect of the edits; those that differ by their block alone are one."""
+    groups: dict[tuple[str, str, str, str], list[int]] = {}
+    for edit in edits:
+        kind, where, what = str(edit.get("edit")), _where(edit), _what(edit)
+        path = _MODULE.fullmatch(where)
+        before, block, after = path.groups() if path else (where, None, "")
+        groups.setdefault((kind, what, before, after), []).extend([] if block is None else [int(block)])
+    return [
+        (kind, f"{before}.{', '.join(runs(sorted(set(blocks))))}{after}" if blocks else before, what)
+        for (kind, what, before, after), blocks in groups.items()
+    ]
+
+
+def _where(edit: Mapping[str, Any]) -> str:
+    """The stack or the module that an edit changes: of several, the first that it names by itself."""
+    paths = (value for value in edit.values() if _is_module(value))
+    return str(edit["stack"]) if "stack" in edit else next(paths, "")
+
+
+def _what(edit: Mapping[str, Any]) -> str:
+    """What an edit does; of a kind that is not known here, its fields but for the modules' paths."""
+    match edit:
+        case {"edit": "MergeBlocks", "kept": kept, "absorbed": [*absorbed]}:
+            return f"block {kept} stands for blocks {', '.join(runs(sorted([kept, *absorbed])))}"
+        case {"edit": "RemoveBlocks", "blocks": [*blocks]}:
+            return f"left out: {', '.join(runs(sorted(blocks)))}"
+    return ", ".join(
+        f"{key}: {in_words(value)}"
+        for key, value in edit.items()
+        if key not in ("edit", "stack") and not _is_module(value) and not _are_modules(value)
+    )
+
+
+def _is_module(value: Any) -> bool:
+    return isinstance(value, str) and _MODULE.fullmatch(value) is not None
+
+
+def _are_modules(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and bool(value) and all(map(_is_module, value))

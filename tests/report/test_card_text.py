@@ -1,0 +1,226 @@
+"""What a model card says was done, and the lines with which it says to load the model."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    BitsAndBytesConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from hf_compress.config import CompressionConfig
+from hf_compress.edits import Seal
+from hf_compress.evaluation.size import parameter_count, stored_bytes
+from hf_compress.methods.mka import MKAConfig
+from hf_compress.pipeline import compress
+from hf_compress.record import entry_of
+from hf_compress.report.card import CardDetails, model_card
+from hf_compress.report.card_edits import MOST_ROWS
+from hf_compress.report.report import REPORT_FILE
+from tests.evaluation.conftest import tiny_llama
+from tests.report.cards import code_of, cut_down, rows_of
+
+
+@pytest.fixture
+def small(model):
+    return cut_down(model)
+
+
+# --- what was done ----------------------------------------------------------------------------------------------------
+
+
+def test_method_sizes_and_circumstances(model, tokenizer, texts):
+    before = parameter_count(model), stored_bytes(model)
+    compress(model, MKAConfig(num_merges=2), texts, tokenizer)
+    card = model_card(
+        model,
+        command="python first.py\npython second.py --x",
+        details=CardDetails(name="mine", calibration="twelve texts of words", limitations=["It is random."]),
+    )
+    report = model.compression_report
+    assert card.text.startswith("\n# mine\n")
+    assert "the method mka ([arXiv 2406.16330](https://arxiv.org/abs/2406.16330))" in card.text
+    sizes = {row[0]: row[1:] for row in rows_of(card, "Size")}
+    after = parameter_count(model), stored_bytes(model)
+    for name, old, new in zip(("parameters", "stored bytes"), before, after, strict=True):
+        assert sizes[name] == [f"{old:,}", f"{new:,}", f"{100 * new / old - 100:+.1f}%"]
+    assert sizes["blocks in model.layers"] == ["5", "3", "-40.0%"]
+    assert code_of(card, "bash") == "python first.py\npython second.py --x\n"
+    assert CompressionConfig.from_dict(json.loads(code_of(card, "json"))) == MKAConfig(num_merges=2)
+    counts = report.calibration
+    assert (
+        f"Calibration data: {counts['samples']} samples, {counts['tokens']} tokens; twelve texts of words." in card.text
+    )
+    assert f"torch {torch.__version__}".replace("_", "\\_") in card.text
+    assert f"Time: {sum(stage.seconds for stage in report.stages):.1f} s" in card.text
+    assert "Reload check: passed" in card.text
+    assert card.text.rstrip().endswith("- It is random.")
+    assert "changed after compression" not in card.text
+
+
+def test_what_is_not_recorded_is_not_made_up(small):
+    text = model_card(small).text
+    assert "Calibration data: none was used." in text
+    assert "This reproduces it" not in text
+    assert "No training after compression is recorded." in text
+    small.compression_report = replace(small.compression_report, base_model="", parity=False, method="from the future")
+    text = model_card(small).text
+    assert "A model of unknown origin, made smaller by the method from the future with" in text
+    assert "Reload check: **not passed**" in text
+    assert "arXiv" not in text
+
+
+def test_a_model_changed_after_compression_shows_its_present_size(small):
+    after = small.compression_report.after
+    small.to(torch.bfloat16)
+    card = model_card(small, details=CardDetails(training="two epochs."))
+    assert rows_of(card, "Size")[2][2] == f"{after.bytes // 2:,}"
+    assert f"had left {after.parameters:,} parameters in {after.bytes:,} bytes" in card.text
+    assert "most are bfloat16" in card.text
+    assert "- Trained after compression: two epochs.\n" in card.text
+
+
+def test_a_model_without_a_report(model, tmp_path):
+    model.config._name_or_path = model.name_or_path = f"{tmp_path}/thing"
+    card = model_card(model, details=CardDetails(calibration="words"))
+    assert card.data.to_dict() == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["hf-compress"],
+    }
+    assert card.text.startswith("\n# thing\n\nA LlamaForCausalLM, saved with hf_compress. No compression report")
+    assert f"{parameter_count(model):,} parameters, {stored_bytes(model):,} stored bytes." in card.text
+    assert "What was changed" not in card.text
+    assert "Reload check" not in card.text
+    assert "Calibration data: words." in card.text
+
+
+def test_edits_in_words(small):
+    gate, up, down = (f"model.layers.{{}}.mlp.{part}_proj" for part in ("gate", "up", "down"))
+    narrow = [
+        {
+            "edit": "NarrowFFN",
+            "inputs": [gate.format(i), up.format(i)],
+            "output": down.format(i),
+            "width": 8,
+            "bias": False,
+        }
+        for i in (0, 1, 2, 4)
+    ]
+    small.compression_report = replace(
+        small.compression_report,
+        edits=[
+            {"edit": "MergeBlocks", "stack": "model.layers", "kept": 2, "absorbed": [3, 4]},
+            {"edit": "RemoveBlocks", "stack": "model.layers", "blocks": [0, 6, 7, 8]},
+            *narrow,
+            {**narrow[0], "output": down.format(3), "width": 4},
+            {"edit": "InsertBottleneck", "block": "model.layers.1", "skip": 0.1, "rescale": True, "note": None},
+            {"edit": "Unheard", "groups": list(range(40)), "planes": [3, 4], "map": {"a": 1}, "to": "/home/me/x"},
+        ],
+    )
+    assert rows_of(model_card(small), "What was changed")[1:] == [
+        ["MergeBlocks", "model.layers", "block 2 stands for blocks 2–4"],
+        ["RemoveBlocks", "model.layers", "left out: 0, 6–8"],
+        ["NarrowFFN", "model.layers.0–2, 4.mlp.down_proj", "width: 8, bias: false"],
+        ["NarrowFFN", "model.layers.3.mlp.down_proj", "width: 4, bias: false"],
+        ["InsertBottleneck", "model.layers.1", "skip: 0.1, rescale: true, note: null"],
+        ["Unheard", "", "groups: 40 values, planes: 3, 4, map: a 1, to: x"],
+    ]
+
+
+def test_many_edits_are_cut_short(small):
+    edits = [{"edit": "NarrowFFN", "output": f"h.{i}.fc", "width": i + 1} for i in range(MOST_ROWS + 7)]
+    small.compression_report = replace(small.compression_report, edits=edits)
+    card = model_card(small)
+    assert len(rows_of(card, "What was changed")) == 1 + MOST_ROWS
+    assert f"And 7 more lines; {REPORT_FILE} has every one of the {len(edits)} edits." in card.text
+
+
+# --- how to load it ---------------------------------------------------------------------------------------------------
+
+
+def _small_bert():
+    return BertConfig(
+        vocab_size=30, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
+    )  # fmt: skip
+
+
+def _small_vit():
+    return ViTConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=8, patch_size=4
+    )
+
+
+def _small_t5():
+    return T5Config(vocab_size=30, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0)
+
+
+MODELS = {
+    "AutoModelForCausalLM": (tiny_llama, "text-generation", True),
+    "AutoModelForMaskedLM": (lambda: BertForMaskedLM(_small_bert()), "fill-mask", True),
+    "AutoModel": (lambda: BertModel(_small_bert()), None, True),
+    "AutoModelForImageClassification": (lambda: ViTForImageClassification(_small_vit()), "image-classification", False),
+    "AutoModelForSeq2SeqLM": (lambda: T5ForConditionalGeneration(_small_t5()), None, True),
+}
+
+
+@pytest.mark.parametrize("auto", MODELS)
+def test_the_lines_that_load_it_do(auto, tokenizer, tmp_path, monkeypatch):
+    make, task, text = MODELS[auto]
+    model = make()
+    folder = tmp_path / 'a "quoted" name'
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    card = model_card(model, details=CardDetails(name=folder.name))
+    assert card.data.pipeline_tag == task
+    code = code_of(card, "python")
+    assert f"{auto}.from_pretrained" in code
+    monkeypatch.chdir(tmp_path)
+    loaded = {}
+    exec(code, loaded)
+    assert type(loaded["model"]) is type(model)
+    assert ("tokenizer" in loaded) is text
+    assert "hf_compress" not in loaded
+    assert "It is a plain checkpoint" in card.text
+
+
+def test_without_a_tokenizer_beside_it_no_line_loads_one(small):
+    assert "AutoTokenizer" in model_card(small).text
+    assert "AutoTokenizer" not in model_card(small, details=CardDetails(tokenizer=False)).text
+
+
+def test_a_class_of_somebodys_own(small):
+    small.__class__ = type("MyModel", (LlamaForCausalLM,), {})
+    card = model_card(small)
+    assert "# MyModel is no part of Transformers" in code_of(card, "python")
+    assert 'MyModel.from_pretrained("Base-1.5B-drop_blocks")' in code_of(card, "python")
+    assert card.data.pipeline_tag is None
+
+
+@pytest.mark.parametrize(
+    ("config", "plugin"),
+    [
+        (entry_of([Seal("model.layers.0.input_layernorm")]), True),
+        ({"quant_method": "bitsandbytes"}, False),
+        (BitsAndBytesConfig(load_in_8bit=True), False),
+    ],
+)
+def test_the_plugin_is_imported_where_it_is_needed(small, config, plugin):
+    small.config.quantization_config = config
+    card = model_card(small, details=CardDetails(repo_id="me/small"))
+    code = code_of(card, "python")
+    assert code.startswith("import hf_compress") is plugin
+    assert 'from_pretrained("me/small")' in code
+    assert ("Without the plugin, stock Transformers stops with a size-mismatch error." in card.text) is plugin
+    assert ("It is a plain checkpoint" in card.text) is not plugin
+    portable = model_card(small, details=CardDetails(portable=True)).text
+    assert ("`trust_remote_code=True`" in portable) is plugin
