@@ -17,15 +17,19 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 from typer.testing import CliRunner, Result
 
+from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.apply import apply
 from hf_compress.cli import app
 from hf_compress.cli.output import human_bytes
 from hf_compress.cli.settings import config_from
 from hf_compress.demo import REFERENCE
+from hf_compress.drafts import narrow_ffn
 from hf_compress.methods.drop_blocks import DropBlocksConfig
 from hf_compress.methods.mka import MKAConfig
+from hf_compress.storage.save import save
 from tests.evaluation.conftest import tiny_llama, word_tokenizer, words
 
-COMMANDS = ("compress", "analyze", "evaluate", "info", "demo", "methods")
+COMMANDS = ("compress", "analyze", "evaluate", "info", "verify", "push", "demo", "methods")
 
 
 @pytest.fixture(autouse=True)
@@ -117,7 +121,7 @@ def test_a_method_without_data_needs_no_calibration(model_folder: str) -> None:
     arguments = ("--method", "drop_blocks", "--ratio", "0.5", "--set", "criterion=last", "--dry-run")
     result = run("compress", model_folder, *arguments)
     assert result.exit_code == 0, result.output
-    assert "blocks 3, 4, 5" in result.stdout
+    assert "left out: 3–5" in result.stdout
 
 
 def test_an_output_that_exists_is_refused_at_once_and_replaced_on_request(model_folder: str, tmp_path: Path) -> None:
@@ -135,7 +139,7 @@ def test_an_output_that_exists_is_refused_at_once_and_replaced_on_request(model_
 def test_the_seed_is_the_method_s(model_folder: str) -> None:
     arguments = ("--method", "drop_blocks", "--num", "2", "--set", "criterion=random", "--dry-run")
     outputs = [run("compress", model_folder, *arguments, "--seed", seed).stdout for seed in "0012"]
-    runs = [re.findall("blocks ([0-9, ]+)", output)[0] for output in outputs]
+    runs = [re.findall("left out: ([0-9, –]+)", output)[0] for output in outputs]
     assert runs[0] == runs[1]
     assert len(set(runs)) > 1
 
@@ -245,11 +249,37 @@ def small(model_folder: str, tmp_path: Path) -> Path:
 def test_info_says_what_was_done_and_checks_it(small: Path, model_folder: str) -> None:
     result = run("info", small)
     assert result.exit_code == 0, result.output
-    for part in ("blocks 4, 5", "criterion=last", "stored:", "parity check passed"):
+    for part in ("left out: 4–5", "criterion=last", "stored:", "a plain checkpoint", "parity check passed"):
         assert part in result.stdout
     plain = run("info", model_folder)
     assert plain.exit_code == 0
     assert "no compression report" in plain.stdout
+
+
+def test_info_shows_the_record_of_a_model_that_needs_the_plugin(model_folder: str, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    apply(narrow_ffn(model, Anatomy(model).stack(), 1, range(8)), model)
+    result = run("info", save(model, tmp_path / "narrow"))
+    assert result.exit_code == 0, result.output
+    for part in ("loads with `import hf_compress`", "NarrowFFN", "model.layers.1", "width: 8", "parity check passed"):
+        assert part in result.stdout
+
+
+def test_verify_reads_every_file(small: Path) -> None:
+    result = run("verify", small)
+    assert result.exit_code == 0, result.output
+    assert re.search(r"^\d+ files are as they were written", result.stdout)
+    with (small / "config.json").open("a") as file:
+        file.write(" ")
+    result = run("verify", small)
+    assert result.exit_code == 2
+    assert "config.json was changed" in result.stderr
+
+
+def test_push_says_that_it_is_offline(small: Path) -> None:
+    result = run("push", small, "me/small")
+    assert result.exit_code == 2
+    assert re.search("pushing to me/small failed: .*(no token|HF_HUB_OFFLINE)", result.stderr)
 
 
 def test_info_fails_where_weights_are_missing_or_the_report_is_another_s(small: Path) -> None:

@@ -9,9 +9,10 @@ from typer.core import TyperGroup
 
 from hf_compress import __version__
 from hf_compress.cli.output import errors
+from hf_compress.errors import HubError
 
 # What a wrong argument, a file, or a missing package leads to. Anything else is a bug, and shows where it comes from.
-_EXPECTED = (ValueError, TypeError, OSError, ImportError, MemoryError)
+_EXPECTED = (ValueError, TypeError, OSError, ImportError, MemoryError, HubError)
 
 
 class _Commands(TyperGroup):

@@ -49,6 +49,7 @@ def compress(  # noqa: PLR0913 (each of them is an option of the command)
     device: Device = None,
     dry_run: Annotated[bool, typer.Option(help="Show the plan and the sizes; write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace the output directory, if it exists.")] = False,
+    portable: Annotated[bool, typer.Option(help="For trust_remote_code=True where the plugin is needed.")] = False,
     seed: Annotated[int, typer.Option(help="Of whatever is random.")] = 0,
 ) -> None:
     """Make a model smaller and save it.
@@ -72,7 +73,7 @@ def compress(  # noqa: PLR0913 (each of them is an option of the command)
     if output is None or dry_run:
         out.print("Dry run: the smaller model was made in memory and checked; nothing was written.")
         return
-    _save(small, output, tokenizer, overwrite, out)
+    _save(small, output, tokenizer, out, overwrite=overwrite, portable=portable)
 
 
 def _compress(
@@ -101,29 +102,33 @@ def _show(out: Console, report: Any) -> None:
 
 
 def _save(
-    model: PreTrainedModel, output: Path, tokenizer: PreTrainedTokenizerBase | None, overwrite: bool, out: Console
+    model: PreTrainedModel,
+    output: Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    out: Console,
+    *,
+    overwrite: bool,
+    portable: bool,
 ) -> None:
     from hf_compress.cli.loading import how_to_load
     from hf_compress.storage.save import save
 
-    save(model, output, tokenizer, overwrite=overwrite)
+    save(model, output, tokenizer, overwrite=overwrite, portable=portable)
     out.print(f"Saved to {output}; loaded again with identical outputs. In Python:", markup=False)
     out.print(f"  {how_to_load(model, output)}", markup=False)
 
 
-def edits_table(edits: list[dict[str, Any]]) -> Any:
-    """A plan's edits, for `rich.print`."""
+def edits_table(edits: list[dict[str, Any]], title: str = "plan") -> Any:
+    """Edits, for `rich.print`."""
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table("edit", "where", "what", title="plan")
-    for edit in edits:
-        what = {key: value for key, value in edit.items() if key not in ("edit", "stack")}
-        table.add_row(edit["edit"], edit.get("stack", ""), ", ".join(f"{key} {_plain(v)}" for key, v in what.items()))
+    from hf_compress.report.card_edits import in_rows
+
+    table = Table("edit", "where", "what", title=title)
+    for row in in_rows(edits):
+        table.add_row(*map(escape, row))
     return table
-
-
-def _plain(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 @app.command()

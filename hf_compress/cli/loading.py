@@ -67,6 +67,9 @@ def how_to_load(model: PreTrainedModel, directory: Path) -> str:
     """The Python line that loads a saved model again."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    from hf_compress.record import recorded
+
     name = type(model).__name__
     causal = name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-    return f'{"AutoModelForCausalLM" if causal else name}.from_pretrained("{directory}")'
+    plugin = "import hf_compress; " if recorded(model.config) else ""
+    return f'{plugin}{"AutoModelForCausalLM" if causal else name}.from_pretrained("{directory}")'

@@ -85,7 +85,7 @@ def info(
     quiet_libraries()
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory}: no such directory")
-    report = _report(directory)
+    report = read_report(directory)
     out = console()
     if report is None:
         out.print(f"{directory} has no compression report: a model as any other.", markup=False)
@@ -94,6 +94,7 @@ def info(
     try:
         model = load_model(str(directory), device=device)
         out.print(f"stored: {human_bytes(stored_bytes(directory))}; parameters: {model.num_parameters():,}")
+        _show_record(model)
         _check(model, report)
     except UnsupportedModelError as error:
         out.print(f"parity check FAILED: {error}", style="bold red", markup=False)
@@ -101,7 +102,8 @@ def info(
     out.print("parity check passed: a model rebuilt from its config gives identical outputs", style="green")
 
 
-def _report(directory: Path) -> CompressionReport | None:
+def read_report(directory: Path) -> CompressionReport | None:
+    """The compression report beside a saved model, or None."""
     from hf_compress.report.report import REPORT_FILE, CompressionReport
 
     path = directory / REPORT_FILE
@@ -120,6 +122,17 @@ def _show(report: CompressionReport) -> None:
     lines: dict[str, Any] = {"settings": settings, "calibration": report.calibration, "made with": report.environment}
     for name, values in lines.items():
         out.print(f"{name}: {', '.join(f'{key}={value}' for key, value in values.items()) or 'none'}", markup=False)
+
+
+def _show_record(model: PreTrainedModel) -> None:
+    """Say where a model's structure is kept, and what of it the config's own fields do not say."""
+    from hf_compress.record import recorded
+
+    if edits := recorded(model.config):
+        console().print("loads with `import hf_compress`: its config carries a record of its structure")
+        console().print(edits_table([edit.to_dict() for edit in edits], title="record"))
+    else:
+        console().print("a plain checkpoint: loads with stock Transformers")
 
 
 def _check(model: PreTrainedModel, report: CompressionReport | None) -> None:

@@ -18,15 +18,15 @@ def changes(edits: Sequence[Mapping[str, Any]]) -> str:
     """The section: what was changed, from the edits as a report has them; kinds that are not known here, too."""
     if not edits:
         return "## What was changed\n\nNo structural edit is recorded."
-    rows = _grouped(edits)
+    rows = in_rows(edits)
     text = table(["edit", "where", "what"], [[escape(cell) for cell in row] for row in rows[:MOST_ROWS]])
     if more := rows[MOST_ROWS:]:
         text += f"\n\nAnd {len(more):,} more lines; {REPORT_FILE} has every one of the {len(edits):,} edits."
     return f"## What was changed\n\n{text}\n\nBlocks are counted from 0, in the base model."
 
 
-def _grouped(edits: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
-    """Kind, place and effect of the edits; those that differ by their block alone are one."""
+def in_rows(edits: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
+    """Kind, place and effect of edits, as a report has them; those that differ by their block alone are one row."""
     groups: dict[tuple[str, str, str, str], list[int]] = {}
     for edit in edits:
         kind, where, what = str(edit.get("edit")), _where(edit), _what(edit)
