@@ -64,6 +64,8 @@ def _write(tensors: dict[str, Tensor], model: PreTrainedModel, device: torch.dev
     if unknown := sorted(set(tensors) - set(own)):
         raise PlanError(f"the plan has tensors for parameters that {type(model).__name__} does not have: {unknown[:5]}")
     for name, value in tensors.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise PlanError(f"the plan's tensor for {name} holds NaN or infinity")
         current = own[name]
         if current.device.type != "meta":
             undo.write(current, value)

@@ -16,19 +16,25 @@ from transformers.pytorch_utils import Conv1D
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.parts import FFN, expert_axes, linear_map
 from hf_compress.anatomy.stacks import Stack
+from hf_compress.anatomy.undo import Undo
 from hf_compress.edits import InsertBottleneck, LinearFFN, NarrowExperts, NarrowFFN, PackLinear, ReplaceActivation
 from hf_compress.errors import UnsupportedModelError
 from hf_compress.modules.activation import Blend
 from hf_compress.modules.packed import pack
 from hf_compress.plan import Plan
-from hf_compress.structure import BOTTLENECK
+from hf_compress.structure import BOTTLENECK, Site, linear_ffn_paths
 
 
+@torch.no_grad()
 def narrow_ffn(model: PreTrainedModel, stack: Stack, index: int, units: Sequence[int]) -> Plan:
-    """Keep the hidden units `units` of a block's FFN, in this order."""
+    """Keep the hidden units `units` of a block's FFN, in this order.
+
+    Raises:
+        ValueError: units that it does not have, or a unit twice.
+    """
     ffn, path = _ffn(model, stack, index)
     inputs, output = _dense(ffn, path)
-    kept = torch.as_tensor(units)
+    kept = _checked(torch.as_tensor(units), ffn.width)
     columns = kept if ffn.kind != "fused" else torch.cat([kept, kept + ffn.width])
     tensors: dict[str, Tensor] = {}
     for name in inputs:
@@ -40,14 +46,24 @@ def narrow_ffn(model: PreTrainedModel, stack: Stack, index: int, units: Sequence
     return Plan((NarrowFFN(inputs, output, len(kept)),), tensors)
 
 
+@torch.no_grad()
 def narrow_experts(model: PreTrainedModel, stack: Stack, index: int, units: Tensor) -> Plan:
-    """Keep the hidden units `units` (experts, width) of each expert, in this order."""
+    """Keep the hidden units `units` (experts, width) of each expert, in this order.
+
+    Transformers' grouped kernels want rows of whole 16 bytes: a width that is a multiple of 4 in float32, of 8 in half
+    precision. What they cannot run is refused by `apply`.
+
+    Raises:
+        ValueError: units that an expert does not have, or a unit twice.
+    """
     ffn, path = _ffn(model, stack, index)
     if ffn.experts is None:
         raise UnsupportedModelError(f"block {index} of {stack.path} has no experts")
     name = f"{path}.{ffn.experts}"
     experts = model.get_submodule(name)
     axes = expert_axes(experts)
+    for of_one in units if units.ndim == 2 else units[None, None]:
+        _checked(of_one, axes.width)
     tensors = {}
     for tensor, (axis, times) in axes.of.items():
         table = experts.get_parameter(tensor)
@@ -81,10 +97,11 @@ def linear_ffn(
     rank = maps[0].shape[1] if len(maps) == 2 else None
     activation = f"{path}.{ffn.activation}" if ffn.activation else None
     edit = LinearFFN(inputs, output, rank, bias is not None, activation)
-    names = [inputs[-1], output] if rank else [output]
     tensors: dict[str, Tensor] = {}
-    for name, matrix in zip(names, maps, strict=True):
-        tensors |= _linear(model, name, matrix, bias if name == output else None)
+    for name, like, matrix in zip(
+        linear_ffn_paths(edit, Site(model, Undo())), (inputs[-1], output) if rank else (output,), maps, strict=True
+    ):
+        tensors |= _linear(model, name, matrix, bias if like == output else None, like)
     return Plan((edit,), tensors)
 
 
@@ -98,6 +115,8 @@ def insert_bottleneck(
     skip: float = 0.1,
 ) -> Plan:
     """Have what comes out of a block pass through a `Bottleneck` of these tensors; rescaled when it has a center."""
+    if not 0 <= index < len(stack):
+        raise ValueError(f"{stack.path} has the blocks 0 to {len(stack) - 1}; got {index}")
     path = f"{stack.path}.{index}"
     hidden, width = encoder.shape
     edit = InsertBottleneck(path, hidden, width, skip, rescale=center is not None)
@@ -142,6 +161,8 @@ def pack_linear(model: PreTrainedModel, path: str, bits: Tensor, group_size: int
 
 def _ffn(model: PreTrainedModel, stack: Stack, index: int) -> tuple[FFN, str]:
     """A block's FFN, and the path of the block."""
+    if not 0 <= index < len(stack):
+        raise ValueError(f"{stack.path} has the blocks 0 to {len(stack) - 1}; got {index}")
     ffn = Anatomy(model).parts(stack, index).ffn
     if ffn is None:
         raise UnsupportedModelError(f"found no FFN in block {index} of {stack.path}")
@@ -155,9 +176,21 @@ def _dense(ffn: FFN, path: str) -> tuple[tuple[str, ...], str]:
     return tuple(f"{path}.{name}" for name in ffn.inputs), f"{path}.{ffn.output}"
 
 
-def _linear(model: PreTrainedModel, path: str, matrix: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
-    """The tensors of a linear map from its matrix (inputs, outputs), as the module at `path` stores them."""
-    transposed = isinstance(model.get_submodule(path), Conv1D)
+def _checked(units: Tensor, width: int) -> Tensor:
+    if units.ndim != 1 or not len(units) or units.is_floating_point() or units.dtype == torch.bool:
+        raise ValueError(f"units must be whole numbers, a list for each FFN; got {units.dtype}, {tuple(units.shape)}")
+    if units.min() < 0 or units.max() >= width or len(units.unique()) < len(units):
+        raise ValueError(
+            f"units must be different numbers of {width} hidden units, counted from 0; got {units.tolist()[:8]}"
+        )
+    return units
+
+
+def _linear(
+    model: PreTrainedModel, path: str, matrix: Tensor, bias: Tensor | None, like: str | None = None
+) -> dict[str, Tensor]:
+    """The tensors of a linear map at `path` from its matrix (inputs, outputs), as the module at `like` stores them."""
+    transposed = isinstance(model.get_submodule(like or path), Conv1D)
     if bias is None and transposed:  # it cannot do without one
         bias = matrix.new_zeros(matrix.shape[1])
     return {f"{path}.weight": matrix if transposed else matrix.T} | ({} if bias is None else {f"{path}.bias": bias})

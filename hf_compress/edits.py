@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar, Self
 
 from hf_compress.errors import PlanError
@@ -89,16 +89,17 @@ class ModuleEdit(Edit, abstract=True):
     path_fields: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
+        several = {field.name for field in fields(self) if str(field.type).startswith("tuple")}
         for name in self.path_fields:
             value = getattr(self, name)
-            if isinstance(value, list):
-                object.__setattr__(self, name, value := tuple(value))
-            if isinstance(value, tuple) and not value:
-                raise PlanError(f"{name} must name a module; got nothing")
             if value is None and getattr(type(self), name, ...) is None:
                 continue  # it may be left out
-            for path in value if isinstance(value, tuple) else (value,):
+            if name in several and (not isinstance(value, (list, tuple)) or not value):
+                raise PlanError(f"{name} must be a list of paths of modules; got {_short(value)}")
+            for path in value if name in several else (value,):
                 _check_path(name, path)
+            if name in several:
+                object.__setattr__(self, name, tuple(value))
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -260,13 +261,13 @@ def edit_from_dict(values: Any) -> Edit:
         raise PlanError(
             f"unknown edit in the plan: {_short(values)}; known are {', '.join(_EDITS)}: upgrade hf-compress"
         )
-    fields = {key: value for key, value in values.items() if key != "edit"}
+    given = {key: value for key, value in values.items() if key != "edit"}
     edit: Any = _EDITS[values["edit"]]
     try:
-        return edit(**fields)
+        return edit(**given)
     except TypeError as error:
         raise PlanError(
-            f"edit {values['edit']} has the wrong fields {_short(sorted(map(str, fields)))}: {error}"
+            f"edit {values['edit']} has the wrong fields {_short(sorted(map(str, given)))}: {error}"
         ) from None
 
 

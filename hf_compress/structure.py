@@ -15,6 +15,7 @@ from itertools import takewhile
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -59,8 +60,8 @@ class Site:
     def linear(self, path: str) -> nn.Module:
         """The linear map at `path`, which nobody else uses."""
         module = self.module(path)
-        if not is_linear(module):
-            raise PlanError(f"the plan takes {path} for a linear map, but it is {type(module).__name__}")
+        if not is_linear(module) or is_parametrized(module):
+            raise PlanError(f"the plan takes {path} for a plain linear map, but it is {type(module).__name__}")
         users = [p for p, m in self.model.named_modules(remove_duplicate=False) if m is module]
         weights = [n for n, p in self.model.named_parameters(remove_duplicate=False) if p is module.weight]
         if len(users) > 1 or len(weights) > 1:
@@ -96,14 +97,15 @@ def restructure(edit: Edit, site: Site) -> None:
 def _(edit: NarrowFFN, site: Site) -> None:
     output = site.linear(edit.output)
     old, hidden = linear_widths(output)
+    linears = {path: site.linear(path) for path in edit.inputs}
     if edit.width > old:
         raise PlanError(f"the FFN of {edit.output} has {old} hidden units; the plan asks for {edit.width}")
     _refuse_other_parts(site, edit, old, hidden)
-    for path in edit.inputs:
-        inputs, outputs = linear_widths(site.linear(path))
+    for path, linear in linears.items():
+        inputs, outputs = linear_widths(linear)
         if inputs != hidden or outputs not in (old, 2 * old):
             raise PlanError(f"{path} maps {inputs} to {outputs} and is no input of an FFN {hidden} → {old} → {hidden}")
-        site.replace(path, resized(site.module(path), inputs, edit.width * (outputs // old)))
+        site.replace(path, resized(linear, inputs, edit.width * (outputs // old)))
     bias = edit.bias or output.bias is not None
     site.replace(edit.output, resized(output, edit.width, hidden, bias))
     for owner in {path.rpartition(".")[0] for path in (*edit.inputs, edit.output)}:
@@ -151,22 +153,41 @@ def _(edit: LinearFFN, site: Site) -> None:
         raise PlanError(
             f"the FFN of {edit.output} is {hidden} → {inner} → {hidden}; the plan asks for rank {edit.rank}"
         )
-    layers = OrderedDict[str, nn.Module]()
-    if edit.rank is not None:
-        layers[_name(edit.inputs[-1])] = resized(site.module(edit.inputs[-1]), hidden, edit.rank, False)
     last = resized(output, edit.rank or hidden, hidden, edit.bias)
+    first = resized(site.linear(edit.inputs[-1]), hidden, edit.rank, False) if edit.rank else None
+    paths = linear_ffn_paths(edit, site)
     if scope := _scope_of(site, (*edit.inputs, edit.output)):
-        site.replace(scope, nn.Sequential(OrderedDict(layers | {_name(edit.output): last})))
+        layers = [first, last] if first else [last]
+        named = zip((_name(path) for path in paths), layers, strict=True)
+        site.replace(scope, nn.Sequential(OrderedDict(named)))
         return
     site.replace(edit.output, last)
     if scope := _scope_of(site, edit.inputs):
-        site.replace(scope, nn.Sequential(layers))
+        site.replace(scope, nn.Sequential(OrderedDict([(_name(paths[0]), first)] if first else [])))
     elif len(edit.inputs) == 1 and edit.activation is not None:
-        site.replace(edit.inputs[0], next(iter(layers.values()), nn.Identity()))
         _activation(site, edit.activation)
+        site.replace(edit.inputs[0], first or nn.Identity())
         site.replace(edit.activation, nn.Identity())
     else:
         raise PlanError(f"the FFN of {edit.output} stands among other parts of its block and cannot be one linear map")
+
+
+def linear_ffn_paths(edit: LinearFFN, site: Site) -> tuple[str, ...]:
+    """Where the maps stand that a linear FFN is left with: with a rank, the first factor, and the last map.
+
+    They take the places and names of the last input projection and of the output projection. Where all that holds
+    those is replaced, a name tells the way that there was to it.
+    """
+    first, last = edit.inputs[-1], edit.output
+    if whole := _scope_of(site, (*edit.inputs, edit.output)):
+        first, last = _directly_in(whole, first), _directly_in(whole, last)
+    elif scope := _scope_of(site, edit.inputs):
+        first = _directly_in(scope, first)
+    return (first, last) if edit.rank else (last,)
+
+
+def _directly_in(scope: str, path: str) -> str:
+    return f"{scope}.{path[len(scope) + 1 :].replace('.', '_')}"
 
 
 @restructure.register

@@ -1,9 +1,9 @@
 """A linear map stored in few bits, each group of weights in as many as it is worth.
 
 A row of the weight is cut into groups of `group_size` neighbours. Of a group of b bits are kept its b·group_size bits,
-a step and, unless symmetric, a zero: w ≈ step·(q − zero), q in 0 … 2ᵇ − 1. The bits lie in planes: first the lowest bit
-of every group, then the next bit of those groups that have more than one, and so on. So any mixture of 1 to 16 bits is
-stored without a gap and unpacked in as many steps as the widest group has bits.
+a step and, unless symmetric, a zero: w ≈ step·(q − zero), q in 0 … 2ᵇ − 1; where no zero is kept it is 2ᵇ⁻¹. The bits
+lie in planes: first the lowest bit of every group, then the next bit of those groups that have more than one, and so
+on. So any mixture of widths is stored without a gap and unpacked in as many steps as the widest group has bits.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ class Packing:
             )
         if sorted(falling, reverse=True) != falling:
             raise ValueError(f"a group with more bits has the lower ones too: planes must fall; got {self.planes}")
+        if self.symmetric and self.planes[1:2] != (self.groups,):
+            raise ValueError("a symmetric group of 1 bit would have no positive value: give it 2, or symmetric=False")
         if not self.symmetric and len(self.planes) > 8:
             raise ValueError(f"zeros are stored in 8 bits: {len(self.planes)}-bit groups must be symmetric")
 
@@ -71,7 +73,8 @@ class MixedPrecisionLinear(nn.Module):
     """A linear map whose weight is packed; computes with the unpacked weight in the inputs' dtype.
 
     The packed weight goes by the name `weight`, with one dimension, and is no parameter: what is packed is not trained.
-    Steps are float16, kept as int16 so that a cast of the model leaves them alone.
+    Steps are bfloat16, kept as int16 so that a cast of the model leaves them alone. That they are coarse does no harm,
+    since weights are rounded to multiples of what is kept; and they reach as far down as those of 16 bits need.
 
     Args:
         packing: how the weight is packed.
@@ -111,7 +114,7 @@ class MixedPrecisionLinear(nn.Module):
             start += size
         middle = 1 << (self.bits.int() - 1).clamp(min=0)
         zeros = middle if packing.symmetric else self.zeros.int()
-        steps = self.steps.view(torch.float16).float()
+        steps = self.steps.view(torch.bfloat16).float()
         return (steps[:, None] * (values - zeros[:, None])).view(packing.outputs, packing.inputs)
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -140,23 +143,26 @@ def pack(weight: Tensor, bits: Tensor, group_size: int, symmetric: bool = True) 
     Raises:
         ValueError: shapes or bits do not fit, or the weight is not finite.
     """
-    if not torch.isfinite(weight).all():
-        raise ValueError("the weight holds NaN or infinity and cannot be packed")
+    if weight.ndim != 2 or weight.shape[1] % group_size or bits.shape != (len(weight), weight.shape[1] // group_size):
+        raise ValueError(
+            f"a weight {tuple(weight.shape)} in groups of {group_size} needs bits (outputs, inputs / {group_size}); "
+            f"got {tuple(bits.shape)}"
+        )
+    if bits.is_floating_point() or not torch.isfinite(weight).all():
+        raise ValueError("the weight holds NaN or infinity, or bits are no whole numbers: it cannot be packed")
     if bits.min() < 1 or bits.max() > MAX_BITS:
         raise ValueError(f"bits must be between 1 and {MAX_BITS}; got {int(bits.min())} to {int(bits.max())}")
     bits = bits.flatten().to(torch.uint8)
     packing = Packing.of(weight.shape, bits, group_size, symmetric)
-    if len(bits) != packing.groups:
-        raise ValueError(f"bits must name {packing.groups} groups; got {len(bits)}")
     groups = weight.detach().float().reshape(packing.groups, group_size)
     values, steps, zeros = _quantize(groups, bits.int(), symmetric)
     planes = [_pack_bits((values[bits > plane] >> plane) & 1) for plane in range(len(packing.planes))]
-    tensors = {"weight": torch.cat([p.flatten() for p in planes]), "bits": bits, "steps": steps.view(torch.int16)}
+    tensors = {"weight": torch.cat([p.flatten() for p in planes]), "bits": bits, "steps": steps}
     return packing, tensors if symmetric else {**tensors, "zeros": zeros.to(torch.uint8)}
 
 
 def _quantize(groups: Tensor, bits: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Integers (groups, group_size), float16 steps and zeros (groups,) by rounding to nearest."""
+    """Integers (groups, group_size), steps as they are stored, and zeros (groups,) by rounding to nearest."""
     top = (1 << bits) - 1
     if symmetric:
         zeros = 1 << (bits - 1)
@@ -164,8 +170,10 @@ def _quantize(groups: Tensor, bits: Tensor, symmetric: bool) -> tuple[Tensor, Te
     else:
         low, high = groups.amin(1).clamp(max=0), groups.amax(1).clamp(min=0)
         reach = (high - low) / top
-    steps = reach.clamp(max=torch.finfo(torch.float16).max).half()
-    safe = torch.where(steps > 0, steps.float(), 1.0)
+    # The upper half of a float32 is a bfloat16; rounded up, so that the largest weight is still within reach.
+    steps = ((reach.view(torch.int32) + 0xFFFF) >> 16).to(torch.int16)
+    kept = steps.view(torch.bfloat16).float()
+    safe = torch.where(kept > 0, kept, 1.0)
     if not symmetric:
         zeros = (-low / safe).round().int().clamp(min=0).minimum(top)
     values = (groups / safe[:, None]).round().int() + zeros[:, None]
