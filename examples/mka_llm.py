@@ -31,13 +31,12 @@ BUNDLED = CardDetails(  # what is true of the default DATA alone
     license="apache-2.0",
     language="en",
     calibration="Unix manual pages, Python, Perl and Git documentation and standard-library code.",
-    evaluation=(
-        "documents of the same kinds that neither training nor calibration has seen, in windows of 512 tokens; "
-        "manuals_cloze asks which of four continuations is a held-out manual's own (chance 0.25)"
-    ),
+    evaluation="documents of the same kinds that neither training nor calibration has seen",
     limitations=(
+        "manuals_cloze asks which of four continuations is a held-out manual's own, in the words of manuals alone: "
+        "chance is 0.25, and what it says of other language is not known.",
         "The base model is a small one, trained to exercise this library on manual pages and code; it is good for "
-        "nothing else, and neither is this."
+        "nothing else, and neither is this.",
     ),
 )
 
