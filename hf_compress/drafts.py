@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_compress.anatomy.anatomy import Anatomy
-from hf_compress.anatomy.parts import FFN, expert_axes, linear_map
+from hf_compress.anatomy.parts import FFN, ExpertAxes, expert_axes, linear_map
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
 from hf_compress.edits import InsertBottleneck, LinearFFN, NarrowExperts, NarrowFFN, PackLinear, ReplaceActivation
@@ -69,10 +69,7 @@ def narrow_experts(model: PreTrainedModel, stack: Stack, index: int, units: Tens
         table = experts.get_parameter(tensor)
         if len(table) != len(units):
             raise UnsupportedModelError(f"{name}.{tensor} holds {len(table)} experts; units name {len(units)}")
-        shifts = torch.arange(times)
-        # Gate and up of a unit are neighbours, or all gates come before all ups.
-        spread = units[..., None] * times + shifts if axes.interleaved else units[..., None] + shifts * axes.width
-        rows = (spread if axes.interleaved else spread.transpose(1, 2)).flatten(1)
+        rows = _entries(units, times, axes)
         shape = [1] * table.ndim
         shape[0], shape[axis] = rows.shape
         picked = (
@@ -80,6 +77,17 @@ def narrow_experts(model: PreTrainedModel, stack: Stack, index: int, units: Tens
         )
         tensors[f"{name}.{tensor}"] = table.gather(axis, picked)
     return Plan((NarrowExperts(name, units.shape[1]),), tensors)
+
+
+def _entries(units: Tensor, times: int, axes: ExpertAxes) -> Tensor:
+    """Where `units` (experts, n) are along an axis that has `times` entries for each: (experts, times · n).
+
+    Gate and up of a unit are neighbours, or all gates come before all ups.
+    """
+    shifts = torch.arange(times)
+    if axes.interleaved:
+        return (units[..., None] * times + shifts).flatten(1)
+    return (units[:, None] + shifts[:, None] * axes.width).flatten(1)
 
 
 def linear_ffn(

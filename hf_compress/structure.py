@@ -165,7 +165,8 @@ def _(edit: LinearFFN, site: Site) -> None:
     if scope := _scope_of(site, edit.inputs):
         site.replace(scope, nn.Sequential(OrderedDict([(_name(paths[0]), first)] if first else [])))
     elif len(edit.inputs) == 1 and edit.activation is not None:
-        _activation(site, edit.activation)
+        if not isinstance(site.module(edit.activation), BlendedActivation):
+            _activation(site, edit.activation)
         site.replace(edit.inputs[0], first or nn.Identity())
         site.replace(edit.activation, nn.Identity())
     else:

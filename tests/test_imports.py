@@ -20,7 +20,7 @@ FLOORS = [
     {"edits"},
     {"anatomy", "plan"},
     {"calibration", "structure"},
-    {"config", "workbench", "parity", "record", "apply", "drafts"},
+    {"config", "workbench", "parity", "plain", "record", "apply", "drafts"},
     {"evaluation", "report"},
     {"methods"},
     {"pipeline", "analysis", "storage"},

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, Dinov2Config, Dinov2Model, T5Conf
 from examples.round_trip import EDITS, build, logits, narrow
 from hf_compress import drafts
 from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.undo import Undo
 from hf_compress.apply import apply
 from hf_compress.edits import NarrowFFN, RemoveBlocks, Seal
 from hf_compress.errors import ParityError, PlanError
@@ -16,7 +17,7 @@ from hf_compress.methods.drop_blocks import DropBlocksConfig
 from hf_compress.methods.mka import MKAConfig
 from hf_compress.pipeline import compress
 from hf_compress.plan import Plan
-from hf_compress.record import after_removal, recorded
+from hf_compress.record import after_removal, record, recorded
 from hf_compress.storage.save import save
 from tests.architectures.tiny import tiny_model
 
@@ -232,3 +233,23 @@ def test_units_of_experts_of_one_block(tmp_path):
     apply(narrow(model, Anatomy(model).stack(), 2), model)
     assert names(model) == ["NarrowExperts"]
     assert reloads(model, tmp_path)
+
+
+def test_a_quantization_of_others_is_left_alone():
+    model = build("Llama")
+    entry = {"quant_method": "awq", "bits": 4}
+    model.config.quantization_config = entry
+    record(model, (), Undo())
+    assert model.config.quantization_config is entry
+
+
+@pytest.mark.parametrize("kind", ["opt", "llama"])
+def test_a_blended_activation_can_be_collapsed(kind, tmp_path):
+    model = tiny_model(kind)
+    change(model, "blended activation")
+    change(model, "linear FFN")
+    assert names(model)[:2] == ["ReplaceActivation", "LinearFFN"]
+    again = type(model).from_pretrained(save(model, tmp_path / "out"))
+    ids = torch.arange(4, 12)[None]
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
