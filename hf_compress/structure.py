@@ -263,6 +263,8 @@ def _scope_of(site: Site, paths: tuple[str, ...]) -> str:
     if not scope:
         return ""
     inside = set().union(*(site.tensors(path) for path in paths))
+    blended = [path for path, module in site.module(scope).named_modules() if isinstance(module, BlendedActivation)]
+    inside = inside.union(*(site.tensors(f"{scope}.{path}") for path in blended))  # which goes with the FFN
     # The other parts of the module are gone with it, so an FFN with a norm or a convolution inside is no such module.
     return scope if site.tensors(scope) <= inside else ""
 

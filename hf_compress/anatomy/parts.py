@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from hf_compress.errors import UnsupportedModelError
+from hf_compress.modules.activation import BlendedActivation
 
 # The last word of the projections from the residual stream to queries, keys and values.
 _QKV = re.compile(
@@ -201,7 +202,9 @@ def _with_activation(ffn: FFN, block: nn.Module) -> FFN:
 
 
 def is_activation(module: nn.Module) -> bool:
-    """Whether a module is an elementwise nonlinearity without parameters, of PyTorch's or of Transformers'."""
+    """Whether a module is an elementwise nonlinearity: of PyTorch's or Transformers', without parameters, or ours."""
+    if isinstance(module, BlendedActivation):
+        return True
     home = type(module).__module__
     known = home in ("torch.nn.modules.activation", "transformers.activations")
     return known and not any(True for _ in module.parameters()) and not isinstance(module, nn.Softmax)
