@@ -19,6 +19,7 @@ from hf_compress.modules.packed import MAX_BITS
 _EDITS: dict[str, type[Edit]] = {}
 _PATH = re.compile(r"\w{1,100}(\.\w{1,100}){0,20}", re.ASCII)
 _MAX_SIZE = 2**31
+_MAX_PATHS = 4  # projections into one FFN
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,8 @@ class ModuleEdit(Edit, abstract=True):
             value = getattr(self, name)
             if value is None and getattr(type(self), name, ...) is None:
                 continue  # it may be left out
-            if name in several and (not isinstance(value, (list, tuple)) or not value):
-                raise PlanError(f"{name} must be a list of paths of modules; got {_short(value)}")
+            if name in several and not (isinstance(value, (list, tuple)) and 1 <= len(value) <= _MAX_PATHS):
+                raise PlanError(f"{name} must be a list of 1 to {_MAX_PATHS} paths of modules; got {_short(value)}")
             for path in value if name in several else (value,):
                 _check_path(name, path)
             if name in several:
@@ -197,7 +198,7 @@ class InsertBottleneck(ModuleEdit):
         if self.width > self.hidden:
             raise PlanError(f"a bottleneck must be narrower than the stream, {self.hidden}; got {self.width} features")
         if type(self.skip) not in (int, float) or not 0 <= self.skip <= 1:
-            raise PlanError(f"skip must be a number between 0 and 1; got {self.skip!r}")
+            raise PlanError(f"skip must be a number between 0 and 1; got {_short(self.skip)}")
         _check_bool("rescale", self.rescale)
 
 
@@ -215,7 +216,7 @@ class PackLinear(ModuleEdit):
         super().__post_init__()
         _check_size("group_size", self.group_size)
         if not isinstance(self.planes, (list, tuple)) or not 1 <= len(self.planes) <= MAX_BITS:
-            raise PlanError(f"planes must be 1 to {MAX_BITS} numbers of groups; got {self.planes!r}")
+            raise PlanError(f"planes must be 1 to {MAX_BITS} numbers of groups; got {_short(self.planes)}")
         for count in self.planes:
             _check_size("planes", count)
         object.__setattr__(self, "planes", tuple(self.planes))
@@ -234,10 +235,10 @@ class ReplaceActivation(ModuleEdit):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.blend not in BLENDS:
-            raise PlanError(f"blend must be one of {', '.join(BLENDS)}; got {self.blend!r}")
+            raise PlanError(f"blend must be one of {', '.join(BLENDS)}; got {_short(self.blend)}")
         if (self.blend == "constant") != (self.width is not None):
             raise PlanError(
-                f'width is for the blend "constant", and needed there; got {self.width!r} with {self.blend}'
+                f'width is for the blend "constant", and needed there; got {_short(self.width)} with {self.blend}'
             )
         if self.width is not None:
             _check_size("width", self.width)
@@ -267,7 +268,7 @@ def edit_from_dict(values: Any) -> Edit:
         return edit(**given)
     except TypeError as error:
         raise PlanError(
-            f"edit {values['edit']} has the wrong fields {_short(sorted(map(str, given)))}: {error}"
+            f"edit {values['edit']} has the wrong fields {_short(sorted(map(str, given)))}: {str(error)[:200]}"
         ) from None
 
 

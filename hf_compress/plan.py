@@ -90,7 +90,7 @@ def edits_from_list(version: Any, edits: Any) -> tuple[Edit, ...]:
         PlanError: as `Plan.from_json`.
     """
     if type(version) is not int or version != PLAN_VERSION:
-        raise PlanError(f"this plan has version {version!r}, known is {PLAN_VERSION}: upgrade hf-compress")
+        raise PlanError(f"this plan has version {str(version)[:100]}, known is {PLAN_VERSION}: upgrade hf-compress")
     if not isinstance(edits, list) or len(edits) > _MAX_EDITS:
         raise PlanError(f"a plan is a list of at most {_MAX_EDITS} edits; got {type(edits).__name__}")
     return tuple(edit_from_dict(values) for values in edits)

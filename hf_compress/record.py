@@ -23,6 +23,7 @@ from hf_compress.plan import PLAN_VERSION, edits_from_list
 from hf_compress.structure import Site, restructure
 
 METHOD = "hf_compress"
+_EDITS_PER_MODULE = 2  # narrowed and packed, say
 
 
 def recorded(config: PreTrainedConfig) -> tuple[ModuleEdit, ...]:
@@ -55,16 +56,29 @@ def entry_of(edits: Iterable[ModuleEdit]) -> dict[str, Any]:
     return {"quant_method": METHOD, "version": PLAN_VERSION, "plan": [edit.to_dict() for edit in edits]}
 
 
-def rebuild_structure(model: PreTrainedModel, edits: Iterable[ModuleEdit]) -> None:
+def rebuild_structure(model: PreTrainedModel, edits: Sequence[ModuleEdit]) -> frozenset[str]:
     """Do recorded edits to a model that is being loaded, with or without the head that it was saved with.
 
+    Returns:
+        The names in the model's state that are new, gone, or have another tensor than before.
+
     Raises:
-        PlanError: the model has no such modules, or sizes do not fit.
+        PlanError: the model has no such modules, sizes do not fit, or tied weights would be changed.
     """
+    if len(edits) > _EDITS_PER_MODULE * sum(1 for _ in model.modules()):
+        raise PlanError(
+            f"the record has {len(edits):,} edits; {type(model).__name__} has not as many modules to change"
+        )
+    before = model.state_dict(keep_vars=True)
     site = Site(model, Undo())
     for edit in edits:
         if (placed := _placed(model, edit)) is not None:
             restructure(placed, site)
+    after = model.state_dict(keep_vars=True)
+    changed = frozenset(name for name in {**before, **after} if before.get(name) is not after.get(name))
+    if tied := sorted(changed.intersection(name for pair in model.all_tied_weights_keys.items() for name in pair)):
+        raise PlanError(f"the record changes {tied[0]}, which is tied to another weight")
+    return changed
 
 
 def _placed(model: PreTrainedModel, edit: ModuleEdit) -> ModuleEdit | None:

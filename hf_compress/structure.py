@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import copy
 import re
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass
-from functools import singledispatch
+from functools import cached_property, singledispatch
 from itertools import takewhile
 
 import torch
@@ -62,13 +62,20 @@ class Site:
         module = self.module(path)
         if not is_linear(module) or is_parametrized(module):
             raise PlanError(f"the plan takes {path} for a plain linear map, but it is {type(module).__name__}")
-        users = [p for p, m in self.model.named_modules(remove_duplicate=False) if m is module]
-        weights = [n for n, p in self.model.named_parameters(remove_duplicate=False) if p is module.weight]
-        if len(users) > 1 or len(weights) > 1:
+        if self._users[module] > 1 or self._users[module.weight] > 1:
+            users = [p for p, m in self.model.named_modules(remove_duplicate=False) if m is module]
+            weights = [n for n, p in self.model.named_parameters(remove_duplicate=False) if p is module.weight]
             raise PlanError(
                 f"{path} is shared ({', '.join(users if len(users) > 1 else weights)}) and cannot be changed"
             )
         return module
+
+    @cached_property
+    def _users(self) -> Counter[nn.Module | Tensor]:
+        """How many names each module and parameter has at first; what is put in later is nobody else's."""
+        modules = (module for _, module in self.model.named_modules(remove_duplicate=False))
+        parameters = (parameter for _, parameter in self.model.named_parameters(remove_duplicate=False))
+        return Counter([*modules, *parameters])
 
     def replace(self, path: str, new: nn.Module) -> None:
         """Put another module in the place of the one at `path`."""

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 METHOD = "hf_compress"
 
@@ -59,10 +60,35 @@ class StructureLoader(HfQuantizer):
 
         self.edits = edits_of(self.quantization_config.to_dict())
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        from hf_compress.record import rebuild_structure
+    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """See the config before a model is built from it; nothing is changed about attention.
 
-        rebuild_structure(model, self.edits)
+        Raises:
+            PlanError: it has numbers that no model has.
+        """
+        from hf_compress.storage.limits import check_config
+
+        check_config(config)
+        if config.dtype is None:  # else it would be looked up in the weights, before it is known what files they are in
+            config.dtype = torch.get_default_dtype()
+        return config
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> PreTrainedModel:
+        """Rebuild the structure.
+
+        Raises:
+            PlanError: the record does not fit the model, or the model its files.
+        """
+        from hf_compress.record import rebuild_structure
+        from hf_compress.storage import limits
+
+        limits.check_files(checkpoint_files or (), model.config.name_or_path or "")
+        changed = rebuild_structure(model, self.edits)
+        if checkpoint_files is not None:  # else the user gives the tensors
+            limits.check_size(model, checkpoint_files)
+            limits.refuse_missing(model, changed)
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -70,8 +96,10 @@ class StructureLoader(HfQuantizer):
         from transformers import PreTrainedConfig
 
         from hf_compress.record import entry_of
+        from hf_compress.storage.limits import check_told
         from hf_compress.storage.portable import forget_shim, is_shim
 
+        check_told(model)
         self.remove_quantization_config(model)
         model.config.quantization_config = entry_of(self.edits)
         for module in model.modules():

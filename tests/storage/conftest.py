@@ -1,4 +1,4 @@
-"""A Hub of its own for tests that push: a server on this computer, and the real client talking to it."""
+"""A Hub of its own for tests that push (a server on this computer, and the real client), and saved checkpoints."""
 
 import tempfile
 from types import SimpleNamespace
@@ -9,6 +9,7 @@ from huggingface_hub import constants
 from huggingface_hub.utils import _http
 
 from tests.storage.hub_server import HubServer, User
+from tests.storage.untrusted import make_checkpoints
 
 WRITER, READER, OTHER = (f"hf_{name}{'0123456789abcdef' * 2}" for name in ("Write", "Read", "Other"))
 
@@ -37,3 +38,9 @@ def hub(monkeypatch, tmp_path):
         yield server
         _http.close_session()
         assert list((tmp_path / "temporary").iterdir()) == []
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """The folders of saved models with a record, by family; not to be written to."""
+    return make_checkpoints(tmp_path_factory.mktemp("checkpoints"))
