@@ -85,7 +85,7 @@ def test_any_other_missing_tensor_is_named_where_nothing_may_be_missing(checkpoi
 
 def test_a_new_head_is_made_up(checkpoints):
     for source in checkpoints.values():
-        model, report = load(source, AutoModelForSequenceClassification)
+        _, report = load(source, AutoModelForSequenceClassification)
         assert report["missing_keys"] == {"score.weight"}
         _, report = load(source, AutoModel)
         assert not report["missing_keys"]
