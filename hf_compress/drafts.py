@@ -62,8 +62,9 @@ def narrow_experts(model: PreTrainedModel, stack: Stack, index: int, units: Tens
     name = f"{path}.{ffn.experts}"
     experts = model.get_submodule(name)
     axes = expert_axes(experts)
-    for of_one in units if units.ndim == 2 else units[None, None]:
-        _checked(of_one, axes.width)
+    if units.ndim != 2:
+        raise ValueError(f"units must be (experts, width), a row for each expert; got {tuple(units.shape)}")
+    units = torch.stack([_checked(of_one, axes.width) for of_one in units])
     tensors = {}
     for tensor, (axis, times) in axes.of.items():
         table = experts.get_parameter(tensor)
@@ -100,6 +101,8 @@ def linear_ffn(
             (rank, hidden) of one.
         bias: (hidden).
     """
+    if len(maps) not in (1, 2):
+        raise ValueError(f"maps must be one matrix, or the two factors of one; got {len(maps)}")
     ffn, path = _ffn(model, stack, index)
     inputs, output = _dense(ffn, path)
     rank = maps[0].shape[1] if len(maps) == 2 else None
@@ -191,7 +194,7 @@ def _checked(units: Tensor, width: int) -> Tensor:
         raise ValueError(
             f"units must be different numbers of {width} hidden units, counted from 0; got {units.tolist()[:8]}"
         )
-    return units
+    return units.long()
 
 
 def _linear(

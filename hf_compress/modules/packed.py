@@ -143,7 +143,8 @@ def pack(weight: Tensor, bits: Tensor, group_size: int, symmetric: bool = True) 
     Raises:
         ValueError: shapes or bits do not fit, or the weight is not finite.
     """
-    if weight.ndim != 2 or weight.shape[1] % group_size or bits.shape != (len(weight), weight.shape[1] // group_size):
+    fits = weight.ndim == 2 and len(weight) > 0 and group_size != 0 and weight.shape[1] % group_size == 0
+    if not fits or bits.shape != (len(weight), weight.shape[1] // group_size):
         raise ValueError(
             f"a weight {tuple(weight.shape)} in groups of {group_size} needs bits (outputs, inputs / {group_size}); "
             f"got {tuple(bits.shape)}"
@@ -173,6 +174,8 @@ def _quantize(groups: Tensor, bits: Tensor, symmetric: bool) -> tuple[Tensor, Te
     # The upper half of a float32 is a bfloat16; rounded up, so that the largest weight is still within reach.
     steps = ((reach.view(torch.int32) + 0xFFFF) >> 16).to(torch.int16)
     kept = steps.view(torch.bfloat16).float()
+    if not torch.isfinite(kept).all():
+        raise ValueError(f"the weight reaches {float(groups.abs().max()):.3g}, for which no step can be stored")
     safe = torch.where(kept > 0, kept, 1.0)
     if not symmetric:
         zeros = (-low / safe).round().int().clamp(min=0).minimum(top)
