@@ -63,7 +63,7 @@ def narrow_experts(model: PreTrainedModel, stack: Stack, index: int, units: Tens
     experts = model.get_submodule(name)
     axes = expert_axes(experts)
     if units.ndim != 2:
-        raise ValueError(f"units must be (experts, width), a row for each expert; got {tuple(units.shape)}")
+        raise ValueError(f"units must be whole numbers, a list for each FFN (experts, width); got {tuple(units.shape)}")
     units = torch.stack([_checked(of_one, axes.width) for of_one in units])
     tensors = {}
     for tensor, (axis, times) in axes.of.items():
