@@ -21,6 +21,7 @@ _PUBLIC = {
     "DropBlocksConfig": "hf_compress.methods.drop_blocks",
     "EvaluationResult": "hf_compress.evaluation.evaluate",
     "HubError": "hf_compress.errors",
+    "LayerCollapseConfig": "hf_compress.methods.layer_collapse",
     "MKAConfig": "hf_compress.methods.mka",
     "ManifestError": "hf_compress.storage.manifest",
     "ParityError": "hf_compress.errors",

@@ -1,0 +1,113 @@
+"""The default: FFNs collapsed one after another in closed form, without training."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.parts import linear_widths
+from hf_compress.anatomy.stacks import Stack
+from hf_compress.apply import carry_out
+from hf_compress.calibration.capture import inference
+from hf_compress.drafts import linear_ffn
+from hf_compress.errors import UnsupportedModelError
+from hf_compress.methods.layer_collapse.linear import LinearFit, fit_ffns
+from hf_compress.methods.layer_collapse.trial import Trial
+from hf_compress.methods.sizing import blocks_to_remove
+from hf_compress.plan import Plan
+from hf_compress.workbench import Workbench
+
+if TYPE_CHECKING:
+    from hf_compress.methods.layer_collapse.config import LayerCollapseConfig
+
+CRITERIA = ("stream", "loss", "linearity")
+
+
+def plan_closed_form(config: LayerCollapseConfig, bench: Workbench) -> Plan:
+    """Fit, choose, collapse, and again, until enough are collapsed.
+
+    Raises:
+        UnsupportedModelError: no FFN of the stack can be one linear map, or none would become smaller.
+        ValueError: more FFNs asked for than there are.
+        CalibrationError: too little data, or activations that are not finite.
+    """
+    stack = bench.stack(config.stack)
+    left = collapsible(bench, stack, config.rank)
+    count = len(left) if config.target_r2 is not None else _count(config, len(left))
+    plan, steps = Plan(), []
+    with inference(bench.model), bench.trial() as undo:
+        trial = Trial(bench, stack, config.choice_samples) if config.criterion == "loss" else None
+        for _ in tqdm(range(count), desc="collapsing FFNs", disable=None):
+            with bench.stage("fit the FFNs"):
+                fits = fit_ffns(bench.model, stack, bench.calibration, left, config.penalty, config.rank)
+            with bench.stage("choose"):
+                costs = _costs(config.criterion, fits, trial)
+            best = min(costs, key=costs.__getitem__)
+            if config.target_r2 is not None:
+                linear = [index for index in left if fits[index].r2 >= config.target_r2]
+                if not linear:
+                    break
+                best = min(linear, key=costs.__getitem__)
+            draft = drafted(bench, stack, best, fits[best])
+            carry_out(draft, bench.model, undo)
+            plan += draft
+            left = [index for index in left if index != best]
+            steps.append(_step(best, fits, costs))
+    if not steps:
+        raise ValueError(f"no FFN has R² of at least {config.target_r2}: {_r2(fits)}; lower target_r2")
+    return Plan(plan.edits, plan.tensors, {"criterion": config.criterion, "collapsed": steps})
+
+
+def collapsible(bench: Workbench, stack: Stack, rank: int | None) -> list[int]:
+    """The blocks whose FFN can be one linear map of fewer parameters."""
+    reasons: dict[int, str] = {}
+    for index, block in enumerate(stack.blocks):
+        ffn = Anatomy(bench.model).parts(stack, index).ffn
+        if ffn is None or ffn.output is None or not ffn.inputs or ffn.activation is None:
+            reasons[index] = "has experts" if ffn is not None and ffn.experts else "has no FFN with an activation"
+            continue
+        hidden = linear_widths(block.get_submodule(ffn.output))[1]
+        maps = [block.get_submodule(path) for path in (*ffn.inputs, ffn.output)]
+        before = sum(p.numel() for module in maps for p in module.parameters())
+        after = (2 * hidden * rank if rank else hidden * hidden) + hidden
+        if after >= before:
+            reasons[index] = f"has an FFN of {before:,} parameters, and the map would have {after:,}"
+    if len(reasons) == len(stack):
+        raise UnsupportedModelError(
+            f"no FFN of {stack.path} can be made one linear map: block 0 {reasons[0]}"
+            + ("; give a rank" if "would have" in reasons[0] else "")
+        )
+    return [index for index in range(len(stack)) if index not in reasons]
+
+
+def _count(config: LayerCollapseConfig, total: int) -> int:
+    """How many FFNs: all of them may go, as the stream goes on past them."""
+    if config.num_layers is not None and config.num_layers <= total:
+        return config.num_layers
+    return blocks_to_remove(total + 1, config.ratio, config.num_layers, "num_layers")
+
+
+def _costs(criterion: str, fits: dict[int, LinearFit], trial: Trial | None) -> dict[int, float]:
+    """What the collapse of each FFN would cost, by a criterion."""
+    if trial is not None:
+        return trial.losses(fits)
+    return {index: -fit.r2 if criterion == "linearity" else fit.in_stream for index, fit in fits.items()}
+
+
+def drafted(bench: Workbench, stack: Stack, index: int, fit: LinearFit) -> Plan:
+    """The plan that puts a fit in the place of its FFN."""
+    return linear_ffn(bench.model, stack, index, [factor.float() for factor in fit.maps], fit.bias.float())
+
+
+def _step(best: int, fits: dict[int, LinearFit], costs: dict[int, float]) -> dict[str, Any]:
+    return {
+        "block": best,
+        "r2": {str(index): fit.r2 for index, fit in fits.items()},
+        "cost": {str(index): cost for index, cost in costs.items()},
+    }
+
+
+def _r2(fits: dict[int, LinearFit]) -> str:
+    return ", ".join(f"block {index} {fit.r2:.3f}" for index, fit in sorted(fits.items()))

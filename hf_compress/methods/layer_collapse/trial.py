@@ -1,0 +1,43 @@
+"""What the collapse of each FFN would cost the model, measured on a few calibration batches."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hf_compress.anatomy.stacks import Stack
+from hf_compress.anatomy.undo import Undo
+from hf_compress.apply import carry_out
+from hf_compress.calibration.objective import batch_loss, mean_loss, reference_for
+from hf_compress.calibration.runner import BlockRunner
+from hf_compress.drafts import linear_ffn
+from hf_compress.workbench import Workbench
+
+if TYPE_CHECKING:
+    from hf_compress.methods.layer_collapse.linear import LinearFit
+
+
+class Trial:
+    """Compares candidates by the loss; made before anything is collapsed, whose outputs other models are held to."""
+
+    def __init__(self, bench: Workbench, stack: Stack, samples: int) -> None:
+        self.bench, self.stack = bench, stack
+        data = bench.calibration
+        count = min(len(data), max(1, -(-samples * len(data) // data.samples)))
+        batches = [data.batches[i * len(data) // count] for i in range(count)]
+        self.runners = [BlockRunner(bench.model, stack, batch) for batch in batches]
+        self.references = [reference_for(bench.model, r.record()[0], r.batch) for r in self.runners]
+
+    def losses(self, fits: dict[int, LinearFit]) -> dict[int, float]:
+        """Mean loss of the model as it is now with one more FFN collapsed, for each of them."""
+        streams = [runner.record()[1] for runner in self.runners]
+        losses = {}
+        for index, fit in fits.items():
+            draft = linear_ffn(self.bench.model, self.stack, index, [m.float() for m in fit.maps], fit.bias.float())
+            with Undo() as undo:
+                carry_out(draft, self.bench.model, undo)
+                pairs = []
+                for runner, before, reference in zip(self.runners, streams, self.references, strict=True):
+                    output = runner.finish(index + 1, runner.run(index, before[index]), ())
+                    pairs.append(batch_loss(self.bench.model, output, runner.batch, reference))
+            losses[index] = mean_loss(sum(loss for loss, _ in pairs), sum(weight for _, weight in pairs))
+        return losses
