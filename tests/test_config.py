@@ -45,7 +45,8 @@ def test_keys_of_a_newer_version_are_dropped_with_a_warning():
 
 
 def test_the_methods_are_found_by_name():
-    assert method_names() == ["drop_blocks", "mka"]
+    assert {"drop_blocks", "mka"} <= set(method_names())
+    assert method_names() == sorted(method_names())
     assert config_class("mka") is MKAConfig
     assert config_class("drop_blocks") is DropBlocksConfig
     assert MKAConfig.paper == "https://arxiv.org/abs/2406.16330"
@@ -69,12 +70,12 @@ def test_a_new_method_registers_itself_and_none_is_overwritten(monkeypatch):
 
 @pytest.mark.parametrize("name", ["MKA", "none", 3, None])
 def test_an_unknown_method(name):
-    with pytest.raises(ValueError, match=f"unknown method {name!r}; known are drop_blocks, mka"):
+    with pytest.raises(ValueError, match=f"unknown method {name!r}; known are .*mka"):
         CompressionConfig.from_dict({"method": name})
 
 
 def test_no_method():
-    with pytest.raises(ValueError, match=r"'method', one of drop_blocks, mka; got \['ratio'\]"):
+    with pytest.raises(ValueError, match=r"'method', one of .*mka; got \['ratio'\]"):
         CompressionConfig.from_dict({"ratio": 0.5})
 
 
