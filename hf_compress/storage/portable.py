@@ -62,10 +62,11 @@ def forget_shim(config: PreTrainedConfig) -> None:
 
     `model.save_pretrained` would write its name, but not its file, and `trust_remote_code=True` then fail.
     """
-    kept = {k: v for k, v in (getattr(config, "auto_map", None) or {}).items() if not _names_shim(v)}
-    if kept:
-        config.auto_map = kept
-    elif hasattr(config, "auto_map"):
+    named = getattr(config, "auto_map", None)
+    if not isinstance(named, dict):  # a config from elsewhere may have anything there
+        return
+    config.auto_map = {k: v for k, v in named.items() if not _names_shim(v)}
+    if not config.auto_map:
         del config.auto_map
 
 

@@ -36,7 +36,7 @@ quickly = settings(
     database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-thoroughly = settings(quickly, max_examples=1000, derandomize=False, print_blob=True)
+thoroughly = settings(quickly, max_examples=1000, print_blob=True)
 
 
 # --- what could be in a file ------------------------------------------------------------------------------------------
