@@ -64,6 +64,15 @@ class Calibration:
         """Number of tokens that enter statistics; 0 for data that is no text."""
         return sum(int(batch.real.sum()) for batch in self.batches if batch.real is not None)
 
+    def spread(self, count: int) -> list[Batch]:
+        """At most `count` batches, at equal distances."""
+        count = min(count, len(self))
+        return [self.batches[i * len(self) // count] for i in range(count)]
+
+    def some(self, samples: int, least: int = 1) -> list[Batch]:
+        """Batches that hold about `samples` samples, evenly spread over the data, `least` at least."""
+        return self.spread(max(least, -(-samples * len(self) // self.samples)))
+
     def describe(self) -> dict[str, int]:
         """What a report says of the data."""
         return {"samples": self.samples, "tokens": self.tokens, "truncated": self.truncated}

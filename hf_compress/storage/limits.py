@@ -19,16 +19,16 @@ from hf_compress.anatomy.stacks import reachable_configs
 from hf_compress.errors import PlanError
 
 _MAX_NUMBER = 2**31  # above every width, vocabulary and context that there is
-_MAX_COUNT = 2_000  # blocks and the like; the deepest transformer published has 1,000
-_MAX_EXPERTS = 10_000  # of a block; the most published are 2,048
-_MAX_MODULES = 2**16  # experts of all blocks, since each may be a module of its own
-_COUNTS = re.compile(
-    r"(layers?|blocks|stages|codebooks|quantizers|networks|hidden_groups|group_num|num_inputs|ngram_size|_per_ngram|_per_stack)$"
-    r"|^depths?$|_depth$"
-)
+_MAX_BLOCKS = 1_000  # of one side; the deepest transformer published has 500 on each
+_MAX_EXPERTS = 2**16  # of all blocks together, since each may be a module of its own
+_ROWS = frozenset({"doge"})  # model types whose experts are rows of a table instead, and many
+_SPARE_ENTRIES = 2**27  # of tensors, beyond what the files hold: a new head, tables that are computed
+_BLOCKS = re.compile(
+    r"(layers?|blocks|stages|codebooks|quantizers|networks|hidden_groups|group_num|num_inputs|_depth)$"
+    r"|(^depths?|^ngram_size|_per_ngram|_per_stack)$"
+)  # fields that count blocks, or other modules
 _EXPERTS = re.compile(r"experts$|expert_num$")
 _TOLD = "mark_tied_weights_as_initialized"
-_SPARE_ENTRIES = 2**27  # beyond what the files hold: a new head, tables that are computed
 
 
 def check_config(config: PreTrainedConfig) -> None:
@@ -39,29 +39,24 @@ def check_config(config: PreTrainedConfig) -> None:
     """
     if not _is_names(config.architectures):
         raise PlanError("config.json: architectures must be a list of names")
-    most = {_COUNTS: 1, _EXPERTS: 1}
+    blocks, experts = 1, 1
     for part in reachable_configs(config):
         for name, value in vars(part).items():
-            kind, limit = _kind_of(name)
-            for number in _numbers(value):
-                if abs(number) > limit:
-                    raise PlanError(f"config.json: {name[:100]} is {float(number):.3g}; at most {limit:,} is loaded")
-                if kind is not None:
-                    most[kind] = max(most[kind], number)
-    if (modules := most[_COUNTS] * most[_EXPERTS]) > _MAX_MODULES:
-        raise PlanError(f"config.json: {modules:,} experts in all blocks together; at most {_MAX_MODULES:,} are loaded")
+            most = max(map(abs, _numbers(value)), default=0)
+            counts_blocks = bool(_BLOCKS.search(name))
+            limit = _MAX_BLOCKS if counts_blocks else _MAX_NUMBER
+            if most > limit:
+                raise PlanError(f"config.json: {name[:100]} is {str(most)[:30]}; at most {limit:,} is loaded")
+            if counts_blocks:
+                blocks = max(blocks, most)
+            elif _EXPERTS.search(name) and part.model_type not in _ROWS:
+                experts = max(experts, most)
+    if blocks * experts > _MAX_EXPERTS:
+        raise PlanError(f"config.json: {experts:,} experts in {blocks:,} blocks; at most {_MAX_EXPERTS:,} are loaded")
 
 
 def _is_names(value: Any) -> bool:
     return value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value))
-
-
-def _kind_of(name: str) -> tuple[re.Pattern[str] | None, int]:
-    """What a field of this name counts, if anything, and how much it may say."""
-    for kind, limit in ((_COUNTS, _MAX_COUNT), (_EXPERTS, _MAX_EXPERTS)):
-        if kind.search(name):
-            return kind, limit
-    return None, _MAX_NUMBER
 
 
 def _numbers(value: Any) -> Iterator[int]:
@@ -71,7 +66,7 @@ def _numbers(value: Any) -> Iterator[int]:
             yield entry
 
 
-def check_files(files: Sequence[str], source: str) -> None:
+def check_files(files: Sequence[str], source: str | None) -> None:
     """Refuse weights that are not in safetensors files of the checkpoint: others are pickles, which can hold a program.
 
     Args:
@@ -81,11 +76,11 @@ def check_files(files: Sequence[str], source: str) -> None:
     Raises:
         PlanError: naming the file.
     """
-    folder = os.path.abspath(source)
+    folder = os.path.abspath(source) if source and os.path.isdir(source) else None
     for file in files:
         if not file.endswith(".safetensors"):
             raise PlanError(f"a compressed model is loaded from safetensors files alone; this one has {_last(file)}")
-        if os.path.isdir(folder) and os.path.commonpath([folder, os.path.abspath(file)]) != folder:
+        if folder and os.path.commonpath([folder, os.path.abspath(file)]) != folder:
             raise PlanError(f"the index names a file outside of the checkpoint: {_last(file)}")
 
 
@@ -110,6 +105,8 @@ def check_size(model: PreTrainedModel, files: Sequence[str]) -> None:
 def refuse_missing(model: PreTrainedModel, changed: Collection[str]) -> None:
     """Have the loading of `model` stop where Transformers would only warn of missing weights and make some up.
 
+    Or, in some versions, take weights of another shape without a word, as it lets quantizers do.
+
     Made-up weights are right for a new head, which the files cannot have. They are wrong for the tensors `changed` by
     the record, and for all of them where config.json does not say that it was another class that was saved.
 
@@ -119,16 +116,19 @@ def refuse_missing(model: PreTrainedModel, changed: Collection[str]) -> None:
     Raises:
         PlanError: from within `from_pretrained`.
     """
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     saved = type(model).__name__ in (model.config.architectures or [type(model).__name__])
 
     def told(info: Any) -> None:
         delattr(model, _TOLD)
+        getattr(model, _TOLD)(info)
         wrong = {name: "missing" for name in _missing(model, info.missing_keys) if saved or name in changed}
-        wrong |= {name: "of another shape" for name, *_ in info.mismatched_keys if name in changed}
+        other = {name for name, *_ in info.mismatched_keys if name in changed}
+        other |= {name for name, tensor in model.state_dict().items() if tensor.shape != shapes.get(name, tensor.shape)}
+        wrong |= dict.fromkeys(other, "of another shape")
         if wrong:
             named = ", ".join(f"{name[:100]} ({what})" for name, what in sorted(wrong.items())[:5])
             raise PlanError(f"the files do not have the tensors that config.json asks for: {named}")
-        getattr(model, _TOLD)(info)
 
     setattr(model, _TOLD, told)
 

@@ -260,7 +260,7 @@ def choice_loss(model, plan, calibration, samples):
     """Mean loss of the model that the plan gives, on the batches that candidates are compared on."""
     smaller = copy.deepcopy(model)
     apply(plan, smaller)
-    return mean_loss_on(smaller, refit_module._some(calibration, samples))
+    return mean_loss_on(smaller, calibration.some(samples, least=3))
 
 
 def mean_loss_on(model, batches):
@@ -309,7 +309,7 @@ def test_a_block_that_does_nothing_costs_nothing(model):
     third.mlp.down_proj.weight.zero_()
     calibration = calibration_of(model, batch_size=2)
     losses = plan_of(model, calibration, num_merges=1, choice_samples=6).notes["merges"][0]["losses"]
-    scored = refit_module._some(calibration, 6)[2::3]  # of three batches, the third is not fitted on
+    scored = calibration.some(6, least=3)[2::3]  # of three batches, the third is not fitted on
     whole = mean_loss_on(model, scored)
     assert losses["3"] == pytest.approx(whole, rel=1e-6)
     assert all(losses[index] != pytest.approx(whole, rel=1e-6) for index in "124")

@@ -134,9 +134,8 @@ def changes_of_configs(draw, config):
     return config
 
 
-@st.composite
-def changes_of_files(draw, data):
-    """A safetensors file that is cut, has another header, or other tensors."""
+def damaged(draw, data):
+    """A safetensors file that is cut, has another header, or other tensors; no strategy, which would keep them all."""
     (length,) = struct.unpack("<Q", data[:8])
     what = draw(st.sampled_from(["cut", "length", "bytes", "header", "tensor", "drop", "rename", "add"]))
     if what == "cut":
@@ -197,7 +196,7 @@ def fuzz_configs(checkpoints, data):
 def fuzz_files(checkpoints, data):
     source = checkpoints[data.draw(st.sampled_from(sorted(checkpoints)))]
     with copied(source) as folder:
-        replace_weights(folder, data.draw(changes_of_files((source / "model.safetensors").read_bytes())))
+        replace_weights(folder, damaged(data.draw, (source / "model.safetensors").read_bytes()))
         check(folder)
 
 

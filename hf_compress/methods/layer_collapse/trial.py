@@ -21,10 +21,7 @@ class Trial:
 
     def __init__(self, bench: Workbench, stack: Stack, samples: int) -> None:
         self.bench, self.stack = bench, stack
-        data = bench.calibration
-        count = min(len(data), max(1, -(-samples * len(data) // data.samples)))
-        batches = [data.batches[i * len(data) // count] for i in range(count)]
-        self.runners = [BlockRunner(bench.model, stack, batch) for batch in batches]
+        self.runners = [BlockRunner(bench.model, stack, batch) for batch in bench.calibration.some(samples)]
         self.references = [reference_for(bench.model, r.record()[0], r.batch) for r in self.runners]
 
     def losses(self, fits: dict[int, LinearFit]) -> dict[int, float]:

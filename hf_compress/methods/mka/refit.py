@@ -56,7 +56,7 @@ def plan_by_refitting(config: MKAConfig, bench: Workbench) -> Plan:
         )
     with inference(bench.model):
         with bench.stage("choose which blocks to merge"):
-            chooser = _Chooser(bench, stack, _some(bench.calibration, config.choice_samples))
+            chooser = _Chooser(bench, stack, bench.calibration.some(config.choice_samples, least=3))
             absorbed, merges = _choose(bench, chooser, count)
         chooser.record(absorbed)
         plain = chooser.loss()
@@ -95,17 +95,6 @@ def _choose(bench: Workbench, chooser: _Chooser, count: int) -> tuple[list[int],
             absorbed.append(best)
             history.append({"absorbed": best, "losses": {str(index): loss for index, loss in losses.items()}})
     return sorted(absorbed), history
-
-
-def _some(calibration: Calibration, samples: int) -> list[Batch]:
-    """Batches that hold about `samples` samples, evenly spread over the data, at least three."""
-    return _spread(calibration, max(3, -(-samples * len(calibration) // calibration.samples)))
-
-
-def _spread(calibration: Calibration, count: int) -> list[Batch]:
-    """At most `count` batches, at equal distances."""
-    count = min(count, len(calibration))
-    return [calibration.batches[i * len(calibration) // count] for i in range(count)]
 
 
 class _Chooser:
@@ -209,7 +198,7 @@ def _start(bench: Workbench, stack: Stack, batch: Batch) -> _Walk:
 
 def _worth(calibration: Calibration, tokens: int) -> list[Batch]:
     """Batches that hold about `tokens` tokens, evenly spread over the data, at least four (or all, of images)."""
-    return _spread(calibration, max(4, -(-tokens * len(calibration) // max(1, calibration.tokens))))
+    return calibration.spread(max(4, -(-tokens * len(calibration) // max(1, calibration.tokens))))
 
 
 def _fit(bench: Workbench, stack: Stack, index: int, walks: list[_Walk], undo: Undo) -> dict[str, Any]:
