@@ -11,7 +11,7 @@ import re
 from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from functools import cached_property, singledispatch
-from itertools import takewhile
+from itertools import chain, takewhile
 
 import torch
 from torch import Tensor, nn
@@ -273,7 +273,8 @@ def _scope_of(site: Site, paths: tuple[str, ...]) -> str:
     blended = [path for path, module in site.module(scope).named_modules() if isinstance(module, BlendedActivation)]
     inside = inside.union(*(site.tensors(f"{scope}.{path}") for path in blended))  # which goes with the FFN
     # The other parts of the module are gone with it, so an FFN with a norm or a convolution inside is no such module.
-    return scope if site.tensors(scope) <= inside else ""
+    module = site.module(scope)  # of which one tensor is seldom looked at: it may be all of the model
+    return scope if all(tensor in inside for tensor in chain(module.parameters(), module.buffers())) else ""
 
 
 def _shared_scope(paths: tuple[str, ...]) -> str:

@@ -244,6 +244,8 @@ def expert_axes(experts: nn.Module) -> ExpertAxes:
             raise UnsupportedModelError(f"{type(experts).__name__}: both sides of {down} could be the hidden units")
         transposed = streams[0] == 1
     width = sides[0 if transposed else 1]
+    if not width:
+        raise UnsupportedModelError(f"{type(experts).__name__}: the experts have no hidden units")
     of = {down: (1 if transposed else 2, 1)}
     for name in ups:
         axis = 2 if transposed else 1

@@ -73,6 +73,8 @@ class StructureLoader(HfQuantizer):
             config.dtype = torch.get_default_dtype()
         return config
 
+    update_tp_plan = update_attn_implementation  # what sees the config in older versions of Transformers
+
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:

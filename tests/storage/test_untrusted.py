@@ -73,7 +73,7 @@ def test_a_missing_tensor_of_the_record_is_named(auto, family, name, checkpoints
 def test_half_a_mixture_is_of_another_shape(checkpoints):
     with copied(checkpoints["Mixtral"]) as folder:
         rewrite(folder, without("layers.0.block_sparse_moe.experts.2."))
-        assert "ignore_mismatched_sizes" in str(load(folder))
+        assert is_plain(load(folder))
         assert "of another shape" in str(load(folder, ignore_mismatched_sizes=True))
 
 
@@ -220,7 +220,7 @@ SAME = {"edit": "Seal", "module": "model.norm"}
     ("family", "change"),
     [
         ("Llama", {"num_hidden_layers": 10**9}),
-        ("Llama", {"num_hidden_layers": 1999}),
+        ("Llama", {"num_hidden_layers": 1000}),
         ("Llama", {"vocab_size": 2**31 - 1}),
         ("Llama", {"vocab_size": 2**60}),
         ("Llama", {"hidden_size": 2**24}),
