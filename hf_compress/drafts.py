@@ -126,9 +126,7 @@ def insert_bottleneck(
     skip: float = 0.1,
 ) -> Plan:
     """Have what comes out of a block pass through a `Bottleneck` of these tensors; rescaled when it has a center."""
-    if not 0 <= index < len(stack):
-        raise ValueError(f"{stack.path} has the blocks 0 to {len(stack) - 1}; got {index}")
-    path = f"{stack.path}.{index}"
+    path = _block(stack, index)
     hidden, width = encoder.shape
     edit = InsertBottleneck(path, hidden, width, skip, rescale=center is not None)
     tensors = {"encoder": encoder, "decoder": decoder} | ({} if center is None else {"center": center})
@@ -172,12 +170,18 @@ def pack_linear(model: PreTrainedModel, path: str, bits: Tensor, group_size: int
 
 def _ffn(model: PreTrainedModel, stack: Stack, index: int) -> tuple[FFN, str]:
     """A block's FFN, and the path of the block."""
-    if not 0 <= index < len(stack):
-        raise ValueError(f"{stack.path} has the blocks 0 to {len(stack) - 1}; got {index}")
+    path = _block(stack, index)
     ffn = Anatomy(model).parts(stack, index).ffn
     if ffn is None:
         raise UnsupportedModelError(f"found no FFN in block {index} of {stack.path}")
-    return ffn, f"{stack.path}.{index}"
+    return ffn, path
+
+
+def _block(stack: Stack, index: int) -> str:
+    """The path of a block that there is."""
+    if not 0 <= index < len(stack):
+        raise ValueError(f"{stack.path} has the blocks 0 to {len(stack) - 1}; got {index}")
+    return f"{stack.path}.{index}"
 
 
 def _dense(ffn: FFN, path: str) -> tuple[tuple[str, ...], str]:

@@ -12,6 +12,7 @@ from hf_compress.edits import Edit, MergeBlocks, ModuleEdit, StackEdit, edit_fro
 from hf_compress.errors import PlanError
 
 PLAN_VERSION = 1
+METHOD = "hf_compress"  # what a config calls its record of edits
 _MAX_EDITS = 100_000  # no model has as many modules; a longer list is an attack or an accident
 
 

@@ -19,10 +19,9 @@ from hf_compress.anatomy.undo import Undo
 from hf_compress.edits import ModuleEdit, Seal
 from hf_compress.errors import PlanError
 from hf_compress.plain import RECORD_FIELD, described, into_config, shapes
-from hf_compress.plan import PLAN_VERSION, edits_from_list
+from hf_compress.plan import METHOD, PLAN_VERSION, edits_from_list
 from hf_compress.structure import Site, restructure
 
-METHOD = "hf_compress"
 _EDITS_PER_MODULE = 2  # narrowed and packed, say
 
 

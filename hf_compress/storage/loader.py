@@ -18,10 +18,11 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from hf_compress.errors import PlanError
+from hf_compress.plan import METHOD
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
-
-METHOD = "hf_compress"
 
 
 @register_quantization_config(METHOD)
@@ -36,8 +37,6 @@ class StructureConfig(QuantizationConfigMixin):
     def __init__(self, version: Any = None, plan: Any = None, **unknown: Any) -> None:
         unknown.pop("quant_method", None)
         if unknown:
-            from hf_compress.errors import PlanError
-
             raise PlanError(f"the record of this model's structure has unknown fields {sorted(unknown)[:5]}")
         self.quant_method = METHOD  # type: ignore[assignment]
         self.version = version

@@ -11,7 +11,6 @@ from hf_compress.anatomy.parts import linear_widths
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.apply import carry_out
 from hf_compress.calibration.capture import inference
-from hf_compress.drafts import linear_ffn
 from hf_compress.errors import UnsupportedModelError
 from hf_compress.methods.layer_collapse.linear import LinearFit, fit_ffns
 from hf_compress.methods.layer_collapse.trial import Trial
@@ -50,7 +49,7 @@ def plan_closed_form(config: LayerCollapseConfig, bench: Workbench) -> Plan:
                 if not linear:
                     break
                 best = min(linear, key=costs.__getitem__)
-            draft = drafted(bench, stack, best, fits[best])
+            draft = fits[best].draft(bench.model, stack, best)
             carry_out(draft, bench.model, undo)
             plan += draft
             left = [index for index in left if index != best]
@@ -94,11 +93,6 @@ def _costs(criterion: str, fits: dict[int, LinearFit], trial: Trial | None) -> d
     if trial is not None:
         return trial.losses(fits)
     return {index: -fit.r2 if criterion == "linearity" else fit.in_stream for index, fit in fits.items()}
-
-
-def drafted(bench: Workbench, stack: Stack, index: int, fit: LinearFit) -> Plan:
-    """The plan that puts a fit in the place of its FFN."""
-    return linear_ffn(bench.model, stack, index, [factor.float() for factor in fit.maps], fit.bias.float())
 
 
 def _step(best: int, fits: dict[int, LinearFit], costs: dict[int, float]) -> dict[str, Any]:

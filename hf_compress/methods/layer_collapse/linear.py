@@ -22,8 +22,10 @@ from hf_compress.anatomy.parts import hidden_size, linear_widths
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.capture import forward, inference, stream_of, stream_tokens
 from hf_compress.calibration.data import Batch, Calibration
+from hf_compress.drafts import linear_ffn
 from hf_compress.errors import CalibrationError
 from hf_compress.numerics.ridge import LeastSquares
+from hf_compress.plan import Plan
 
 HELD_OUT = 4  # every fourth batch
 _MEMORY = 4 * 2**30
@@ -46,6 +48,10 @@ class LinearFit:
     bias: Tensor
     r2: float
     in_stream: float
+
+    def draft(self, model: PreTrainedModel, stack: Stack, index: int) -> Plan:
+        """The plan that puts it in the place of a block's FFN."""
+        return linear_ffn(model, stack, index, [factor.float() for factor in self.maps], self.bias.float())
 
 
 def fit_ffns(

@@ -9,7 +9,6 @@ from hf_compress.anatomy.undo import Undo
 from hf_compress.apply import carry_out
 from hf_compress.calibration.objective import batch_loss, mean_loss, reference_for
 from hf_compress.calibration.runner import BlockRunner
-from hf_compress.drafts import linear_ffn
 from hf_compress.workbench import Workbench
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ class Trial:
         streams = [runner.record()[1] for runner in self.runners]
         losses = {}
         for index, fit in fits.items():
-            draft = linear_ffn(self.bench.model, self.stack, index, [m.float() for m in fit.maps], fit.bias.float())
+            draft = fit.draft(self.bench.model, self.stack, index)
             with Undo() as undo:
                 carry_out(draft, self.bench.model, undo)
                 pairs = []
