@@ -15,7 +15,7 @@ import argparse
 from statistics import mean
 
 import torch
-from common import REFERENCE, WINDOW, calibration_windows, load, texts, write_result
+from common import REFERENCE, WINDOW, calibration_windows, held_out_passages, load, write_result
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -26,7 +26,6 @@ from hf_compress.drafts import linear_ffn
 from hf_compress.evaluation.perplexity import Perplexity
 
 CRITERIA = {"default (stream)": "stream", "loss": "loss", "linearity (R²)": "linearity"}
-HELDOUT = slice(1500, 3000)  # characters, as in depth_quality.py
 
 
 def means(model: PreTrainedModel, data: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -92,7 +91,7 @@ def main() -> None:
     sizes = list(range(1, 13)) if args.full else [1, 2, 3, 4, 6]
     model, tokenizer = load(REFERENCE)
     data = calibration_windows(tokenizer, args.samples)
-    held_out = [text[HELDOUT] for text in texts("heldout") if len(text) > HELDOUT.stop]
+    held_out = held_out_passages()
     plans = {
         name: make_plan(model, LayerCollapseConfig(num_layers=max(sizes), criterion=criterion), data)
         for name, criterion in CRITERIA.items()

@@ -32,6 +32,11 @@ def texts(split: str) -> list[str]:
     return [json.loads(line)["text"] for line in file.read_text().splitlines()]
 
 
+def held_out_passages() -> list[str]:
+    """Characters 1,500 to 3,000 of each held-out document: past the preambles that manual pages share."""
+    return [text[1500:3000] for text in texts("heldout") if len(text) > 3000]
+
+
 def calibration_windows(tokenizer: PreTrainedTokenizerBase, samples: int, seed: int = 0) -> Tensor:
     """(samples, 256) token ids: the calibration documents joined, cut into windows, drawn without replacement."""
     encoded = tokenizer(texts("calibration"), add_special_tokens=False, verbose=False)["input_ids"]

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
-from common import REFERENCE, WINDOW, calibration_windows, load, texts, write_result
+from common import REFERENCE, WINDOW, calibration_windows, held_out_passages, load, write_result
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,7 +30,6 @@ from hf_compress.evaluation.harness import run_tasks
 from hf_compress.evaluation.perplexity import Perplexity
 
 OURS = ("MKA (default)", "MKA (paper)", "MKA (paper, CKA, alpha 0.5)")
-HELDOUT = slice(1500, 3000)  # characters of each held-out document: past the preambles that manual pages share
 GREEDY_SAMPLES = 128  # windows for the greedy search, as many as its paper uses
 
 
@@ -51,7 +50,7 @@ class Bench:
         self.directory: Path = args.model
         _, self.tokenizer = load(self.directory)
         self.calibration: Tensor = calibration_windows(self.tokenizer, args.samples)
-        self.heldout = [text[HELDOUT] for text in texts("heldout") if len(text) > HELDOUT.stop]
+        self.heldout = held_out_passages()
         self.wikitext = _articles(args.wikitext, self.tokenizer) if args.wikitext else []
         self.limit: int | None = args.cloze
 
