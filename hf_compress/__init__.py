@@ -10,18 +10,24 @@ from typing import Any
 
 from wrapt import register_post_import_hook
 
+from hf_compress import models
+
 __version__ = "0.1.0"
 
 _PUBLIC = {
     "Anatomy": "hf_compress.anatomy.anatomy",
     "CardDetails": "hf_compress.report.card",
+    "CompressionCallback": "hf_compress.training.callback",
     "CompressionConfig": "hf_compress.config",
     "CompressionReport": "hf_compress.report.report",
     "DataOptions": "hf_compress.calibration.data",
+    "DenseConfig": "hf_compress.models.dense_config",
+    "DenseForClassification": "hf_compress.models.dense",
     "DropBlocksConfig": "hf_compress.methods.drop_blocks",
     "EvaluationResult": "hf_compress.evaluation.evaluate",
     "HubError": "hf_compress.errors",
     "LayerCollapseConfig": "hf_compress.methods.layer_collapse",
+    "Lesson": "hf_compress.training.heal",
     "MKAConfig": "hf_compress.methods.mka",
     "ManifestError": "hf_compress.storage.manifest",
     "ParityError": "hf_compress.errors",
@@ -31,6 +37,7 @@ _PUBLIC = {
     "analyze": "hf_compress.analysis",
     "compress": "hf_compress.pipeline",
     "evaluate": "hf_compress.evaluation.evaluate",
+    "heal": "hf_compress.training.heal",
     "make_plan": "hf_compress.pipeline",
     "model_card": "hf_compress.report.card",
     "perplexity": "hf_compress.evaluation.perplexity",
@@ -39,12 +46,14 @@ _PUBLIC = {
     "verify_files": "hf_compress.storage.manifest",
 }
 
-__all__ = [*_PUBLIC, "__version__"]
+__all__ = [*_PUBLIC, "__version__", "models"]
 
 
 # As soon as Transformers is imported, before or after this package, its `from_pretrained` learns to load what `save`
-# writes. Until then there is nothing to teach, and nothing is imported for it.
+# writes, and our own models. Until then there is nothing to teach, and nothing is imported for it.
 register_post_import_hook("hf_compress.storage.loader:register", "transformers.quantizers.auto")
+register_post_import_hook("hf_compress.models.dense_config:register", "transformers.models.auto.configuration_auto")
+register_post_import_hook("hf_compress.models.dense:register", "transformers.models.auto.modeling_auto")
 
 
 def __getattr__(name: str) -> Any:

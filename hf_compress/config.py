@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from hf_compress.plan import Plan
+    from hf_compress.regimen import Regimen
     from hf_compress.workbench import Workbench
 
 _EXPONENT = re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
@@ -49,6 +50,20 @@ class CompressionConfig:
             ValueError: the settings do not fit the model or the calibration data.
         """
         raise TypeError(f"{type(self).__name__} has no plan(); every method's config defines one")
+
+    def regimen(self) -> Regimen:
+        """What to do while a model is trained with these settings, for one run: compress first, then heal."""
+        from hf_compress.regimen import Regimen
+
+        return Regimen(self)
+
+    def in_steps(self, bench: Workbench) -> list[CompressionConfig]:
+        """Settings that, planned and applied one after another, come to the same amount: for training in between.
+
+        Raises:
+            ValueError: the method cannot be cut into steps.
+        """
+        raise ValueError(f"{type(self).__name__} cannot be cut into steps; leave out every=")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields and the method's name: JSON values only, the inverse of `from_dict`."""

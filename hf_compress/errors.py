@@ -11,6 +11,10 @@ class ParityError(UnsupportedModelError):
     """A model rebuilt from its own saved config would not be the model in memory, so nothing was changed or written."""
 
 
+class NotLinearError(ValueError):
+    """Training has not made any FFN as linear as its collapse would need; the message says how linear each is."""
+
+
 class CalibrationError(ValueError):
     """The calibration data is missing, empty, too little, or leads to activations that are not finite."""
 

@@ -77,7 +77,7 @@ def _shorten(batch: Batch) -> Batch:
 
 
 def _made_up_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Two random texts of eight tokens, or two random images, drawn from a generator of their own."""
+    """Two random texts of eight tokens or two random images, from a generator of their own, or what a model offers."""
     generator = torch.Generator().manual_seed(0)
     config = model.config
     if model.main_input_name == "pixel_values":
@@ -87,6 +87,8 @@ def _made_up_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
         channels = getattr(vision, "num_channels", 3)
         return {"pixel_values": torch.randn((2, channels, height, width), generator=generator)}
     vocabulary = getattr(config.get_text_config(), "vocab_size", None)
+    if model.main_input_name != "input_ids" and model.main_input_name in model.dummy_inputs:
+        return dict(model.dummy_inputs)
     if model.main_input_name != "input_ids" or not isinstance(vocabulary, int):
         raise UnsupportedModelError(
             f"{type(model).__name__} takes {model.main_input_name}: pass calibration data, so that it can be checked"

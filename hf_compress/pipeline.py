@@ -54,7 +54,7 @@ def compress(
     plan = config.plan(bench)
     with bench.stage("apply and check"):
         apply(plan, model, Probe.of(model, data.batches[0] if data else None))
-    model.compression_report = _report(config, plan, bench, before, model_size(model))  # type: ignore[assignment]
+    model.compression_report = report_of(config, plan, bench, before, model_size(model))  # type: ignore[assignment]
     return model
 
 
@@ -110,7 +110,8 @@ def model_size(model: PreTrainedModel) -> Size:
     return Size(parameter_count(model), stored_bytes(model), blocks)
 
 
-def _report(config: CompressionConfig, plan: Plan, bench: Workbench, before: Size, after: Size) -> CompressionReport:
+def report_of(config: CompressionConfig, plan: Plan, bench: Workbench, before: Size, after: Size) -> CompressionReport:
+    """The report on a plan that has been carried out and checked."""
     return CompressionReport(
         method=config.method,
         config=config.to_dict(),

@@ -122,7 +122,7 @@ def _(edit: NarrowFFN, site: Site) -> None:
 def _refuse_other_parts(site: Site, edit: NarrowFFN, width: int, hidden: int) -> None:
     """An FFN with, say, a norm of its hidden units cannot be narrowed by its projections alone."""
     paths = (*edit.inputs, edit.output)
-    scope = _shared_scope(paths)
+    scope = shared_scope(paths)
     if not scope or width == hidden:  # then nothing tells such parts from those of the stream
         return
     for name, tensor in site.module(scope).named_parameters():
@@ -266,7 +266,7 @@ def _name(path: str) -> str:
 
 def _scope_of(site: Site, paths: tuple[str, ...]) -> str:
     """The innermost module that holds all of `paths` and has no tensors but theirs; "" where there is none."""
-    scope = _shared_scope(paths)
+    scope = shared_scope(paths)
     if not scope:
         return ""
     inside = set().union(*(site.tensors(path) for path in paths))
@@ -277,7 +277,7 @@ def _scope_of(site: Site, paths: tuple[str, ...]) -> str:
     return scope if all(tensor in inside for tensor in chain(module.parameters(), module.buffers())) else ""
 
 
-def _shared_scope(paths: tuple[str, ...]) -> str:
+def shared_scope(paths: tuple[str, ...]) -> str:
     """The path of the innermost module around all of `paths`."""
     columns = zip(*(path.split(".")[:-1] for path in paths), strict=False)
     return ".".join(column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns))

@@ -16,14 +16,15 @@ ROOT = PACKAGE.parent
 # Lowest first. A module may import from its own floor and from those below.
 FLOORS = [
     {"errors"},
-    {"numerics", "modules"},
+    {"numerics", "modules", "models"},
     {"edits"},
     {"anatomy", "plan"},
     {"calibration", "structure"},
-    {"config", "workbench", "parity", "plain", "record", "apply", "drafts"},
+    {"config", "workbench", "regimen", "parity", "plain", "record", "apply", "drafts"},
     {"evaluation", "report"},
     {"methods"},
     {"pipeline", "analysis", "storage"},
+    {"training"},
     {"cli", "demo"},
 ]
 LEVEL = {name: level for level, floor in enumerate(FLOORS) for name in floor}

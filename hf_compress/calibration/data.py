@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -109,7 +110,8 @@ def prepare(
     Args:
         data: a list of strings, a `datasets.Dataset`, a DataLoader or other iterable of batches (mappings, tensors, or
             (inputs, ...) tuples), a LongTensor of token ids (samples, positions), a float tensor of pixel values
-            (samples, channels, height, width), or a mapping of such tensors, as a tokenizer gives it.
+            (samples, channels, height, width) or of other values (samples, features), or a mapping of such tensors, as
+            a tokenizer gives it. NumPy arrays are taken for tensors.
         model: whose positions limit the texts' length and whose device the batches will go to.
         tokenizer: needed for texts; its special tokens are kept out of statistics.
         options: batch size, length, text column.
@@ -144,6 +146,7 @@ def _raw_batches(
     """The data cut into batches of whatever kind it is of, and how many samples are longer than `length`."""
     if _is_dataset(data):
         data = _from_dataset(data, options.text_column)
+    data = _as_tensor(data)
     if isinstance(data, str):
         raise CalibrationError(f"calibration must be a list of texts, not one string ({data[:40]!r}...)")
     if isinstance(data, Mapping):
@@ -196,13 +199,14 @@ def _is_dataset(data: Any) -> bool:
 
 
 def _from_dataset(data: Any, text_column: str | None) -> Any:
-    """The texts, token ids or pixel values of a `datasets.Dataset`."""
+    """The texts, token ids, or pixel or other values of a `datasets.Dataset`."""
     columns = list(data.column_names)
     if text_column is None and "input_ids" in columns:
         plain = data.with_format(None)
         return _unpadded(plain["input_ids"], plain["attention_mask"] if "attention_mask" in columns else None)
-    if text_column is None and "pixel_values" in columns:
-        return torch.stack([torch.as_tensor(values) for values in data.with_format("torch")["pixel_values"]])
+    for name in ("pixel_values", "input_values"):
+        if text_column is None and name in columns:
+            return _stacked(name, [torch.as_tensor(values) for values in data.with_format("torch")[name]])
     strings = [name for name in columns if getattr(data.features[name], "dtype", None) in ("string", "large_string")]
     if text_column is None and "text" in strings:
         text_column = "text"
@@ -215,8 +219,25 @@ def _from_dataset(data: Any, text_column: str | None) -> Any:
     return list(data[text_column])
 
 
+def _stacked(name: str, samples: list[Tensor]) -> dict[str, Tensor]:
+    """All samples of a column in one tensor."""
+    if len(shapes := {tuple(sample.shape) for sample in samples}) > 1:
+        raise CalibrationError(
+            f"the samples of the column {name} have different shapes, such as {sorted(shapes)[:2]}: pad them, or "
+            "pass a DataLoader of padded batches"
+        )
+    return {name: torch.stack(samples) if samples else torch.empty(0)}
+
+
+def _as_tensor(value: Any) -> Any:
+    """An array of numbers as a tensor; all else as it is."""
+    is_numbers = isinstance(value, np.ndarray) and np.issubdtype(value.dtype, np.number)
+    return torch.as_tensor(value) if is_numbers else value
+
+
 def _from_mapping(data: Mapping[str, Any], batch_size: int) -> list[Any]:
     """What a tokenizer gives for all texts at once, as batches, or as lists of token ids where it is not padded."""
+    data = {name: _as_tensor(value) for name, value in data.items()}
     ids = data.get("input_ids")
     if isinstance(ids, list) and all(map(_is_sample, ids)):
         return _unpadded(ids, data.get("attention_mask"))

@@ -22,6 +22,7 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None) -> Pre
     import torch
     import transformers
 
+    from hf_compress import models
     from hf_compress.errors import UnsupportedModelError
 
     if dtype not in _DTYPES:
@@ -32,7 +33,9 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None) -> Pre
     except OSError as error:  # offline, its message does not name the model
         raise OSError(f"no model {name!r}: {error}") from error
     architecture = (config.architectures or [""])[0]
-    loader = getattr(transformers, architecture, transformers.AutoModelForCausalLM)
+    homes = (transformers, models)
+    loader = next((getattr(home, architecture) for home in homes if hasattr(home, architecture)), None)
+    loader = loader or transformers.AutoModelForCausalLM
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     load: Any = loader.from_pretrained  # annotated as if it never gave the loading report
     model, found = load(name, dtype=dtype, device_map={"": place}, output_loading_info=True)
@@ -67,9 +70,12 @@ def how_to_load(model: PreTrainedModel, directory: Path) -> str:
     """The Python line that loads a saved model again."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    from hf_compress import models
     from hf_compress.record import recorded
 
     name = type(model).__name__
-    causal = name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-    plugin = "import hf_compress; " if recorded(model.config) else ""
-    return f'{plugin}{"AutoModelForCausalLM" if causal else name}.from_pretrained("{directory}")'
+    own = hasattr(models, name)
+    if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        name = "AutoModelForCausalLM"
+    plugin = "import hf_compress; " if recorded(model.config) or own else ""
+    return f'{plugin}{"hf_compress." * own}{name}.from_pretrained("{directory}")'

@@ -45,9 +45,9 @@ def analyze(  # noqa: PLR0913 (each of them is an option of the command)
     dtype: Dtype = "auto",
     device: Device = None,
 ) -> None:
-    """Show how alike a model's blocks are, and what each ratio would take out.
+    """Show how alike a model's blocks are, how linear their FFNs, and what each ratio would take out.
 
-    One pass over the texts; the model stays as it is.
+    Two passes over the texts, more for a wide model; the model stays as it is.
     """
     from hf_compress.analysis import analyze
     from hf_compress.calibration.data import DataOptions

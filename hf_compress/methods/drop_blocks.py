@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -46,6 +46,10 @@ class DropBlocksConfig(CompressionConfig, method="drop_blocks"):
         with bench.stage(f"choose by {self.criterion}"):
             removed, notes = _choose(self, bench, stack, count)
         return Plan((RemoveBlocks(stack.path, tuple(removed)),), notes={"criterion": self.criterion, **notes})
+
+    def in_steps(self, bench: Workbench) -> list[CompressionConfig]:
+        count = blocks_to_remove(len(bench.stack(self.stack)), self.ratio, self.num_blocks, "num_blocks")
+        return [replace(self, ratio=None, num_blocks=1)] * count
 
 
 def _choose(config: DropBlocksConfig, bench: Workbench, stack: Stack, count: int) -> tuple[list[int], dict]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from hf_compress.anatomy.anatomy import Anatomy
-from hf_compress.anatomy.parts import linear_widths
+from hf_compress.anatomy.parts import FFN, linear_widths
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.apply import carry_out
 from hf_compress.calibration.capture import inference
@@ -34,7 +34,7 @@ def plan_closed_form(config: LayerCollapseConfig, bench: Workbench) -> Plan:
     """
     stack = bench.stack(config.stack)
     left = collapsible(bench, stack, config.rank)
-    count = len(left) if config.target_r2 is not None else _count(config, len(left))
+    count = len(left) if config.target_r2 is not None else count_of(config, len(left))
     plan, steps = Plan(), []
     with inference(bench.model), bench.trial() as undo:
         trial = Trial(bench, stack, config.choice_samples) if config.criterion == "loss" else None
@@ -64,11 +64,11 @@ def collapsible(bench: Workbench, stack: Stack, rank: int | None) -> list[int]:
     reasons: dict[int, str] = {}
     for index, block in enumerate(stack.blocks):
         ffn = Anatomy(bench.model).parts(stack, index).ffn
-        if ffn is None or ffn.output is None or not ffn.inputs or ffn.activation is None:
+        maps = [block.get_submodule(path) for path in projections(ffn)]
+        if not maps:
             reasons[index] = "has experts" if ffn is not None and ffn.experts else "has no FFN with an activation"
             continue
-        hidden = linear_widths(block.get_submodule(ffn.output))[1]
-        maps = [block.get_submodule(path) for path in (*ffn.inputs, ffn.output)]
+        hidden = linear_widths(maps[-1])[1]
         before = sum(p.numel() for module in maps for p in module.parameters())
         after = (2 * hidden * rank if rank else hidden * hidden) + hidden
         if after >= before:
@@ -81,7 +81,14 @@ def collapsible(bench: Workbench, stack: Stack, rank: int | None) -> list[int]:
     return [index for index in range(len(stack)) if index not in reasons]
 
 
-def _count(config: LayerCollapseConfig, total: int) -> int:
+def projections(ffn: FFN | None) -> tuple[str, ...]:
+    """The paths of an FFN's projections, the output's last; none where no linear map can take their place."""
+    if ffn is None or ffn.output is None or not ffn.inputs or ffn.activation is None:
+        return ()
+    return (*ffn.inputs, ffn.output)
+
+
+def count_of(config: LayerCollapseConfig, total: int) -> int:
     """How many FFNs: all of them may go, as the stream goes on past them."""
     if config.num_layers is not None and config.num_layers <= total:
         return config.num_layers

@@ -102,7 +102,7 @@ class _Sums:
 
     def add(self, batch: Batch, held_out: bool) -> None:
         stream, x, y = (self.seen.pop(name, None) for name in ("stream", "x", "y"))
-        if stream is None or x is None or y is None or x.shape[:-1] != y.shape[:-1]:
+        if stream is None or x is None or y is None or x.shape[:-1] != y.shape[:-1] or _rows(x) != _rows(stream):
             raise CalibrationError(f"the FFN of {self.name} did not run once for each token; it cannot be collapsed")
         real = stream_tokens(self.stack, batch, stream)
         if x.ndim == 2:  # some families have laid the samples end to end
@@ -140,6 +140,11 @@ def _affine(sums: LeastSquares, penalty: float, rank: int | None) -> tuple[tuple
     maps = (weight @ directions, directions.T)
     mean = sums.x_sum / sums.count
     return maps, sums.y_sum / sums.count - mean @ _product(maps)
+
+
+def _rows(x: Tensor) -> int:
+    """Number of tokens in (…, width)."""
+    return x.shape[:-1].numel()
 
 
 def _product(maps: Sequence[Tensor]) -> Tensor:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hf_compress.config import CompressionConfig, check_at_least, check_choice, is_number
-from hf_compress.methods.sizing import check_amount
+from hf_compress.methods.sizing import blocks_to_remove, check_amount
 from hf_compress.numerics.manifold import MANIFOLDS
 from hf_compress.numerics.similarity import SIMILARITIES
 from hf_compress.plan import Plan
@@ -83,3 +83,9 @@ class MKAConfig(CompressionConfig, method="mka", paper="https://arxiv.org/abs/24
         from hf_compress.methods.mka.refit import plan_by_refitting
 
         return plan_by_averaging(self, bench) if self.variant == "paper" else plan_by_refitting(self, bench)
+
+    def in_steps(self, bench: Workbench) -> list[CompressionConfig]:
+        if self.ratio is None and self.num_merges is None:
+            raise ValueError("a threshold does not say how many merges there will be; give ratio= or num_merges=")
+        count = blocks_to_remove(len(bench.stack(self.stack)), self.ratio, self.num_merges, "num_merges")
+        return [replace(self, ratio=None, num_merges=1)] * count

@@ -1,0 +1,127 @@
+"""FFNs whose activation is blended with something linear, and the linear maps that are left of them at α = 1."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.parts import FFN, linear_map
+from hf_compress.anatomy.stacks import Stack
+from hf_compress.calibration.capture import forward, inference, stream_of, stream_tokens
+from hf_compress.calibration.data import Calibration
+from hf_compress.errors import UnsupportedModelError
+from hf_compress.modules.activation import Blend, BlendedActivation
+from hf_compress.structure import shared_scope
+
+_ROWS = 1024  # of the identity matrix, put through a gated FFN at once
+
+
+def blended(model: PreTrainedModel, stack: Stack) -> dict[int, BlendedActivation]:
+    """The blended activations of a stack's FFNs, by block."""
+    found = {}
+    for index, block in enumerate(stack.blocks):
+        ffn = Anatomy(model).parts(stack, index).ffn
+        if ffn is not None and ffn.activation is not None:
+            module = block.get_submodule(ffn.activation)
+            if isinstance(module, BlendedActivation):
+                found[index] = module
+    return found
+
+
+def fitting_blend(ffn: FFN, activation: nn.Module) -> Blend:
+    """What an FFN's activation is driven to: a gate to a constant, ReLU to PReLU and on, a smooth one to the identity.
+
+    A linear gate would still be multiplied with another linear map, so it alone makes nothing collapse.
+    """
+    if ffn.kind in ("gated", "fused"):
+        return "constant"
+    return "leaky" if isinstance(activation, nn.ReLU) else "identity"
+
+
+def mean_gates(model: PreTrainedModel, stack: Stack, data: Calibration, blocks: list[int]) -> dict[int, Tensor]:
+    """The mean of each FFN's activation over the real tokens, a value a hidden unit, float64.
+
+    The constants that gates are driven to.
+    """
+    sums: dict[int, Tensor] = {}
+    counts = dict.fromkeys(blocks, 0)
+    seen: dict[tuple[str, int], Tensor] = {}
+    handles = []
+    for index in blocks:
+        ffn, block = _ffn(model, stack, index), stack.blocks[index]
+
+        def activated(module: nn.Module, args: tuple, output: Tensor, index: int = index) -> None:
+            seen["gate", index] = output
+
+        def entered(module: nn.Module, args: tuple, kwargs: dict, index: int = index) -> None:
+            seen["stream", index] = stream_of(args, kwargs)
+
+        handles.append(block.get_submodule(ffn.activation or "").register_forward_hook(activated))
+        handles.append(block.register_forward_pre_hook(entered, with_kwargs=True))
+    try:
+        with inference(model):
+            for batch in data:
+                forward(model, batch)
+                for index in blocks:
+                    real = stream_tokens(stack, batch, seen["stream", index])
+                    gate = seen["gate", index].view(*real.shape, -1)[real].double().cpu()
+                    sums[index] = sums.get(index, torch.zeros(gate.shape[-1], dtype=torch.float64)) + gate.sum(0)
+                    counts[index] += len(gate)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {index: total / counts[index] for index, total in sums.items()}
+
+
+@torch.no_grad()
+def absorbed(model: PreTrainedModel, stack: Stack, index: int) -> tuple[Tensor, Tensor]:
+    """The affine map that a block's FFN is where its blended activation has α = 1.
+
+    Two plain projections: W = W₁W₂, b = b₁W₂ + b₂ (multiplying from the right). Gated: W_up · diag(c) · W_down.
+
+    Returns:
+        W (hidden, hidden) and b (hidden), float64.
+
+    Raises:
+        UnsupportedModelError: a gated FFN that is no module of its own, or that is not affine even then.
+    """
+    ffn = _ffn(model, stack, index)
+    block = stack.blocks[index]
+    assert ffn.output is not None
+    down = block.get_submodule(ffn.output)
+    if ffn.kind == "plain":
+        up = block.get_submodule(ffn.inputs[0])
+        bias = _bias(up) @ linear_map(down).double() + _bias(down)
+        return linear_map(up).double() @ linear_map(down).double(), bias
+    scope = shared_scope((*ffn.inputs, ffn.output))
+    if not scope:
+        raise UnsupportedModelError(f"the gated FFN of block {index} of {stack.path} is no module of its own")
+    # How a family lays out gate and up is its own affair: an affine map is known by what it makes of 0 and of the axes.
+    holder = copy.deepcopy(block.get_submodule(scope)).double().eval()
+    for module in holder.modules():
+        if isinstance(module, BlendedActivation):
+            module.alpha.fill_(1.0)
+    hidden = linear_map(down).shape[1]
+    axes = torch.eye(hidden, dtype=torch.float64, device=model.device)
+    bias = holder(torch.zeros_like(axes[None, :1]))[0, 0]
+    weight = torch.cat([holder(rows[None])[0] - bias for rows in axes.split(_ROWS)])
+    probe = torch.linspace(-3, 3, hidden, dtype=torch.float64, device=model.device)
+    error = (holder(probe[None, None])[0, 0] - probe @ weight - bias).abs().max()
+    if error > 1e-6 * (1 + (probe @ weight).abs().max()):
+        raise UnsupportedModelError(f"the FFN of block {index} of {stack.path} is not linear once its gate is constant")
+    return weight, bias
+
+
+def _bias(linear: nn.Module) -> Tensor:
+    bias = linear._parameters.get("bias")
+    return linear_map(linear).new_zeros(linear_map(linear).shape[1]).double() if bias is None else bias.double()
+
+
+def _ffn(model: PreTrainedModel, stack: Stack, index: int) -> FFN:
+    ffn = Anatomy(model).parts(stack, index).ffn
+    assert ffn is not None
+    return ffn

@@ -1,0 +1,65 @@
+"""The paper's collapse: FFNs whose activation was trained to be linear become the product of their projections."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_compress.anatomy.stacks import Stack
+from hf_compress.drafts import linear_ffn
+from hf_compress.errors import NotLinearError
+from hf_compress.methods.layer_collapse.blend import absorbed, blended
+from hf_compress.plan import Plan
+from hf_compress.workbench import Workbench
+
+if TYPE_CHECKING:
+    from hf_compress.methods.layer_collapse.config import LayerCollapseConfig
+
+
+def plan_by_product(config: LayerCollapseConfig, bench: Workbench) -> Plan:
+    """Collapse, from the last block to the first, every FFN with |1 − α| below the tolerance.
+
+    Source: arXiv 2311.17943, algorithm 1; in plain FFNs W = W₂W₁, b = W₂b₁ + b₂.
+
+    Raises:
+        ValueError: no FFN has a trained α.
+        NotLinearError: none is within the tolerance; it names them all.
+    """
+    stack = bench.stack(config.stack)
+    alphas = {index: module.alpha.item() for index, module in blended(bench.model, stack).items()}
+    if not alphas:
+        raise ValueError(
+            "variant='paper' collapses FFNs whose activation was trained to be linear, and this model has none: train "
+            "it with Trainer(..., callbacks=[CompressionCallback(config)]), or use the closed form, which needs no "
+            "training"
+        )
+    near = [index for index in sorted(alphas, reverse=True) if abs(1 - alphas[index]) < config.tolerance]
+    if not near:
+        raise NotLinearError(
+            f"no FFN has |1 − α| below the tolerance {config.tolerance:g}: {listed(alphas)}; train longer or with a "
+            "larger lc, raise the tolerance, or use the closed form"
+        )
+    plan = Plan()
+    with bench.stage("multiply"):
+        for index in near:
+            plan += product(bench.model, stack, index, config.rank)
+    steps = [{"block": index, "alpha": alphas[index]} for index in near]
+    left = {str(index): alpha for index, alpha in alphas.items() if index not in near}
+    return Plan(plan.edits, plan.tensors, {"criterion": "alpha", "collapsed": steps, "not_collapsed": left})
+
+
+def product(model: PreTrainedModel, stack: Stack, index: int, rank: int | None) -> Plan:
+    """The plan that makes an FFN what it is at α = 1; with a rank, the nearest map of that rank (truncated SVD)."""
+    weight, bias = absorbed(model, stack, index)
+    maps: tuple[Tensor, ...] = (weight,)
+    if rank is not None:
+        left, values, right = torch.linalg.svd(weight, full_matrices=False)
+        maps = (left[:, :rank] * values[:rank], right[:rank])
+    return linear_ffn(model, stack, index, [factor.float() for factor in maps], bias.float() if bias.any() else None)
+
+
+def listed(alphas: dict[int, float]) -> str:
+    return ", ".join(f"block {index} α = {alpha:.3f}" for index, alpha in sorted(alphas.items()))

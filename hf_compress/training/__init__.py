@@ -1,0 +1,1 @@
+"""Compression in a `transformers.Trainer`: before, during, and after the training."""
