@@ -9,11 +9,11 @@ from transformers import PreTrainedModel
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.surgery import remove_blocks
 from hf_compress.anatomy.undo import Undo
-from hf_compress.edits import ModuleEdit
+from hf_compress.edits import ModuleEdit, Seal
 from hf_compress.errors import PlanError
 from hf_compress.parity import Probe, check_parity
 from hf_compress.plan import Plan
-from hf_compress.record import after_removal, record, recorded
+from hf_compress.record import after_removal, record, recorded, unsealed
 from hf_compress.structure import Site, restructure
 
 
@@ -33,7 +33,9 @@ def apply(plan: Plan, model: PreTrainedModel, probe: Probe | None = None) -> Non
     probe = probe or Probe.of(model)
     undo = Undo()
     try:
-        edits: list[ModuleEdit] = [*recorded(model.config), *plan.module_edits]
+        plan = unsealed(plan, model, undo)
+        before = [edit for edit in recorded(model.config) if not isinstance(edit, Seal)]
+        edits: list[ModuleEdit] = [*before, *plan.module_edits]
         lengths = {stack: len(Anatomy(model).stack(stack)) for stack in plan.stacks}
         carry_out(plan, model, undo)
         for stack, length in lengths.items():
@@ -48,6 +50,7 @@ def apply(plan: Plan, model: PreTrainedModel, probe: Probe | None = None) -> Non
 def carry_out(plan: Plan, model: PreTrainedModel, undo: Undo) -> None:
     """Change modules, write the plan's tensors, and take its blocks out, recording each step in `undo`."""
     device = model.device
+    plan = unsealed(plan, model, undo)
     site = Site(model, undo)
     for edit in plan.module_edits:
         restructure(edit, site)

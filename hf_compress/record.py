@@ -18,8 +18,9 @@ from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.undo import Undo
 from hf_compress.edits import ModuleEdit, Seal
 from hf_compress.errors import PlanError
+from hf_compress.modules.sealed import Sealed
 from hf_compress.plain import RECORD_FIELD, described, into_config, shapes
-from hf_compress.plan import METHOD, PLAN_VERSION, edits_from_list
+from hf_compress.plan import METHOD, PLAN_VERSION, Plan, edits_from_list
 from hf_compress.structure import Site, restructure
 
 _EDITS_PER_MODULE = 2  # narrowed and packed, say
@@ -108,6 +109,26 @@ def record(model: PreTrainedModel, edits: Sequence[ModuleEdit], undo: Undo) -> N
         undo.set(model.config, RECORD_FIELD, entry_of(edits))
     elif _entry(model.config):
         undo.unset(model.config, RECORD_FIELD)
+
+
+def unsealed(plan: Plan, model: PreTrainedModel, undo: Undo) -> Plan:
+    """Break a model's seal, which may stand in a plan's way; `record` sets another where one is still needed.
+
+    Returns:
+        The plan, with the paths that there are now.
+    """
+    seals = [path for path, module in model.named_modules() if isinstance(module, Sealed)]
+    for path in seals:
+        Site(model, undo).replace(path, model.get_submodule(f"{path}.inner"))
+
+    def rename(path: str) -> str:
+        for seal in seals:
+            if path == f"{seal}.inner" or path.startswith(f"{seal}.inner."):
+                return seal + path.removeprefix(f"{seal}.inner")
+        return path
+
+    edits = tuple(edit.moved(rename) if isinstance(edit, ModuleEdit) else edit for edit in plan.edits)
+    return Plan(edits, {rename(name): tensor for name, tensor in plan.tensors.items()}, plan.notes)
 
 
 def after_removal(edits: Iterable[ModuleEdit], stack: str, length: int, removed: Sequence[int]) -> list[ModuleEdit]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
@@ -50,7 +50,8 @@ class Blending(Regimen):
     A learned α has an optimizer of its own here, not a group of the Trainer's. Under the weights' learning rate it
     would stand still (0.2 after a run in which it should have come to 1); the Trainer makes its groups before a
     callback can ask for another, and a resumed run would not fit them; and α's gradient, mostly the penalty's, has no
-    business in the clipping of the weights'. So the gradients of α are taken out of the model as they come.
+    business in the clipping of the weights'. So the gradients of α are taken out of the model as they come; those of a
+    scheduled α too, which the Trainer's optimizer would move.
     """
 
     config: LayerCollapseConfig
@@ -85,6 +86,8 @@ class Blending(Regimen):
             with bench.stage("mean gates"):
                 constants = mean_gates(model, stack, bench.calibration, gated)
         start = config.alpha_init if self.learned else 0.0
+        for module in there.values():  # new parameters: a run that was interrupted has left hooks on the old ones
+            module.alpha = nn.Parameter(module.alpha.detach())
         plan = Plan()
         for index in blocks:
             if index not in there:
@@ -97,7 +100,6 @@ class Blending(Regimen):
         self.modules = blended(model, Anatomy(model).stack(self.config.stack))
         if not self.learned:
             self._schedule(progress)
-            return
         alphas = [module.alpha for module in self.modules.values()]
         self.alpha = torch.cat([alpha.detach().float().cpu() for alpha in alphas]).requires_grad_()
         self.gradient = torch.zeros(len(alphas), device=model.device)
@@ -127,7 +129,7 @@ class Blending(Regimen):
             return
         gradient = self.gradient / loss_scale
         self.gradient = torch.zeros_like(self.gradient)
-        if dist.is_available() and dist.is_initialized():  # DDP does not know of these gradients: it averages, so here
+        if dist.is_available() and dist.is_initialized():  # as DDP does with those that are left in the model
             dist.all_reduce(gradient)
             gradient /= dist.get_world_size()
         if torch.isfinite(gradient).all():  # in float16 a step may overflow; the Trainer leaves it out too
@@ -196,6 +198,7 @@ class Blending(Regimen):
     def _write(self, alphas: Tensor) -> None:
         for module, alpha in zip(self.modules.values(), alphas, strict=True):
             module.alpha.fill_(alpha.item())
+            module.alpha.grad = None  # DDP leaves a zero, which lets the Trainer's optimizer decay α
 
 
 def _chosen(config: LayerCollapseConfig, bench: Workbench) -> list[int]:

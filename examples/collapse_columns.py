@@ -1,0 +1,274 @@
+"""What the LayerCollapse examples have in common: one trained model, and six ways to a smaller one.
+
+    dense       the model, trained on its task
+    naive       its FFNs as the product of their projections, a gate as its mean: no training, no fit
+    paper       activations trained to be linear (`variant="paper"`), then the product; the last FFNs
+    closed      the closed form, `compress`'s default, which chooses the FFNs itself
+    gradual     activations blended away over the first half of the training, in the FFNs that the closed form chooses
+    healed      the closed form, then `heal` with the dense model as the teacher
+    student     as many parameters, all FFNs narrower (the dense model's first hidden units), distilled in the same way
+
+The paper's, the healed and the student start from the dense model and train for as many epochs (the student for as many
+times more as --student-epochs says). Cost: FLOPs of that training beside those of the dense model's own, 6 a parameter
+and token, 2 for the teacher and for calibration.
+"""
+
+from __future__ import annotations
+
+import copy
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+
+import hf_compress as hfc
+from hf_compress.apply import apply
+from hf_compress.calibration.data import DataOptions, prepare
+from hf_compress.drafts import narrow_ffn, replace_activation
+from hf_compress.methods.layer_collapse.blend import fitting_blend, mean_gates
+from hf_compress.methods.layer_collapse.product import product
+from hf_compress.parity import Probe
+
+COLUMNS = ("naive", "paper", "closed", "gradual", "healed", "student")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A dataset, a model for it, and how it is trained.
+
+    Attributes:
+        build: an untrained (or pretrained) model for a seed.
+        train, test: rows with labels, as a Trainer takes them.
+        calibration: of the training rows, as `compress` takes it.
+        tokenizer: pads rows of tokens.
+        epochs, learning_rate: of the dense model's training.
+        again, learning_rate_again: of what comes after it.
+        scores: name -> function of predictions and labels.
+    """
+
+    build: Callable[[int], PreTrainedModel]
+    train: Sequence[dict[str, Any]]
+    test: Sequence[dict[str, Any]]
+    calibration: Any
+    epochs: float
+    learning_rate: float
+    again: float
+    learning_rate_again: float
+    scores: dict[str, Callable[[Tensor, Tensor], float]]
+    tokenizer: PreTrainedTokenizerBase | None = None
+    batch_size: int = 32
+    bf16: bool = False
+    alpha_lr: float = 0.02
+    lc: float = 1.0
+    student_epochs: float = 1.0
+
+    @property
+    def collate(self) -> Any:
+        """What makes a batch of rows."""
+        return default_data_collator if self.tokenizer is None else DataCollatorWithPadding(self.tokenizer)
+
+    def arguments(self, folder: str, epochs: float, learning_rate: float, seed: int) -> TrainingArguments:
+        return TrainingArguments(
+            folder,
+            num_train_epochs=epochs,
+            learning_rate=learning_rate,
+            per_device_train_batch_size=self.batch_size,
+            warmup_steps=0.1,
+            weight_decay=0.01,
+            seed=seed,
+            bf16=self.bf16,
+            lr_scheduler_type="cosine",
+            logging_strategy="no",
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=not sys.stderr.isatty(),
+            dataloader_pin_memory=torch.cuda.is_available(),
+        )
+
+    def fit(
+        self, model: PreTrainedModel, epochs: float, rate: float, seed: int, callback: Any = None
+    ) -> PreTrainedModel:
+        with TemporaryDirectory() as folder:
+            arguments = self.arguments(folder, epochs, rate, seed)
+            callbacks = [callback] if callback else []
+            trainer = Trainer(
+                model, arguments, data_collator=self.collate, train_dataset=self.train, callbacks=callbacks
+            )
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
+        return model.eval()
+
+    def heal(self, model: PreTrainedModel, teacher: PreTrainedModel, epochs: float, seed: int) -> PreTrainedModel:
+        with TemporaryDirectory() as folder:
+            arguments = self.arguments(folder, epochs, self.learning_rate_again, seed)
+            hfc.heal(model, teacher, self.train, self.tokenizer, lora=None, args=arguments)
+        return model.eval()
+
+    @torch.no_grad()
+    def score(self, model: PreTrainedModel) -> dict[str, float]:
+        """Of the model's most probable labels on the test rows."""
+        model.eval()
+        guesses, labels = [], []
+        for start in range(0, len(self.test), 64):
+            batch = self.collate([self.test[i] for i in range(start, min(start + 64, len(self.test)))])
+            labels.append(batch.pop("labels"))
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.bf16):
+                guesses.append(model(**{k: v.to(model.device) for k, v in batch.items()}).logits.argmax(-1).cpu())
+        return {name: score(torch.cat(guesses), torch.cat(labels)) for name, score in self.scores.items()}
+
+
+@dataclass(frozen=True)
+class Result:
+    """Scores, parameters, and the FLOPs of the training that it took after the dense model's, beside those of that."""
+
+    scores: dict[str, float]
+    parameters: int
+    cost: float = 0.0
+    collapsed: int = 0
+
+
+def run(task: Task, counts: Sequence[int], seed: int) -> dict[tuple[str, int], Result]:
+    """All columns for some numbers of FFNs, for one seed."""
+    set_seed(seed)
+    dense = task.fit(task.build(seed), task.epochs, task.learning_rate, seed)
+    results = {("dense", 0): Result(task.score(dense), _size(dense))}
+    for count in counts:
+        closed = _compressed(task, dense, count)
+        chosen = [step["block"] for step in closed.compression_report.notes["collapsed"]]
+        made = {
+            "naive": (naive(task, dense, chosen), 0.0),
+            "closed": (closed, _passes(task, count) / (3 * task.epochs)),
+            "paper": _trained(task, dense, _paper_config(task, dense, count), seed),
+            "gradual": _trained(task, dense, hfc.LayerCollapseConfig(num_layers=count, gradual=True), seed),
+            "healed": _healed(task, dense, closed, seed),
+            "student": _student(task, dense, _size(closed), seed),
+        }
+        for name, (model, cost) in made.items():
+            linear = count
+            if name == "paper":
+                linear = len(model.compression_report.notes.get("collapsed", ()))
+            results[name, count] = Result(task.score(model), _size(model), cost, linear)
+    return results
+
+
+def naive(task: Task, dense: PreTrainedModel, blocks: Sequence[int]) -> PreTrainedModel:
+    """The product of the projections of FFNs as they are, as if their activations were linear."""
+    model = copy.deepcopy(dense)
+    data = prepare(task.calibration, model, None, DataOptions(batch_size=64))
+    stack = hfc.Anatomy(model).stack()
+    for index in blocks:
+        ffn = hfc.Anatomy(model).parts(stack, index).ffn
+        blend = fitting_blend(ffn, stack.blocks[index].get_submodule(ffn.activation))
+        constant = mean_gates(model, stack, data, [index])[index].float() if blend == "constant" else None
+        apply(replace_activation(model, stack, index, blend, 1.0, constant), model, Probe.of(model, data.batches[0]))
+        apply(product(model, stack, index, None), model, Probe.of(model, data.batches[0]))
+    return model
+
+
+def _compressed(task: Task, dense: PreTrainedModel, count: int) -> PreTrainedModel:
+    config = hfc.LayerCollapseConfig(num_layers=count)
+    return hfc.compress(copy.deepcopy(dense), config, task.calibration, options=DataOptions(batch_size=64))
+
+
+def _passes(task: Task, count: int) -> float:
+    """Forward passes of the closed form, as a share of the training rows."""
+    return count * _samples(task.calibration) / len(task.train)
+
+
+def _samples(calibration: Any) -> int:
+    return len(next(iter(calibration.values())))
+
+
+def _trained(
+    task: Task, dense: PreTrainedModel, config: hfc.LayerCollapseConfig, seed: int
+) -> tuple[PreTrainedModel, float]:
+    model = copy.deepcopy(dense)
+    callback = hfc.CompressionCallback(config, task.calibration, options=DataOptions(batch_size=64))
+    return task.fit(model, task.again, task.learning_rate_again, seed, callback), task.again / task.epochs
+
+
+def _paper_config(task: Task, dense: PreTrainedModel, count: int) -> hfc.LayerCollapseConfig:
+    """With PReLU, whatever the activation, as the paper has it; it says nothing of gates."""
+    ffn = hfc.Anatomy(dense).parts(hfc.Anatomy(dense).stack(), 0).ffn
+    blend = "leaky" if ffn.kind == "plain" else None
+    return hfc.LayerCollapseConfig(variant="paper", num_layers=count, alpha_lr=task.alpha_lr, lc=task.lc, blend=blend)
+
+
+def _healed(task: Task, dense: PreTrainedModel, closed: PreTrainedModel, seed: int) -> tuple[PreTrainedModel, float]:
+    model = copy.deepcopy(closed)
+    cost = task.again / task.epochs * (_size(model) / _size(dense) + 1 / 3)
+    return task.heal(model, dense, task.again, seed), cost
+
+
+def _student(task: Task, dense: PreTrainedModel, parameters: int, seed: int) -> tuple[PreTrainedModel, float]:
+    model = copy.deepcopy(dense)
+    stack = hfc.Anatomy(model).stack()
+    width = hfc.Anatomy(model).parts(stack, 0).ffn.width
+    probe = Probe.of(model, prepare(task.calibration, model, None, DataOptions(batch_size=64)).batches[0])
+    one = copy.deepcopy(dense)
+    apply(_narrow(one, width - 1), one, probe)
+    unit = _size(dense) - _size(one)  # parameters of one hidden unit in every block
+    apply(_narrow(model, width - round((_size(dense) - parameters) / unit)), model, probe)
+    epochs = task.again * task.student_epochs
+    return task.heal(model, dense, epochs, seed), epochs / task.epochs * (_size(model) / _size(dense) + 1 / 3)
+
+
+def _narrow(model: PreTrainedModel, width: int) -> hfc.Plan:
+    stack = hfc.Anatomy(model).stack()
+    plans = [narrow_ffn(model, stack, index, range(max(1, width))) for index in range(len(stack))]
+    return sum(plans[1:], start=plans[0])
+
+
+def _size(model: PreTrainedModel) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def table(runs: Sequence[dict[tuple[str, int], Result]], counts: Sequence[int]) -> str:
+    """Markdown: a row for each column and number of FFNs, means over the seeds and their spread."""
+    names = list(runs[0]["dense", 0].scores)
+    lines = [
+        "| FFNs | model | parameters | " + " | ".join(names) + " | training cost |",
+        "|---|---|---|" + "---|" * len(names) + "---|",
+    ]
+    dense = runs[0]["dense", 0].parameters
+    for key in [("dense", 0), *((name, count) for count in counts for name in COLUMNS)]:
+        results = [run[key] for run in runs]
+        cells = [_spread([result.scores[name] for result in results]) for name in names]
+        size = mean(result.parameters for result in results) / dense - 1
+        short = sum(result.collapsed < key[1] for result in results)
+        note = f" ({short} of {len(results)} runs with fewer FFNs linear)" if short else ""
+        lines.append(
+            f"| {key[1] or ''} | {key[0]}{note} | {100 * size:+.1f}% | "
+            + " | ".join(cells)
+            + f" | {mean(result.cost for result in results):.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def _spread(values: list[float]) -> str:
+    return f"{mean(values):.3f} ± {stdev(values):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
+
+
+def save_table(name: str, text: str) -> None:
+    """Print a table, and keep it under benchmarks/results/ with the command that made it."""
+    print(text)
+    path = Path(__file__).parent.parent / "benchmarks" / "results" / f"{name}.md"
+    command = f"python examples/{name}.py {shlex.join(sys.argv[1:])}".strip()
+    path.write_text(f"Made by `{command}`; see examples/collapse_columns.py for the columns.\n\n{text}\n")
