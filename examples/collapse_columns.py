@@ -46,7 +46,8 @@ from hf_compress.methods.layer_collapse.blend import fitting_blend, mean_gates
 from hf_compress.methods.layer_collapse.product import product
 from hf_compress.parity import Probe
 
-COLUMNS = ("naive", "paper", "closed", "gradual", "healed", "student")
+COLUMNS = ("naive", "closed", "paper", "gradual", "healed", "student")
+UNTRAINED = ("naive", "closed")
 
 
 @dataclass(frozen=True)
@@ -94,11 +95,13 @@ class Task:
             weight_decay=0.01,
             seed=seed,
             bf16=self.bf16,
+            use_cpu=not torch.cuda.is_available(),
             lr_scheduler_type="cosine",
             logging_strategy="no",
             save_strategy="no",
             report_to=[],
             disable_tqdm=not sys.stderr.isatty(),
+            train_sampling_strategy="group_by_length" if self.tokenizer else "random",
             dataloader_pin_memory=torch.cuda.is_available(),
         )
 
@@ -144,8 +147,10 @@ class Result:
     collapsed: int = 0
 
 
-def run(task: Task, counts: Sequence[int], seed: int) -> dict[tuple[str, int], Result]:
-    """All columns for some numbers of FFNs, for one seed."""
+def run(
+    task: Task, counts: Sequence[int], seed: int, trained: Sequence[int] | None = None
+) -> dict[tuple[str, int], Result]:
+    """All columns for some numbers of FFNs, for one seed; those that take training for `trained` alone."""
     set_seed(seed)
     dense = task.fit(task.build(seed), task.epochs, task.learning_rate, seed)
     results = {("dense", 0): Result(task.score(dense), _size(dense))}
@@ -155,11 +160,14 @@ def run(task: Task, counts: Sequence[int], seed: int) -> dict[tuple[str, int], R
         made = {
             "naive": (naive(task, dense, chosen), 0.0),
             "closed": (closed, _passes(task, count) / (3 * task.epochs)),
-            "paper": _trained(task, dense, _paper_config(task, dense, count), seed),
-            "gradual": _trained(task, dense, hfc.LayerCollapseConfig(num_layers=count, gradual=True), seed),
-            "healed": _healed(task, dense, closed, seed),
-            "student": _student(task, dense, _size(closed), seed),
         }
+        if trained is None or count in trained:
+            made |= {
+                "paper": _trained(task, dense, _paper_config(task, dense, count), seed),
+                "gradual": _trained(task, dense, hfc.LayerCollapseConfig(num_layers=count, gradual=True), seed),
+                "healed": _healed(task, dense, closed, seed),
+                "student": _student(task, dense, _size(closed), seed),
+            }
         for name, (model, cost) in made.items():
             linear = count
             if name == "paper":
@@ -249,7 +257,9 @@ def table(runs: Sequence[dict[tuple[str, int], Result]], counts: Sequence[int]) 
     ]
     dense = runs[0]["dense", 0].parameters
     for key in [("dense", 0), *((name, count) for count in counts for name in COLUMNS)]:
-        results = [run[key] for run in runs]
+        results = [run[key] for run in runs if key in run]
+        if not results:
+            continue
         cells = [_spread([result.scores[name] for result in results]) for name in names]
         size = mean(result.parameters for result in results) / dense - 1
         short = sum(result.collapsed < key[1] for result in results)
@@ -268,7 +278,7 @@ def _spread(values: list[float]) -> str:
 
 def save_table(name: str, text: str) -> None:
     """Print a table, and keep it under benchmarks/results/ with the command that made it."""
-    print(text)
+    print(text, flush=True)
     path = Path(__file__).parent.parent / "benchmarks" / "results" / f"{name}.md"
     command = f"python examples/{name}.py {shlex.join(sys.argv[1:])}".strip()
     path.write_text(f"Made by `{command}`; see examples/collapse_columns.py for the columns.\n\n{text}\n")

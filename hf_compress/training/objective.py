@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial, wraps
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
@@ -19,25 +19,35 @@ Terms = Callable[[dict[str, Any], Any, Tensor | None, Tensor], tuple[Tensor | No
 class Objective:
     """Changes the loss of a model's next training forward pass, each time that it is armed.
 
-    A hook that comes off as soon as it has fired, on errors in the pass too, so that none is left on a model when
-    training ends in any way; evaluation never sees one.
+    What does so comes off as the pass begins, so that nothing is left on a model when training ends in any way, by an
+    interruption in the middle of the pass too; evaluation never sees it. (A hook would stay: `always_call` is for
+    errors alone.)
     """
 
     def __init__(self, model: PreTrainedModel, terms: Terms) -> None:
         self.model, self.terms = model, terms
         self.added = self.reached = False
-        self._handle: RemovableHandle | None = None
+        self._undo: Callable[[], None] | None = None
 
     def arm(self) -> None:
         """Have the next forward pass get the terms."""
         self.disarm()
-        self._handle = self.model.register_forward_hook(self._hook, with_kwargs=True, always_call=True)
+        model, own, forward = self.model, vars(self.model).get("forward"), self.model.forward
+
+        @wraps(forward)
+        def once(*args: Any, **kwargs: Any) -> Any:
+            self.disarm()
+            output = forward(*args, **kwargs)
+            return self._with_terms(kwargs, output) if model.training else output
+
+        vars(model)["forward"] = once
+        self._undo = partial(vars(model).pop, "forward") if own is None else partial(setattr, model, "forward", own)
 
     def disarm(self) -> None:
         """Have it left alone."""
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+        if self._undo is not None:
+            self._undo()
+            self._undo = None
 
     def check(self) -> None:
         """Raise if the terms of the passes since the last check have not come into any gradient."""
@@ -49,10 +59,7 @@ class Objective:
                 "Trainer whose compute_loss returns the model's own loss"
             )
 
-    def _hook(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        self.disarm()
-        if output is None or not module.training:  # the pass has failed, or is no training
-            return output
+    def _with_terms(self, kwargs: dict[str, Any], output: Any) -> Any:
         named = isinstance(output, dict)
         own = output.get("loss") if named else output[0]
         if not named and not (isinstance(own, Tensor) and own.ndim == 0):

@@ -13,7 +13,7 @@ from hf_compress.anatomy.parts import FFN, linear_map
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.capture import forward, inference, stream_of, stream_tokens
 from hf_compress.calibration.data import Calibration
-from hf_compress.errors import UnsupportedModelError
+from hf_compress.errors import CalibrationError, UnsupportedModelError
 from hf_compress.modules.activation import Blend, BlendedActivation
 from hf_compress.structure import shared_scope
 
@@ -46,6 +46,9 @@ def mean_gates(model: PreTrainedModel, stack: Stack, data: Calibration, blocks: 
     """The mean of each FFN's activation over the real tokens, a value a hidden unit, float64.
 
     The constants that gates are driven to.
+
+    Raises:
+        CalibrationError: no real token reaches an FFN, or its activation is NaN or infinite.
     """
     sums: dict[int, Tensor] = {}
     counts = dict.fromkeys(blocks, 0)
@@ -74,14 +77,22 @@ def mean_gates(model: PreTrainedModel, stack: Stack, data: Calibration, blocks: 
     finally:
         for handle in handles:
             handle.remove()
-    return {index: total / counts[index] for index, total in sums.items()}
+    means = {index: total / counts[index] for index, total in sums.items()}
+    for index, mean in means.items():
+        if not torch.isfinite(mean).all():
+            raise CalibrationError(
+                f"the FFN of block {index} of {stack.path} has no finite mean activation over the {counts[index]} "
+                "calibration tokens that reach it: give longer texts, or load the model in float32 or bfloat16"
+            )
+    return means
 
 
 @torch.no_grad()
 def absorbed(model: PreTrainedModel, stack: Stack, index: int) -> tuple[Tensor, Tensor]:
     """The affine map that a block's FFN is where its blended activation has α = 1.
 
-    Two plain projections: W = W₁W₂, b = b₁W₂ + b₂ (multiplying from the right). Gated: W_up · diag(c) · W_down.
+    Two plain projections: W = W₁W₂, b = b₁W₂ + b₂ (multiplying from the right); with the activation driven to a
+    constant, W = 0, b = c·W₂ + b₂. Gated: W_up · diag(c) · W_down.
 
     Returns:
         W (hidden, hidden) and b (hidden), float64.
@@ -94,9 +105,11 @@ def absorbed(model: PreTrainedModel, stack: Stack, index: int) -> tuple[Tensor, 
     assert ffn.output is not None
     down = block.get_submodule(ffn.output)
     if ffn.kind == "plain":
-        up = block.get_submodule(ffn.inputs[0])
-        bias = _bias(up) @ linear_map(down).double() + _bias(down)
-        return linear_map(up).double() @ linear_map(down).double(), bias
+        up, activation = block.get_submodule(ffn.inputs[0]), block.get_submodule(ffn.activation or "")
+        first, shift = linear_map(up).double(), _bias(up)
+        if isinstance(activation, BlendedActivation) and activation.blend == "constant":
+            first, shift = torch.zeros_like(first), activation.constant.double()
+        return first @ linear_map(down).double(), shift @ linear_map(down).double() + _bias(down)
     scope = shared_scope((*ffn.inputs, ffn.output))
     if not scope:
         raise UnsupportedModelError(f"the gated FFN of block {index} of {stack.path} is no module of its own")

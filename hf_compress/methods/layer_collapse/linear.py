@@ -29,6 +29,7 @@ from hf_compress.plan import Plan
 
 HELD_OUT = 4  # every fourth batch
 _MEMORY = 4 * 2**30
+_CONSTANT = 1e-12
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,13 @@ class _Sums:
         real = stream_tokens(self.stack, batch, stream)
         if x.ndim == 2:  # some families have laid the samples end to end
             x, y = x.view(*real.shape, -1), y.view(*real.shape, -1)
-        (self.held if held_out else self.fitted).update(x[real].cpu(), y[real].cpu())
+        x, y = x[real].cpu(), y[real].cpu()
+        if not (torch.isfinite(x).all() and torch.isfinite(y).all()):
+            raise CalibrationError(
+                f"the FFN of {self.name} reads or writes NaN or infinite activations on the calibration data; load the "
+                "model in float32 or bfloat16, or look for the sample that causes it"
+            )
+        (self.held if held_out else self.fitted).update(x, y)
         if real.any():
             self.lengths.append(float(stream[real].float().square().sum(-1).median()))
 
@@ -121,10 +128,12 @@ class _Sums:
         judged, bias = _affine(self.fitted, penalty, rank)
         error = self.held.error(_product(judged), bias)
         mean = self.held.y_sum / self.held.count
-        variance = self.held.energy / self.held.count - float(mean @ mean)
+        energy = self.held.energy / self.held.count
+        variance = energy - float(mean @ mean)
+        constant = variance <= _CONSTANT * energy  # of such an output, rounding is all that varies
         maps, bias = _affine(self.fitted.merge(self.held), penalty, rank)
         length = sum(self.lengths) / len(self.lengths)
-        return LinearFit(maps, bias, 1 - error / max(variance, 1e-300), error / max(length, 1e-300))
+        return LinearFit(maps, bias, 1.0 if constant else 1 - error / variance, error / max(length, 1e-300))
 
 
 def _affine(sums: LeastSquares, penalty: float, rank: int | None) -> tuple[tuple[Tensor, ...], Tensor]:
