@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.parts import hidden_size, linear_widths
 from hf_compress.anatomy.stacks import Stack
-from hf_compress.calibration.capture import forward, inference, stream_of, stream_tokens
+from hf_compress.calibration.capture import forward, inference, stream_of, stream_of_output, stream_tokens
 from hf_compress.calibration.data import Batch, Calibration
 from hf_compress.drafts import linear_ffn
 from hf_compress.errors import CalibrationError
@@ -42,7 +42,8 @@ class LinearFit:
         r2: share of the variance of Y that it explains on held-out tokens; 1 for a linear FFN, below 0 where the mean
             would do better.
         in_stream: what it leaves unexplained, E‖Y − Ŷ‖² on held-out tokens, as a share of the squared length of the
-            residual stream that Y is added to (the median over tokens, since a few are far longer than the rest).
+            residual stream that Y is added to (the median over tokens, since a few are far longer than the rest);
+            1 − R² where Y is added to nothing.
     """
 
     maps: tuple[Tensor, ...]
@@ -98,14 +99,16 @@ class _Sums:
         hidden = linear_widths(self.reader)[0]
         self.fitted, self.held = LeastSquares(hidden, hidden), LeastSquares(hidden, hidden)
         self.block = block
+        self.residual = True
         self.lengths: list[float] = []  # of the stream: the median of each batch, squared
         self.seen: dict[str, Tensor] = {}
 
     def add(self, batch: Batch, held_out: bool) -> None:
-        stream, x, y = (self.seen.pop(name, None) for name in ("stream", "x", "y"))
+        stream, x, y, out = (self.seen.pop(name, None) for name in ("stream", "x", "y", "out"))
         if stream is None or x is None or y is None or x.shape[:-1] != y.shape[:-1] or _rows(x) != _rows(stream):
             raise CalibrationError(f"the FFN of {self.name} did not run once for each token; it cannot be collapsed")
         real = stream_tokens(self.stack, batch, stream)
+        self.residual = out is not y
         if x.ndim == 2:  # some families have laid the samples end to end
             x, y = x.view(*real.shape, -1), y.view(*real.shape, -1)
         x, y = x[real].cpu(), y[real].cpu()
@@ -130,10 +133,11 @@ class _Sums:
         mean = self.held.y_sum / self.held.count
         energy = self.held.energy / self.held.count
         variance = energy - float(mean @ mean)
-        constant = variance <= _CONSTANT * energy  # of such an output, rounding is all that varies
-        maps, bias = _affine(self.fitted.merge(self.held), penalty, rank)
+        # Of an output that does not vary, rounding is all that could be explained.
+        r2 = 1.0 if variance <= _CONSTANT * energy else 1 - error / variance
         length = sum(self.lengths) / len(self.lengths)
-        return LinearFit(maps, bias, 1.0 if constant else 1 - error / variance, error / max(length, 1e-300))
+        in_stream = error / max(length, 1e-300) if self.residual else 1 - r2
+        return LinearFit(*_affine(self.fitted.merge(self.held), penalty, rank), r2, in_stream)
 
 
 def _affine(sums: LeastSquares, penalty: float, rank: int | None) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -175,10 +179,14 @@ def _watching(sums: Iterable[_Sums]) -> Iterator[None]:
         def entered(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], one: _Sums = one) -> None:
             one.seen["stream"] = stream_of(args, kwargs)
 
+        def left(module: nn.Module, args: tuple[Any, ...], output: Any, one: _Sums = one) -> None:
+            one.seen["out"] = stream_of_output(output)
+
         handles += [
             one.reader.register_forward_pre_hook(read),
             one.writer.register_forward_hook(wrote),
             one.block.register_forward_pre_hook(entered, with_kwargs=True),
+            one.block.register_forward_hook(left),
         ]
     try:
         yield

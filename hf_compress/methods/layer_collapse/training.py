@@ -27,6 +27,7 @@ from hf_compress.regimen import Regimen
 from hf_compress.workbench import Workbench
 
 if TYPE_CHECKING:
+    from hf_compress.config import CompressionConfig
     from hf_compress.methods.layer_collapse.config import LayerCollapseConfig
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,10 @@ logger = logging.getLogger(__name__)
 
 class ClosedForm(Regimen):
     """FFNs collapse before the first step, and training heals."""
+
+    def __init__(self, config: CompressionConfig) -> None:
+        super().__init__(config)
+        self.r2: dict[int, float] = {}
 
     def prepare(self, bench: Workbench) -> Plan:
         plan = super().prepare(bench)
