@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_compress.anatomy.stacks import Stack
+from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.data import Batch
 from hf_compress.errors import CalibrationError, UnsupportedModelError
 
@@ -25,11 +26,13 @@ class StopForward(Exception):
 
 @contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module's own mode comes back at the end."""
+    """Evaluation mode without gradients, in the model's own dtype; every module's own mode comes back at the end."""
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), Undo() as undo:
+            if "_original_forward" in vars(model):  # Accelerate's, from a training in mixed precision
+                undo.unset(model, "forward")
             yield
     finally:
         for module, mode in training.items():

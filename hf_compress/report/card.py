@@ -306,7 +306,7 @@ def _making(facts: _Facts) -> str:
     if report is not None:
         recipe = json.dumps(json_values(report.config), indent=2, ensure_ascii=False)
         parts.append(f"Settings, which also serve as a recipe:\n\n{fence(recipe, 'json')}")
-    parts.append(_calibration(report, details))
+    parts += [_calibration(report, details), _training(report) if report else ""]
     if names := _several(details.datasets):
         parts.append(f"Datasets: {escape(', '.join(map(public, names)))}.")
     if report is not None:
@@ -327,6 +327,16 @@ def _calibration(report: CompressionReport | None, details: CardDetails) -> str:
     if counts:
         return f"Calibration data: {escape(counts)}; {named or 'what the data is, is not recorded here.'}"
     return f"Calibration data: {named or 'none was used.'}" if report or named else ""
+
+
+def _training(report: CompressionReport) -> str:
+    """What of the compression was training."""
+    steps, healing = report.notes.get("trained_steps"), report.notes.get("healing")
+    parts = [f"Compressed in training: {steps:,} steps."] if isinstance(steps, int) else []
+    if isinstance(healing, dict) and isinstance(count := healing.get("steps"), int):
+        how = "adapters (LoRA), merged" if healing.get("lora") else "all weights"
+        parts.append(f"Healed by distillation of the uncompressed model: {count:,} steps, {how}.")
+    return " ".join(parts)
 
 
 def _time(report: CompressionReport) -> str:

@@ -84,7 +84,7 @@ class CompressionCallback(ObjectiveCallback):
         self.every, self.teacher, self.teacher_share = every, teacher, teacher_share
         self._refusal: str | None = None
         self._model: PreTrainedModel | None = None  # once prepared
-        self._finished = False
+        self._begun = self._finished = False
         self._seconds: dict[str, float] = {}
         self._data: Calibration | None = None
         self._steps: list[CompressionConfig] = []  # changes of structure in mid-run, the first `_done` of them made
@@ -92,6 +92,7 @@ class CompressionCallback(ObjectiveCallback):
         self._changes = Changes()
         self._distillation: Distillation | None = None
         self._loading: RemovableHandle | None = None
+        self._structure_of: str | None = None  # the checkpoint that is being read
 
     @property
     def _adds_to_loss(self) -> bool:
@@ -124,10 +125,10 @@ class CompressionCallback(ObjectiveCallback):
 
     def _checkpoint_is_read(self, model: PreTrainedModel, *_: Any) -> None:
         """Before a resumed run makes its optimizer, the model gets the blocks that the checkpoint has."""
-        if self.every is not None and (folder := resumed_checkpoint()) is not None and self._loading is not None:
-            self._loading.remove()
-            self._loading = None
+        folder = resumed_checkpoint()
+        if self.every is not None and folder is not None and folder != self._structure_of:
             take_structure(model, folder)
+            self._structure_of = folder  # sharded weights are read one shard after another
 
     # When training begins.
 
@@ -137,6 +138,8 @@ class CompressionCallback(ObjectiveCallback):
         trainer = calling_trainer()
         if self._finished:
             self._refusal = "this callback has served a run already: make a new one, and a new Trainer, for the next"
+        if self._begun and self.every is not None:
+            self._refusal = "the model has changed in the run that was interrupted: resume with a new model and Trainer"
         if self._refusal is not None:
             raise ValueError(self._refusal)
         if (model := self._model) is None or kwargs["model"] is not model:
@@ -149,8 +152,11 @@ class CompressionCallback(ObjectiveCallback):
                 f"{len(self._steps)} changes, one every {self.every} steps, do not fit into {state.max_steps} steps: "
                 "lower every=, or train longer"
             )
-        if self._loading is not None:
-            self._loading.remove()
+        self._begun = True
+        own = {id(parameter) for parameter in model.parameters()}
+        if any(id(p) not in own for group in kwargs["optimizer"].param_groups for p in group["params"]):
+            raise ValueError("the Trainer's optimizer is of a model with other blocks: make a new Trainer to resume")
+        self._structure_of = None
         self.regimen.begin(model, state.global_step / max(1, state.max_steps))
         if state.global_step:
             self._resume(read_state(resumed_checkpoint() or "", state.global_step))
@@ -225,13 +231,15 @@ class CompressionCallback(ObjectiveCallback):
         if model is None or self._finished:
             return
         self._finished = True
+        if self._loading is not None:
+            self._loading.remove()
         super().on_train_end(args, state, control, **kwargs)
         if self._data is None and type(self.regimen).finish is not Regimen.finish:
             batches = list(islice(kwargs["train_dataloader"], _BATCHES))
             self._data = prepare(batches, model, self.tokenizer or kwargs.get("processing_class"), self.options)
         bench = Workbench(model, self._data, self._seconds)
         self._change(model, lambda: self.regimen.finish(bench))
-        done = Plan(tuple(self._changes.edits), notes=self._changes.notes)
+        done = Plan(tuple(self._changes.edits), notes={**self._changes.notes, "trained_steps": state.global_step})
         report = report_of(self.config, done, bench, self._before, model_size(model))
         model.compression_report = report  # type: ignore[assignment]
         share = report.after.parameters / report.before.parameters

@@ -30,13 +30,21 @@ class Changes:
         new = [self._originally(edit, model) if isinstance(edit, StackEdit) else edit for edit in plan.edits]
         paths = [set(edit.paths) for edit in new if isinstance(edit, ModuleEdit)]
         outdated = [e for e in self.edits if isinstance(e, ModuleEdit) and any(set(e.paths) <= p for p in paths)]
-        self.edits = [edit for edit in self.edits if edit not in outdated] + new
+        outdated += [e for e in self.edits if isinstance(e, MergeBlocks) and any(_takes(edit, e) for edit in new)]
+        self.edits = [edit for edit in self.edits if edit not in outdated] + [self._with_theirs(edit) for edit in new]
         self.notes |= plan.notes
 
     def to_list(self) -> list[dict[str, Any]]:
         """The edits as JSON values."""
         values: list[dict[str, Any]] = json.loads(Plan(tuple(self.edits)).to_json())["edits"]
         return values
+
+    def _with_theirs(self, edit: Edit) -> Edit:
+        """An edit that takes out merged blocks takes out those that they stand for."""
+        theirs = {i for e in self.edits if isinstance(e, MergeBlocks) and _takes(edit, e) for i in e.absorbed}
+        if isinstance(edit, MergeBlocks):
+            return replace(edit, absorbed=tuple(sorted({*edit.absorbed, *theirs})))
+        return replace(edit, blocks=tuple(sorted({*edit.blocks, *theirs}))) if isinstance(edit, RemoveBlocks) else edit
 
     def _originally(self, edit: StackEdit, model: PreTrainedModel) -> StackEdit:
         gone = {i for e in self.edits if isinstance(e, StackEdit) and e.stack == edit.stack for i in e.removed_blocks()}
@@ -46,3 +54,7 @@ class Changes:
             return replace(edit, kept=number[edit.kept], absorbed=tuple(number[i] for i in edit.absorbed))
         assert isinstance(edit, RemoveBlocks)
         return replace(edit, blocks=tuple(number[i] for i in edit.blocks))
+
+
+def _takes(edit: Edit, merge: MergeBlocks) -> bool:
+    return isinstance(edit, StackEdit) and edit.stack == merge.stack and merge.kept in edit.removed_blocks()
