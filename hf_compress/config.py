@@ -155,6 +155,24 @@ def check_at_least(name: str, value: int | float | None, least: int | float) -> 
         raise ValueError(f"{name} must be a {'whole ' * whole}number of at least {least}; got {value!r}")
 
 
+def check_positive(name: str, value: float) -> None:
+    """Raise unless `value` is a number above 0."""
+    if not (is_number(value) and value > 0):
+        raise ValueError(f"{name} must be a number above 0; got {value!r}")
+
+
+def check_not_negative(name: str, value: float) -> None:
+    """Raise unless `value` is a number, and not below 0."""
+    if not (is_number(value) and value >= 0):
+        raise ValueError(f"{name} must be a number of at least 0; got {value!r}")
+
+
+def check_share(name: str, value: float) -> None:
+    """Raise unless `value` is a number from 0 to 1, both included."""
+    if not (is_number(value) and 0 <= value <= 1):
+        raise ValueError(f"{name} must lie between 0 and 1; got {value!r}")
+
+
 def is_number(value: Any) -> bool:
     """Whether `value` is an int or a float, and no bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)

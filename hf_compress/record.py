@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.undo import Undo
-from hf_compress.edits import ModuleEdit, Seal
+from hf_compress.edits import LinearFFN, ModuleEdit, Seal
 from hf_compress.errors import PlanError
 from hf_compress.modules.sealed import Sealed
 from hf_compress.plain import RECORD_FIELD, described, into_config, shapes
@@ -148,9 +148,17 @@ def after_removal(edits: Iterable[ModuleEdit], stack: str, length: int, removed:
 
 
 def _last_of_each(edits: Sequence[ModuleEdit]) -> tuple[ModuleEdit, ...]:
-    """Without edits that a later one of the same kind makes again: an FFN narrowed twice has only the last width."""
-    last = {(type(edit), edit.paths): index for index, edit in enumerate(edits)}
-    return tuple(edit for index, edit in enumerate(edits) if last[type(edit), edit.paths] == index)
+    """Without edits that a later one makes again or of what it takes away.
+
+    An FFN narrowed twice has only the last width, and a linear one nothing of what it was before.
+    """
+    kept: list[ModuleEdit] = []
+    for edit in edits:
+        gone = set(edit.paths) if isinstance(edit, LinearFFN) else set()
+        same = (type(edit), edit.paths)
+        kept = [one for one in kept if (type(one), one.paths) != same and not set(one.paths) <= gone]
+        kept.append(edit)
+    return tuple(kept)
 
 
 def _passes_for_stock(model: PreTrainedModel, edits: Sequence[ModuleEdit]) -> bool:

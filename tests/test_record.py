@@ -248,7 +248,7 @@ def test_a_blended_activation_can_be_collapsed(kind, tmp_path):
     model = tiny_model(kind)
     change(model, "blended activation")
     change(model, "linear FFN")
-    assert [name for name in names(model) if name != "Seal"] == ["ReplaceActivation", "LinearFFN"]
+    assert [name for name in names(model) if name != "Seal"] == ["LinearFFN"]
     again = type(model).from_pretrained(save(model, tmp_path / "out"))
     ids = torch.arange(4, 12)[None]
     with torch.no_grad():

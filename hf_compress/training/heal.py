@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from hf_compress.calibration.data import Calibration, DataOptions, prepare
-from hf_compress.config import check_at_least, is_number
+from hf_compress.config import check_not_negative, check_positive, check_share
 from hf_compress.pipeline import check_model
 from hf_compress.training.distillation import Distillation, check_teacher, corresponding_blocks
 from hf_compress.training.objective import Objective, ObjectiveCallback, Terms
@@ -45,11 +45,9 @@ class Lesson:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (is_number(self.label_share) and 0 <= self.label_share <= 1):
-            raise ValueError(f"label_share must lie between 0 and 1; got {self.label_share!r}")
-        check_at_least("stream_weight", self.stream_weight, 0.0)
-        if not (is_number(self.temperature) and self.temperature > 0):
-            raise ValueError(f"temperature must be a number above 0; got {self.temperature!r}")
+        check_share("label_share", self.label_share)
+        check_not_negative("stream_weight", self.stream_weight)
+        check_positive("temperature", self.temperature)
 
 
 def heal(

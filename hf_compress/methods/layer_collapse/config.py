@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from hf_compress.config import CompressionConfig, check_at_least, check_choice, is_number
+from hf_compress.config import (
+    CompressionConfig,
+    check_at_least,
+    check_choice,
+    check_not_negative,
+    check_positive,
+    check_share,
+    is_number,
+)
 from hf_compress.methods.layer_collapse.closed_form import CRITERIA, collapsible, count_of, plan_closed_form
 from hf_compress.methods.layer_collapse.product import plan_by_product
 from hf_compress.methods.layer_collapse.training import Blending, ClosedForm
@@ -72,19 +80,17 @@ class LayerCollapseConfig(CompressionConfig, method="layer_collapse", paper="htt
         self._check_amount()
         check_at_least("rank", self.rank, 1)
         check_at_least("choice_samples", self.choice_samples, 1)
-        for name in ("penalty", "lc"):
-            check_at_least(name, getattr(self, name), 0.0)
-        for name in ("alpha_lr", "tolerance"):
-            if not (is_number(getattr(self, name)) and getattr(self, name) > 0):
-                raise ValueError(f"{name} must be a positive number; got {getattr(self, name)!r}")
-        for name, value in (("alpha_init", self.alpha_init), ("ramp", self.ramp)):
-            if value is not None and not (is_number(value) and 0 <= value <= 1):
-                raise ValueError(f"{name} must lie between 0 and 1; got {value!r}")
+        check_not_negative("penalty", self.penalty)
+        check_not_negative("lc", self.lc)
+        check_positive("alpha_lr", self.alpha_lr)
+        check_positive("tolerance", self.tolerance)
+        check_share("alpha_init", self.alpha_init)
+        check_share("ramp", 0.5 if self.ramp is None else self.ramp)
         if self.blend is not None:
             check_choice("blend", self.blend, BLENDS)
         if self.alpha is not None:
             check_choice("alpha", self.alpha, ("learned", "scheduled"))
-        if self.alpha == "scheduled" and self.ramp == 0:
+        if self.ramp == 0 and (self.alpha == "scheduled" or (self.gradual and self.alpha is None)):
             raise ValueError("a scheduled α needs steps to rise in: give a ramp above 0")
         if self.variant == "paper" and self.gradual:
             raise ValueError("gradual=True is for variant='closed_form'; the paper's variant is gradual in any case")

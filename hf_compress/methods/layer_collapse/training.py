@@ -21,7 +21,7 @@ from hf_compress.methods.layer_collapse.blend import blended, fitting_blend, mea
 from hf_compress.methods.layer_collapse.closed_form import collapsible, count_of, plan_closed_form
 from hf_compress.methods.layer_collapse.linear import fit_ffns
 from hf_compress.methods.layer_collapse.product import plan_by_product, product
-from hf_compress.modules.activation import BlendedActivation
+from hf_compress.modules.activation import Blend, BlendedActivation
 from hf_compress.plan import Plan
 from hf_compress.regimen import Regimen
 from hf_compress.workbench import Workbench
@@ -73,18 +73,13 @@ class Blending(Regimen):
         self.r2: dict[int, float] = {}
 
     def prepare(self, bench: Workbench) -> Plan:
-        """Blended activations for the FFNs to collapse; those that have one, from an earlier run, keep it."""
+        """Blended activations for the FFNs to collapse; a learned α of an earlier run goes on from where it is."""
         config, model = self.config, bench.model
         stack = bench.stack(config.stack)
         blocks = _chosen(config, bench)
         _check_trained(model, stack, blocks)
         there = blended(model, stack)
-        blends = {}
-        for index in blocks:
-            ffn = Anatomy(model).parts(stack, index).ffn
-            assert ffn is not None
-            assert ffn.activation is not None
-            blends[index] = config.blend or fitting_blend(ffn, stack.blocks[index].get_submodule(ffn.activation))
+        blends = {index: _blend(config, model, stack, index) for index in blocks}
         gated = [index for index in blocks if blends[index] == "constant" and index not in there]
         constants = {}
         if gated:
@@ -213,6 +208,20 @@ def _chosen(config: LayerCollapseConfig, bench: Workbench) -> list[int]:
         return sorted(step["block"] for step in plan_closed_form(config, bench).notes["collapsed"])
     able = collapsible(bench, stack, config.rank)
     return able if config.ratio is None and config.num_layers is None else able[-count_of(config, len(able)) :]
+
+
+def _blend(config: LayerCollapseConfig, model: PreTrainedModel, stack: Stack, index: int) -> Blend:
+    """What the activation of a block's FFN is driven to; ValueError for one that would leave it no linear map."""
+    ffn = Anatomy(model).parts(stack, index).ffn
+    assert ffn is not None
+    assert ffn.activation is not None
+    fitting = fitting_blend(ffn, stack.blocks[index].get_submodule(ffn.activation))
+    if fitting == "constant" and config.blend not in (None, "constant"):
+        raise ValueError(
+            f"blend={config.blend!r} would make the gate of block {index} linear, and the FFN a product of two linear "
+            "maps, which does not collapse; for gated FFNs leave blend out, or give 'constant'"
+        )
+    return config.blend or fitting
 
 
 def _check_trained(model: PreTrainedModel, stack: Stack, blocks: list[int]) -> None:

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from hf_compress.config import CompressionConfig, check_at_least, check_choice, is_number
+from hf_compress.config import (
+    CompressionConfig,
+    check_at_least,
+    check_choice,
+    check_not_negative,
+    check_positive,
+    check_share,
+)
 from hf_compress.methods.sizing import blocks_to_remove, check_amount
 from hf_compress.numerics.manifold import MANIFOLDS
 from hf_compress.numerics.similarity import SIMILARITIES
@@ -65,12 +72,11 @@ class MKAConfig(CompressionConfig, method="mka", paper="https://arxiv.org/abs/24
         for name, least in (("components", 1), ("neighbors", 1), ("choice_samples", 1), ("refit_tokens", 1)):
             check_at_least(name, getattr(self, name), least)
         for name in ("threshold", "alpha"):
-            value = getattr(self, name)
-            if value is not None and not (is_number(value) and 0 <= value <= 1):
-                raise ValueError(f"{name} must lie between 0 and 1; got {value!r}")
-        check_at_least("time", self.time, 0.0)
-        if self.bandwidth is not None and not (is_number(self.bandwidth) and self.bandwidth > 0):
-            raise ValueError(f"bandwidth must be positive, or None for the median distance; got {self.bandwidth!r}")
+            if (value := getattr(self, name)) is not None:
+                check_share(name, value)
+        check_not_negative("time", self.time)
+        if self.bandwidth is not None:
+            check_positive("bandwidth", self.bandwidth)
         if self.ratio is None and self.num_merges is None and (self.threshold is None or self.variant != "paper"):
             raise ValueError("say how much to merge: ratio=, num_merges=, or, in the paper variant, threshold=")
         if self.variant != "paper" and (self.threshold is not None or self.alpha is not None):
