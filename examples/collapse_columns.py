@@ -118,6 +118,11 @@ class Task:
             trainer.train()
         return model.eval()
 
+    def dense(self, seed: int) -> PreTrainedModel:
+        """The model, trained."""
+        set_seed(seed)
+        return self.fit(self.build(seed), self.epochs, self.learning_rate, seed)
+
     def heal(self, model: PreTrainedModel, teacher: PreTrainedModel, epochs: float, seed: int) -> PreTrainedModel:
         with TemporaryDirectory() as folder:
             arguments = self.arguments(folder, epochs, self.learning_rate_again, seed)
@@ -151,8 +156,7 @@ def run(
     task: Task, counts: Sequence[int], seed: int, trained: Sequence[int] | None = None
 ) -> dict[tuple[str, int], Result]:
     """All columns for some numbers of FFNs, for one seed; those that take training for `trained` alone."""
-    set_seed(seed)
-    dense = task.fit(task.build(seed), task.epochs, task.learning_rate, seed)
+    dense = task.dense(seed)
     results = {("dense", 0): Result(task.score(dense), _size(dense))}
     for count in counts:
         closed = _compressed(task, dense, count)

@@ -136,13 +136,27 @@ class CompressionCallback(ObjectiveCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         trainer = calling_trainer()
+        model = self._checked(kwargs["model"], kwargs["optimizer"], state)
+        self._structure_of = None
+        self.regimen.begin(model, state.global_step / max(1, state.max_steps))
+        if state.global_step:
+            self._resume(read_state(resumed_checkpoint() or "", state.global_step))
+        if self.teacher is not None:
+            self._distillation = Distillation(model, self.teacher, autocast=trainer.accelerator.autocast)
+        super().on_train_end(args, state, control, **kwargs)  # of a run that was interrupted
+        if self._adds_to_loss:
+            self.objective = Objective(model, self._terms)
+        # Reporters send off what they are given, so the figures of a compression have to be there before their turn.
+        others = [callback for callback in trainer.callback_handler.callbacks if callback is not self]
+        trainer.callback_handler.callbacks = [self, *others]
+
+    def _checked(self, model: PreTrainedModel, optimizer: Any, state: TrainerState) -> PreTrainedModel:
+        """The model that was prepared; ValueError where it is not the one that is about to be trained, or cannot be."""
         if self._finished:
             self._refusal = "this callback has served a run already: make a new one, and a new Trainer, for the next"
-        if self._begun and self.every is not None:
-            self._refusal = "the model has changed in the run that was interrupted: resume with a new model and Trainer"
         if self._refusal is not None:
             raise ValueError(self._refusal)
-        if (model := self._model) is None or kwargs["model"] is not model:
+        if self._model is None or model is not self._model:
             raise ValueError(
                 "the model was not prepared for compression when the Trainer was made: give the callback to "
                 "Trainer(callbacks=[...]), not to add_callback, and a model, not a model_init"
@@ -152,21 +166,10 @@ class CompressionCallback(ObjectiveCallback):
                 f"{len(self._steps)} changes, one every {self.every} steps, do not fit into {state.max_steps} steps: "
                 "lower every=, or train longer"
             )
-        self._begun = True
         own = {id(parameter) for parameter in model.parameters()}
-        if any(id(p) not in own for group in kwargs["optimizer"].param_groups for p in group["params"]):
+        if any(id(p) not in own for group in optimizer.param_groups for p in group["params"]):
             raise ValueError("the Trainer's optimizer is of a model with other blocks: make a new Trainer to resume")
-        self._structure_of = None
-        self.regimen.begin(model, state.global_step / max(1, state.max_steps))
-        if state.global_step:
-            self._resume(read_state(resumed_checkpoint() or "", state.global_step))
-        if self.teacher is not None:
-            self._distillation = Distillation(model, self.teacher)
-        if self._adds_to_loss:
-            self.objective = Objective(model, self._terms)
-        # Reporters send off what they are given, so the figures of a compression have to be there before their turn.
-        others = [callback for callback in trainer.callback_handler.callbacks if callback is not self]
-        trainer.callback_handler.callbacks = [self, *others]
+        return model
 
     def _resume(self, saved: TrainingState) -> None:
         self.regimen.restore(saved.tensors)

@@ -28,10 +28,8 @@ class Changes:
     def add(self, plan: Plan, model: PreTrainedModel) -> None:
         """Note a plan that is about to be carried out on `model`."""
         new = [self._originally(edit, model) if isinstance(edit, StackEdit) else edit for edit in plan.edits]
-        paths = [set(edit.paths) for edit in new if isinstance(edit, ModuleEdit)]
-        outdated = [e for e in self.edits if isinstance(e, ModuleEdit) and any(set(e.paths) <= p for p in paths)]
-        outdated += [e for e in self.edits if isinstance(e, MergeBlocks) and any(_takes(edit, e) for edit in new)]
-        self.edits = [edit for edit in self.edits if edit not in outdated] + [self._with_theirs(edit) for edit in new]
+        kept = [old for old in self.edits if not any(_outdates(edit, old) for edit in new)]
+        self.edits = kept + [self._with_theirs(edit) for edit in new]  # theirs are in the edits as they were
         self.notes |= plan.notes
 
     def to_list(self) -> list[dict[str, Any]]:
@@ -54,6 +52,13 @@ class Changes:
             return replace(edit, kept=number[edit.kept], absorbed=tuple(number[i] for i in edit.absorbed))
         assert isinstance(edit, RemoveBlocks)
         return replace(edit, blocks=tuple(number[i] for i in edit.blocks))
+
+
+def _outdates(edit: Edit, old: Edit) -> bool:
+    """Whether an edit leaves nothing to say of an earlier one: its modules are changed again, its block is gone."""
+    if isinstance(old, ModuleEdit):
+        return isinstance(edit, ModuleEdit) and set(old.paths) <= set(edit.paths)
+    return isinstance(old, MergeBlocks) and _takes(edit, old)
 
 
 def _takes(edit: Edit, merge: MergeBlocks) -> bool:

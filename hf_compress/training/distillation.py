@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ class Distillation:
         teacher: with the same inputs and outputs. It is put on the student's device.
         pairs: (block of the student, block of the teacher) whose outputs are to be alike; none for the logits alone.
         temperature: T.
+        autocast: makes the context that the teacher runs in, as the Trainer's own for mixed precision.
     """
 
     def __init__(
@@ -40,9 +41,10 @@ class Distillation:
         teacher: PreTrainedModel,
         pairs: Sequence[tuple[int, int]] = (),
         temperature: float = 1.0,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         check_teacher(student, teacher)
-        self.student, self.temperature, self.pairs = student, temperature, pairs
+        self.student, self.temperature, self.pairs, self.autocast = student, temperature, pairs, autocast
         self.teacher = teacher.to(student.device)  # type: ignore[arg-type]
         self._streams: dict[int, Tensor] = {}
 
@@ -82,7 +84,7 @@ class Distillation:
         }
         if not self.student.config.is_encoder_decoder:  # there they are what the decoder reads
             inputs.pop("labels", None)
-        with inference(self.teacher), ExitStack() as hooks:
+        with inference(self.teacher), self.autocast(), ExitStack() as hooks:
             if self.pairs:
                 hooks.enter_context(watch_blocks(Anatomy(self.teacher).stack(), keep))
             target = _logits(self.teacher(**inputs))

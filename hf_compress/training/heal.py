@@ -96,7 +96,8 @@ def heal(
             callback = ObjectiveCallback()
             trainer = Trainer(student, args, data_collator=collator, train_dataset=rows, callbacks=[callback])
             trainer.remove_callback(PrinterCallback)
-            distillation = Distillation(model, teacher, _pairs(model, teacher, lesson), lesson.temperature)
+            pairs = _pairs(model, teacher, lesson)
+            distillation = Distillation(model, teacher, pairs, lesson.temperature, trainer.accelerator.autocast)
             callback.objective = Objective(student, _terms(distillation, lesson))
             with distillation.watching():
                 result = trainer.train()
