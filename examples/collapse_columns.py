@@ -76,8 +76,6 @@ class Task:
     tokenizer: PreTrainedTokenizerBase | None = None
     batch_size: int = 32
     bf16: bool = False
-    alpha_lr: float = 0.02
-    lc: float = 1.0
     student_epochs: float = 1.0
 
     @property
@@ -220,7 +218,7 @@ def _paper_config(task: Task, dense: PreTrainedModel, count: int) -> hfc.LayerCo
     """With PReLU, whatever the activation, as the paper has it; it says nothing of gates."""
     ffn = hfc.Anatomy(dense).parts(hfc.Anatomy(dense).stack(), 0).ffn
     blend = "leaky" if ffn.kind == "plain" else None
-    return hfc.LayerCollapseConfig(variant="paper", num_layers=count, alpha_lr=task.alpha_lr, lc=task.lc, blend=blend)
+    return hfc.LayerCollapseConfig(variant="paper", num_layers=count, blend=blend)
 
 
 def _healed(task: Task, dense: PreTrainedModel, closed: PreTrainedModel, seed: int) -> tuple[PreTrainedModel, float]:

@@ -82,14 +82,13 @@ def mrpc_task(name: str, folder: Path | None) -> Task:
         calibration=dict(calibration),
         tokenizer=tokenizer,
         epochs=3,
-        learning_rate=5e-5,
+        learning_rate=8e-5,
         again=1,
-        learning_rate_again=5e-5,
+        learning_rate_again=8e-5,
         scores={
             "accuracy": lambda guesses, labels: accuracy_score(labels, guesses),
             "F1": lambda guesses, labels: f1_score(labels, guesses),
         },
-        batch_size=16,
         bf16=True,
     )
 

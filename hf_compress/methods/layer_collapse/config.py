@@ -66,7 +66,7 @@ class LayerCollapseConfig(CompressionConfig, method="layer_collapse", paper="htt
     )
     alpha_init: float = field(default=0.01, metadata={"help": "a learned α before training"})
     alpha_lr: float = field(default=0.02, metadata={"help": "learning rate of α under its own Adam"})
-    lc: float = field(default=1.0, metadata={"help": "weight of the penalty on a learned α"})
+    lc: float = field(default=10.0, metadata={"help": "weight of the penalty on a learned α"})
     ramp: float | None = field(
         default=None,
         metadata={"help": "share of the steps over which lc (default 0) or a scheduled α (0.5) rises to its full size"},
