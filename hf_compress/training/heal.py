@@ -127,7 +127,7 @@ def _terms(distillation: Distillation, lesson: Lesson) -> Terms:
 def _adapters(model: PreTrainedModel, lora: LoraConfig | str | None) -> Iterator[Any]:
     """What to train: the model itself, or adapters on it, which are merged at the end and taken off on errors."""
     trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    mode = model.training
+    mode, cached = model.training, vars(model.config).get("use_cache")  # a Trainer switches the cache off
     if lora == "default":
         lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
     elif not (lora is None or isinstance(lora, LoraConfig)):
@@ -145,6 +145,9 @@ def _adapters(model: PreTrainedModel, lora: LoraConfig | str | None) -> Iterator
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trained[name])
         model.train(mode)
+        vars(model.config).pop("use_cache", None)
+        if cached is not None:
+            model.config.use_cache = cached
 
 
 def _default_arguments(folder: str, learning_rate: float) -> TrainingArguments:

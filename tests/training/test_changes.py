@@ -1,0 +1,90 @@
+"""The list of edits of a run that changes the structure more than once, and the blocks that correspond."""
+
+import pytest
+import torch
+from transformers import Trainer
+
+from hf_compress import CompressionCallback, DropBlocksConfig, MKAConfig, Plan
+from hf_compress.apply import apply
+from hf_compress.edits import MergeBlocks, RemoveBlocks
+from hf_compress.training.changes import Changes
+from hf_compress.training.distillation import corresponding_blocks
+from tests.evaluation.conftest import tiny_llama
+from tests.training.runs import arguments, ids_of, token_rows
+
+STACK = "model.layers"
+
+
+def numbered(layers=6):
+    """A model whose blocks can be told apart: norms of 1, 2, 3, …"""
+    model = tiny_llama(layers)
+    with torch.no_grad():
+        for number, layer in enumerate(model.model.layers):
+            layer.input_layernorm.weight.fill_(1 + number)
+    return model
+
+
+def numbers(model):
+    return [round(layer.input_layernorm.weight.mean().item()) - 1 for layer in model.model.layers]
+
+
+@pytest.mark.parametrize("criterion", ["last", "block_influence", "random"])
+def test_blocks_are_numbered_as_at_the_beginning(criterion, tmp_path):
+    model, config = numbered(), DropBlocksConfig(num_blocks=3, criterion=criterion, seed=2)
+    callback = CompressionCallback(config, ids_of(token_rows(32)), every=1)
+    args = arguments(tmp_path, learning_rate=1e-6)
+    Trainer(model, args, train_dataset=token_rows(), callbacks=[callback]).train()
+    left = numbers(model)
+    gone = [block for edit in model.compression_report.edits for block in edit["blocks"]]
+    assert len(model.compression_report.edits) == 3
+    assert sorted(gone + left) == list(range(6))
+    assert corresponding_blocks(model, numbered()) == list(enumerate(left))
+    if criterion == "last":
+        assert gone == [5, 4, 3]
+
+
+def test_merges_are_noted_as_one_where_they_chain(tmp_path):
+    model = numbered()
+    callback = CompressionCallback(MKAConfig(num_merges=4), ids_of(token_rows(32)), every=1)
+    args = arguments(tmp_path, learning_rate=1e-6)
+    Trainer(model, args, train_dataset=token_rows(), callbacks=[callback]).train()
+    edits = [edit for edit in model.compression_report.edits if edit["edit"] == "MergeBlocks"]
+    gone = {block for edit in edits for block in edit["absorbed"]}
+    kept = [block for block in range(6) if block not in gone]
+    assert len(model.model.layers) == len(kept) == 2
+    last = [max([b, *(i for e in edits if e["kept"] == b for i in e["absorbed"])]) for b in kept]
+    assert corresponding_blocks(model, numbered()) == list(enumerate(last))
+    assert last[-1] == 5
+
+
+# plans one after another, in the numbering of their moment, and what is left of them in the first
+CHAINS = {
+    "drop, drop": ([RemoveBlocks(STACK, (1,)), RemoveBlocks(STACK, (1, 3))], [(1,), (2, 4)], [0, 3, 5]),
+    "merge into the merged": (
+        [MergeBlocks(STACK, 2, (3,)), MergeBlocks(STACK, 2, (3,))],
+        [(2, 3), (2, 4)],
+        [0, 1, 4, 5],
+    ),
+    "merge the merged": ([MergeBlocks(STACK, 2, (3,)), MergeBlocks(STACK, 1, (2,))], [(1, 2, 3)], [0, 3, 4, 5]),
+    "drop the merged": ([MergeBlocks(STACK, 2, (3,)), RemoveBlocks(STACK, (2,))], [(2, 3)], [0, 1, 4, 5]),
+    "drop, then merge over it": (
+        [RemoveBlocks(STACK, (2,)), MergeBlocks(STACK, 1, (2,))],
+        [(2,), (1, 3)],
+        [0, 3, 4, 5],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CHAINS)
+def test_chains_of_plans(case):
+    steps, expected, last = CHAINS[case]
+    model, changes = numbered(), Changes()
+    for step in steps:
+        plan = Plan((step,))
+        changes.add(plan, model)
+        apply(plan, model)
+    found = [(e.kept, *e.absorbed) if isinstance(e, MergeBlocks) else e.blocks for e in changes.edits]
+    assert found == expected
+    assert Changes(changes.to_list()).edits == changes.edits
+    model.compression_report = type("Report", (), {"edits": changes.to_list()})
+    assert corresponding_blocks(model, numbered()) == list(enumerate(last))

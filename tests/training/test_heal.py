@@ -1,0 +1,189 @@
+"""heal(): nearer to the teacher, and otherwise the model it was."""
+
+import copy
+
+import datasets
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, Trainer, ViTConfig, ViTForImageClassification
+
+from hf_compress import DataOptions, DropBlocksConfig, LayerCollapseConfig, Lesson, MKAConfig, compress, heal
+from hf_compress.storage.save import save
+from tests.architectures.tiny import tiny_seq2seq_model
+from tests.conftest import leftovers
+from tests.evaluation.conftest import tiny_llama
+from tests.training.runs import Snapshot, arguments, ids_of, same, state_of, tiny_dense, token_rows
+
+IDS = ids_of(token_rows(128))
+TEACHING, HELD_OUT = IDS[:96], IDS[96:]
+CONFIGS = {
+    "dropped": DropBlocksConfig(num_blocks=1),
+    "merged": MKAConfig(num_merges=1),
+    "collapsed": LayerCollapseConfig(num_layers=1),
+}
+
+
+def compressed(kind="dropped"):
+    return compress(tiny_llama(4), CONFIGS[kind], TEACHING[:48], options=DataOptions(batch_size=8))
+
+
+def distance(model, teacher, ids=HELD_OUT):
+    with torch.no_grad():
+        own, other = (one(ids).logits.log_softmax(-1) for one in (model, teacher))
+    return (other.exp() * (other - own)).sum(-1).mean().item()
+
+
+@pytest.mark.parametrize("lora", ["default", None])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_nearer_to_the_teacher_and_else_as_it_was(kind, lora, tmp_path):
+    teacher, model = tiny_llama(4), compressed(kind)
+    frozen = next(model.parameters()).requires_grad_(False)
+    teacher.train()
+    teacher.lm_head.weight.requires_grad_(False)
+    own, other, before = Snapshot(model), Snapshot(teacher), distance(model, copy.deepcopy(teacher).eval())
+    args = arguments(tmp_path, max_steps=60, per_device_train_batch_size=16, learning_rate=5e-3)
+    assert heal(model, teacher, TEACHING, lora=lora, args=args) is model
+    assert teacher.training
+    assert other.matches(teacher)
+    assert leftovers(model) == leftovers(teacher) == []
+    assert distance(model, teacher.eval()) < 0.97 * before
+    assert own.facts == own._facts(model)
+    assert not model.training
+    assert not frozen.requires_grad
+    assert not hasattr(model, "peft_config")
+    assert model.compression_report.notes["healing"]["lora"] is (lora is not None)
+    loaded = AutoModelForCausalLM.from_pretrained(save(model, tmp_path / "out"))
+    with torch.no_grad():
+        assert torch.equal(loaded(HELD_OUT).logits, model(HELD_OUT).logits)
+
+
+def test_twice(tmp_path):
+    teacher, model = tiny_llama(4), compressed()
+    heal(model, teacher, TEACHING)
+    once = distance(model, teacher)
+    heal(model.train(), teacher, TEACHING)
+    assert model.training
+    assert distance(model.eval(), teacher) < once
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()], ids=["error", "ctrl-c"])
+@pytest.mark.parametrize("place", ["forward", "optimizer"])
+def test_stopped_in_the_middle(error, place, monkeypatch):
+    teacher, model = tiny_llama(4), compressed()
+    before, passes = Snapshot(model), []
+
+    def fail(*_, **__):
+        passes.append(1)
+        if len(passes) == 3:
+            raise error
+
+    handle = model.model.layers[1].register_forward_pre_hook(fail) if place == "forward" else None
+    if handle is None:
+        create = Trainer.create_optimizer
+
+        def failing(self, *args):
+            optimizer = create(self, *args)
+            optimizer.register_step_pre_hook(fail)
+            return optimizer
+
+        monkeypatch.setattr(Trainer, "create_optimizer", failing)
+    with pytest.raises(type(error)):
+        heal(model, teacher, TEACHING)
+    if handle is not None:
+        handle.remove()
+    assert before.matches(model)
+    assert not model.training
+    assert not hasattr(model, "peft_config")
+    assert leftovers(model) == leftovers(teacher) == []
+
+
+def test_adapters_that_fit_nothing():
+    model = compressed()
+    before = Snapshot(model)
+    with pytest.raises(ValueError, match="nothing_like_it"):
+        heal(model, tiny_llama(4), TEACHING, lora=LoraConfig(target_modules=["nothing_like_it"]))
+    assert before.matches(model)
+    assert not hasattr(model, "peft_config")
+
+
+def test_texts(tokenizer, texts):
+    teacher, model = tiny_llama(4), compressed()
+    before = distance(model, teacher)
+    heal(model, teacher, texts * 8, tokenizer)
+    assert distance(model, teacher) < before
+
+
+def test_a_dataset_with_labels():
+    teacher = tiny_dense(num_hidden_layers=4, num_labels=3)
+    values = torch.randn(96, 8, generator=torch.Generator().manual_seed(0))
+    model = compress(copy.deepcopy(teacher), LayerCollapseConfig(num_layers=2), values)
+    rows = datasets.Dataset.from_dict({"input_values": values.tolist(), "label": [i % 3 for i in range(96)]})
+
+    def gap():
+        with torch.no_grad():
+            return (model(values).logits - teacher(values).logits).square().mean().item()
+
+    before = gap()
+    heal(model, teacher, rows, lesson=Lesson(label_share=0.1))
+    assert gap() < before
+
+
+def test_images():
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    config = ViTConfig(**sizes, image_size=8, patch_size=4, num_labels=5, initializer_range=0.4)
+    teacher = ViTForImageClassification(config).eval()
+    model = compress(copy.deepcopy(teacher), DropBlocksConfig(num_blocks=1, criterion="last"))
+    images = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def gap():
+        with torch.no_grad():
+            return (model(images).logits - teacher(images).logits).square().mean().item()
+
+    before = gap()
+    heal(model, teacher, images)
+    assert gap() < before
+
+
+def test_an_encoder_decoder():
+    teacher = tiny_seq2seq_model("t5")
+    model = compress(copy.deepcopy(teacher), DropBlocksConfig(num_blocks=1, criterion="last", stack="decoder.block"))
+    ids = torch.randint(4, 60, (64, 6), generator=torch.Generator().manual_seed(0))
+
+    def gap():
+        with torch.no_grad():
+            own, other = (m(input_ids=ids, labels=ids).logits.log_softmax(-1) for m in (model, teacher))
+        return (other.exp() * (other - own)).sum(-1).mean().item()
+
+    before = gap()
+    heal(model, teacher, ids)
+    assert gap() < before
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"label_share": -0.1}, "label_share must lie between 0 and 1"),
+        ({"label_share": 1.5}, "label_share must lie between 0 and 1"),
+        ({"label_share": True}, "label_share must lie between 0 and 1"),
+        ({"stream_weight": -1.0}, "stream_weight must be a number of at least 0"),
+        ({"temperature": 0.0}, "temperature must be a number above 0"),
+    ],
+)
+def test_lessons_that_make_no_sense(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Lesson(**settings)
+
+
+def test_arguments_that_do_not_fit():
+    model = compressed()
+    before = Snapshot(model)
+    with pytest.raises(ValueError, match="very model"):
+        heal(model, model, TEACHING)
+    with pytest.raises(ValueError, match="empty"):
+        heal(model, tiny_llama(4), TEACHING[:0])
+    with pytest.raises(TypeError, match="lora must be"):
+        heal(model, tiny_llama(4), TEACHING, lora="all")
+    assert before.matches(model)
+    assert same(before.weights, state_of(model))

@@ -1,0 +1,110 @@
+"""Changes in mid-run: the optimizer's groups are those of the changed model, and the survivors keep their momentum."""
+
+import pytest
+import torch
+from transformers import Trainer, TrainerCallback
+
+from hf_compress import CompressionCallback, DropBlocksConfig, LayerCollapseConfig, MKAConfig
+from hf_compress.training.optimizer import following
+from tests.evaluation.conftest import tiny_llama
+from tests.training.runs import arguments, figures, ids_of, tiny_dense, token_rows
+
+ROWS = token_rows()
+CALIBRATION = ids_of(token_rows(64))
+CASES = {
+    "dropping": DropBlocksConfig(num_blocks=2, criterion="last"),
+    "influence": DropBlocksConfig(num_blocks=2),
+    "merging": MKAConfig(num_merges=2, variant="paper", similarity="block_influence"),
+    "refitting": MKAConfig(num_merges=2),
+    "collapsing": LayerCollapseConfig(num_layers=2),
+    "factors": LayerCollapseConfig(num_layers=2, rank=4),
+}
+
+
+class Watch(TrainerCallback):
+    """Looks at the optimizer around the changes: before, as the last of `on_optimizer_step`, and after, at the end."""
+
+    def __init__(self):
+        self.before, self.changes, self.pointers = {}, 0, []
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        inner = kwargs["optimizer"].optimizer
+        self.before = {p: {k: v.clone() for k, v in values.items()} for p, values in inner.state.items()}
+
+    def on_step_end(self, args, state, control, **kwargs):
+        model, inner = kwargs["model"], kwargs["optimizer"].optimizer
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        decayed = {p for name, p in named.items() if p.ndim > 1}
+        groups = [[p for p in named.values() if (p in decayed) == decay] for decay in (True, False)]
+        assert [len(group["params"]) for group in inner.param_groups] == [len(group) for group in groups]
+        for group, expected in zip(inner.param_groups, groups, strict=True):
+            assert all(one is other for one, other in zip(group["params"], expected, strict=True))
+        assert [group["weight_decay"] for group in inner.param_groups] == [0.1, 0.0]
+        assert set(inner.state) <= set(named.values())
+        assert set(inner.state) == set(self.before) & set(named.values())
+        for parameter, values in inner.state.items():
+            assert all(torch.equal(value, self.before[parameter][key]) for key, value in values.items())
+            assert values["step"].item() > 0
+        self.changes += set(self.before) != set(named.values())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_optimizer_follows(case, tmp_path):
+    watch, model = Watch(), tiny_llama(5)
+    callback = CompressionCallback(CASES[case], CALIBRATION, every=2)
+    args = arguments(tmp_path, weight_decay=0.1, max_steps=6)
+    trainer = Trainer(model, args, train_dataset=ROWS, callbacks=[callback, watch])
+    weights = []
+
+    class Keep(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            weights.append({name: p.detach().clone() for name, p in kwargs["model"].named_parameters()})
+
+    trainer.add_callback(Keep())
+    trainer.train()
+    assert watch.changes == 2
+    assert weights[-2].keys() == weights[-1].keys()
+    assert all(not torch.equal(weights[-2][n], weights[-1][n]) for n in weights[-1] if "embed" not in n)
+    assert len(figures(trainer)) == 6
+
+
+def test_one_change_each_so_many_steps(tmp_path):
+    lengths = []
+
+    class Count(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            lengths.append(len(kwargs["model"].model.layers))
+
+    callback = CompressionCallback(CASES["dropping"], every=2)
+    args = arguments(tmp_path, max_steps=6, gradient_accumulation_steps=2)
+    Trainer(tiny_llama(5), args, train_dataset=ROWS, callbacks=[callback, Count()]).train()
+    assert lengths == [5, 4, 4, 3, 3, 3]
+
+
+def test_new_parameters_go_where_their_like_are():
+    """By name, else by dimensions; a bias that nothing had before is not decayed; frozen ones stay out."""
+    model = tiny_dense(use_bias=False, gated=False)
+    model.bias = torch.nn.Parameter(torch.zeros(3))
+    model.classifier.weight.requires_grad_(False)
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1 and p.requires_grad], "weight_decay": 0.1},
+        {"params": [model.bias], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=0.1)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
+    optimizer.step()
+    kept = optimizer.state[model.embedding.weight]
+    with following(model, optimizer):
+        model.layers[1].mlp = torch.nn.Linear(8, 8)
+        model.layers[2].mlp.up_proj.weight = torch.nn.Parameter(torch.ones(4, 8))
+        model.layers[2].mlp.down_proj.weight = torch.nn.Parameter(torch.ones(8, 4), requires_grad=False)
+    first, second = (group["params"] for group in optimizer.param_groups)
+    named = dict(model.named_parameters())
+    frozen = ("classifier.weight", "layers.2.mlp.down_proj.weight")
+    assert [id(p) for p in first] == [id(p) for n, p in named.items() if p.ndim > 1 and n not in frozen]
+    assert [id(p) for p in second] == [id(p) for p in named.values() if p.ndim == 1]
+    assert any(p is model.layers[1].mlp.bias for p in second)
+    assert optimizer.state[model.embedding.weight] is kept
+    assert set(optimizer.state) < set(named.values())
+    assert model.layers[1].mlp.weight not in optimizer.state
