@@ -110,9 +110,7 @@ def absorbed(model: PreTrainedModel, stack: Stack, index: int) -> tuple[Tensor, 
         if isinstance(activation, BlendedActivation) and activation.blend == "constant":
             first, shift = torch.zeros_like(first), activation.constant.double()
         return first @ linear_map(down).double(), shift @ linear_map(down).double() + _bias(down)
-    scope = shared_scope((*ffn.inputs, ffn.output))
-    if not scope:
-        raise UnsupportedModelError(f"the gated FFN of block {index} of {stack.path} is no module of its own")
+    scope = gated_module(ffn, stack, index)
     # How a family lays out gate and up is its own affair: an affine map is known by what it makes of 0 and of the axes.
     holder = copy.deepcopy(block.get_submodule(scope)).double().eval()
     for module in holder.modules():
@@ -127,6 +125,15 @@ def absorbed(model: PreTrainedModel, stack: Stack, index: int) -> tuple[Tensor, 
     if error > 1e-6 * (1 + (probe @ weight).abs().max()):
         raise UnsupportedModelError(f"the FFN of block {index} of {stack.path} is not linear once its gate is constant")
     return weight, bias
+
+
+def gated_module(ffn: FFN, stack: Stack, index: int) -> str:
+    """The path, in its block, of the module that is a gated FFN; UnsupportedModelError where there is none."""
+    assert ffn.output is not None
+    scope = shared_scope((*ffn.inputs, ffn.output))
+    if not scope:
+        raise UnsupportedModelError(f"the gated FFN of block {index} of {stack.path} is no module of its own")
+    return scope
 
 
 def _bias(linear: nn.Module) -> Tensor:

@@ -17,7 +17,7 @@ from hf_compress.apply import carry_out
 from hf_compress.calibration.capture import inference
 from hf_compress.drafts import replace_activation
 from hf_compress.errors import NotLinearError
-from hf_compress.methods.layer_collapse.blend import blended, fitting_blend, mean_gates
+from hf_compress.methods.layer_collapse.blend import blended, fitting_blend, gated_module, mean_gates
 from hf_compress.methods.layer_collapse.closed_form import collapsible, count_of, plan_closed_form
 from hf_compress.methods.layer_collapse.linear import fit_ffns
 from hf_compress.methods.layer_collapse.product import plan_by_product, product
@@ -221,6 +221,8 @@ def _blend(config: LayerCollapseConfig, model: PreTrainedModel, stack: Stack, in
             f"blend={config.blend!r} would make the gate of block {index} linear, and the FFN a product of two linear "
             "maps, which does not collapse; for gated FFNs leave blend out, or give 'constant'"
         )
+    if fitting == "constant":
+        gated_module(ffn, stack, index)  # now, and not when the training is done
     return config.blend or fitting
 
 
