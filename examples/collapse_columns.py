@@ -1,6 +1,7 @@
 """What the LayerCollapse examples have in common: one trained model, and six ways to a smaller one.
 
     dense       the model, trained on its task
+    longer      the same, trained for as long again as the others: what that training alone is worth
     naive       its FFNs as the product of their projections, a gate as its mean: no training, no fit
     paper       activations trained to be linear (`variant="paper"`), then the product; the last FFNs
     closed      the closed form, `compress`'s default, which chooses the FFNs itself
@@ -16,10 +17,11 @@ and token, 2 for the teacher and for calibration.
 from __future__ import annotations
 
 import copy
+import json
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import mean, stdev
 from tempfile import TemporaryDirectory
@@ -41,13 +43,14 @@ from transformers import (
 import hf_compress as hfc
 from hf_compress.apply import apply
 from hf_compress.calibration.data import DataOptions, prepare
+from hf_compress.config import is_number
 from hf_compress.drafts import narrow_ffn, replace_activation
 from hf_compress.methods.layer_collapse.blend import fitting_blend, mean_gates
 from hf_compress.methods.layer_collapse.product import product
 from hf_compress.parity import Probe
 
 COLUMNS = ("naive", "closed", "paper", "gradual", "healed", "student")
-UNTRAINED = ("naive", "closed")
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,10 @@ class Task:
             trainer.train()
         return model.eval()
 
+    def settings(self) -> dict[str, Any]:
+        """The numbers among the fields: what tells one experiment's results from another's."""
+        return {field.name: value for field in fields(self) if is_number(value := getattr(self, field.name))}
+
     def dense(self, seed: int) -> PreTrainedModel:
         """The model, trained."""
         set_seed(seed)
@@ -150,12 +157,15 @@ class Result:
     collapsed: int = 0
 
 
-def run(
-    task: Task, counts: Sequence[int], seed: int, trained: Sequence[int] | None = None
-) -> dict[tuple[str, int], Result]:
+Runs = dict[tuple[str, int], Result]  # of one seed, by column and number of FFNs
+
+
+def run(task: Task, counts: Sequence[int], seed: int, trained: Sequence[int] | None = None) -> Runs:
     """All columns for some numbers of FFNs, for one seed; those that take training for `trained` alone."""
     dense = task.dense(seed)
     results = {("dense", 0): Result(task.score(dense), _size(dense))}
+    longer = task.fit(copy.deepcopy(dense), task.again, task.learning_rate_again, seed)
+    results["longer", 0] = Result(task.score(longer), _size(longer), task.again / task.epochs)
     for count in counts:
         closed = _compressed(task, dense, count)
         chosen = [step["block"] for step in closed.compression_report.notes["collapsed"]]
@@ -250,7 +260,7 @@ def _size(model: PreTrainedModel) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def table(runs: Sequence[dict[tuple[str, int], Result]], counts: Sequence[int]) -> str:
+def table(runs: Sequence[Runs], counts: Sequence[int]) -> str:
     """Markdown: a row for each column and number of FFNs, means over the seeds and their spread."""
     names = list(runs[0]["dense", 0].scores)
     lines = [
@@ -258,7 +268,7 @@ def table(runs: Sequence[dict[tuple[str, int], Result]], counts: Sequence[int]) 
         "|---|---|---|" + "---|" * len(names) + "---|",
     ]
     dense = runs[0]["dense", 0].parameters
-    for key in [("dense", 0), *((name, count) for count in counts for name in COLUMNS)]:
+    for key in [("dense", 0), ("longer", 0), *((name, count) for count in counts for name in COLUMNS)]:
         results = [run[key] for run in runs if key in run]
         if not results:
             continue
@@ -278,9 +288,37 @@ def _spread(values: list[float]) -> str:
     return f"{mean(values):.3f} ± {stdev(values):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
 
 
+def experiment(
+    name: str,
+    task: Task,
+    counts: Sequence[int],
+    seeds: int,
+    trained: Sequence[int] | None = None,
+    resume: bool = False,
+) -> list[Runs]:
+    """Run the seeds one after another, and save the table of those so far: a long run may be cut.
+
+    With `resume` the seeds that an earlier run of the same task has left in benchmarks/results are taken from there.
+    """
+    path = RESULTS / f"{name}.json"
+    settings = {**task.settings(), "counts": list(counts), "trained": list(trained or counts)}
+    saved = json.loads(path.read_text()) if resume and path.is_file() else {}
+    rows = saved["seeds"] if saved.get("settings") == settings else {}
+    runs = []
+    for seed in range(seeds):
+        if str(seed) not in rows:
+            results = run(task, counts, seed, trained)
+            rows[str(seed)] = [{"model": model, "ffns": ffns, **asdict(r)} for (model, ffns), r in results.items()]
+            path.write_text(json.dumps({"settings": settings, "seeds": rows}, indent=1) + "\n")
+        runs.append({(row.pop("model"), row.pop("ffns")): Result(**row) for row in map(dict, rows[str(seed)])})
+        head = f"{len(task.train):,} samples to train on, {len(task.test):,} to test on; seeds 0 to {seed}.\n\n"
+        save_table(name, head + table(runs, counts))
+    return runs
+
+
 def save_table(name: str, text: str) -> None:
     """Print a table, and keep it under benchmarks/results/ with the command that made it."""
     print(text, flush=True)
-    path = Path(__file__).parent.parent / "benchmarks" / "results" / f"{name}.md"
+    path = RESULTS / f"{name}.md"
     command = f"python examples/{name}.py {shlex.join(sys.argv[1:])}".strip()
     path.write_text(f"Made by `{command}`; see examples/collapse_columns.py for the columns.\n\n{text}\n")

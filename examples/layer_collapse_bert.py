@@ -21,7 +21,7 @@ from typing import Any
 
 import datasets
 import torch
-from collapse_columns import Task, run, save_table, table
+from collapse_columns import Task, experiment
 from huggingface_hub import constants
 from sklearn.metrics import accuracy_score, f1_score
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
@@ -101,17 +101,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help="1 by default, 3 with --full")
     parser.add_argument("--trained", type=int, nargs="+", help="numbers of FFNs for the trained columns; 4 by default")
     parser.add_argument("--full", action="store_true", help="three seeds, 1 to 6 FFNs in all columns")
+    parser.add_argument("--resume", action="store_true", help="keep the seeds that an earlier run has finished")
     args = parser.parse_args()
     folder = args.data or (SHARED if SHARED.is_dir() else None)
     task = mrpc_task(args.model or default_model(), folder)
     counts = range(1, 7)
     trained = args.trained or (counts if args.full else (4,))
-    seeds = args.seeds or (3 if args.full else 1)
-    runs = []
-    for seed in range(seeds):
-        runs.append(run(task, counts, seed, trained))
-        head = f"MRPC, {len(task.train):,} pairs to train on, {len(task.test):,} to test on; seeds 0 to {seed}.\n\n"
-        save_table("layer_collapse_bert", head + table(runs, counts))  # of the seeds so far: a long run may be cut
+    experiment("layer_collapse_bert", task, counts, args.seeds or (3 if args.full else 1), trained, args.resume)
 
 
 if __name__ == "__main__":

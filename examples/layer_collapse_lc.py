@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import argparse
 import copy
-from pathlib import Path
 from statistics import mean
 
-from collapse_columns import Task, save_table
+from collapse_columns import RESULTS, Task, save_table
 from layer_collapse_digits import BLOCKS, KINDS, digits_task
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -22,7 +21,6 @@ from transformers import PreTrainedModel
 
 import hf_compress as hfc
 
-RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 Row = tuple[float, float, float]  # mean α, FFNs within the tolerance, accuracy
 
 

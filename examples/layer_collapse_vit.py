@@ -19,12 +19,11 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from collapse_columns import COLUMNS, Result, Task, run, save_table, table
+from collapse_columns import COLUMNS, RESULTS, Runs, Task, experiment
 from sklearn.metrics import accuracy_score
 from transformers import ViTConfig, ViTForImageClassification
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "vision" / "cifar10_subset.npz"
-RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 BLOCKS = 6
 
 
@@ -70,7 +69,7 @@ def vit_task(path: Path | None) -> Task:
         train=parts["train"],
         test=parts["test"],
         calibration={"pixel_values": pixels["train"][:2048]},
-        epochs=12,
+        epochs=30,
         learning_rate=1e-3,
         again=2,
         learning_rate_again=3e-4,
@@ -79,7 +78,7 @@ def vit_task(path: Path | None) -> Task:
     )
 
 
-def draw(runs: Sequence[dict[tuple[str, int], Result]], counts: Sequence[int]) -> None:
+def draw(runs: Sequence[Runs], counts: Sequence[int]) -> None:
     """Parameters against accuracy, a line a column, means over the seeds."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -105,16 +104,12 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="file with the images, .npz")
     parser.add_argument("--seeds", type=int, help="1 by default, 3 with --full")
     parser.add_argument("--full", action="store_true", help="1 to 6 FFNs, three seeds")
+    parser.add_argument("--resume", action="store_true", help="keep the seeds that an earlier run has finished")
     args = parser.parse_args()
     task = vit_task(args.data or (SHARED if SHARED.is_file() else None))
     counts = range(1, BLOCKS + 1) if args.full else (2, 4, BLOCKS)
     seeds = args.seeds or (3 if args.full else 1)
-    runs = []
-    for seed in range(seeds):
-        runs.append(run(task, counts, seed))
-        head = f"{len(task.train):,} images to train on, {len(task.test):,} to test on; seeds 0 to {seed}.\n\n"
-        save_table("layer_collapse_vit", head + table(runs, counts))  # of the seeds so far: a long run may be cut
-        draw(runs, counts)
+    draw(experiment("layer_collapse_vit", task, counts, seeds, resume=args.resume), counts)
 
 
 if __name__ == "__main__":
