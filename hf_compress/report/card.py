@@ -348,8 +348,10 @@ def _time(report: CompressionReport) -> str:
 def _limits(facts: _Facts) -> str:
     details = facts.details
     trained = sentence(details.training or "")
+    recorded_training = _training(facts.report) if facts.report else ""
+    untrained = [] if recorded_training else ["No training after compression is recorded."]
     lines = [
-        f"Trained after compression: {trained}" if trained else "No training after compression is recorded.",
+        *([f"Trained after compression: {trained}"] if trained else untrained),
         "Beyond the table above, nothing was evaluated: not safety, bias, other languages, other text, or speed."
         if is_evaluated(facts.result)
         else "Nothing was evaluated: not quality, safety, bias, languages, or speed.",

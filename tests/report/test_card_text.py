@@ -79,6 +79,17 @@ def test_what_is_not_recorded_is_not_made_up(small):
     assert "arXiv" not in text
 
 
+def test_training_that_the_report_knows_of(small):
+    small.compression_report.notes["trained_steps"] = 1200
+    assert "Compressed in training: 1,200 steps." in model_card(small).content
+    small.compression_report.notes["healing"] = {"steps": 64, "loss": 0.1, "lora": True}
+    text = model_card(small).content
+    assert "Healed by distillation of the uncompressed model: 64 steps, adapters (LoRA), merged." in text
+    assert "No training" not in text
+    small.compression_report.notes["healing"] = {"steps": 64, "lora": False}
+    assert "64 steps, all weights." in model_card(small).content
+
+
 def test_a_model_changed_after_compression_shows_its_present_size(small):
     after = small.compression_report.after
     small.to(torch.bfloat16)
