@@ -1,4 +1,4 @@
-"""What the LayerCollapse examples have in common: one trained model, and six ways to a smaller one.
+"""What the LayerCollapse examples have in common: one trained model, and six ways to make it smaller.
 
     dense       the model, trained on its task
     longer      the same, trained for as long again as the others: what that training alone is worth
@@ -9,9 +9,8 @@
     healed      the closed form, then `heal` with the dense model as the teacher
     student     as many parameters, all FFNs narrower (the dense model's first hidden units), distilled in the same way
 
-The paper's, the healed and the student start from the dense model and train for as many epochs (the student for as many
-times more as --student-epochs says). Cost: FLOPs of that training beside those of the dense model's own, 6 a parameter
-and token, 2 for the teacher and for calibration.
+All that are trained start from the dense model, and train for the same number of epochs. Cost: FLOPs of that training
+beside those of the dense model's own, 6 a parameter and token, 2 for the teacher and for calibration.
 """
 
 from __future__ import annotations
@@ -79,7 +78,6 @@ class Task:
     tokenizer: PreTrainedTokenizerBase | None = None
     batch_size: int = 32
     bf16: bool = False
-    student_epochs: float = 1.0
 
     @property
     def collate(self) -> Any:
@@ -246,8 +244,7 @@ def _student(task: Task, dense: PreTrainedModel, parameters: int, seed: int) -> 
     apply(_narrow(one, width - 1), one, probe)
     unit = _size(dense) - _size(one)  # parameters of one hidden unit in every block
     apply(_narrow(model, width - round((_size(dense) - parameters) / unit)), model, probe)
-    epochs = task.again * task.student_epochs
-    return task.heal(model, dense, epochs, seed), epochs / task.epochs * (_size(model) / _size(dense) + 1 / 3)
+    return task.heal(model, dense, task.again, seed), task.again / task.epochs * (_size(model) / _size(dense) + 1 / 3)
 
 
 def _narrow(model: PreTrainedModel, width: int) -> hfc.Plan:
