@@ -43,6 +43,8 @@ CASES = {
     "collapsing": (LayerCollapseConfig(num_layers=2), {"every": 3}, {"weight_decay": 0.1}),
 }
 
+RARE = ("learned, ramp, teacher", "merged first", "refitting")  # for `make check`
+
 
 class StopAt(TrainerCallback):
     """Ends a run in the hard way: at the end of a step, by an error."""
@@ -79,7 +81,9 @@ def agree(first, second):
     assert reports[0].after == reports[1].after
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow) if case in RARE else case for case in CASES]
+)
 def test_as_if_there_had_been_no_stop(case, tmp_path):
     whole = made(case, tmp_path / "whole")
     whole.train()
