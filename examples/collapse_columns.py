@@ -44,6 +44,7 @@ from hf_compress.apply import apply
 from hf_compress.calibration.data import DataOptions, prepare
 from hf_compress.config import is_number
 from hf_compress.drafts import narrow_ffn, replace_activation
+from hf_compress.evaluation.size import parameter_count
 from hf_compress.methods.layer_collapse.blend import fitting_blend, mean_gates
 from hf_compress.methods.layer_collapse.product import product
 from hf_compress.parity import Probe
@@ -161,9 +162,9 @@ Runs = dict[tuple[str, int], Result]  # of one seed, by column and number of FFN
 def run(task: Task, counts: Sequence[int], seed: int, trained: Sequence[int] | None = None) -> Runs:
     """All columns for some numbers of FFNs, for one seed; those that take training for `trained` alone."""
     dense = task.dense(seed)
-    results = {("dense", 0): Result(task.score(dense), _size(dense))}
+    results = {("dense", 0): Result(task.score(dense), parameter_count(dense))}
     longer = task.fit(copy.deepcopy(dense), task.again, task.learning_rate_again, seed)
-    results["longer", 0] = Result(task.score(longer), _size(longer), task.again / task.epochs)
+    results["longer", 0] = Result(task.score(longer), parameter_count(longer), task.again / task.epochs)
     for count in counts:
         closed = _compressed(task, dense, count)
         chosen = [step["block"] for step in closed.compression_report.notes["collapsed"]]
@@ -176,13 +177,13 @@ def run(task: Task, counts: Sequence[int], seed: int, trained: Sequence[int] | N
                 "paper": _trained(task, dense, _paper_config(task, dense, count), seed),
                 "gradual": _trained(task, dense, hfc.LayerCollapseConfig(num_layers=count, gradual=True), seed),
                 "healed": _healed(task, dense, closed, seed),
-                "student": _student(task, dense, _size(closed), seed),
+                "student": _student(task, dense, parameter_count(closed), seed),
             }
         for name, (model, cost) in made.items():
             linear = count
             if name == "paper":
                 linear = len(model.compression_report.notes.get("collapsed", ()))
-            results[name, count] = Result(task.score(model), _size(model), cost, linear)
+            results[name, count] = Result(task.score(model), parameter_count(model), cost, linear)
     return results
 
 
@@ -231,7 +232,7 @@ def _paper_config(task: Task, dense: PreTrainedModel, count: int) -> hfc.LayerCo
 
 def _healed(task: Task, dense: PreTrainedModel, closed: PreTrainedModel, seed: int) -> tuple[PreTrainedModel, float]:
     model = copy.deepcopy(closed)
-    cost = task.again / task.epochs * (_size(model) / _size(dense) + 1 / 3)
+    cost = task.again / task.epochs * (parameter_count(model) / parameter_count(dense) + 1 / 3)
     return task.heal(model, dense, task.again, seed), cost
 
 
@@ -242,19 +243,16 @@ def _student(task: Task, dense: PreTrainedModel, parameters: int, seed: int) -> 
     probe = Probe.of(model, prepare(task.calibration, model, None, DataOptions(batch_size=64)).batches[0])
     one = copy.deepcopy(dense)
     apply(_narrow(one, width - 1), one, probe)
-    unit = _size(dense) - _size(one)  # parameters of one hidden unit in every block
-    apply(_narrow(model, width - round((_size(dense) - parameters) / unit)), model, probe)
-    return task.heal(model, dense, task.again, seed), task.again / task.epochs * (_size(model) / _size(dense) + 1 / 3)
+    unit = parameter_count(dense) - parameter_count(one)  # parameters of one hidden unit in every block
+    apply(_narrow(model, width - round((parameter_count(dense) - parameters) / unit)), model, probe)
+    cost = task.again / task.epochs * (parameter_count(model) / parameter_count(dense) + 1 / 3)
+    return task.heal(model, dense, task.again, seed), cost
 
 
 def _narrow(model: PreTrainedModel, width: int) -> hfc.Plan:
     stack = hfc.Anatomy(model).stack()
     plans = [narrow_ffn(model, stack, index, range(max(1, width))) for index in range(len(stack))]
     return sum(plans[1:], start=plans[0])
-
-
-def _size(model: PreTrainedModel) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def table(runs: Sequence[Runs], counts: Sequence[int]) -> str:

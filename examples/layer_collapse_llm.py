@@ -13,12 +13,13 @@ from __future__ import annotations
 from llm import Task, arguments, publish, task_of
 
 import hf_compress as hfc
+from hf_compress.evaluation.size import parameter_count
 
 
 def controls(task: Task, ffns: int, parameters: int) -> dict[str, hfc.EvaluationResult]:
     """The uncompressed model, the collapse without healing, and as small a model with fewer blocks, healed alike."""
     dense = task.fresh()
-    size = sum(parameter.numel() for parameter in dense.parameters())
+    size = parameter_count(dense)
     block = sum(parameter.numel() for parameter in hfc.Anatomy(dense).stack().blocks[0].parameters())
     count = max(1, (size - parameters) // block)  # rather more parameters than fewer: the control is not to suffer
     healed = hfc.compress(task.fresh(), hfc.DropBlocksConfig(num_blocks=count), task.calibration, task.tokenizer)
@@ -39,7 +40,7 @@ def main() -> None:
     config = hfc.LayerCollapseConfig(num_layers=args.ffns)
     model = hfc.compress(task.fresh(), config, task.calibration, task.tokenizer)
     hfc.heal(model, task.fresh(), task.calibration, task.tokenizer)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = parameter_count(model)
     publish(task, model, args, parser, lambda: controls(task, args.ffns, parameters))
 
 

@@ -33,11 +33,9 @@ def apply(plan: Plan, model: PreTrainedModel, probe: Probe | None = None) -> Non
     probe = probe or Probe.of(model)
     undo = Undo()
     try:
-        plan = unsealed(plan, model, undo)
-        before = [edit for edit in recorded(model.config) if not isinstance(edit, Seal)]
-        edits: list[ModuleEdit] = [*before, *plan.module_edits]
+        edits: list[ModuleEdit] = [edit for edit in recorded(model.config) if not isinstance(edit, Seal)]
         lengths = {stack: len(Anatomy(model).stack(stack)) for stack in plan.stacks}
-        carry_out(plan, model, undo)
+        edits += carry_out(plan, model, undo).module_edits
         for stack, length in lengths.items():
             edits = after_removal(edits, stack, length, plan.removed(stack))
         record(model, edits, undo)
@@ -47,8 +45,12 @@ def apply(plan: Plan, model: PreTrainedModel, probe: Probe | None = None) -> Non
         raise
 
 
-def carry_out(plan: Plan, model: PreTrainedModel, undo: Undo) -> None:
-    """Change modules, write the plan's tensors, and take its blocks out, recording each step in `undo`."""
+def carry_out(plan: Plan, model: PreTrainedModel, undo: Undo) -> Plan:
+    """Change modules, write the plan's tensors, and take its blocks out, recording each step in `undo`.
+
+    Returns:
+        The plan as it was carried out, with the paths of modules that a seal had hidden.
+    """
     device = model.device
     plan = unsealed(plan, model, undo)
     site = Site(model, undo)
@@ -59,6 +61,7 @@ def carry_out(plan: Plan, model: PreTrainedModel, undo: Undo) -> None:
     stacks = {path: anatomy.stack(path) for path in plan.stacks}
     for path, stack in stacks.items():
         remove_blocks(model, stack, plan.removed(path), undo)
+    return plan
 
 
 def _write(tensors: dict[str, Tensor], model: PreTrainedModel, device: torch.device, undo: Undo) -> None:

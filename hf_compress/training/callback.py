@@ -143,7 +143,7 @@ class CompressionCallback(ObjectiveCallback):
             self._resume(read_state(resumed_checkpoint() or "", state.global_step))
         if self.teacher is not None:
             self._distillation = Distillation(model, self.teacher, autocast=trainer.accelerator.autocast)
-        super().on_train_end(args, state, control, **kwargs)  # of a run that was interrupted
+        self.disarm()  # after a run that was interrupted
         if self._adds_to_loss:
             self.objective = Objective(model, self._terms)
         # Reporters send off what they are given, so the figures of a compression have to be there before their turn.

@@ -46,6 +46,10 @@ class Distillation:
         check_teacher(student, teacher)
         self.student, self.temperature, self.pairs, self.autocast = student, temperature, pairs, autocast
         self.teacher = teacher.to(student.device)  # type: ignore[arg-type]
+        accepted = inspect.signature(teacher.forward).parameters
+        self._takes_all = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in accepted.values())
+        self._taken = frozenset(accepted)
+        self._stack = Anatomy(teacher).stack() if pairs else None
         self._streams: dict[int, Tensor] = {}
 
     @contextmanager
@@ -75,18 +79,16 @@ class Distillation:
         def keep(index: int, before: Tensor, after: Tensor) -> None:
             seen[index] = after
 
-        accepted = inspect.signature(self.teacher.forward).parameters
-        open_ended = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in accepted.values())
         inputs = {
             name: value
             for name, value in kwargs.items()
-            if name not in _NOT_FOR_THE_TEACHER and (open_ended or name in accepted)
+            if name not in _NOT_FOR_THE_TEACHER and (self._takes_all or name in self._taken)
         }
         if not self.student.config.is_encoder_decoder:  # there they are what the decoder reads
             inputs.pop("labels", None)
         with inference(self.teacher), self.autocast(), ExitStack() as hooks:
-            if self.pairs:
-                hooks.enter_context(watch_blocks(Anatomy(self.teacher).stack(), keep))
+            if self._stack is not None:
+                hooks.enter_context(watch_blocks(self._stack, keep))
             target = _logits(self.teacher(**inputs))
         counted = _counted(self.student, kwargs, target)
         divergence = _divergence(_logits(output)[counted], target[counted], self.temperature)

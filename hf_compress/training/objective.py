@@ -90,17 +90,18 @@ class ObjectiveCallback(TrainerCallback):
 
     objective: Objective | None = None
 
+    def disarm(self) -> None:
+        """Leave the model's next pass alone."""
+        if self.objective is not None:
+            self.objective.disarm()
+
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.objective is not None:
             self.objective.arm()
 
-    def on_substep_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self.objective is not None:
-            self.objective.arm()
+    on_substep_end = on_step_begin  # the next micro-batch follows
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -111,8 +112,7 @@ class ObjectiveCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.objective is not None:
-            self.objective.disarm()
+        self.disarm()
 
 
 def item_weight(model: PreTrainedModel, kwargs: dict[str, Any]) -> Tensor:

@@ -55,7 +55,7 @@ def mean_gates(model: PreTrainedModel, stack: Stack, data: Calibration, blocks: 
     seen: dict[tuple[str, int], Tensor] = {}
     handles = []
     for index in blocks:
-        ffn, block = _ffn(model, stack, index), stack.blocks[index]
+        ffn, block = ffn_of(model, stack, index), stack.blocks[index]
 
         def activated(module: nn.Module, args: tuple, output: Tensor, index: int = index) -> None:
             seen["gate", index] = output
@@ -100,7 +100,7 @@ def absorbed(model: PreTrainedModel, stack: Stack, index: int) -> tuple[Tensor, 
     Raises:
         UnsupportedModelError: a gated FFN that is no module of its own, or that is not affine even then.
     """
-    ffn = _ffn(model, stack, index)
+    ffn = ffn_of(model, stack, index)
     block = stack.blocks[index]
     assert ffn.output is not None
     down = block.get_submodule(ffn.output)
@@ -141,7 +141,8 @@ def _bias(linear: nn.Module) -> Tensor:
     return linear_map(linear).new_zeros(linear_map(linear).shape[1]).double() if bias is None else bias.double()
 
 
-def _ffn(model: PreTrainedModel, stack: Stack, index: int) -> FFN:
+def ffn_of(model: PreTrainedModel, stack: Stack, index: int) -> FFN:
+    """The FFN of a block that has one."""
     ffn = Anatomy(model).parts(stack, index).ffn
     assert ffn is not None
     return ffn

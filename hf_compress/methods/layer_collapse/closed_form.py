@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
@@ -15,6 +14,7 @@ from hf_compress.calibration.capture import inference
 from hf_compress.errors import UnsupportedModelError
 from hf_compress.methods.layer_collapse.linear import LinearFit, fit_ffns
 from hf_compress.methods.layer_collapse.trial import Trial
+from hf_compress.methods.sizing import share_of
 from hf_compress.plan import Plan
 from hf_compress.workbench import Workbench
 
@@ -91,7 +91,7 @@ def projections(ffn: FFN | None) -> tuple[str, ...]:
 def count_of(config: LayerCollapseConfig, total: int) -> int:
     """How many FFNs: all of them may go, as the stream goes on past them."""
     if config.num_layers is None:
-        return max(1, math.floor(total * (config.ratio or 0) + 0.5))
+        return share_of(total, config.ratio or 0)
     if config.num_layers > total:
         raise ValueError(f"num_layers={config.num_layers} asks for more FFNs than the {total} that can be collapsed")
     return config.num_layers

@@ -17,8 +17,8 @@ from hf_compress.apply import carry_out
 from hf_compress.calibration.capture import inference
 from hf_compress.drafts import replace_activation
 from hf_compress.errors import NotLinearError
-from hf_compress.methods.layer_collapse.blend import blended, fitting_blend, gated_module, mean_gates
-from hf_compress.methods.layer_collapse.closed_form import collapsible, count_of, plan_closed_form
+from hf_compress.methods.layer_collapse.blend import blended, ffn_of, fitting_blend, gated_module, mean_gates
+from hf_compress.methods.layer_collapse.closed_form import collapsible, count_of, plan_closed_form, projections
 from hf_compress.methods.layer_collapse.linear import fit_ffns
 from hf_compress.methods.layer_collapse.product import plan_by_product, product
 from hf_compress.modules.activation import Blend, BlendedActivation
@@ -212,8 +212,7 @@ def _chosen(config: LayerCollapseConfig, bench: Workbench) -> list[int]:
 
 def _blend(config: LayerCollapseConfig, model: PreTrainedModel, stack: Stack, index: int) -> Blend:
     """What the activation of a block's FFN is driven to; ValueError for one that would leave it no linear map."""
-    ffn = Anatomy(model).parts(stack, index).ffn
-    assert ffn is not None
+    ffn = ffn_of(model, stack, index)
     assert ffn.activation is not None
     fitting = fitting_blend(ffn, stack.blocks[index].get_submodule(ffn.activation))
     if fitting == "constant" and config.blend not in (None, "constant"):
@@ -229,10 +228,7 @@ def _blend(config: LayerCollapseConfig, model: PreTrainedModel, stack: Stack, in
 def _check_trained(model: PreTrainedModel, stack: Stack, blocks: list[int]) -> None:
     """Raise where an FFN cannot learn to do without its activation."""
     for index in blocks:
-        ffn = Anatomy(model).parts(stack, index).ffn
-        assert ffn is not None
-        assert ffn.output is not None
-        for path in (*ffn.inputs, ffn.output):
+        for path in projections(ffn_of(model, stack, index)):
             weight = stack.blocks[index].get_submodule(path).weight
             if isinstance(weight, Tensor) and not weight.requires_grad:
                 raise ValueError(
