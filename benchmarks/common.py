@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from time import perf_counter
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from hf_compress import CompressionConfig, compress
+from hf_compress.calibration.capture import forward, inference
+from hf_compress.calibration.data import prepare
 from hf_compress.report.report import environment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,6 +52,34 @@ def calibration_windows(tokenizer: PreTrainedTokenizerBase, samples: int, seed: 
             f"the calibration documents hold {len(windows)} windows of {WINDOW} tokens; asked for {samples}"
         )
     return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:samples]]
+
+
+def plain_pass(model: PreTrainedModel, windows: Tensor) -> None:
+    """One forward pass over the batches that `compress` would use."""
+    with inference(model):
+        for batch in prepare(windows, model, None):
+            forward(model, batch)
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Wall time of some work."""
+    start = perf_counter()
+    work()
+    return perf_counter() - start
+
+
+def cost_ratios(directory: Path, config: CompressionConfig, windows: Tensor, repeats: int) -> list[float]:
+    """Time of `compress` over the mean of the plain passes before and after it."""
+    found = []
+    reference, _ = load(directory)
+    before = seconds(lambda: plain_pass(reference, windows))
+    for _ in range(repeats):
+        model, _ = load(directory)
+        cost = seconds(lambda model=model: compress(model, config, windows))  # type: ignore[misc]
+        after = seconds(lambda: plain_pass(reference, windows))
+        found.append(cost / ((before + after) / 2))
+        before = after
+    return found
 
 
 def write_result(name: str, markdown: str, data: object) -> None:

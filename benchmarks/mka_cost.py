@@ -13,29 +13,16 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from time import perf_counter
 
-from common import REFERENCE, calibration_windows, load, write_result
-from torch import Tensor
+from common import REFERENCE, calibration_windows, cost_ratios, load, plain_pass, write_result
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from hf_compress import MKAConfig, compress
-from hf_compress.calibration.capture import forward, inference
-from hf_compress.calibration.data import prepare
 
 ONE_SHOT_BOUND = 1.3
 MERGES_FOR_MEMORY = 3
-
-
-def plain_pass(model: PreTrainedModel, windows: Tensor) -> None:
-    """One forward pass over the batches that `compress` would use."""
-    with inference(model):
-        for batch in prepare(windows, model, None):
-            forward(model, batch)
 
 
 def configs(merges: list[int]) -> dict[str, tuple[MKAConfig, float]]:
@@ -45,26 +32,6 @@ def configs(merges: list[int]) -> dict[str, tuple[MKAConfig, float]]:
         f"default, {count} merge{'s' * (count > 1)}": (MKAConfig(num_merges=count), 1.5 * (1 + count))
         for count in merges
     }
-
-
-def seconds(work: Callable[[], object]) -> float:
-    start = perf_counter()
-    work()
-    return perf_counter() - start
-
-
-def ratios(directory: Path, config: MKAConfig, windows: Tensor, repeats: int) -> list[float]:
-    """Time of `compress` over the mean of the plain passes before and after it."""
-    found = []
-    reference, _ = load(directory)
-    before = seconds(lambda: plain_pass(reference, windows))
-    for _ in range(repeats):
-        model, _ = load(directory)
-        cost = seconds(lambda model=model: compress(model, config, windows))  # type: ignore[misc]
-        after = seconds(lambda: plain_pass(reference, windows))
-        found.append(cost / ((before + after) / 2))
-        before = after
-    return found
 
 
 def peak_memory(directory: Path, what: str, samples: int) -> float:
@@ -118,7 +85,7 @@ def measure_time(args: argparse.Namespace) -> None:
     rows = ["| compress() with | time over one plain pass: median (least, most) | bound | kept |", "|---|---|---|---|"]
     data: dict[str, object] = {}
     for name, (config, bound) in tqdm(configs(merges).items(), desc="time"):
-        found = ratios(args.model, config, windows, repeats)
+        found = cost_ratios(args.model, config, windows, repeats)
         middle = median(found)
         rows.append(
             f"| {name} | {middle:.2f} ({min(found):.2f}, {max(found):.2f}) | {bound:.1f} | "

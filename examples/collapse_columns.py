@@ -49,7 +49,8 @@ from hf_compress.methods.layer_collapse.blend import fitting_blend, mean_gates
 from hf_compress.methods.layer_collapse.product import product
 from hf_compress.parity import Probe
 
-COLUMNS = ("naive", "closed", "paper", "gradual", "healed", "student")
+UNTRAINED = ("naive", "closed")
+COLUMNS = (*UNTRAINED, "paper", "gradual", "healed", "student")
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
 
@@ -271,6 +272,7 @@ def table(runs: Sequence[Runs], counts: Sequence[int]) -> str:
         size = mean(result.parameters for result in results) / dense - 1
         short = sum(result.collapsed < key[1] for result in results)
         note = f" ({short} of {len(results)} runs with fewer FFNs linear)" if short else ""
+        note += f" ({len(results)} of {len(runs)} seeds)" if len(results) < len(runs) else ""
         lines.append(
             f"| {key[1] or ''} | {key[0]}{note} | {100 * size:+.1f}% | "
             + " | ".join(cells)
@@ -293,15 +295,18 @@ def experiment(
 ) -> list[Runs]:
     """Run the seeds one after another, and save the table of those so far: a long run may be cut.
 
-    With `resume` the seeds that an earlier run of the same task has left in benchmarks/results are taken from there.
+    With `resume` the seeds that an earlier run of the same task has left in benchmarks/results are taken from there, if
+    they have all that is wanted; what more they have enters the table too.
     """
     path = RESULTS / f"{name}.json"
-    settings = {**task.settings(), "counts": list(counts), "trained": list(trained or counts)}
+    settings = task.settings()
     saved = json.loads(path.read_text()) if resume and path.is_file() else {}
     rows = saved["seeds"] if saved.get("settings") == settings else {}
+    wanted = {(column, n) for n in trained or counts for column in COLUMNS}
+    wanted |= {(column, n) for n in counts for column in UNTRAINED}
     runs = []
     for seed in range(seeds):
-        if str(seed) not in rows:
+        if not wanted <= {(row["model"], row["ffns"]) for row in rows.get(str(seed), ())}:
             results = run(task, counts, seed, trained)
             rows[str(seed)] = [{"model": model, "ffns": ffns, **asdict(r)} for (model, ffns), r in results.items()]
             path.write_text(json.dumps({"settings": settings, "seeds": rows}, indent=1) + "\n")

@@ -15,11 +15,10 @@ from statistics import mean
 
 from collapse_columns import RESULTS, Task, save_table
 from layer_collapse_digits import BLOCKS, KINDS, digits_task
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from transformers import PreTrainedModel
 
 import hf_compress as hfc
+from hf_compress.report.canvas import new_figure
 
 Row = tuple[float, float, float]  # mean α, FFNs within the tolerance, accuracy
 
@@ -39,8 +38,7 @@ def measure(task: Task, dense: list[PreTrainedModel], lc: float) -> Row:
 
 
 def draw(rows: dict[str, list[Row]], values: list[float]) -> None:
-    figure = Figure(figsize=(7, 3.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(7, 3.2)
     for place, label in ((0, "mean α after training"), (2, "accuracy, all collapsed")):
         axis = figure.add_subplot(1, 2, 1 if place == 0 else 2)
         for name, results in rows.items():

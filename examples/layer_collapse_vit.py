@@ -23,6 +23,8 @@ from collapse_columns import COLUMNS, RESULTS, Runs, Task, experiment
 from sklearn.metrics import accuracy_score
 from transformers import ViTConfig, ViTForImageClassification
 
+from hf_compress.report.canvas import new_figure
+
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "vision" / "cifar10_subset.npz"
 BLOCKS = 6
 
@@ -80,11 +82,7 @@ def vit_task(path: Path | None) -> Task:
 
 def draw(runs: Sequence[Runs], counts: Sequence[int]) -> None:
     """Parameters against accuracy, a line a column, means over the seeds."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(7, 4.5)
     axis = figure.add_subplot()
     for column in COLUMNS:
         keys = [("dense", 0), *((column, count) for count in counts)]

@@ -16,9 +16,10 @@ from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.data import Calibration, DataOptions, prepare
 from hf_compress.calibration.statistics import BlockStatistics, block_statistics
 from hf_compress.config import check_ratio
+from hf_compress.evaluation.size import parameter_count
 from hf_compress.methods.layer_collapse.closed_form import projections
 from hf_compress.methods.layer_collapse.config import LayerCollapseConfig
-from hf_compress.methods.layer_collapse.linear import HELD_OUT, fit_ffns
+from hf_compress.methods.layer_collapse.linear import fit_ffns
 from hf_compress.methods.mka.config import MKAConfig
 from hf_compress.methods.mka.similarity import check_samples, similarity_of
 from hf_compress.methods.sizing import blocks_to_remove
@@ -197,7 +198,7 @@ def analyze(
         similarity=tuple(tuple(row) for row in similarity.tolist()),
         blocks=tuple(_rows(anatomy, stack, kinds, linearity, statistics, similarity)),
         removals=tuple(_removal(model, stack, ratio, kinds, statistics, similarity) for ratio in ratios),
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=parameter_count(model),
         calibration=data.describe(),
         note=note,
     )
@@ -208,14 +209,9 @@ def _linearity(
 ) -> tuple[dict[int, float], str | None]:
     """R² of the FFNs that can be linear maps, by block, and why there is none where it could not be measured."""
     blocks = [index for index in range(len(stack)) if projections(anatomy.parts(stack, index).ffn)]
-    if blocks and len(data) < HELD_OUT:
-        return {}, (
-            f"FFN R² is measured on every {HELD_OUT}th batch, held out: it needs at least {HELD_OUT} batches, and the "
-            f"data has {len(data)} (give more samples, or a smaller batch_size)"
-        )
     try:
         fits = fit_ffns(model, stack, data, blocks, LayerCollapseConfig.penalty)
-    except ValueError as error:  # an FFN that runs in chunks, or overflows; the rest of the analysis stands without it
+    except ValueError as error:  # too little data, or an FFN that overflows; the rest of the analysis stands without it
         return {}, f"no FFN R²: {error}"
     return {index: fit.r2 for index, fit in fits.items()}, None
 

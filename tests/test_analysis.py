@@ -108,7 +108,7 @@ def test_what_could_not_be_measured_is_said_once() -> None:
     assert [row.linearity for row in found.blocks] == [None] * 6
     assert found.note is not None
     text = " ".join(_plain(found.table()).split())
-    assert text.count("it needs at least 4 batches, and the data has 3") == 1
+    assert text.count("give at least 4 batches of data (more samples, or a smaller batch_size); these are 3") == 1
     assert json.loads(found.to_json())["note"] == found.note
     chunked = tiny_base_model("bert")
     for layer in chunked.encoder.layer:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from hf_compress.anatomy.stacks import Stack
@@ -81,11 +83,38 @@ def watch_blocks(stack: Stack, watcher: BlockWatcher) -> Iterator[None]:
             watcher(index, stream_of(args, kwargs), stream_of_output(output))
 
         handles.append(block.register_forward_hook(hook, with_kwargs=True))
+    with hooked(handles):
+        yield
+
+
+@contextmanager
+def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Take hooks off again on every way out."""
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+@dataclass
+class Seen:
+    """What a module was given last (its first argument), and what it made of it."""
+
+    given: Tensor | None = None
+    gave: Tensor | None = None
+
+
+@contextmanager
+def watch_module(module: nn.Module) -> Iterator[Seen]:
+    """Have a module keep what it reads and writes."""
+    seen = Seen()
+
+    def keep(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        seen.given, seen.gave = args[0], output
+
+    with hooked([module.register_forward_hook(keep)]):
+        yield seen
 
 
 def stream_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

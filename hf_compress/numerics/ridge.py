@@ -1,6 +1,7 @@
 """Ridge regression from streaming sums: least squares towards a prior, without keeping the data."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 # A feature whose variance is below this share of its mean square counts as constant: sums of n rows carry a relative
 # error of about sqrt(n) times 1e-16.
 _CONSTANT = 1e-12
+HELD_OUT = 4
+PENALTIES = (1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 3.0)  # worth trying, relative to the mean variance of the inputs
 
 
 def solve_ridge(gram: Tensor, cross: Tensor, penalty: float, prior: Tensor | None = None) -> Tensor:
@@ -65,7 +68,7 @@ class LeastSquares:
         cross: sum of x y^T, [p, q].
         x_sum, y_sum: [p], [q].
         energy: sum of ||y||^2.
-        count: rows seen.
+        count: rows seen, or the sum of their weights.
     """
 
     inputs: int
@@ -76,7 +79,7 @@ class LeastSquares:
     x_sum: Tensor = field(init=False, repr=False)
     y_sum: Tensor = field(init=False, repr=False)
     energy: float = field(init=False, default=0.0)
-    count: int = field(init=False, default=0)
+    count: float = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         if self.inputs < 1 or self.outputs < 1:
@@ -87,8 +90,8 @@ class LeastSquares:
         self.cross = self._zeros(self.inputs, self.outputs)
         self.x_sum, self.y_sum = self._zeros(self.inputs), self._zeros(self.outputs)
 
-    def update(self, x: Tensor, y: Tensor) -> None:
-        """Add the rows x [T, p], y [T, q], any real dtype; T may be 0.
+    def update(self, x: Tensor, y: Tensor, weights: Tensor | None = None) -> None:
+        """Add the rows x [T, p], y [T, q], any real dtype; T may be 0. `weights` [T] >= 0 count a row as so many.
 
         Raises:
             ValueError: other shapes, NaN or infinite entries. Nothing has been added then.
@@ -99,12 +102,20 @@ class LeastSquares:
                 f"[T, {self.outputs}]: one row a token, padding removed"
             )
         x, y = _as_float64(x, "x").to(self.device), _as_float64(y, "y").to(self.device)
-        self.gram += x.T @ x
-        self.cross += x.T @ y
-        self.x_sum += x.sum(dim=0)
-        self.y_sum += y.sum(dim=0)
-        self.energy += float(y.square().sum())
-        self.count += len(x)
+        counts = torch.ones(len(x), dtype=x.dtype, device=x.device)
+        if weights is not None:
+            if weights.shape != counts.shape or bool((weights < 0).any()):
+                raise ValueError(
+                    f"weights has shape {list(weights.shape)}; expected a number >= 0 for each of {len(x)} rows"
+                )
+            counts = _as_float64(weights[:, None], "weights").to(x)[:, 0]
+        weighted = x if weights is None else x * counts[:, None]
+        self.gram += weighted.T @ x
+        self.cross += weighted.T @ y
+        self.x_sum += weighted.sum(dim=0)
+        self.y_sum += counts @ y
+        self.energy += float(counts @ y.square().sum(dim=1))
+        self.count += len(x) if weights is None else float(counts.sum())
 
     def merge(self, other: "LeastSquares") -> "LeastSquares":
         """The statistics of both sets of rows, on this one's device, as a new object. ValueError if shapes differ."""
@@ -121,6 +132,15 @@ class LeastSquares:
 
     def __add__(self, other: "LeastSquares") -> "LeastSquares":
         return self.merge(other) if isinstance(other, LeastSquares) else NotImplemented
+
+    def take(self, features: Tensor) -> "LeastSquares":
+        """The statistics with none of x but `features` [n], in that order."""
+        some = LeastSquares(len(features), self.outputs, self.device)
+        features = features.to(self.gram.device)
+        some.gram, some.cross = self.gram[features][:, features], self.cross[features]
+        some.x_sum, some.y_sum = self.x_sum[features], self.y_sum.clone()
+        some.energy, some.count = self.energy, self.count
+        return some
 
     def solve(self, penalty: float, prior: Tensor | None = None) -> Tensor:
         """B [p, q] float64 with y ~ x B: `solve_ridge` of these sums. Raises ValueError when no rows were seen."""
@@ -170,6 +190,56 @@ class LeastSquares:
     def _require_rows(self) -> None:
         if self.count == 0:
             raise ValueError("no rows were seen; expected at least one: call update(x, y) with calibration activations")
+
+
+def is_held_out(batch: int) -> bool:
+    """Whether a batch of this number, counted from 0, is one to choose or judge by, not to fit: every fourth."""
+    return batch % HELD_OUT == HELD_OUT - 1
+
+
+@dataclass(frozen=True, eq=False)
+class RidgeFit:
+    """A solution whose penalty was chosen on rows held out.
+
+    Attributes:
+        weight: [p, q] float64.
+        bias: [q]; None where none was solved for.
+        penalty: the one that did best on the held-out rows.
+        error: squared error there as a share of the mean ||y||^2.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    penalty: float
+    error: float
+
+
+def fit_held_out(
+    fitted: LeastSquares,
+    held: LeastSquares,
+    penalties: Sequence[float],
+    prior: Tensor | None = None,
+    affine: bool = True,
+) -> RidgeFit:
+    """Solve on `fitted` for every penalty, take the one that does best on `held`, and solve with it on both.
+
+    Args:
+        prior: [p, q] that the weight is penalised for leaving; None means 0.
+        affine: with a bias, which is not penalised.
+
+    Raises:
+        ValueError: no rows in either; no penalties.
+    """
+
+    def solve(sums: LeastSquares, penalty: float) -> tuple[Tensor, Tensor | None]:
+        return sums.solve_affine(penalty, prior) if affine else (sums.solve(penalty, prior), None)
+
+    if not penalties:
+        raise ValueError("penalties is empty; expected at least one, e.g. 1e-3")
+    errors = {penalty: held.error(*solve(fitted, penalty)) for penalty in penalties}
+    best = min(errors, key=errors.__getitem__)
+    scale = held.energy / held.count
+    return RidgeFit(*solve(fitted.merge(held), best), best, errors[best] / scale if scale else 0.0)
 
 
 def _check_penalty(penalty: float) -> None:

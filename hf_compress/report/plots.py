@@ -1,8 +1,4 @@
-"""Pictures of what was measured and done. Drawn on matplotlib's Agg canvas, without its global state.
-
-Colours are of Okabe and Ito's palette and of cividis, which look different to the colour-blind too; what a colour says,
-a letter or a shape says as well.
-"""
+"""Pictures of what was measured and done; heatmaps are in cividis, which looks the same to the colour-blind."""
 
 from __future__ import annotations
 
@@ -11,11 +7,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_compress.report.canvas import BLUE, GREY, INK, VERMILION, new_figure, picture_path, write_figure
+
 if TYPE_CHECKING:
     from hf_compress.report.report import CompressionReport
 
-_KEPT, _MERGED, _REMOVED, _INK = "#BFC5CC", "#0072B2", "#D55E00", "#22272E"
-_STAYS: dict[str, Any] = {"facecolor": _KEPT, "edgecolor": _INK}
+_KEPT, _MERGED, _REMOVED = GREY, BLUE, VERMILION
+_STAYS: dict[str, Any] = {"facecolor": _KEPT, "edgecolor": INK}
 _GONE: dict[str, Any] = {"facecolor": "white", "edgecolor": _REMOVED, "hatch": "///"}
 _STEPS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 _MARKERS = "osD^vP"
@@ -45,13 +43,13 @@ def plot_similarity(
     Raises:
         ValueError: the matrix is not square, or the ending is neither .png nor .svg.
     """
-    path = _checked(path)
+    path = picture_path(path)
     rows = _square(matrix)
     side = min(9.0, 3.2 + 0.32 * len(rows))
-    figure = _figure(side + 0.9, side)
+    figure = new_figure(side + 0.9, side)
     _heatmap(figure, figure.add_subplot(), rows, merged)
-    figure.suptitle(title, fontsize=12, color=_INK)
-    return _write(figure, path)
+    figure.suptitle(title, fontsize=12, color=INK)
+    return write_figure(figure, path)
 
 
 def plot_report(report: CompressionReport, path: str | Path) -> Path:
@@ -63,7 +61,7 @@ def plot_report(report: CompressionReport, path: str | Path) -> Path:
     Raises:
         ValueError: the report says nothing of blocks, or the ending is neither .png nor .svg.
     """
-    path = _checked(path)
+    path = picture_path(path)
     panels = _panels(report)
     stacks = [stack for stack in report.before.blocks if any(edit.get("stack") == stack for edit in report.edits)]
     if not panels and not stacks:
@@ -72,7 +70,7 @@ def plot_report(report: CompressionReport, path: str | Path) -> Path:
         )
     heights = [4.6 if kind == "similarity" else 2.5 for kind, _ in panels] + [0.75] * len(stacks)
     widest = max(report.before.blocks.values(), default=0)
-    figure = _figure(min(16.0, max(7.0, 2.5 + 0.4 * widest)), sum(heights) + 0.9)
+    figure = new_figure(min(16.0, max(7.0, 2.5 + 0.4 * widest)), sum(heights) + 0.9)
     axes = figure.subplots(len(heights), 1, gridspec_kw={"height_ratios": heights}, squeeze=False)[:, 0]
     for axis, (kind, values) in zip(axes, panels, strict=False):
         _DRAW[kind](figure, axis, values, report)
@@ -80,8 +78,8 @@ def plot_report(report: CompressionReport, path: str | Path) -> Path:
         _strip(axis, report, stack)
     counts = [f"{report.before.blocks[stack]} → {report.after.blocks.get(stack, 0)} blocks" for stack in stacks]
     name = Path(report.base_model).name or "model"
-    figure.suptitle(", ".join([f"{name}: {report.method}", *counts]), fontsize=12, color=_INK)
-    return _write(figure, path)
+    figure.suptitle(", ".join([f"{name}: {report.method}", *counts]), fontsize=12, color=INK)
+    return write_figure(figure, path)
 
 
 # --- what there is to draw --------------------------------------------------------------------------------------------
@@ -117,7 +115,7 @@ def _gone(edits: list[dict[str, Any]]) -> set[int]:
 
 def _draw_similarity(figure: Any, axis: Any, rows: list[list[float]], report: CompressionReport) -> None:
     _heatmap(figure, axis, rows, _merged_groups(report))
-    axis.set_title("similarity; merged blocks are framed", fontsize=10, loc="left", color=_INK)
+    axis.set_title("similarity; merged blocks are framed", fontsize=10, loc="left", color=INK)
 
 
 def _heatmap(figure: Any, axis: Any, rows: list[list[float]], merged: Sequence[Sequence[int]]) -> None:
@@ -199,8 +197,8 @@ def _draw_greedy(figure: Any, axis: Any, steps: list[dict[str, Any]], report: Co
 
 def _draw_fits(figure: Any, axis: Any, fits: list[dict[str, Any]], report: CompressionReport) -> None:
     for fit in fits:
-        axis.bar(fit["block"], fit["error"], width=0.7, color=_MERGED if fit["absorbed"] else _KEPT, edgecolor=_INK)
-    axis.axhline(1, color=_INK, linewidth=0.8, linestyle="--")
+        axis.bar(fit["block"], fit["error"], width=0.7, color=_MERGED if fit["absorbed"] else _KEPT, edgecolor=INK)
+    axis.axhline(1, color=INK, linewidth=0.8, linestyle="--")
     _finish(axis, report.before.blocks.get(_only_stack(report), len(fits)), "error after solving\n(1 = without)")
     axis.set_ylim(0, 1.05)
     _legend_above(axis, {"absorbed the next": {"facecolor": _MERGED}, "corrected": _STAYS})
@@ -218,17 +216,17 @@ def _strip(axis: Any, report: CompressionReport, stack: str) -> None:
         look: dict[str, Any] = _GONE if index in gone else {"color": _MERGED if index in merged else _KEPT}
         axis.add_patch(Rectangle((index - 0.42, 0), 0.84, 1, linewidth=1.2, **look))
         if total <= 48:
-            ink = "white" if index in merged else _INK
+            ink = "white" if index in merged else INK
             box = {"facecolor": "white", "edgecolor": "none", "pad": 1} if index in gone else None
             axis.text(index, 0.5, str(index), ha="center", va="center", fontsize=8, color=ink, bbox=box)
     for kept, absorbed in merged.items():
-        arrow = {"arrowstyle": "-|>", "color": _INK, "shrinkA": 0, "shrinkB": 0, "linewidth": 1.2}
+        arrow = {"arrowstyle": "-|>", "color": INK, "shrinkA": 0, "shrinkB": 0, "linewidth": 1.2}
         axis.annotate("", xy=(kept, 1.28), xytext=(max(absorbed) + 0.4, 1.28), arrowprops=arrow, annotation_clip=False)
     axis.set_xlim(-0.6, total - 0.4)
     axis.set_ylim(-0.05, 1.45)
     axis.axis("off")
     words = ["grey: kept"] + ["blue: absorbed those under the arrow"] * bool(merged) + ["hatched: taken out"]
-    axis.set_title(f"{stack} ({', '.join(words)})", fontsize=9, loc="left", color=_INK)
+    axis.set_title(f"{stack} ({', '.join(words)})", fontsize=9, loc="left", color=INK)
 
 
 _DRAW: dict[str, Callable[[Any, Any, Any, CompressionReport], None]] = {
@@ -285,25 +283,3 @@ def _square(matrix: Any) -> list[list[float]]:
             f"a similarity matrix must be square; got {len(rows)} rows of {[len(row) for row in rows][:4]}"
         )
     return rows
-
-
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _checked(path: str | Path) -> Path:
-    path = Path(path)
-    if path.suffix.lower() not in (".png", ".svg"):
-        raise ValueError(f"plots are written as .png or .svg; got {str(path)!r}")
-    return path
-
-
-def _write(figure: Any, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=144)
-    return path

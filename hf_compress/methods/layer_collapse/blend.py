@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.parts import FFN, linear_map
 from hf_compress.anatomy.stacks import Stack
-from hf_compress.calibration.capture import forward, inference, stream_of, stream_tokens
+from hf_compress.calibration.capture import forward, hooked, inference, stream_of, stream_tokens
 from hf_compress.calibration.data import Calibration
 from hf_compress.errors import CalibrationError, UnsupportedModelError
 from hf_compress.modules.activation import Blend, BlendedActivation
@@ -65,18 +65,14 @@ def mean_gates(model: PreTrainedModel, stack: Stack, data: Calibration, blocks: 
 
         handles.append(block.get_submodule(ffn.activation or "").register_forward_hook(activated))
         handles.append(block.register_forward_pre_hook(entered, with_kwargs=True))
-    try:
-        with inference(model):
-            for batch in data:
-                forward(model, batch)
-                for index in blocks:
-                    real = stream_tokens(stack, batch, seen["stream", index])
-                    gate = seen["gate", index].view(*real.shape, -1)[real].double().cpu()
-                    sums[index] = sums.get(index, torch.zeros(gate.shape[-1], dtype=torch.float64)) + gate.sum(0)
-                    counts[index] += len(gate)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), inference(model):
+        for batch in data:
+            forward(model, batch)
+            for index in blocks:
+                real = stream_tokens(stack, batch, seen["stream", index])
+                gate = seen["gate", index].view(*real.shape, -1)[real].double().cpu()
+                sums[index] = sums.get(index, torch.zeros(gate.shape[-1], dtype=torch.float64)) + gate.sum(0)
+                counts[index] += len(gate)
     means = {index: total / counts[index] for index, total in sums.items()}
     for index, mean in means.items():
         if not torch.isfinite(mean).all():

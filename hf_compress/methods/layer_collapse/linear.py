@@ -20,14 +20,13 @@ from transformers import PreTrainedModel
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.parts import hidden_size, linear_widths
 from hf_compress.anatomy.stacks import Stack
-from hf_compress.calibration.capture import forward, inference, stream_of, stream_of_output, stream_tokens
+from hf_compress.calibration.capture import forward, hooked, inference, stream_of, stream_of_output, stream_tokens
 from hf_compress.calibration.data import Batch, Calibration
 from hf_compress.drafts import linear_ffn
 from hf_compress.errors import CalibrationError
-from hf_compress.numerics.ridge import LeastSquares
+from hf_compress.numerics.ridge import HELD_OUT, LeastSquares, is_held_out
 from hf_compress.plan import Plan
 
-HELD_OUT = 4  # every fourth batch
 _MEMORY = 4 * 2**30
 _CONSTANT = 1e-12
 
@@ -70,8 +69,13 @@ def fit_ffns(
     their sums fit into 4 GiB are done in one pass over it.
 
     Raises:
-        CalibrationError: an FFN that does not run once a token, NaN or infinite activations, or less than two batches.
+        CalibrationError: an FFN that does not run once a token, NaN or infinite activations, or less than four batches.
     """
+    if blocks and not any(is_held_out(number) for number in range(len(data))):
+        raise CalibrationError(
+            f"R² is measured on every {HELD_OUT}th batch, held out: give at least {HELD_OUT} batches of data (more "
+            f"samples, or a smaller batch_size); these are {len(data)}"
+        )
     at_once = max(1, _MEMORY // (32 * hidden_size(stack.configs[0][0]) ** 2))
     fits: dict[int, LinearFit] = {}
     for start in range(0, len(blocks), at_once):
@@ -81,7 +85,7 @@ def fit_ffns(
                 with _watching(sums.values()):
                     forward(model, batch)
                 for one in sums.values():
-                    one.add(batch, held_out=number % HELD_OUT == HELD_OUT - 1)
+                    one.add(batch, held_out=is_held_out(number))
         fits |= {index: one.solve(penalty, rank) for index, one in sums.items()}
     return fits
 
@@ -123,11 +127,6 @@ class _Sums:
 
     def solve(self, penalty: float, rank: int | None) -> LinearFit:
         """Fitted without the held-out batches to be judged by them, then with them."""
-        if self.fitted.count == 0 or self.held.count == 0:
-            raise CalibrationError(
-                f"R² is measured on every {HELD_OUT}th batch, held out: give at least {HELD_OUT} batches of data "
-                "(more samples, or a smaller batch_size)"
-            )
         judged, bias = _affine(self.fitted, penalty, rank)
         error = self.held.error(_product(judged), bias)
         mean = self.held.y_sum / self.held.count
@@ -188,8 +187,5 @@ def _watching(sums: Iterable[_Sums]) -> Iterator[None]:
             one.block.register_forward_pre_hook(entered, with_kwargs=True),
             one.block.register_forward_hook(left),
         ]
-    try:
+    with hooked(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -13,7 +13,6 @@ absorbed others learns what they gave, and the ones above undo what errors still
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -22,9 +21,10 @@ from tqdm import tqdm
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.capture import inference
-from hf_compress.calibration.data import Batch, Calibration
+from hf_compress.calibration.data import Batch
 from hf_compress.calibration.objective import batch_loss, mean_loss, reference_for
 from hf_compress.calibration.runner import BlockRunner
+from hf_compress.calibration.walks import Walk, start_walks
 from hf_compress.edits import Edit, MergeBlocks
 from hf_compress.errors import CalibrationError
 from hf_compress.methods.mka.writers import PENALTIES, Writers
@@ -149,15 +149,6 @@ class _Chooser:
 # --- correcting -------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Walk:
-    """A batch on its way up the stack: the original model's stream, and the compressed model's."""
-
-    runner: BlockRunner
-    original: Tensor
-    compressed: Tensor
-
-
 def _correct(
     bench: Workbench, stack: Stack, absorbed: Sequence[int], tokens: int, undo: Undo
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
@@ -168,7 +159,7 @@ def _correct(
     Returns:
         New parameters by name, and each block's held-out error and penalty.
     """
-    walks = [_start(bench, stack, batch) for batch in _worth(bench.calibration, tokens)]
+    walks = start_walks(bench.model, stack, bench.calibration, tokens)
     kept = [index for index in range(len(stack)) if index not in absorbed]
     fits: list[dict[str, Any]] = []
     tensors: dict[str, Tensor] = {}
@@ -190,18 +181,7 @@ def _correct(
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}, fits
 
 
-def _start(bench: Workbench, stack: Stack, batch: Batch) -> _Walk:
-    runner = BlockRunner(bench.model, stack, batch)
-    stream = runner.start()
-    return _Walk(runner, stream, stream)
-
-
-def _worth(calibration: Calibration, tokens: int) -> list[Batch]:
-    """Batches that hold about `tokens` tokens, evenly spread over the data, at least four (or all, of images)."""
-    return calibration.spread(max(4, -(-tokens * len(calibration) // max(1, calibration.tokens))))
-
-
-def _fit(bench: Workbench, stack: Stack, index: int, walks: list[_Walk], undo: Undo) -> dict[str, Any]:
+def _fit(bench: Workbench, stack: Stack, index: int, walks: list[Walk], undo: Undo) -> dict[str, Any]:
     """Solve for one block's projections and write them; how far from the target they end, and the penalty."""
     writers = Writers(bench.model, stack, index)
     penalties = PENALTIES if len(walks) >= 4 else [_LOCAL_PENALTY]  # too few to hold any out, and to choose by

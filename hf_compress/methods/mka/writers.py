@@ -19,9 +19,9 @@ from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.parts import linear_map, linear_widths
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
-from hf_compress.calibration.capture import stream_tokens
+from hf_compress.calibration.capture import hooked, stream_tokens
 from hf_compress.calibration.runner import BlockRunner
-from hf_compress.numerics.ridge import LeastSquares, solve_ridge
+from hf_compress.numerics.ridge import LeastSquares, is_held_out, solve_ridge
 
 # Penalties tried, relative to the mean square of the inputs.
 PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
@@ -67,11 +67,8 @@ class Writers:
             module.register_forward_pre_hook(lambda _, args, inputs=inputs: inputs.append(args[0]))
             for module, inputs in zip(self.modules, seen, strict=True)
         ]
-        try:
+        with hooked(handles):
             yield seen
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def features(self, runner: BlockRunner, stream: Tensor) -> tuple[Tensor, Tensor]:
         """What the block makes of `stream`, and its projections' inputs side by side, (samples, positions, inputs)."""
@@ -155,7 +152,7 @@ class Writers:
         for number, (runner, stream, target) in enumerate(zip(runners, streams, targets, strict=True)):
             output, features = self.features(runner, stream)
             real = stream_tokens(runner.stack, runner.batch, stream)
-            part = held if number % 4 == 3 else fitted
+            part = held if is_held_out(number) else fitted
             part.update(features[real], (target - output)[real].double() / multiplier)
         if held.count == 0 or held.energy == 0:
             held = fitted

@@ -1,0 +1,208 @@
+"""What ILLC asks of ridge regression, against the same from the data: weights, features taken, a penalty chosen."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from hf_compress.numerics.ridge import LeastSquares, fit_held_out
+
+FIELDS = ("gram", "cross", "x_sum", "y_sum")
+PENALTIES = (1e-6, 1e-2, 1.0, 100.0)
+
+
+def data(rows: int = 60, inputs: int = 5, outputs: int = 3, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, inputs, generator=generator, dtype=torch.float64) + 0.5
+    weight = torch.randn(inputs, outputs, generator=torch.Generator().manual_seed(99), dtype=torch.float64)
+    return x, x @ weight + 2.0 + 2.0 * torch.randn(rows, outputs, generator=generator, dtype=torch.float64)
+
+
+def statistics(x: Tensor, y: Tensor, weights: Tensor | None = None) -> LeastSquares:
+    sums = LeastSquares(x.shape[1], y.shape[1])
+    sums.update(x, y, weights)
+    return sums
+
+
+def assert_same(first: LeastSquares, second: LeastSquares) -> None:
+    for name in FIELDS:
+        torch.testing.assert_close(getattr(first, name), getattr(second, name))
+    assert first.energy == pytest.approx(second.energy)
+    assert first.count == pytest.approx(second.count)
+
+
+def copy_of(sums: LeastSquares) -> LeastSquares:
+    return sums.merge(LeastSquares(sums.inputs, sums.outputs))
+
+
+def solution(x: Tensor, y: Tensor, penalty: float, prior: Tensor | None, affine: bool) -> tuple[Tensor, Tensor]:
+    """Ridge as ordinary least squares of centred data, with rows sqrt(penalty) I appended."""
+    prior = torch.zeros(x.shape[1], y.shape[1], dtype=x.dtype) if prior is None else prior
+    x_mean, y_mean = (x.mean(dim=0), y.mean(dim=0)) if affine else (torch.zeros_like(x[0]), torch.zeros_like(y[0]))
+    x, y = x - x_mean, y - y_mean
+    root = (penalty * x.square().sum(dim=0).mean()).sqrt()
+    rows = torch.cat([x, root * torch.eye(x.shape[1], dtype=x.dtype)])
+    weight = torch.from_numpy(np.linalg.lstsq(rows.numpy(), torch.cat([y, root * prior]).numpy(), rcond=None)[0])
+    return weight, y_mean - x_mean @ weight
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_weight_is_a_row_that_many_times() -> None:
+    x, y = data()
+    times = torch.arange(60) % 4  # some of them 0: as if not there
+    repeated = statistics(x.repeat_interleave(times, 0), y.repeat_interleave(times, 0))
+    for weights in (times, times.float(), times.double()):
+        weighted = statistics(x, y, weights)
+        assert_same(weighted, repeated)
+        torch.testing.assert_close(weighted.solve_affine(0.1), repeated.solve_affine(0.1))
+        torch.testing.assert_close(weighted.solve(0.1), repeated.solve(0.1))
+    assert repeated.error(repeated.solve(0.1)) == pytest.approx(weighted.error(weighted.solve(0.1)))
+    assert weighted.solve(0.1).sub(statistics(x, y).solve(0.1)).abs().max() > 1e-3
+
+
+def test_fractions_count_too() -> None:
+    """The common factor of all weights changes nothing but the count."""
+    x, y = data()
+    weights = torch.rand(60, generator=torch.Generator().manual_seed(1))
+    sums, tenth = statistics(x, y, weights), statistics(x, y, weights / 10)
+    assert sums.count == pytest.approx(float(weights.sum()))
+    assert tenth.count == pytest.approx(sums.count / 10)
+    torch.testing.assert_close(tenth.solve_affine(0.1), sums.solve_affine(0.1))
+    assert tenth.error(tenth.solve(0.1)) == pytest.approx(sums.error(sums.solve(0.1)))
+
+
+def test_weighted_rows_come_in_pieces() -> None:
+    x, y = data()
+    weights = torch.rand(60, generator=torch.Generator().manual_seed(1))
+    sums = LeastSquares(5, 3)
+    for piece in torch.arange(60).split(13):
+        sums.update(x[piece], y[piece], weights[piece])
+    sums.update(x[:0], y[:0], weights[:0])
+    assert_same(sums, statistics(x, y, weights))
+    assert_same(statistics(x, y, torch.ones(60)), statistics(x, y))
+
+
+def test_rows_that_all_count_nothing_are_no_rows() -> None:
+    x, y = data()
+    sums = statistics(x, y, torch.zeros(60))
+    assert sums.count == 0
+    with pytest.raises(ValueError, match="no rows were seen"):
+        sums.solve_affine(0.1)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (torch.full((60,), -1.0), "expected a number >= 0 for each of 60 rows"),
+        (torch.ones(59), r"weights has shape \[59\]; expected a number >= 0 for each of 60 rows"),
+        (torch.full((60,), float("nan")), "weights has NaN or infinite entries"),
+        (torch.full((60,), float("inf")), "weights has NaN or infinite entries"),
+        (torch.ones(60, 1), r"weights has shape"),
+        (torch.ones(()), r"weights has shape"),
+    ],
+    ids=["negative", "too few", "nan", "infinite", "a column", "a number"],
+)
+def test_refused_weights_add_nothing(weights: Tensor, message: str) -> None:
+    sums = LeastSquares(5, 3)
+    with pytest.raises(ValueError, match=message):
+        sums.update(*data(), weights)
+    assert sums.count == 0
+    assert not any(getattr(sums, name).any() for name in FIELDS)
+
+
+# --- fewer features ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("features", [[3], [4, 0, 2], [0, 1, 2, 3, 4]])
+def test_taking_features_is_having_seen_no_others(features: list[int]) -> None:
+    x, y = data()
+    weights = torch.rand(60, generator=torch.Generator().manual_seed(1))
+    some = statistics(x, y, weights).take(torch.tensor(features))
+    assert_same(some, statistics(x[:, features], y, weights))
+    assert (some.inputs, some.outputs) == (len(features), 3)
+    torch.testing.assert_close(some.solve_affine(0.1), statistics(x[:, features], y, weights).solve_affine(0.1))
+
+
+def test_taking_leaves_the_whole_alone() -> None:
+    """Rows that are added to either of the two are not the other's."""
+    x, y = data()
+    for features in ([4, 0], [0, 1, 2, 3, 4]):
+        whole = statistics(x, y)
+        before, some = copy_of(whole), whole.take(torch.tensor(features))
+        some.update(x[:, features], y)
+        assert_same(whole, before)
+        some = whole.take(torch.tensor(features))
+        whole.update(x, y)
+        assert_same(some, statistics(x[:, features], y))
+
+
+# --- a penalty chosen -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("with_prior", [False, True])
+@pytest.mark.parametrize("rows", [6, 12, 300])
+def test_the_penalty_is_the_best_on_rows_held_out(affine: bool, with_prior: bool, rows: int) -> None:
+    (x, y), (x_held, y_held) = data(rows), data(40, seed=1)
+    prior = torch.full((5, 3), 0.3, dtype=torch.float64) if with_prior else None
+    errors = {}
+    for penalty in PENALTIES:
+        weight, bias = solution(x, y, penalty, prior, affine)
+        errors[penalty] = float((x_held @ weight + bias - y_held).square().sum(dim=1).mean())
+    best = min(errors, key=errors.__getitem__)
+    fit = fit_held_out(statistics(x, y), statistics(x_held, y_held), PENALTIES, prior, affine)
+    assert fit.penalty == best
+    assert fit.error == pytest.approx(errors[best] / float(y_held.square().sum(dim=1).mean()))
+    weight, bias = solution(torch.cat([x, x_held]), torch.cat([y, y_held]), best, prior, affine)
+    torch.testing.assert_close(fit.weight, weight, rtol=1e-6, atol=1e-8)
+    assert (fit.bias is None) == (not affine)
+    if fit.bias is not None:
+        torch.testing.assert_close(fit.bias, bias, rtol=1e-6, atol=1e-8)
+
+
+def test_the_choice_depends_on_the_rows() -> None:
+    """Few and noisy rows want a large penalty, many want a small one: else the test above would tell nothing."""
+    held = statistics(*data(400, seed=1))
+    chosen = [fit_held_out(statistics(*data(rows)), held, PENALTIES).penalty for rows in (6, 3000)]
+    assert chosen[0] > chosen[1]
+
+
+def test_the_rows_that_choose_are_not_those_that_are_fitted() -> None:
+    """On its own rows the smallest penalty is always the best."""
+    few = statistics(*data(6))
+    assert fit_held_out(few, few, PENALTIES).penalty == PENALTIES[0]
+    assert fit_held_out(few, statistics(*data(400, seed=1)), PENALTIES).penalty > PENALTIES[0]
+
+
+def test_one_penalty_leaves_no_choice() -> None:
+    sums = statistics(*data())
+    fit = fit_held_out(sums, statistics(*data(seed=1)), [0.5])
+    assert fit.penalty == 0.5
+
+
+def test_sums_are_left_alone() -> None:
+    fitted, held = statistics(*data()), statistics(*data(seed=1))
+    before = copy_of(fitted), copy_of(held)
+    fit_held_out(fitted, held, PENALTIES)
+    assert_same(fitted, before[0])
+    assert_same(held, before[1])
+
+
+def test_a_target_of_zeros_is_met() -> None:
+    x = data()[0]
+    fit = fit_held_out(statistics(x, torch.zeros(60, 3)), statistics(x, torch.zeros(60, 3)), PENALTIES)
+    assert fit.error == 0
+    assert not fit.weight.any()
+
+
+def test_refuses_no_rows_and_no_penalties() -> None:
+    sums, none = statistics(*data()), LeastSquares(5, 3)
+    for fitted, held in ((sums, none), (none, sums)):
+        with pytest.raises(ValueError, match="no rows were seen"):
+            fit_held_out(fitted, held, PENALTIES)
+    with pytest.raises(ValueError, match="penalties is empty"):
+        fit_held_out(sums, sums, [])
+    with pytest.raises(ValueError, match="penalty is -1"):
+        fit_held_out(sums, sums, [-1.0])
