@@ -26,6 +26,7 @@ _PUBLIC = {
     "DropBlocksConfig": "hf_compress.methods.drop_blocks",
     "EvaluationResult": "hf_compress.evaluation.evaluate",
     "HubError": "hf_compress.errors",
+    "ILLCConfig": "hf_compress.methods.illc",
     "LayerCollapseConfig": "hf_compress.methods.layer_collapse",
     "Lesson": "hf_compress.training.heal",
     "MKAConfig": "hf_compress.methods.mka",

@@ -6,7 +6,7 @@ experts in one tensor) is settled here. Drafts of the same model add up: `narrow
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,31 +24,79 @@ from hf_compress.modules.packed import pack
 from hf_compress.plan import Plan
 from hf_compress.structure import BOTTLENECK, Site, linear_ffn_paths
 
+Affine = tuple[Tensor, Tensor | None]  # a matrix that multiplies from the right, and a bias
+
 
 @torch.no_grad()
-def narrow_ffn(model: PreTrainedModel, stack: Stack, index: int, units: Sequence[int]) -> Plan:
+def narrow_ffn(
+    model: PreTrainedModel, stack: Stack, index: int, units: Sequence[int] | Tensor, writes: Affine | None = None
+) -> Plan:
     """Keep the hidden units `units` of a block's FFN, in this order.
+
+    Args:
+        writes: a new output projection, (units, hidden), and its bias (hidden) if it is to have another than it has.
 
     Raises:
         ValueError: units that it does not have, or a unit twice.
     """
     ffn, path = _ffn(model, stack, index)
-    inputs, output = _dense(ffn, path)
     kept = _checked(torch.as_tensor(units), ffn.width)
-    columns = kept if ffn.kind != "fused" else torch.cat([kept, kept + ffn.width])
-    tensors: dict[str, Tensor] = {}
-    for name in inputs:
-        module = model.get_submodule(name)
-        bias = module._parameters.get("bias")
-        tensors |= _linear(model, name, linear_map(module)[:, columns], None if bias is None else bias[columns])
-    down = model.get_submodule(output)
-    tensors |= _linear(model, output, linear_map(down)[kept], down._parameters.get("bias"))
-    return Plan((NarrowFFN(inputs, output, len(kept)),), tensors)
+    down = linear_map(model.get_submodule(_dense(ffn, path)[1]))
+    return _narrowed(model, ffn, path, lambda rows: rows[..., kept.to(rows.device)], writes or (down[kept], None))
 
 
 @torch.no_grad()
-def narrow_experts(model: PreTrainedModel, stack: Stack, index: int, units: Tensor) -> Plan:
+def merge_units(model: PreTrainedModel, stack: Stack, index: int, labels: Tensor, writes: Affine | None = None) -> Plan:
+    """Make one hidden unit of each cluster: it reads the mean of what its members read, and writes the sum.
+
+    Args:
+        labels: the cluster of each hidden unit of the block's FFN, (width), numbered from 0, none empty.
+        writes: as for `narrow_ffn`, in the place of the sums.
+
+    Raises:
+        ValueError: labels that are not one for each unit, or that leave a cluster empty.
+    """
+    ffn, path = _ffn(model, stack, index)
+    sizes = torch.bincount(labels) if labels.shape == (ffn.width,) else labels.new_zeros(1)
+    if not bool(sizes.all()):
+        raise ValueError(f"labels must give each of {ffn.width} hidden units a cluster, none of them empty")
+
+    def added(rows: Tensor) -> Tensor:
+        zeros = rows.new_zeros(*rows.shape[:-1], len(sizes), dtype=torch.float32)
+        return zeros.index_add_(-1, labels.to(rows.device), rows.float())
+
+    down = linear_map(model.get_submodule(_dense(ffn, path)[1]))
+    return _narrowed(
+        model, ffn, path, lambda rows: added(rows) / sizes.to(rows.device), writes or (added(down.T).T, None)
+    )
+
+
+def _narrowed(model: PreTrainedModel, ffn: FFN, path: str, reduce: Callable[[Tensor], Tensor], writes: Affine) -> Plan:
+    """An FFN with fewer hidden units: `reduce` turns (…, width) into (…, units) where they are read into."""
+    inputs, output = _dense(ffn, path)
+    halves = 2 if ffn.kind == "fused" else 1
+    tensors: dict[str, Tensor] = {}
+
+    def fewer(table: Tensor) -> Tensor:
+        return torch.cat([reduce(part) for part in table.chunk(halves, -1)], -1)
+
+    for name in inputs:
+        module = model.get_submodule(name)
+        bias = module._parameters.get("bias")
+        tensors |= _linear(model, name, fewer(linear_map(module)), None if bias is None else fewer(bias))
+    matrix, added = writes
+    old = model.get_submodule(output)._parameters.get("bias")
+    tensors |= _linear(model, output, matrix, old if added is None else added)
+    return Plan((NarrowFFN(inputs, output, len(matrix), added is not None and old is None),), tensors)
+
+
+@torch.no_grad()
+def narrow_experts(
+    model: PreTrainedModel, stack: Stack, index: int, units: Tensor, writes: Tensor | None = None
+) -> Plan:
     """Keep the hidden units `units` (experts, width) of each expert, in this order.
+
+    `writes`, (experts, units, hidden), are new output projections, if there are to be other ones.
 
     Transformers' grouped kernels want rows of whole 16 bytes: a width that is a multiple of 4 in float32, of 8 in half
     precision. What they cannot run is refused by `apply`.
@@ -77,6 +125,9 @@ def narrow_experts(model: PreTrainedModel, stack: Stack, index: int, units: Tens
             rows.to(table.device).view(shape).expand([*table.shape[:axis], rows.shape[1], *table.shape[axis + 1 :]])
         )
         tensors[f"{name}.{tensor}"] = table.gather(axis, picked)
+    if writes is not None:
+        down, (axis, _) = next(iter(axes.of.items()))
+        tensors[f"{name}.{down}"] = writes if axis == 1 else writes.transpose(1, 2)
     return Plan((NarrowExperts(name, units.shape[1]),), tensors)
 
 
@@ -202,7 +253,7 @@ def _checked(units: Tensor, width: int) -> Tensor:
 
 
 def _linear(
-    model: PreTrainedModel, path: str, matrix: Tensor, bias: Tensor | None, like: str | None = None
+    model: PreTrainedModel, path: str, matrix: Tensor, bias: Tensor | None = None, like: str | None = None
 ) -> dict[str, Tensor]:
     """The tensors of a linear map at `path` from its matrix (inputs, outputs), as the module at `like` stores them."""
     transposed = isinstance(model.get_submodule(like or path), Conv1D)

@@ -217,7 +217,7 @@ class ExpertAxes:
     Attributes:
         width: hidden units of one expert.
         of: tensor name -> the axis along which the units lie, and how many entries each has there: two where gate and
-            up are in one tensor.
+            up are in one tensor. The projection back to the stream comes first.
         interleaved: whether the two entries of a unit are neighbours, instead of all gates before all ups.
     """
 

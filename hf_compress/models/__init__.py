@@ -8,6 +8,8 @@ from typing import Any
 _HOMES = {
     "DenseConfig": "hf_compress.models.dense_config",
     "DenseForClassification": "hf_compress.models.dense",
+    "from_scikit_learn": "hf_compress.models.conversion",
+    "from_sequential": "hf_compress.models.conversion",
 }
 
 __all__ = [*_HOMES]

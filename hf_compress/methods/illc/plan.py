@@ -1,0 +1,120 @@
+"""The plan of ILLC: which FFNs become how narrow, and then one after another."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.stacks import Stack
+from hf_compress.anatomy.undo import Undo
+from hf_compress.calibration.capture import inference
+from hf_compress.calibration.walks import Walk, start_walks
+from hf_compress.errors import CalibrationError, UnsupportedModelError
+from hf_compress.evaluation.faithfulness import similarity
+from hf_compress.methods.illc.allocation import adaptive_widths
+from hf_compress.methods.illc.narrowing import Narrowing
+from hf_compress.plan import Plan
+from hf_compress.record import record, recorded
+from hf_compress.workbench import Workbench
+
+if TYPE_CHECKING:
+    from hf_compress.methods.illc.config import ILLCConfig
+
+_EXPERT_STEP = 8  # units: what grouped kernels want of experts, in half precision
+_CLUSTERS_KEPT = 16_384  # units whose clusters are noted, in all: networks to look at are not larger
+
+
+def plan_narrower(config: ILLCConfig, bench: Workbench) -> Plan:
+    """Decide the widths, then narrow FFNs from the first block up.
+
+    Raises:
+        UnsupportedModelError: no FFN of the stack can be narrowed.
+        ValueError: more units asked for than there are; an `example` that is no sample of the model's.
+        CalibrationError: no data, or too little to tell units apart; activations that are not finite.
+    """
+    stack = bench.stack(config.stack)
+    widths = _widths(config, bench, stack)
+    with inference(bench.model):
+        with bench.stage("start"):
+            walks = start_walks(bench.model, stack, bench.calibration, config.tokens)
+            weights = _similarities(config, walks)
+        if config.allocation == "adaptive":
+            with bench.stage("allocate widths"):
+                widths = adaptive_widths(config, bench, stack, walks, widths)
+        with bench.stage("narrow FFNs"):
+            return _narrowed(Narrowing(config, bench, stack, walks, weights), bench, widths)
+
+
+def _narrowed(narrowing: Narrowing, bench: Workbench, widths: dict[int, int]) -> Plan:
+    """Go up the stack and narrow the FFNs of `widths`."""
+    plan, blocks = Plan(), []
+    last = max(widths)
+    with bench.trial() as undo:
+        for index in tqdm(range(last + 1), desc="narrowing FFNs", disable=None):
+            if index not in widths:
+                narrowing.skip(index)
+                continue
+            draft, notes = narrowing.narrow(index, widths[index], undo)
+            plan += draft
+            blocks.append(notes)
+        if narrowing.config.plain:
+            _check_plain(bench.model, plan, undo)
+    if sum(len(notes.get("clusters", ())) for notes in blocks) > _CLUSTERS_KEPT:
+        for notes in blocks:
+            notes.pop("clusters", None)
+    config = narrowing.config
+    summary = {"reduction": config.reduction_name, "compensation": config.compensation_name, "blocks": blocks}
+    return Plan(plan.edits, plan.tensors, summary)
+
+
+def _check_plain(model: PreTrainedModel, plan: Plan, undo: Undo) -> None:
+    """Raise where the config of a model that a plan has been carried out on cannot say so."""
+    record(model, [*recorded(model.config), *plan.module_edits], undo)
+    if said := recorded(model.config):
+        raise ValueError(
+            f"plain=True asks for what stock Transformers can load, but the config of {type(model).__name__} cannot "
+            f"say what becomes of {said[0].paths[-1]}: leave out plain, or narrow the model's other stacks alike"
+        )
+
+
+def _widths(config: ILLCConfig, bench: Workbench, stack: Stack) -> dict[int, int]:
+    """How many hidden units the FFN of each block keeps, if all keep the same share."""
+    widths: dict[int, int] = {}
+    for index in range(len(stack)):
+        ffn = Anatomy(bench.model).parts(stack, index).ffn
+        if ffn is None:
+            continue
+        if config.width is not None and config.width > ffn.width:
+            raise ValueError(f"width={config.width} asks for more hidden units than block {index} has, {ffn.width}")
+        if ffn.kind == "experts" and config.allocation == "adaptive":
+            raise UnsupportedModelError(
+                f"block {index} of {stack.path} has experts, which all get one width: leave out allocation='adaptive'"
+            )
+        step = _EXPERT_STEP if ffn.kind == "experts" and ffn.width % _EXPERT_STEP == 0 else 1
+        share = max(1, math.floor(ffn.width / step * (config.gamma or 1) + 0.5)) * step
+        widths[index] = config.width or share
+    if not widths:
+        raise UnsupportedModelError(f"no FFN of {stack.path} can be narrowed: none was found in its blocks")
+    return widths
+
+
+def _similarities(config: ILLCConfig, walks: list[Walk]) -> list[Tensor] | None:
+    """How near each sample is to the example, per batch; None without one."""
+    if config.example is None:
+        return None
+    example = torch.tensor(config.example)
+    weights = []
+    for walk in walks:
+        samples: Any = walk.runner.batch.inputs.get("input_values")
+        if samples is None or samples.ndim != 2:
+            raise ValueError("example= is for models that read vectors as input_values, such as DenseForClassification")
+        weights.append(similarity(samples.float(), example, config.kernel_width))
+    if not any(bool((part > 0).any()) for part in weights):
+        raise CalibrationError("no calibration sample is near the example: give a larger kernel_width")
+    return weights

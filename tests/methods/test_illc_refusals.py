@@ -1,0 +1,205 @@
+"""ILLC where it cannot work: settings that make no sense, data and models that do not fit, and nothing left behind."""
+
+import json
+from contextlib import suppress
+
+import pytest
+import torch
+
+from examples.round_trip import build
+from hf_compress import DenseConfig, DenseForClassification
+from hf_compress.calibration.data import DataOptions
+from hf_compress.config import CompressionConfig, config_class
+from hf_compress.errors import CalibrationError, PlanError, UnsupportedModelError
+from hf_compress.methods.illc import ILLCConfig, reductions
+from hf_compress.methods.illc.units import UnitStatistics
+from hf_compress.numerics.ridge import LeastSquares
+from hf_compress.pipeline import compress
+from tests.architectures.changes import Trace
+from tests.architectures.tiny import tiny_model, tiny_seq2seq_model
+from tests.conftest import leftovers
+
+IDS = torch.randint(4, 90, (32, 12), generator=torch.Generator().manual_seed(7))
+FLOATS = torch.randn(32, 6, generator=torch.Generator().manual_seed(7))
+HALF = {"gamma": 0.5}
+SIX = (0.0,) * 6
+
+
+def dense(**fields):
+    torch.manual_seed(0)
+    sizes = {"input_size": 6, "hidden_size": 8, "intermediate_size": 20, "num_hidden_layers": 3, "num_labels": 2}
+    return DenseForClassification(DenseConfig(**sizes | fields)).eval()
+
+
+def refused(model, data, error, message, **settings):
+    """It says why, and the model is as it was."""
+    before = Trace.of(model)
+    with pytest.raises(error, match=message):
+        compress(model, ILLCConfig(**settings), data, options=DataOptions(batch_size=8))
+    assert before.difference(model) is None
+    assert leftovers(model) == []
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "gamma= or width=; got gamma=None, width=None"),
+        ({"gamma": 0.5, "width": 8}, "gamma= or width=; got gamma=0.5, width=8"),
+        *(({"gamma": bad}, r"share of the hidden units to keep, in \(0, 1\]") for bad in (0, 1.5, -1, True, "0.5")),
+        ({"gamma": float("nan")}, r"share of the hidden units to keep, in \(0, 1\]; got nan"),
+        *(({"width": bad}, "width must be a whole number of at least 1") for bad in (0, -3, 2.5, True)),
+        (HALF | {"variant": "magic"}, "variant must be one of compensated, paper; got 'magic'"),
+        (HALF | {"reduction": "magic"}, "reduction must be one of average, elimination"),
+        (HALF | {"compensation": "magic"}, "compensation must be one of bias, none, ridge"),
+        (HALF | {"target": "logits"}, "target must be one of ffn, stream; got 'logits'"),
+        (HALF | {"clustering": "ward"}, "clustering must be one of agglomerative"),
+        (HALF | {"allocation": "fair"}, "allocation must be one of adaptive, uniform"),
+        (HALF | {"tokens": 0}, "tokens must be a whole number of at least 1; got 0"),
+        (HALF | {"cluster_tokens": 0.5}, "cluster_tokens must be a whole number of at least 1; got 0.5"),
+        (HALF | {"example": ()}, "example must be the numbers of one sample"),
+        (HALF | {"example": ("a", 1)}, "example must be the numbers of one sample"),
+        (HALF | {"example": FLOATS[:2]}, "example must be the numbers of one sample"),
+        (HALF | {"example": SIX, "kernel_width": 0}, "kernel_width must be a number above 0"),
+        (HALF | {"kernel_width": 1.0}, "kernel_width .* give example= too"),
+        (HALF | {"plain": True, "allocation": "adaptive"}, "plain=True keeps one width .*'adaptive'.*leave out plain"),
+        (HALF | {"plain": True, "bias": True}, "plain=True keeps .* the biases that there are"),
+        (HALF | {"plain": True, "compensation": "bias"}, "plain=True keeps .* the biases that there are"),
+        (HALF | {"allocation": "adaptive", "variant": "paper"}, "reduction='average' keeps none: take representative"),
+        (HALF | {"allocation": "adaptive", "reduction": "average"}, "take representative"),
+    ],
+)
+def test_settings_that_make_no_sense(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ILLCConfig(**settings)
+
+
+def test_an_example_that_is_one_number():
+    with pytest.raises(ValueError, match=r"example must be the numbers of one sample; got 3\.0"):
+        ILLCConfig(gamma=0.5, example=3.0)
+
+
+def test_settings_survive_json_and_the_variant_names_the_rest():
+    config = ILLCConfig(gamma=0.5, variant="paper", example=(1, 2.5), kernel_width=0.3, iterative=False, seed=4)
+    assert CompressionConfig.from_dict(json.loads(config.to_json())) == config
+    assert config_class("illc") is ILLCConfig
+    assert (config.reduction_name, config.compensation_name) == ("average", "none")
+    config = ILLCConfig(width=3)
+    assert (config.reduction_name, config.compensation_name) == ("elimination", "ridge")
+    config = ILLCConfig(width=3, variant="paper", reduction="random", compensation="bias")
+    assert (config.reduction_name, config.compensation_name) == ("random", "bias")
+
+
+# --- data and models --------------------------------------------------------------------------------------------------
+
+
+def test_more_units_than_there_are():
+    refused(build("Llama"), IDS, ValueError, "width=65 asks for more hidden units than block 0 has, 64", width=65)
+
+
+def test_no_data():
+    refused(build("Llama"), None, CalibrationError, "this method needs calibration data", gamma=0.5)
+
+
+@pytest.mark.parametrize("reduction", ["average", "representative"])
+def test_too_little_to_tell_units_apart(reduction):
+    message = r"12 calibration tokens \(or samples\) cannot tell 32 clusters of hidden units of model.layers.0 apart"
+    refused(build("Llama"), IDS[:1], CalibrationError, message, gamma=0.5, reduction=reduction)
+    message = r"4 calibration tokens .* or raise cluster_tokens"  # one of each batch
+    refused(build("Llama"), IDS, CalibrationError, message, gamma=0.5, reduction=reduction, cluster_tokens=4)
+
+
+@pytest.mark.parametrize("reduction", ["average", "representative"])
+def test_samples_that_are_all_the_same(reduction):
+    """Their activations are not, to the last bit: matrix products sum up rows in more than one way."""
+    message = r"no hidden unit of the FFN of layers\.0 varies over the calibration data; give samples that differ"
+    refused(dense(), FLOATS[:1].repeat(32, 1), CalibrationError, message, gamma=0.5, reduction=reduction)
+    refused(dense(), torch.zeros(32, 6), CalibrationError, message, gamma=0.5, reduction=reduction)
+
+
+def test_activations_that_are_not_finite():
+    model = dense()
+    with torch.no_grad():
+        model.layers[1].mlp.up_proj.weight.fill_(3e38)
+    refused(model, FLOATS, CalibrationError, r"layers\.1.* NaN or infinite", gamma=0.5)
+
+
+def test_models_without_hidden_units_that_could_be_merged():
+    refused(tiny_model("mamba"), IDS, UnsupportedModelError, "no FFN of .* can be narrowed", gamma=0.5)
+    message = r"model\.layers\.0\.mlp\.experts: the units of experts are kept, not merged; take representative"
+    refused(tiny_model("mixtral"), IDS, UnsupportedModelError, message, gamma=0.5, variant="paper")
+
+
+def test_experts_with_widths_of_their_own_are_done_or_refused():
+    """No assertion is to fail."""
+    model = tiny_model("mixtral")
+    with suppress(UnsupportedModelError):
+        compress(model, ILLCConfig(gamma=0.5, allocation="adaptive"), IDS, options=DataOptions(batch_size=8))
+    assert leftovers(model) == []
+
+
+@pytest.mark.parametrize("settings", [{}, {"variant": "paper"}], ids=str)
+def test_ffns_that_are_shared(settings):
+    """The first block is narrowed by then, and has to be put back."""
+    model = build("Llama")
+    model.model.layers[2].mlp = model.model.layers[1].mlp
+    message = r"model\.layers\.1\.mlp\.down_proj is shared .*model\.layers\.2\.mlp\.down_proj"
+    refused(model, IDS, PlanError, message, gamma=0.5, **settings)
+
+
+def test_an_interruption_leaves_nothing_behind(monkeypatch):
+    calls = []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) > 2:
+            raise KeyboardInterrupt("enough")
+        return narrow(*arguments)
+
+    narrow = reductions.narrow_ffn
+    monkeypatch.setattr(reductions, "narrow_ffn", interrupted)
+    refused(build("Llama"), IDS, KeyboardInterrupt, "enough", gamma=0.5)
+    assert len(calls) == 3
+
+
+def test_plain_refuses_what_the_config_cannot_say():
+    """T5 has one width for encoder and decoder."""
+    model = tiny_seq2seq_model("t5")
+    refused(model, IDS, ValueError, "plain", gamma=0.5, plain=True, stack="decoder.block")
+
+
+# --- an example -------------------------------------------------------------------------------------------------------
+
+
+def test_an_example_that_is_no_sample():
+    refused(build("Llama"), IDS, ValueError, "models that read vectors", gamma=0.5, example=SIX)
+    refused(dense(), FLOATS, ValueError, r"one sample of \[6\] numbers", gamma=0.5, example=SIX[:5])
+
+
+@pytest.mark.parametrize("settings", [{}, {"variant": "paper"}], ids=str)
+def test_an_example_far_from_all_samples(settings):
+    example = (1e3,) * 6
+    refused(dense(), FLOATS, CalibrationError, "no calibration sample is near", gamma=0.5, example=example, **settings)
+
+
+@pytest.mark.parametrize("near", [0, 1, 2, 3])
+def test_an_example_near_the_samples_of_one_batch_only(near):
+    """Whichever batch that is, there is something to solve from."""
+    x = FLOATS + 100
+    x[8 * near : 8 * near + 8] -= 100
+    model = dense()
+    compress(model, ILLCConfig(gamma=0.5, example=SIX), x, options=DataOptions(batch_size=8))
+    assert model.config.intermediate_size == [10, 10, 10]
+
+
+def test_statistics_of_held_out_batches_alone():
+    """An expert that few tokens come to may get all of them there."""
+    fitted, held = LeastSquares(3, 2), LeastSquares(3, 2)
+    x, y = FLOATS[:, :3], FLOATS[:, 3:5]
+    held.update(x, y)
+    fit = UnitStatistics(fitted, held, x).fit(torch.zeros(3, 2), affine=True)
+    other = UnitStatistics(held, fitted, x).fit(torch.zeros(3, 2), affine=True)
+    torch.testing.assert_close(fit.weight, other.weight)
+    assert fit.penalty == other.penalty

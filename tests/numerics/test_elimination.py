@@ -1,0 +1,179 @@
+"""Backward elimination from sums, held against refitting without each feature in turn."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from hf_compress.numerics import elimination
+from hf_compress.numerics.elimination import eliminate
+from hf_compress.numerics.ridge import LeastSquares
+
+
+def data(rows: int = 80, inputs: int = 9, outputs: int = 4, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Correlated features with means, of which none explains y alone."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, inputs, generator=generator, dtype=torch.float64)
+    x = x @ torch.randn(inputs, inputs, generator=generator, dtype=torch.float64) + 1.5
+    weight = torch.randn(inputs, outputs, generator=generator, dtype=torch.float64)
+    return x, x @ weight + 2.0 + 0.3 * torch.randn(rows, outputs, generator=generator, dtype=torch.float64)
+
+
+def statistics(x: Tensor, y: Tensor) -> LeastSquares:
+    sums = LeastSquares(x.shape[1], y.shape[1])
+    sums.update(x, y)
+    return sums
+
+
+def left_over(x: Tensor, y: Tensor, features: list[int], affine: bool) -> float:
+    """The squared error of least squares on some features."""
+    columns = x[:, features].numpy()
+    if affine:
+        columns = np.concatenate([columns, np.ones((len(x), 1))], axis=1)
+    solution = np.linalg.lstsq(columns, y.numpy(), rcond=None)[0]
+    return float(np.square(columns @ solution - y.numpy()).sum())
+
+
+def greedy(x: Tensor, y: Tensor, count: int, affine: bool, at_once: int = 1) -> list[int]:
+    """Refit without each feature that is left, and leave out the one, or the few, that are missed least."""
+    left = list(range(x.shape[1]))
+    while len(left) > count:
+        errors = {j: left_over(x, y, [i for i in left if i != j], affine) for j in left}
+        gone = sorted(left, key=errors.__getitem__)[: min(at_once, len(left) - count)]
+        left = [i for i in left if i not in gone]
+    return left
+
+
+@pytest.fixture
+def _hardly_any_ridge(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that refits by plain least squares are an oracle."""
+    monkeypatch.setattr(elimination, "_PENALTY", 1e-10)
+
+
+@pytest.mark.usefixtures("_hardly_any_ridge")
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("seed", range(4))
+def test_is_refitting_without_each_feature_in_turn(affine: bool, seed: int) -> None:
+    x, y = data(seed=seed)
+    for count in range(1, 10):
+        kept = eliminate(statistics(x, y), count, affine)
+        assert kept.dtype == torch.int64
+        assert kept.tolist() == greedy(x, y, count, affine)
+
+
+@pytest.mark.usefixtures("_hardly_any_ridge")
+def test_a_bias_makes_a_difference() -> None:
+    """Or the two halves of the test above would be one."""
+    differing = 0
+    for seed in range(4):
+        sums = statistics(*data(seed=seed))
+        both = [(eliminate(sums, count), eliminate(sums, count, False)) for count in range(1, 9)]
+        differing += sum(not torch.equal(*kept) for kept in both)
+    assert differing > 3
+
+
+@pytest.mark.usefixtures("_hardly_any_ridge")
+@pytest.mark.parametrize("affine", [True, False])
+def test_what_the_rest_can_stand_in_for_is_not_what_is_small(affine: bool) -> None:
+    """A feature that matters much goes, since two others add up to it; one that matters little stays."""
+    x, _ = data(inputs=5)
+    x = torch.cat([x, x[:, :1] + x[:, 1:2]], dim=1)
+    weight = torch.tensor([0.1, 0.1, 0.1, 0.1, 0.1, 50.0], dtype=torch.float64)
+    y = x @ torch.stack([weight, weight.flip(0)], dim=1)
+    kept = eliminate(statistics(x, y), 5, affine).tolist()
+    assert {2, 3, 4} <= set(kept)
+    assert left_over(x, y, kept, affine) < 1e-6
+
+
+@pytest.mark.usefixtures("_hardly_any_ridge")
+@pytest.mark.parametrize(("rounds", "at_once"), [(1, 8), (2, 4), (3, 3), (100, 1)])
+def test_several_at_once_where_many_go(rounds: int, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cheapest few of a round, then a refit; in the last round no more than there are to go."""
+    monkeypatch.setattr(elimination, "_ROUNDS", rounds)
+    x, y = data(inputs=12)
+    assert eliminate(statistics(x, y), 4).tolist() == greedy(x, y, 4, affine=True, at_once=at_once)
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 5, 7])
+def test_the_number_kept_is_exact_whatever_goes_at_once(rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(elimination, "_ROUNDS", rounds)
+    sums = statistics(*data(inputs=12))
+    for count in range(1, 13):
+        kept = eliminate(sums, count).tolist()
+        assert len(kept) == count
+        assert kept == sorted(set(kept))
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("scale", [1.0, 3.0, -0.5])
+def test_copies_go_first(affine: bool, scale: float) -> None:
+    """With the ridge as it is: one of each pair goes, whichever, and nothing else."""
+    x, _ = data(inputs=5)
+    x = torch.cat([x, scale * x[:, :3]], dim=1)
+    weight = torch.randn(8, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    kept = eliminate(statistics(x, x @ weight), 5, affine).tolist()
+    assert sorted(unit % 5 for unit in kept) == [0, 1, 2, 3, 4]
+
+
+def test_features_that_never_vary_go_first_where_there_is_a_bias() -> None:
+    x, y = data()
+    x[:, 2], x[:, 6] = 7.0, 0.1
+    y = y + 100 * x[:, [2]]
+    assert eliminate(statistics(x, y), 7).tolist() == [0, 1, 3, 4, 5, 7, 8]
+
+
+def test_a_constant_feature_stays_where_there_is_no_bias() -> None:
+    """It stands in for one; only what is always 0 says nothing."""
+    x, y = data()
+    x[:, 2], x[:, 6] = 7.0, 0.0
+    y = y + 100
+    kept = eliminate(statistics(x, y), 3, affine=False).tolist()
+    assert 2 in kept
+    assert eliminate(statistics(x, y), 8, affine=False).tolist() == [0, 1, 2, 3, 4, 5, 7, 8]
+    assert 2 not in eliminate(statistics(x, y), 3, affine=True).tolist()
+
+
+def test_what_y_does_not_depend_on_goes_first() -> None:
+    x, _ = data()
+    y = x[:, [1, 4, 5]] @ torch.randn(3, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    assert eliminate(statistics(x, y), 3).tolist() == [1, 4, 5]
+
+
+def test_all_features_and_sums_left_alone() -> None:
+    sums = statistics(*data())
+    before = sums.gram.clone(), sums.cross.clone(), sums.x_sum.clone()
+    assert eliminate(sums, 9).tolist() == list(range(9))
+    eliminate(sums, 3)
+    assert all(torch.equal(a, b) for a, b in zip(before, (sums.gram, sums.cross, sums.x_sum), strict=True))
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("value", [0.0, 0.1])
+def test_a_layer_of_which_nothing_varies(affine: bool, value: float) -> None:
+    """Dead units, all of them: any will do, but as many as were asked for."""
+    kept = eliminate(statistics(torch.full((30, 6), value), data(rows=30)[1]), 4, affine).tolist()
+    assert len(set(kept)) == 4
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_fewer_rows_than_features(rows: int) -> None:
+    x, y = data(rows=rows)
+    kept = eliminate(statistics(x, y), 5).tolist()
+    assert len(set(kept)) == 5
+
+
+def test_the_scale_of_the_data_does_not_matter() -> None:
+    x, y = data()
+    expected = eliminate(statistics(x, y), 4)
+    for scale in (1e-6, 1e6):
+        assert torch.equal(eliminate(statistics(scale * x, y), 4), expected)
+        assert torch.equal(eliminate(statistics(x, scale * y), 4), expected)
+
+
+def test_refuses_a_count_that_does_not_fit_and_no_rows() -> None:
+    sums = statistics(*data())
+    for count in (0, -1, 10):
+        with pytest.raises(ValueError, match=f"count is {count}; expected 1 to the number of features, 9"):
+            eliminate(sums, count)
+    with pytest.raises(ValueError, match="no rows were seen"):
+        eliminate(LeastSquares(9, 4), 3)
