@@ -62,7 +62,7 @@ REDUCTIONS: Registry[Callable[[ILLCConfig, Units, UnitStatistics, int], Reductio
 @REDUCTIONS.register("elimination")
 def _elimination(config: ILLCConfig, units: Units, statistics: UnitStatistics, count: int) -> Reduction:
     """One unit after another goes, each time the one that the rest can stand in for best."""
-    return Reduction(kept=eliminate(statistics.all, count, units.biased))
+    return Reduction(kept=eliminate(statistics.all, count, units.biased or config.bias))
 
 
 @REDUCTIONS.register("average")
