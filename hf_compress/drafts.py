@@ -14,10 +14,19 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.heads import Heads, attention_heads
 from hf_compress.anatomy.parts import FFN, ExpertAxes, expert_axes, linear_map
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
-from hf_compress.edits import InsertBottleneck, LinearFFN, NarrowExperts, NarrowFFN, PackLinear, ReplaceActivation
+from hf_compress.edits import (
+    InsertBottleneck,
+    LinearFFN,
+    NarrowAttention,
+    NarrowExperts,
+    NarrowFFN,
+    PackLinear,
+    ReplaceActivation,
+)
 from hf_compress.errors import UnsupportedModelError
 from hf_compress.modules.activation import Blend
 from hf_compress.modules.packed import pack
@@ -57,7 +66,8 @@ def merge_units(model: PreTrainedModel, stack: Stack, index: int, labels: Tensor
         ValueError: labels that are not one for each unit, or that leave a cluster empty.
     """
     ffn, path = _ffn(model, stack, index)
-    sizes = torch.bincount(labels) if labels.shape == (ffn.width,) else labels.new_zeros(1)
+    fits = labels.shape == (ffn.width,) and not labels.is_floating_point() and int(labels.min()) >= 0
+    sizes = torch.bincount(labels) if fits else labels.new_zeros(1)
     if not bool(sizes.all()):
         raise ValueError(f"labels must give each of {ffn.width} hidden units a cluster, none of them empty")
 
@@ -88,6 +98,47 @@ def _narrowed(model: PreTrainedModel, ffn: FFN, path: str, reduce: Callable[[Ten
     old = model.get_submodule(output)._parameters.get("bias")
     tensors |= _linear(model, output, matrix, old if added is None else added)
     return Plan((NarrowFFN(inputs, output, len(matrix), added is not None and old is None),), tensors)
+
+
+@torch.no_grad()
+def narrow_attention(
+    model: PreTrainedModel, stack: Stack, index: int, groups: Sequence[int] | Tensor, writes: Affine | None = None
+) -> Plan:
+    """Keep the key and value heads `groups` of a block's attention, in this order, with the queries that read them.
+
+    Args:
+        writes: a new output projection, (heads left · width, hidden), and its bias if it is to have another one.
+
+    Raises:
+        UnsupportedModelError: heads that cannot be told apart.
+        ValueError: heads that it does not have, or a head twice.
+    """
+    path = _block(stack, index)
+    heads = heads_of(model, stack, index)
+    kept = _checked(torch.as_tensor(groups), heads.groups, "key and value heads")
+    tensors: dict[str, Tensor] = {}
+    for name, per_group in ((heads.query, heads.per_group), (heads.key, 1), (heads.value, 1)):
+        module = model.get_submodule(f"{path}.{name}")
+        table = linear_map(module)
+        columns = heads.columns(kept, per_group).to(table.device)
+        bias = module._parameters.get("bias")
+        tensors |= _linear(model, f"{path}.{name}", table[:, columns], None if bias is None else bias[columns])
+    last = model.get_submodule(f"{path}.{heads.output}")
+    table = linear_map(last)
+    matrix, added = writes or (table[heads.columns(kept, heads.per_group).to(table.device)], None)
+    old = last._parameters.get("bias")
+    if added is not None and old is None:
+        raise ValueError(f"{path}.{heads.output} has no bias, and gets none: solve for the projection alone")
+    tensors |= _linear(model, f"{path}.{heads.output}", matrix, old if added is None else added)
+    query, key, value, output = (f"{path}.{name}" for name in (heads.query, heads.key, heads.value, heads.output))
+    edit = NarrowAttention(query, key, value, output, len(kept) * heads.per_group, len(kept), heads.width)
+    return Plan((edit,), tensors)
+
+
+def heads_of(model: PreTrainedModel, stack: Stack, index: int) -> Heads:
+    """The heads of a block's attention; UnsupportedModelError where they cannot be told apart."""
+    parts = Anatomy(model).parts(stack, index)
+    return attention_heads(stack.blocks[index], parts.attention_output, f"{stack.path}.{index}")
 
 
 @torch.no_grad()
@@ -242,13 +293,11 @@ def _dense(ffn: FFN, path: str) -> tuple[tuple[str, ...], str]:
     return tuple(f"{path}.{name}" for name in ffn.inputs), f"{path}.{ffn.output}"
 
 
-def _checked(units: Tensor, width: int) -> Tensor:
+def _checked(units: Tensor, width: int, what: str = "hidden units") -> Tensor:
     if units.ndim != 1 or not len(units) or units.is_floating_point() or units.dtype == torch.bool:
         raise ValueError(f"units must be whole numbers, a list for each FFN; got {units.dtype}, {tuple(units.shape)}")
     if units.min() < 0 or units.max() >= width or len(units.unique()) < len(units):
-        raise ValueError(
-            f"units must be different numbers of {width} hidden units, counted from 0; got {units.tolist()[:8]}"
-        )
+        raise ValueError(f"units must be different numbers of {width} {what}, counted from 0; got {units.tolist()[:8]}")
     return units.long()
 
 

@@ -142,6 +142,34 @@ class NarrowFFN(ModuleEdit):
 
 
 @dataclass(frozen=True)
+class NarrowAttention(ModuleEdit):
+    """An attention has fewer heads.
+
+    Attributes:
+        query, key, value, output: its projections.
+        heads: query heads left.
+        groups: key and value heads left.
+        width: of one head, which stays.
+    """
+
+    query: str
+    key: str
+    value: str
+    output: str
+    heads: int
+    groups: int
+    width: int
+    path_fields: ClassVar = ("query", "key", "value", "output")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("heads", "groups", "width"):
+            _check_size(name, getattr(self, name))
+        if self.heads % self.groups:
+            raise PlanError(f"heads must be a multiple of groups; got {self.heads} and {self.groups}")
+
+
+@dataclass(frozen=True)
 class NarrowExperts(ModuleEdit):
     """Every expert of a mixture has fewer hidden units: `width` are left. `experts` holds their tensors."""
 

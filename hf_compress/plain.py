@@ -17,12 +17,14 @@ from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.parts import expert_axes, linear_widths
 from hf_compress.anatomy.stacks import Stack, reachable_configs
 from hf_compress.anatomy.undo import Undo
-from hf_compress.edits import ModuleEdit, NarrowExperts, NarrowFFN
+from hf_compress.edits import ModuleEdit, NarrowAttention, NarrowExperts, NarrowFFN
 from hf_compress.parity import module_differences, quiet
 from hf_compress.structure import Site, restructure
 
 RECORD_FIELD = "quantization_config"  # where a config keeps what its own fields cannot say
 _UNSET_WIDTHS = re.compile(r"inner|intermediate|ffn")  # fields that stand for a multiple of the hidden size when None
+_HEADS = re.compile(r"(num_|n_)?((encoder|decoder)_)?(attention_)?heads?|n_head")
+_GROUPS = re.compile(r"num_(key_value|kv)_heads")
 _WIDTH_RATIOS = re.compile(r"mlp_ratio|expansion_ratio|ffn_ratio")
 
 Narrowing = NarrowFFN | NarrowExperts
@@ -31,10 +33,12 @@ Fields = list[tuple[PreTrainedConfig, str, Any]]
 
 def into_config(model: PreTrainedModel, edits: tuple[ModuleEdit, ...], undo: Undo) -> tuple[ModuleEdit, ...]:
     """Say by the config's own fields what they can say of the widths; what is left over of the edits."""
+    stacks = Anatomy(model).stacks
+    for stack in stacks:
+        edits = _heads_into_config(model, stack, edits, undo)
     narrowings = [edit for edit in edits if isinstance(edit, (NarrowFFN, NarrowExperts))]
     if not narrowings:
         return edits
-    stacks = Anatomy(model).stacks
     plain = described(model, ())
     groups = [(stacks, narrowings)]  # both sides of an encoder-decoder may have one field
     groups += [([s], [e for e in narrowings if is_inside(e, s)]) for s in stacks] if len(stacks) > 1 else []
@@ -45,6 +49,26 @@ def into_config(model: PreTrainedModel, edits: tuple[ModuleEdit, ...], undo: Und
         if any(_try(model, rest, fields, undo) for fields in _candidates(plain, model, around, group)):
             edits = rest
     return edits
+
+
+def _heads_into_config(
+    model: PreTrainedModel, stack: Stack, edits: tuple[ModuleEdit, ...], undo: Undo
+) -> tuple[ModuleEdit, ...]:
+    """Say by the config's own fields how many heads all blocks of a stack have; what is left over of the edits."""
+    group = [edit for edit in edits if isinstance(edit, NarrowAttention) and is_inside(edit, stack)]
+    if len({(edit.heads, edit.groups, edit.width) for edit in group}) != 1:
+        return edits
+    said = ((_HEADS, group[0].heads), (_GROUPS, group[0].groups))
+    fields = [
+        (config, name, value)
+        for config, _ in stack.configs
+        for name in vars(config)
+        for pattern, value in said
+        if pattern.fullmatch(name) and type(vars(config)[name]) is int
+    ]
+    fields += [(config, "head_dim", group[0].width) for config, _ in stack.configs]
+    rest = tuple(edit for edit in edits if edit not in group)
+    return rest if _try(model, rest, fields, undo) else edits
 
 
 def described(model: PreTrainedModel, edits: Iterable[ModuleEdit]) -> PreTrainedModel:

@@ -25,6 +25,7 @@ from hf_compress.edits import (
     Edit,
     InsertBottleneck,
     LinearFFN,
+    NarrowAttention,
     NarrowExperts,
     NarrowFFN,
     PackLinear,
@@ -38,6 +39,10 @@ from hf_compress.modules.packed import MixedPrecisionLinear, Packing
 from hf_compress.modules.sealed import Sealed
 
 BOTTLENECK = "residual_bottleneck"  # what a block calls the one that its output passes through
+# What attention calls its heads, those of keys and values, and the width of all heads.
+_HEADS = re.compile(r"(num_|n_)(attention_)?heads?")
+_GROUPS = re.compile(r"num_(key_value|kv)_heads")
+_ALL = re.compile(r"all_head_size|inner_dim")
 _WIDTH_NAMES = re.compile(r"intermediate|inner|ffn|ff_dim|dim_ff|d_ff|expert_dim")
 
 
@@ -128,6 +133,30 @@ def _refuse_other_parts(site: Site, edit: NarrowFFN, width: int, hidden: int) ->
     for name, tensor in site.module(scope).named_parameters():
         if width in tensor.shape and not f"{scope}.{name}".startswith(tuple(f"{path}." for path in paths)):
             raise PlanError(f"{scope}.{name} is {tuple(tensor.shape)}: it, too, has an entry for each hidden unit")
+
+
+@restructure.register
+def _(edit: NarrowAttention, site: Site) -> None:
+    query, key, value, output = (site.linear(path) for path in edit.paths)
+    (hidden, wide), (_, narrow) = linear_widths(query), linear_widths(key)
+    if linear_widths(value)[1] != narrow or linear_widths(output)[0] != wide:
+        raise PlanError(f"{edit.query}, {edit.key}, {edit.value} and {edit.output} are not those of one attention")
+    heads, groups = wide // edit.width, narrow // edit.width
+    if wide % edit.width or narrow % edit.width or edit.heads * groups != edit.groups * heads or edit.heads > heads:
+        raise PlanError(
+            f"the attention of {edit.query} has {heads} heads on {groups} of {edit.width}; the plan asks for "
+            f"{edit.heads} on {edit.groups}"
+        )
+    kept, shared = edit.heads * edit.width, edit.groups * edit.width
+    site.replace(edit.query, resized(query, hidden, kept))
+    site.replace(edit.key, resized(key, linear_widths(key)[0], shared))
+    site.replace(edit.value, resized(value, linear_widths(value)[0], shared))
+    site.replace(edit.output, resized(output, kept, linear_widths(output)[1]))
+    owner = site.module(edit.query.rpartition(".")[0])
+    for name, number in list(vars(owner).items()):
+        for pattern, old, new in ((_HEADS, heads, edit.heads), (_GROUPS, groups, edit.groups), (_ALL, wide, kept)):
+            if type(number) is int and number == old and pattern.fullmatch(name):
+                site.undo.set(owner, name, new)
 
 
 @restructure.register

@@ -18,7 +18,7 @@ _MODULES = {nn.ReLU: "relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid", nn.SiLU: "s
 def from_scikit_learn(network: Any) -> DenseForClassification:
     """A fitted `MLPClassifier` or `MLPRegressor` as a dense network; probabilities or predictions are the same.
 
-    Of a classifier of two classes, which has one output z, the logits are 0 and z.
+    Of a classifier of two classes, which has one output z, the logits are -z / 2 and z / 2.
 
     Raises:
         TypeError: no such network.
@@ -33,7 +33,7 @@ def from_scikit_learn(network: Any) -> DenseForClassification:
     if network.out_activation_ == "logistic":
         if network.n_outputs_ > 1:
             raise ValueError("a classifier for several labels at once cannot be converted: train one for each")
-        maps[-1], biases[-1] = (torch.cat([torch.zeros_like(table), table], dim=-1) for table in (maps[-1], biases[-1]))
+        maps[-1], biases[-1] = (torch.cat([-table, table], dim=-1) / 2 for table in (maps[-1], biases[-1]))
     regression = network.out_activation_ == "identity"
     return dense_network(maps, biases, _ACTIVATIONS[network.activation], "regression" if regression else None)
 

@@ -11,7 +11,7 @@ from hf_compress import DenseConfig, DenseForClassification
 from hf_compress.calibration.data import DataOptions
 from hf_compress.config import CompressionConfig, config_class
 from hf_compress.errors import CalibrationError, PlanError, UnsupportedModelError
-from hf_compress.methods.illc import ILLCConfig, reductions
+from hf_compress.methods.illc import ILLCConfig, units
 from hf_compress.methods.illc.units import UnitStatistics
 from hf_compress.numerics.ridge import LeastSquares
 from hf_compress.pipeline import compress
@@ -59,6 +59,8 @@ def refused(model, data, error, message, **settings):
         (HALF | {"allocation": "fair"}, "allocation must be one of adaptive, uniform"),
         (HALF | {"tokens": 0}, "tokens must be a whole number of at least 1; got 0"),
         (HALF | {"cluster_tokens": 0.5}, "cluster_tokens must be a whole number of at least 1; got 0.5"),
+        *((HALF | {"seed": bad}, "seed must be a whole number of at least 0") for bad in (-1, "a", 0.5)),
+        (HALF | {"example": (float("nan"), 1.0)}, "example must be the numbers of one sample"),
         (HALF | {"example": ()}, "example must be the numbers of one sample"),
         (HALF | {"example": ("a", 1)}, "example must be the numbers of one sample"),
         (HALF | {"example": FLOATS[:2]}, "example must be the numbers of one sample"),
@@ -105,7 +107,7 @@ def test_no_data():
 
 @pytest.mark.parametrize("reduction", ["average", "representative"])
 def test_too_little_to_tell_units_apart(reduction):
-    message = r"12 calibration tokens \(or samples\) cannot tell 32 clusters of hidden units of model.layers.0 apart"
+    message = r"12 calibration tokens .* cannot tell 32 clusters of hidden units of the FFN of model\.layers\.0 apart"
     refused(build("Llama"), IDS[:1], CalibrationError, message, gamma=0.5, reduction=reduction)
     message = r"4 calibration tokens .* or raise cluster_tokens"  # one of each batch
     refused(build("Llama"), IDS, CalibrationError, message, gamma=0.5, reduction=reduction, cluster_tokens=4)
@@ -158,8 +160,8 @@ def test_an_interruption_leaves_nothing_behind(monkeypatch):
             raise KeyboardInterrupt("enough")
         return narrow(*arguments)
 
-    narrow = reductions.narrow_ffn
-    monkeypatch.setattr(reductions, "narrow_ffn", interrupted)
+    narrow = units.narrow_ffn
+    monkeypatch.setattr(units, "narrow_ffn", interrupted)
     refused(build("Llama"), IDS, KeyboardInterrupt, "enough", gamma=0.5)
     assert len(calls) == 3
 

@@ -88,9 +88,11 @@ def test_what_the_rest_can_stand_in_for_is_not_what_is_small(affine: bool) -> No
 @pytest.mark.usefixtures("_hardly_any_ridge")
 @pytest.mark.parametrize(("rounds", "at_once"), [(1, 8), (2, 4), (3, 3), (100, 1)])
 def test_several_at_once_where_many_go(rounds: int, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The cheapest few of a round, then a refit; in the last round no more than there are to go."""
+    """One by one among the cheapest few of a round; in the last round no more than there are to go."""
     monkeypatch.setattr(elimination, "_ROUNDS", rounds)
     x, y = data(inputs=12)
+    assert eliminate(statistics(x, y), 4).tolist() == greedy(x, y, 4, affine=True, at_once=1)  # of nearly all of them
+    monkeypatch.setattr(elimination, "_CANDIDATES", 1)
     assert eliminate(statistics(x, y), 4).tolist() == greedy(x, y, 4, affine=True, at_once=at_once)
 
 
@@ -113,6 +115,18 @@ def test_copies_go_first(affine: bool, scale: float) -> None:
     weight = torch.randn(8, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     kept = eliminate(statistics(x, x @ weight), 5, affine).tolist()
     assert sorted(unit % 5 for unit in kept) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("rounds", [128, 5, 3])
+def test_copies_of_what_matters_most_do_not_both_go_in_one_round(rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each can be done without as long as the other is there."""
+    monkeypatch.setattr(elimination, "_ROUNDS", rounds)
+    x, _ = data(inputs=20, rows=400)
+    x[:, 10] = x[:, 0]
+    weight = torch.randn(20, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    weight[[0, 10]] *= 10
+    kept = eliminate(statistics(x, x @ weight), 10).tolist()
+    assert len({0, 10} & set(kept)) == 1
 
 
 def test_features_that_never_vary_go_first_where_there_is_a_bias() -> None:

@@ -79,7 +79,6 @@ def _curve(
     curve = {}
     for width in {1, *(max(1, total * step // _STEPS) for step in range(1, _STEPS + 1))}:
         reduction = REDUCTIONS.resolve(config.reduction_name)(config, units, statistics, width)
-        assert reduction.kept is not None  # as the config makes sure of
-        fit = statistics.take(reduction.kept).fit(reduction.columns(units.writes), units.biased)
+        fit = statistics.take(reduction.inputs()).fit(reduction.columns(units.writes), units.biased or config.bias)
         curve[width] = fit.error * energy
     return curve, after

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -27,7 +28,8 @@ TARGETS = ("stream", "ffn")
 class ILLCConfig(CompressionConfig, method="illc", paper="https://arxiv.org/abs/2503.03693"):
     """Narrow FFNs to fewer hidden units, layer by layer, each layer on the activations of the compressed ones below.
 
-    How many stay: `gamma`, the share of the hidden units that is *kept*, or `width`, their number.
+    How many stay: `gamma`, the share of the hidden units that is *kept*, or `width`, their number. With `head_gamma`
+    attention keeps only a share of its key and value heads, each with the queries that read it.
 
     variant="compensated", the default: units are left out one after another, each time the one that the rest can stand
     in for best, and the output projection is solved anew by ridge regression, so that the block gives what the original
@@ -42,6 +44,10 @@ class ILLCConfig(CompressionConfig, method="illc", paper="https://arxiv.org/abs/
 
     gamma: float | None = field(default=None, metadata={"help": "share of the hidden units to keep, in (0, 1]"})
     width: int | None = field(default=None, metadata={"help": "hidden units to keep in each FFN, instead of gamma"})
+    head_gamma: float | None = field(
+        default=None,
+        metadata={"help": "share of the key and value heads to keep, in (0, 1], with the queries that read them"},
+    )
     variant: str = field(default="compensated", metadata={"help": f"one of {', '.join(VARIANTS)}"})
     iterative: bool = field(
         default=True, metadata={"help": "let each layer see the compressed layers below; without: SpArX"}
@@ -92,6 +98,7 @@ class ILLCConfig(CompressionConfig, method="illc", paper="https://arxiv.org/abs/
         check_choice("allocation", self.allocation, ALLOCATIONS)
         for name in ("tokens", "cluster_tokens"):
             check_at_least(name, getattr(self, name), 1)
+        check_at_least("seed", self.seed, 0)
         self._check_amount()
         self._check_example()
         if self.plain and (self.allocation == "adaptive" or self.bias or self.compensation == "bias"):
@@ -108,16 +115,27 @@ class ILLCConfig(CompressionConfig, method="illc", paper="https://arxiv.org/abs/
             )
 
     def _check_amount(self) -> None:
-        if (self.gamma is None) == (self.width is None):
-            raise ValueError(f"say how much to keep: gamma= or width=; got gamma={self.gamma}, width={self.width}")
-        if self.gamma is not None and not (is_number(self.gamma) and 0 < self.gamma <= 1):
-            raise ValueError(f"gamma is the share of the hidden units to keep, in (0, 1]; got {self.gamma!r}")
+        narrower = [self.gamma, self.width].count(None)
+        if narrower == 0 or (narrower == 2 and self.head_gamma is None):
+            raise ValueError(
+                f"say how much to keep: gamma= or width=; got gamma={self.gamma}, width={self.width}; for attention, "
+                "head_gamma="
+            )
+        for name, what in (("gamma", "hidden units"), ("head_gamma", "key and value heads")):
+            value = getattr(self, name)
+            if value is not None and not (is_number(value) and 0 < value <= 1):
+                raise ValueError(f"{name} is the share of the {what} to keep, in (0, 1]; got {value!r}")
+        if self.head_gamma is not None and self.reduction_name in ("average", "representative"):
+            raise ValueError(
+                f"head_gamma keeps whole heads, and reduction={self.reduction_name!r} clusters; averaged queries and "
+                "keys would not attend alike: take elimination, magnitude, variance or random"
+            )
         check_at_least("width", self.width, 1)
 
     def _check_example(self) -> None:
         if self.example is not None:
             values = tuple(self.example) if isinstance(self.example, Iterable) else ()
-            if not values or not all(is_number(value) for value in values):
+            if not values or not all(is_number(value) and math.isfinite(value) for value in values):
                 raise ValueError(f"example must be the numbers of one sample; got {self.example!r}")
             object.__setattr__(self, "example", values)
         if self.kernel_width is not None:

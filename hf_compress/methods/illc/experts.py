@@ -19,7 +19,7 @@ from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.experts import check_experts, expert_hidden, expert_writes, routed
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.capture import hooked, stream_tokens
-from hf_compress.calibration.walks import Walk
+from hf_compress.calibration.runner import BlockRunner
 from hf_compress.drafts import narrow_experts
 from hf_compress.errors import CalibrationError, UnsupportedModelError
 from hf_compress.methods.illc.reductions import REDUCTIONS
@@ -30,6 +30,7 @@ from hf_compress.plan import Plan
 if TYPE_CHECKING:
     from hf_compress.methods.illc.config import ILLCConfig
 
+Runs = Sequence[tuple[BlockRunner, Tensor]]  # batches, and the stream before the block
 _MEMORY = 4 * 2**30  # for the sums of as many experts as are done in one pass
 _FEW = 8  # tokens: an expert that gets fewer keeps the units that are largest
 
@@ -42,6 +43,7 @@ class ExpertUnits:
     index: int
     name: str
     biased: bool = False
+    size: int = 1
 
 
 class ExpertNarrowing:
@@ -61,17 +63,19 @@ class ExpertNarrowing:
         check_experts(self.experts, self.name)
         if config.reduction_name == "average":
             raise UnsupportedModelError(f"{self.name}: the units of experts are kept, not merged; take representative")
+        if config.compensation_name == "bias":
+            raise UnsupportedModelError(f"{self.name}: experts get no bias; take compensation='ridge' or 'none'")
         self.writes = expert_writes(self.experts).detach()
         self.width = ffn.width
 
-    def plan(self, walks: Sequence[Walk], width: int) -> tuple[Plan, dict[str, Any]]:
+    def plan(self, runs: Runs, width: int) -> tuple[Plan, dict[str, Any]]:
         """The plan that leaves each expert `width` hidden units, and how many tokens each has seen."""
         count, _, hidden = self.writes.shape
         at_once = max(1, _MEMORY // (16 * self.width * (self.width + hidden)))
         kept, writes, tokens = [], [], []
         for start in range(0, count, at_once):
             numbers = range(start, min(start + at_once, count))
-            for number, statistics in zip(numbers, self._observe(walks, numbers), strict=True):
+            for number, statistics in zip(numbers, self._observe(runs, numbers), strict=True):
                 units, written = self._reduce(number, statistics, width)
                 kept.append(units)
                 writes.append(written)
@@ -91,17 +95,17 @@ class ExpertNarrowing:
         columns = reduction.columns(old)
         if few or self.config.compensation_name != "ridge":
             return reduction.kept, columns
-        return reduction.kept, statistics.take(reduction.kept).fit(columns, affine=False).weight.to(columns)
+        return reduction.kept, statistics.take(reduction.inputs()).fit(columns, affine=False).weight.to(columns)
 
-    def _observe(self, walks: Sequence[Walk], numbers: range) -> list[UnitStatistics]:
+    def _observe(self, runs: Runs, numbers: range) -> list[UnitStatistics]:
         """What some experts do on the compressed model's streams."""
         _, width, hidden = self.writes.shape
         device = self.writes.device
         sums = [[LeastSquares(width, hidden, device) for _ in range(2)] for _ in numbers]
         rows: list[list[Tensor]] = [[] for _ in numbers]
-        row_tokens = -(-self.config.cluster_tokens // len(walks))
-        for batch, walk in enumerate(walks):
-            states, index, weights = self._routing(walk)
+        row_tokens = -(-self.config.cluster_tokens // len(runs))
+        for batch, (runner, stream) in enumerate(runs):
+            states, index, weights = self._routing(runner, stream)
             for place, number in enumerate(numbers):
                 token, weight = routed(self.experts, index, weights, number)
                 activations = expert_hidden(self.experts, number, states[token])
@@ -113,7 +117,7 @@ class ExpertNarrowing:
                 rows[place].append(some[:: max(1, -(-len(some) // row_tokens))].float().cpu())
         return [UnitStatistics(fitted, held, torch.cat(part)) for (fitted, held), part in zip(sums, rows, strict=True)]
 
-    def _routing(self, walk: Walk) -> tuple[Tensor, Tensor, Tensor]:
+    def _routing(self, runner: BlockRunner, stream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the experts are given in a run of the block, of real tokens: states, chosen experts, weights."""
         seen: list[tuple[Any, ...]] = []
 
@@ -121,8 +125,8 @@ class ExpertNarrowing:
             seen.append((*args, *kwargs.values()))
 
         with hooked([self.experts.register_forward_pre_hook(keep, with_kwargs=True)]):
-            after = walk.runner.run(self.index, walk.compressed)
-        real = stream_tokens(self.stack, walk.runner.batch, after).flatten()
+            after = runner.run(self.index, stream)
+        real = stream_tokens(self.stack, runner.batch, after).flatten()
         if len(seen) != 1 or len(seen[0]) != 3 or any(len(part.flatten(0, -2)) != len(real) for part in seen[0]):
             raise UnsupportedModelError(f"{self.name} is not given tokens, experts and weights once in a forward pass")
         states, index, weights = (part.flatten(0, -2)[real] for part in seen[0])

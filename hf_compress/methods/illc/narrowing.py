@@ -13,6 +13,7 @@ there without the FFN, m a constant of the model, W₀ the columns of the units 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -21,11 +22,12 @@ from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
 from hf_compress.apply import carry_out
+from hf_compress.calibration.capture import stream_tokens, watch_module
 from hf_compress.calibration.walks import Walk
 from hf_compress.drafts import Affine
 from hf_compress.methods.illc.experts import ExpertNarrowing
 from hf_compress.methods.illc.reductions import REDUCTIONS, Reduction
-from hf_compress.methods.illc.units import HiddenUnits, Run, UnitStatistics, observe
+from hf_compress.methods.illc.units import AttentionHeads, BlockUnits, HiddenUnits, Run, UnitStatistics, observe
 from hf_compress.numerics.ridge import LeastSquares
 from hf_compress.plan import Plan
 from hf_compress.workbench import Workbench
@@ -54,100 +56,117 @@ class Narrowing:
             walk.original = walk.runner.run(index, walk.original)
             walk.compressed = walk.original if same else walk.runner.run(index, walk.compressed)
 
-    def narrow(self, index: int, width: int, undo: Undo) -> tuple[Plan, dict[str, Any]]:
-        """Narrow the FFN of a block to `width` hidden units and go past it; the plan for it, and what there is to tell.
+    def narrow(self, index: int, heads: int | None, width: int | None, undo: Undo) -> tuple[Plan, list[dict[str, Any]]]:
+        """Narrow a block to so many key and value heads, then to so many hidden units, and go past it; None for all.
 
-        The last streams of the walks come from the narrowed block.
+        Returns:
+            The plan, and what there is to tell of the attention and of the FFN.
         """
-        ffn = Anatomy(self.model).parts(self.stack, index).ffn
-        if ffn is not None and ffn.kind == "experts":
-            return self._narrow_experts(index, width, undo)
-        units = HiddenUnits(self.model, self.stack, index)
         before = [walk.original for walk in self.walks]
-        targets = self._targets(units)
-        statistics = self._observe(units, targets, before)
-        reduction = REDUCTIONS.resolve(self.config.reduction_name)(self.config, units, statistics, width)
-        writes, notes = self._solve(units, reduction, statistics, targets, before)
-        draft = reduction.draft(self.model, self.stack, index, writes)
-        carry_out(draft, self.model, undo)
-        self._pass(index)
-        if reduction.labels is not None:
-            notes["clusters"] = reduction.labels.tolist()
-        return draft, {"block": index, "width": width, **notes}
-
-    def _narrow_experts(self, index: int, width: int, undo: Undo) -> tuple[Plan, dict[str, Any]]:
-        for walk in self.walks:
-            original = walk.runner.run(index, walk.original)
-            if not self.config.iterative:
-                walk.compressed = walk.original  # nobody is to see the compressed layers below
-            walk.original = original
-        draft, notes = ExpertNarrowing(self.config, self.model, self.stack, index).plan(self.walks, width)
-        carry_out(draft, self.model, undo)
-        self._pass(index)
-        return draft, {"block": index, "width": width, **notes}
-
-    def _pass(self, index: int) -> None:
-        """Take the compressed stream past a block that is narrowed."""
+        attention = [] if heads is None else [(AttentionHeads(self.model, self.stack, index), heads)]
+        parts_of = Anatomy(self.model).parts(self.stack, index)
+        experts = width is not None and parts_of.ffn is not None and parts_of.ffn.kind == "experts"
+        ffn = [] if width is None or experts else [(HiddenUnits(self.model, self.stack, index), width)]
+        parts: list[tuple[BlockUnits, int]] = [*attention, *ffn]
+        targets = self._targets(index, [units for units, _ in parts])
+        plan, notes = Plan(), []
+        for (units, count), target in zip(parts, targets, strict=True):
+            draft, told = self._narrow_units(units, count, target, before)
+            carry_out(draft, self.model, undo)
+            plan += draft
+            notes.append({"block": index, "width": count} | ({} if units.size == 1 else {"part": "attention"}) | told)
+        if experts:
+            assert width is not None
+            draft, told = self._experts(index, width, before)
+            carry_out(draft, self.model, undo)
+            plan += draft
+            notes.append({"block": index, "width": width, **told})
         if self.config.iterative:
             for walk in self.walks:
                 walk.compressed = walk.runner.run(index, walk.compressed)
+        return plan, notes
 
-    def _targets(self, units: HiddenUnits) -> _Targets:
-        """Take the original stream past the block; what the FFN has to write from then on."""
-        first = self.walks[0]
-        multiplier = None
-        if self.config.iterative and self.config.target == "stream":
-            multiplier = units.multiplier(first.runner, first.compressed)
-        written = []
+    def _targets(self, index: int, parts: list[BlockUnits]) -> list[_Targets]:
+        """Take the original stream past a block; what each of its parts has to write from then on."""
+        after: list[Tensor] = []
+        written: list[list[Tensor]] = [[] for _ in parts]
+        multipliers = [self._multiplier(units) for units in parts]
         for walk in self.walks:
-            run = units.run(walk.runner, walk.original)
-            walk.original = run.after
-            written.append(run.written if multiplier is None else run.written[:0])
-        return _Targets([walk.original for walk in self.walks], written, multiplier)
+            with ExitStack() as hooks:
+                seen = [hooks.enter_context(watch_module(units.output)) for units in parts]
+                walk.original = walk.runner.run(index, walk.original)
+            real = stream_tokens(self.stack, walk.runner.batch, walk.original)
+            for units, one, kept, multiplier in zip(parts, seen, written, multipliers, strict=True):
+                run = units.read(one, walk.original, real)
+                kept.append(run.written if multiplier is None else run.written[:0])
+            after.append(walk.original)
+        return [_Targets(after, *part) for part in zip(written, multipliers, strict=True)]
 
-    def _observe(self, units: HiddenUnits, targets: _Targets, before: list[Tensor]) -> UnitStatistics:
-        """What the hidden units do on the compressed stream; on the original one where no layer is to see another."""
+    def _multiplier(self, units: BlockUnits) -> float | None:
+        if not self.config.iterative or self.config.target != "stream":
+            return None
+        return units.multiplier(self.walks[0].runner, self.walks[0].compressed)
+
+    def _narrow_units(
+        self, units: BlockUnits, count: int, target: _Targets, before: list[Tensor]
+    ) -> tuple[Plan, dict[str, Any]]:
+        """The plan for one part of a block, and what there is to tell of it."""
+        statistics = self._observe(units, target, before)
+        reduction = REDUCTIONS.resolve(self.config.reduction_name)(self.config, units, statistics, count)
+        writes, notes = self._solve(units, reduction, statistics, target, before)
+        if reduction.labels is not None:
+            notes["clusters"] = reduction.labels.tolist()
+        return units.draft(reduction, writes), notes
+
+    def _experts(self, index: int, width: int, before: list[Tensor]) -> tuple[Plan, dict[str, Any]]:
+        streams = [walk.compressed for walk in self.walks] if self.config.iterative else before
+        runs = [(walk.runner, stream) for walk, stream in zip(self.walks, streams, strict=True)]
+        return ExpertNarrowing(self.config, self.model, self.stack, index).plan(runs, width)
+
+    def _observe(self, units: BlockUnits, target: _Targets, before: list[Tensor]) -> UnitStatistics:
+        """What the units do on the compressed stream; on the original one where no layer is to see another."""
 
         def runs() -> Iterator[Run]:
             for walk, original in zip(self.walks, before, strict=True):
                 yield units.run(walk.runner, walk.compressed if self.config.iterative else original)
 
         row_tokens = -(-self.config.cluster_tokens // len(self.walks))
-        return observe(runs(), targets, self.weights, row_tokens)
+        return observe(runs(), target, self.weights, row_tokens)
 
     def _solve(
         self,
-        units: HiddenUnits,
+        units: BlockUnits,
         reduction: Reduction,
         statistics: UnitStatistics,
-        targets: _Targets,
+        target: _Targets,
         before: list[Tensor],
     ) -> tuple[Affine, dict[str, Any]]:
         """The output projection of the units that are left, and how far from the target it ends."""
-        columns = reduction.columns(units.writes)
+        columns = reduction.columns(units.writes, units.size)
         if self.config.compensation_name == "none":
             return (columns, None), {}
         if reduction.kept is not None:
-            left = statistics.take(reduction.kept)
+            left = statistics.take(reduction.inputs(units.size))
         else:
             with Undo() as trial:
-                carry_out(reduction.draft(self.model, self.stack, units.index), self.model, trial)
-                left = self._observe(HiddenUnits(self.model, self.stack, units.index), targets, before)
+                carry_out(units.draft(reduction, None), self.model, trial)
+                left = self._observe(HiddenUnits(self.model, self.stack, units.index), target, before)
+        affine = units.biased or (self.config.bias and units.size == 1)
         if self.config.compensation_name == "bias":
-            return (columns, _mean_gap(left.all, columns).float()), {}
-        fit = left.fit(columns, units.biased or self.config.bias)
+            return (columns, _mean_gap(left.all, columns).float() if affine or units.size == 1 else None), {}
+        fit = left.fit(columns, affine)
         bias = None if fit.bias is None else fit.bias.float()
         return (fit.weight.float(), bias), {"error": fit.error, "penalty": fit.penalty}
 
 
 class _Targets:
-    """What the FFN of a block has to write, given what it writes in a run.
+    """What a part of a block has to write, given what it writes in a run.
 
     Args:
         after: the original stream after the block, per batch.
-        written: what its FFN wrote there, where `multiplier` is None.
-        multiplier: of what the FFN writes, in the stream after the block; None where only the FFN's own part can be
-            compared.
+        written: what the part wrote there, where `multiplier` is None.
+        multiplier: of what the part writes, in the stream after the block; None where only its own output can be
+            compared, since something else of the block follows.
     """
 
     def __init__(self, after: list[Tensor], written: list[Tensor], multiplier: float | None) -> None:

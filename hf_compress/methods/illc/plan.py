@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,10 +14,12 @@ from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.capture import inference
 from hf_compress.calibration.walks import Walk, start_walks
+from hf_compress.drafts import heads_of
 from hf_compress.errors import CalibrationError, UnsupportedModelError
 from hf_compress.evaluation.faithfulness import similarity
 from hf_compress.methods.illc.allocation import adaptive_widths
 from hf_compress.methods.illc.narrowing import Narrowing
+from hf_compress.methods.sizing import share_of
 from hf_compress.plan import Plan
 from hf_compress.record import record, recorded
 from hf_compress.workbench import Workbench
@@ -39,35 +40,37 @@ def plan_narrower(config: ILLCConfig, bench: Workbench) -> Plan:
         CalibrationError: no data, or too little to tell units apart; activations that are not finite.
     """
     stack = bench.stack(config.stack)
-    widths = _widths(config, bench, stack)
+    widths = _widths(config, bench, stack) if config.gamma or config.width else {}
+    heads = _heads(config, bench, stack) if config.head_gamma else {}
     with inference(bench.model):
         with bench.stage("start"):
             walks = start_walks(bench.model, stack, bench.calibration, config.tokens)
             weights = _similarities(config, walks)
-        if config.allocation == "adaptive":
+        if config.allocation == "adaptive" and widths:
             with bench.stage("allocate widths"):
                 widths = adaptive_widths(config, bench, stack, walks, widths)
-        with bench.stage("narrow FFNs"):
-            return _narrowed(Narrowing(config, bench, stack, walks, weights), bench, widths)
+        with bench.stage("narrow blocks"):
+            return _narrowed(Narrowing(config, bench, stack, walks, weights), bench, heads, widths)
 
 
-def _narrowed(narrowing: Narrowing, bench: Workbench, widths: dict[int, int]) -> Plan:
-    """Go up the stack and narrow the FFNs of `widths`."""
-    plan, blocks = Plan(), []
-    last = max(widths)
+def _narrowed(narrowing: Narrowing, bench: Workbench, heads: dict[int, int], widths: dict[int, int]) -> Plan:
+    """Go up the stack and narrow the attentions of `heads` and the FFNs of `widths`."""
+    plan = Plan()
+    blocks: list[dict[str, Any]] = []
+    last = max([*heads, *widths])
     with bench.trial() as undo:
-        for index in tqdm(range(last + 1), desc="narrowing FFNs", disable=None):
-            if index not in widths:
+        for index in tqdm(range(last + 1), desc="narrowing blocks", disable=None):
+            if index not in heads and index not in widths:
                 narrowing.skip(index)
                 continue
-            draft, notes = narrowing.narrow(index, widths[index], undo)
+            draft, notes = narrowing.narrow(index, heads.get(index), widths.get(index), undo)
             plan += draft
-            blocks.append(notes)
+            blocks += notes
         if narrowing.config.plain:
             _check_plain(bench.model, plan, undo)
-    if sum(len(notes.get("clusters", ())) for notes in blocks) > _CLUSTERS_KEPT:
-        for notes in blocks:
-            notes.pop("clusters", None)
+    if sum(len(told.get("clusters", ())) for told in blocks) > _CLUSTERS_KEPT:
+        for told in blocks:
+            told.pop("clusters", None)
     config = narrowing.config
     summary = {"reduction": config.reduction_name, "compensation": config.compensation_name, "blocks": blocks}
     return Plan(plan.edits, plan.tensors, summary)
@@ -97,11 +100,16 @@ def _widths(config: ILLCConfig, bench: Workbench, stack: Stack) -> dict[int, int
                 f"block {index} of {stack.path} has experts, which all get one width: leave out allocation='adaptive'"
             )
         step = _EXPERT_STEP if ffn.kind == "experts" and ffn.width % _EXPERT_STEP == 0 else 1
-        share = max(1, math.floor(ffn.width / step * (config.gamma or 1) + 0.5)) * step
-        widths[index] = config.width or share
+        widths[index] = config.width or step * share_of(ffn.width // step, config.gamma or 1)
     if not widths:
         raise UnsupportedModelError(f"no FFN of {stack.path} can be narrowed: none was found in its blocks")
     return widths
+
+
+def _heads(config: ILLCConfig, bench: Workbench, stack: Stack) -> dict[int, int]:
+    """How many key and value heads the attention of each block keeps."""
+    groups = [heads_of(bench.model, stack, index).groups for index in range(len(stack))]
+    return {index: share_of(count, config.head_gamma or 1) for index, count in enumerate(groups)}
 
 
 def _similarities(config: ILLCConfig, walks: list[Walk]) -> list[Tensor] | None:

@@ -8,16 +8,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from hf_compress.anatomy.stacks import Stack
-from hf_compress.drafts import Affine, merge_units, narrow_ffn
 from hf_compress.errors import CalibrationError
 from hf_compress.methods.illc.units import Units, UnitStatistics
 from hf_compress.numerics.clustering import cluster
-from hf_compress.numerics.elimination import eliminate
+from hf_compress.numerics.elimination import eliminate, entries
 from hf_compress.numerics.registry import Registry
-from hf_compress.plan import Plan
 
 if TYPE_CHECKING:
     from hf_compress.methods.illc.config import ILLCConfig
@@ -38,19 +34,18 @@ class Reduction:
     labels: Tensor | None = None
     kept: Tensor | None = None
 
-    def draft(self, model: PreTrainedModel, stack: Stack, index: int, writes: Affine | None = None) -> Plan:
-        """The plan that narrows the FFN of a block so, with another output projection if one is given."""
-        if self.kept is not None:
-            return narrow_ffn(model, stack, index, self.kept, writes)
-        assert self.labels is not None
-        return merge_units(model, stack, index, self.labels, writes)
+    def inputs(self, size: int = 1) -> Tensor:
+        """The inputs of the output projection that are left of units of `size` inputs, where units are kept."""
+        assert self.kept is not None
+        return entries(self.kept, size)
 
-    def columns(self, writes: Tensor) -> Tensor:
-        """What is left of an output projection (width, hidden) if nothing is solved for: the columns of the units kept,
-        or the sums over clusters."""
+    def columns(self, writes: Tensor, size: int = 1) -> Tensor:
+        """What is left of an output projection (inputs, hidden) if nothing is solved for.
+
+        Rows of the units kept, or sums over clusters.
+        """
         if self.labels is None:
-            assert self.kept is not None
-            return writes[self.kept.to(writes.device)]
+            return writes[self.inputs(size).to(writes.device)]
         labels = self.labels.to(writes.device)
         return writes.new_zeros(int(labels.max()) + 1, writes.shape[1]).index_add_(0, labels, writes)
 
@@ -62,7 +57,7 @@ REDUCTIONS: Registry[Callable[[ILLCConfig, Units, UnitStatistics, int], Reductio
 @REDUCTIONS.register("elimination")
 def _elimination(config: ILLCConfig, units: Units, statistics: UnitStatistics, count: int) -> Reduction:
     """One unit after another goes, each time the one that the rest can stand in for best."""
-    return Reduction(kept=eliminate(statistics.all, count, units.biased or config.bias))
+    return Reduction(kept=eliminate(statistics.all, count, units.biased or config.bias, units.size))
 
 
 @REDUCTIONS.register("average")
@@ -86,7 +81,7 @@ def _representative(config: ILLCConfig, units: Units, statistics: UnitStatistics
 @REDUCTIONS.register("magnitude")
 def _magnitude(config: ILLCConfig, units: Units, statistics: UnitStatistics, count: int) -> Reduction:
     """Keep the units whose output weights are the largest."""
-    return _best(units.writes.norm(dim=1), count)
+    return _best(units, units.writes.square().sum(dim=1), count)
 
 
 @REDUCTIONS.register("variance")
@@ -94,17 +89,19 @@ def _variance(config: ILLCConfig, units: Units, statistics: UnitStatistics, coun
     """Keep the units whose contribution varies most, Var(h_j) · |W_j|² (FLAP, arXiv 2312.11983, equation 5)."""
     sums = statistics.all
     variance = sums.gram.diagonal() / sums.count - (sums.x_sum / sums.count).square()
-    return _best(variance * units.writes.double().square().sum(dim=1).to(variance), count)
+    return _best(units, variance * units.writes.double().square().sum(dim=1).to(variance), count)
 
 
 @REDUCTIONS.register("random")
 def _random(config: ILLCConfig, units: Units, statistics: UnitStatistics, count: int) -> Reduction:
     """Keep any."""
     generator = torch.Generator().manual_seed(config.seed + units.index)
-    return _best(torch.rand(len(units.writes), generator=generator), count)
+    return _best(units, torch.rand(len(units.writes), generator=generator), count)
 
 
-def _best(scores: Tensor, count: int) -> Reduction:
+def _best(units: Units, scores: Tensor, count: int) -> Reduction:
+    """Keep the units whose inputs score highest together."""
+    scores = scores.view(-1, units.size).sum(dim=1)
     return Reduction(kept=scores.topk(count).indices.sort().values.cpu())
 
 
@@ -117,5 +114,5 @@ def _check_rows(units: Units, rows: Tensor, count: int) -> None:
         )
     if bool((rows - rows[0]).abs().max() <= _ROUNDING * rows.abs().max()):
         raise CalibrationError(
-            f"no hidden unit of the FFN of {units.name} varies over the calibration data; give samples that differ"
+            f"no hidden unit of {units.name} varies over the calibration data; give samples that differ"
         )

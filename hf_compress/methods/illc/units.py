@@ -1,10 +1,11 @@
-"""What the hidden units of a block's FFN do on calibration data, and what the FFN has to give."""
+"""Units of a block, hidden ones of its FFN or heads of its attention: what they do on calibration data."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +14,15 @@ from transformers import PreTrainedModel
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.parts import linear_map
 from hf_compress.anatomy.stacks import Stack
-from hf_compress.calibration.capture import hooked, stream_tokens, watch_module
+from hf_compress.calibration.capture import Seen, hooked, stream_tokens, watch_module
 from hf_compress.calibration.runner import BlockRunner
+from hf_compress.drafts import Affine, heads_of, merge_units, narrow_attention, narrow_ffn
 from hf_compress.errors import CalibrationError
 from hf_compress.numerics.ridge import PENALTIES, LeastSquares, RidgeFit, fit_held_out, is_held_out
+from hf_compress.plan import Plan
+
+if TYPE_CHECKING:
+    from hf_compress.methods.illc.reductions import Reduction
 
 _CAUTIOUS = (0.1,)
 _TOLERANCE = 0.05  # of what comes out of a block, for rounding in half precision
@@ -27,9 +33,9 @@ class UnitStatistics:
     """Sums over calibration tokens.
 
     Attributes:
-        fitted, held: of the regression of what the FFN has to write, (tokens, hidden), on its hidden units' activations
-            (tokens, width): on most batches, and on every fourth.
-        rows: activations of some tokens, (tokens, width) float32: what units are clustered by.
+        fitted, held: of the regression of what has to be written, (tokens, hidden), on what the units give, (tokens,
+            inputs): on most batches, and on every fourth.
+        rows: what they give at some tokens, (tokens, inputs) float32: what units are clustered by.
     """
 
     fitted: LeastSquares
@@ -41,9 +47,9 @@ class UnitStatistics:
         """The sums of all batches."""
         return self.fitted.merge(self.held)
 
-    def take(self, units: Tensor) -> UnitStatistics:
-        """The statistics of some of the units, in that order."""
-        return UnitStatistics(self.fitted.take(units), self.held.take(units), self.rows[:, units.cpu()])
+    def take(self, inputs: Tensor) -> UnitStatistics:
+        """The statistics of some of the inputs, in that order."""
+        return UnitStatistics(self.fitted.take(inputs), self.held.take(inputs), self.rows[:, inputs.cpu()])
 
     def fit(self, prior: Tensor, affine: bool) -> RidgeFit:
         """The output projection that comes nearest to the target, penalised for leaving `prior` (width, hidden).
@@ -56,11 +62,15 @@ class UnitStatistics:
 
 
 class Units(Protocol):
-    """What a reduction has to know of hidden units, those of an FFN or of one expert."""
+    """What a reduction has to know of units: hidden ones of an FFN or of one expert, or heads of an attention."""
 
     @property
     def writes(self) -> Tensor:
-        """The output projection, (width, hidden) float32, a row for each unit."""
+        """The output projection, (inputs, hidden) float32, a row or several for each unit."""
+
+    @property
+    def size(self) -> int:
+        """How many rows a unit has there."""
 
     @property
     def index(self) -> int:
@@ -75,43 +85,49 @@ class Units(Protocol):
         """Whether a bias is added to what they write."""
 
 
-class HiddenUnits:
-    """The hidden units of one block's FFN, as the model is at the moment.
+class BlockUnits(ABC):
+    """Units of one block, by the projection that they write to the residual stream with, as the model is at the moment.
 
     Attributes:
-        writes: the output projection, (width, hidden) float32, a row for each unit.
+        output: the projection.
+        writes: its matrix, (inputs, hidden) float32.
         biased: whether it has a bias.
     """
 
-    def __init__(self, model: PreTrainedModel, stack: Stack, index: int) -> None:
-        ffn = Anatomy(model).parts(stack, index).ffn
-        assert ffn is not None
-        assert ffn.output is not None
-        self.stack, self.index, self.name = stack, index, f"{stack.path}.{index}"
-        self.output: nn.Module = stack.blocks[index].get_submodule(ffn.output)
+    size = 1
+
+    def __init__(self, model: PreTrainedModel, stack: Stack, index: int, output: str) -> None:
+        self.model, self.stack, self.index, self.name = model, stack, index, f"{stack.path}.{index}"
+        self.output: nn.Module = stack.blocks[index].get_submodule(output)
         self.writes = linear_map(self.output).detach().float()
         self.biased = self.output._parameters.get("bias") is not None
+
+    @abstractmethod
+    def draft(self, reduction: Reduction, writes: Affine | None) -> Plan:
+        """The plan that leaves fewer units, with another output projection if one is given."""
 
     def run(self, runner: BlockRunner, stream: Tensor) -> Run:
         """Run the block on a stream."""
         with watch_module(self.output) as seen:
             after = runner.run(self.index, stream)
-        tokens = after.shape[0] * after.shape[1]
-        if seen.given is None or seen.gave is None or seen.gave.numel() != tokens * seen.gave.shape[-1]:
-            raise CalibrationError(f"the FFN of {self.name} did not run once for each token; it cannot be narrowed")
-        real = stream_tokens(self.stack, runner.batch, after)
+        return self.read(seen, after, stream_tokens(self.stack, runner.batch, after))
+
+    def read(self, seen: Seen, after: Tensor, real: Tensor) -> Run:
+        """A run of the block from what the projection was seen to do in it."""
+        if seen.given is None or seen.gave is None or seen.gave.numel() != real.numel() * seen.gave.shape[-1]:
+            raise CalibrationError(f"{self.name} did not run once for each token; it cannot be narrowed")
         hidden, written = (part.reshape(*real.shape, -1)[real] for part in (seen.given, seen.gave))
         if not bool(torch.isfinite(hidden).all()):
             raise CalibrationError(
-                f"the hidden units of the FFN of {self.name} are NaN or infinite on the calibration data; load the "
-                "model in float32 or bfloat16, or look for the sample that causes it"
+                f"the units of {self.name} have NaN or infinite activations on the calibration data; load the model in "
+                "float32 or bfloat16, or look for the sample that causes it"
             )
         return Run(after, real, hidden, written)
 
     def multiplier(self, runner: BlockRunner, stream: Tensor) -> float | None:
-        """m, where the stream after the block has m times what the FFN writes in it; None where a norm comes after.
+        """m, where the stream after the block has m times what they write in it; None where more comes after.
 
-        Measured: the FFN is made to write something else, and the stream has to differ by a multiple of that.
+        Measured: they are made to write something else, and the stream has to differ by a multiple of that.
         """
         after = runner.run(self.index, stream).float()
         generator = torch.Generator().manual_seed(0)
@@ -123,14 +139,45 @@ class HiddenUnits:
         return multiplier if multiplier > 0 and unexplained < _TOLERANCE else None
 
 
+class HiddenUnits(BlockUnits):
+    """The hidden units of a block's FFN."""
+
+    def __init__(self, model: PreTrainedModel, stack: Stack, index: int) -> None:
+        ffn = Anatomy(model).parts(stack, index).ffn
+        assert ffn is not None
+        assert ffn.output is not None
+        super().__init__(model, stack, index, ffn.output)
+        self.name = f"the FFN of {self.name}"
+
+    def draft(self, reduction: Reduction, writes: Affine | None) -> Plan:
+        if reduction.kept is not None:
+            return narrow_ffn(self.model, self.stack, self.index, reduction.kept, writes)
+        assert reduction.labels is not None
+        return merge_units(self.model, self.stack, self.index, reduction.labels, writes)
+
+
+class AttentionHeads(BlockUnits):
+    """The key and value heads of a block's attention, each with the queries that read it."""
+
+    def __init__(self, model: PreTrainedModel, stack: Stack, index: int) -> None:
+        heads = heads_of(model, stack, index)
+        super().__init__(model, stack, index, heads.output)
+        self.name = f"the attention of {self.name}"
+        self.size = heads.per_group * heads.width
+
+    def draft(self, reduction: Reduction, writes: Affine | None) -> Plan:
+        assert reduction.kept is not None
+        return narrow_attention(self.model, self.stack, self.index, reduction.kept, writes)
+
+
 class Run(NamedTuple):
     """What a block made of a stream.
 
     Attributes:
         after: the stream after it, (samples, positions, hidden).
         real: (samples, positions): tokens that may enter a statistic.
-        hidden: its hidden units' activations at those, (tokens, width).
-        written: what its FFN writes at those, (tokens, hidden).
+        hidden: what its units give at those, (tokens, inputs of their projection).
+        written: what that writes, (tokens, hidden).
     """
 
     after: Tensor
@@ -145,10 +192,10 @@ def observe(
     weights: Sequence[Tensor] | None,
     row_tokens: int,
 ) -> UnitStatistics:
-    """Sum up what hidden units do in runs of their block, one a batch.
+    """Sum up what units do in runs of their block, one a batch.
 
     Args:
-        targets: what the FFN would have to write in a run, given the number of the batch: (tokens, hidden).
+        targets: what they would have to write in a run, given the number of the batch: (tokens, hidden).
         weights: per batch, (tokens): how much each counts; alike when None.
         row_tokens: of how many tokens of a batch to keep the activations, at least one.
     """
