@@ -99,15 +99,15 @@ def main() -> None:
     parser.add_argument("--model", help="name or folder of a BERT-like encoder")
     parser.add_argument("--data", type=Path, help="folder of MRPC's own three files")
     parser.add_argument("--seeds", type=int, help="1 by default, 3 with --full")
+    parser.add_argument("--counts", type=int, nargs="+", default=range(1, 7), help="numbers of FFNs; 1 to 6 by default")
     parser.add_argument("--trained", type=int, nargs="+", help="numbers of FFNs for the trained columns; 4 by default")
     parser.add_argument("--full", action="store_true", help="three seeds, 1 to 6 FFNs in all columns")
     parser.add_argument("--resume", action="store_true", help="keep the seeds that an earlier run has finished")
     args = parser.parse_args()
     folder = args.data or (SHARED if SHARED.is_dir() else None)
     task = mrpc_task(args.model or default_model(), folder)
-    counts = range(1, 7)
-    trained = args.trained or (counts if args.full else (4,))
-    experiment("layer_collapse_bert", task, counts, args.seeds or (3 if args.full else 1), trained, args.resume)
+    trained = args.trained or (args.counts if args.full else (4,))
+    experiment("layer_collapse_bert", task, args.counts, args.seeds or (3 if args.full else 1), trained, args.resume)
 
 
 if __name__ == "__main__":
