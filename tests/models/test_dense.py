@@ -255,7 +255,7 @@ def test_a_config_alone_does_not_import_the_model(tmp_path):
 def test_the_names_are_public():
     code = "import hf_compress as hfc, sys; print('torch' in sys.modules, hfc.models.DenseConfig is hfc.DenseConfig)"
     assert run(code) == ["False", "True"]
-    assert dir(hfc.models) == ["DenseConfig", "DenseForClassification"]
+    assert dir(hfc.models) == ["DenseConfig", "DenseForClassification", "from_scikit_learn", "from_sequential"]
     with pytest.raises(AttributeError, match="has no attribute 'Dense'"):
         hfc.models.Dense  # noqa: B018
 
