@@ -19,12 +19,11 @@ from hf_compress.anatomy.stacks import Stack, reachable_configs
 from hf_compress.anatomy.undo import Undo
 from hf_compress.edits import ModuleEdit, NarrowAttention, NarrowExperts, NarrowFFN
 from hf_compress.parity import module_differences, quiet
-from hf_compress.structure import Site, restructure
+from hf_compress.structure import GROUP_NAMES, Site, restructure
 
 RECORD_FIELD = "quantization_config"  # where a config keeps what its own fields cannot say
 _UNSET_WIDTHS = re.compile(r"inner|intermediate|ffn")  # fields that stand for a multiple of the hidden size when None
-_HEADS = re.compile(r"(num_|n_)?((encoder|decoder)_)?(attention_)?heads?|n_head")
-_GROUPS = re.compile(r"num_(key_value|kv)_heads")
+_HEADS = re.compile(r"(num_|n_)?((encoder|decoder)_)?(attention_)?heads?")
 _WIDTH_RATIOS = re.compile(r"mlp_ratio|expansion_ratio|ffn_ratio")
 
 Narrowing = NarrowFFN | NarrowExperts
@@ -58,7 +57,7 @@ def _heads_into_config(
     group = [edit for edit in edits if isinstance(edit, NarrowAttention) and is_inside(edit, stack)]
     if len({(edit.heads, edit.groups, edit.width) for edit in group}) != 1:
         return edits
-    said = ((_HEADS, group[0].heads), (_GROUPS, group[0].groups))
+    said = ((_HEADS, group[0].heads), (GROUP_NAMES, group[0].groups))
     fields = [
         (config, name, value)
         for config, _ in stack.configs

@@ -41,7 +41,7 @@ from hf_compress.modules.sealed import Sealed
 BOTTLENECK = "residual_bottleneck"  # what a block calls the one that its output passes through
 # What attention calls its heads, those of keys and values, and the width of all heads.
 _HEADS = re.compile(r"(num_|n_)(attention_)?heads?")
-_GROUPS = re.compile(r"num_(key_value|kv)_heads")
+GROUP_NAMES = re.compile(r"num_(key_value|kv)_heads")
 _ALL = re.compile(r"all_head_size|inner_dim")
 _WIDTH_NAMES = re.compile(r"intermediate|inner|ffn|ff_dim|dim_ff|d_ff|expert_dim")
 
@@ -154,7 +154,7 @@ def _(edit: NarrowAttention, site: Site) -> None:
     site.replace(edit.output, resized(output, kept, linear_widths(output)[1]))
     owner = site.module(edit.query.rpartition(".")[0])
     for name, number in list(vars(owner).items()):
-        for pattern, old, new in ((_HEADS, heads, edit.heads), (_GROUPS, groups, edit.groups), (_ALL, wide, kept)):
+        for pattern, old, new in ((_HEADS, heads, edit.heads), (GROUP_NAMES, groups, edit.groups), (_ALL, wide, kept)):
             if type(number) is int and number == old and pattern.fullmatch(name):
                 site.undo.set(owner, name, new)
 
