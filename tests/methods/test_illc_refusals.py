@@ -130,6 +130,8 @@ def test_activations_that_are_not_finite():
 
 def test_models_without_hidden_units_that_could_be_merged():
     refused(tiny_model("mamba"), IDS, UnsupportedModelError, "no FFN of .* can be narrowed", gamma=0.5)
+    message = r"model\.layers\.0\.mlp\.experts: experts get no bias; take compensation='ridge' or 'none'"
+    refused(tiny_model("mixtral"), IDS, UnsupportedModelError, message, gamma=0.5, compensation="bias")
     message = r"model\.layers\.0\.mlp\.experts: the units of experts are kept, not merged; take representative"
     refused(tiny_model("mixtral"), IDS, UnsupportedModelError, message, gamma=0.5, variant="paper")
 
