@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_compress.anatomy.anatomy import Anatomy
-from hf_compress.anatomy.heads import Heads, attention_heads
+from hf_compress.anatomy.heads import Heads, attention_heads, check_distances
 from hf_compress.anatomy.parts import FFN, ExpertAxes, expert_axes, linear_map
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
@@ -138,7 +138,9 @@ def narrow_attention(
 def heads_of(model: PreTrainedModel, stack: Stack, index: int) -> Heads:
     """The heads of a block's attention; UnsupportedModelError where they cannot be told apart."""
     parts = Anatomy(model).parts(stack, index)
-    return attention_heads(stack.blocks[index], parts.attention_output, f"{stack.path}.{index}")
+    heads = attention_heads(stack.blocks[index], parts.attention_output, f"{stack.path}.{index}")
+    check_distances(model, heads, f"{stack.path}.{index}")
+    return heads
 
 
 @torch.no_grad()

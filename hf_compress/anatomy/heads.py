@@ -82,7 +82,7 @@ def _head_width(owner: nn.Module, wide: int) -> int | None:
 
 
 def _check_other_parts(owner: nn.Module, heads: Heads, name: str) -> None:
-    """Refuse attention with a norm over all heads, a bias by distance or a sink for each head."""
+    """Refuse attention with a norm over all heads, a sink for each head, or heads that are combined with each other."""
     own = {path.rpartition(".")[2] for path in (heads.query, heads.key, heads.value, heads.output)}
     count = heads.groups * heads.per_group
     theirs = {count * heads.width, heads.groups * heads.width, count} - {heads.width}
@@ -91,3 +91,12 @@ def _check_other_parts(owner: nn.Module, heads: Heads, name: str) -> None:
             raise UnsupportedModelError(
                 f"{name}: {path} of its attention, {tuple(parameter.shape)}, has entries for each head, too"
             )
+    for path in owner._parameters:
+        raise UnsupportedModelError(f"{name}: {path} of its attention may tie heads to each other: it is no projection")
+
+
+def check_distances(model: nn.Module, heads: Heads, name: str) -> None:
+    """Refuse a bias by distance with a column for each head; one block may hold it for all, or the model."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and module.embedding_dim == heads.groups * heads.per_group:
+            raise UnsupportedModelError(f"{name}: {path} has a column for each head of the attention, too")

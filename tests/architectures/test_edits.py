@@ -1,7 +1,8 @@
 """Edits of modules on every architecture that can be built tiny: they save and load, or are refused with a reason.
 
 Reversing the order of an FFN's hidden units changes every tensor of it and nothing that is computed, so it shows that
-the right tensors were found. A bottleneck changes no shape, so it shows that a seal can be set.
+the right tensors were found; the order of an attention's heads alike. A bottleneck changes no shape, so it shows that
+a seal can be set.
 """
 
 from collections.abc import Callable
@@ -32,6 +33,7 @@ REFUSED = {
         "zamba2": "is shared",
         "longcat_flash": "experts",
     },
+    "reversed_heads": {"zamba": "is shared", "zamba2": "is shared"},
     "bottleneck": {
         "qwen4_exp": "does not run",  # four streams side by side
         "qwen4_exp_text": "does not run",
@@ -52,6 +54,14 @@ def reversed_units(model, stack: Stack, index: int) -> Plan:
     experts = model.get_submodule(f"{stack.path}.{index}.{ffn.experts}")
     count = len(experts.get_parameter(next(iter(expert_axes(experts).of))))
     return drafts.narrow_experts(model, stack, index, torch.arange(ffn.width).flip(0).expand(count, -1))
+
+
+def reversed_heads(model, stack: Stack, index: int) -> Plan:
+    try:
+        groups = drafts.heads_of(model, stack, index).groups
+    except UnsupportedModelError as error:
+        pytest.skip(str(error))
+    return drafts.narrow_attention(model, stack, index, range(groups)[::-1])
 
 
 def bottleneck(model, stack: Stack, index: int) -> Plan:
@@ -91,6 +101,12 @@ def try_out(model, draft: Callable[[], Plan], folder) -> str:
 @pytest.mark.parametrize(("key", "kind", "side"), TYPES)
 def test_reversed_units(key, kind, side, tmp_path):
     assert change(key, kind, side, reversed_units, tmp_path) < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("key", "kind", "side"), TYPES)
+def test_reversed_heads(key, kind, side, tmp_path):
+    assert change(key, kind, side, reversed_heads, tmp_path) < 1e-3
 
 
 @pytest.mark.slow

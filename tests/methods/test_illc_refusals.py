@@ -116,7 +116,7 @@ def test_too_little_to_tell_units_apart(reduction):
 @pytest.mark.parametrize("reduction", ["average", "representative"])
 def test_samples_that_are_all_the_same(reduction):
     """Their activations are not, to the last bit: matrix products sum up rows in more than one way."""
-    message = r"no hidden unit of the FFN of layers\.0 varies over the calibration data; give samples that differ"
+    message = r"no hidden unit of the FFN of layers\.0 varies over the calibration data: give samples that differ"
     refused(dense(), FLOATS[:1].repeat(32, 1), CalibrationError, message, gamma=0.5, reduction=reduction)
     refused(dense(), torch.zeros(32, 6), CalibrationError, message, gamma=0.5, reduction=reduction)
 

@@ -73,7 +73,7 @@ def _curve(
                 lengths.append(float(run.after[run.real].float().square().sum(-1).median()))
             yield run
 
-    statistics = observe(runs(), lambda number, run: run.written, None, -(-config.cluster_tokens // len(walks)))
+    statistics = observe(runs(), lambda number, run: run.written, None, config.rows_of_a_batch(len(walks)))
     total = len(units.writes)
     energy = statistics.all.energy / statistics.all.count / (sum(lengths) / len(lengths))
     curve = {}

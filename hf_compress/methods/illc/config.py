@@ -153,6 +153,10 @@ class ILLCConfig(CompressionConfig, method="illc", paper="https://arxiv.org/abs/
         """The compensation, given or by the variant."""
         return self.compensation or ("none" if self.variant == "paper" else "ridge")
 
+    def rows_of_a_batch(self, batches: int) -> int:
+        """How many tokens of each of so many batches units are clustered by."""
+        return -(-self.cluster_tokens // batches)
+
     def plan(self, bench: Workbench) -> Plan:
         from hf_compress.methods.illc.plan import plan_narrower
 

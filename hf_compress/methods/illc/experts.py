@@ -103,7 +103,7 @@ class ExpertNarrowing:
         device = self.writes.device
         sums = [[LeastSquares(width, hidden, device) for _ in range(2)] for _ in numbers]
         rows: list[list[Tensor]] = [[] for _ in numbers]
-        row_tokens = -(-self.config.cluster_tokens // len(runs))
+        row_tokens = self.config.rows_of_a_batch(len(runs))
         for batch, (runner, stream) in enumerate(runs):
             states, index, weights = self._routing(runner, stream)
             for place, number in enumerate(numbers):

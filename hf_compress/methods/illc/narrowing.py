@@ -130,8 +130,7 @@ class Narrowing:
             for walk, original in zip(self.walks, before, strict=True):
                 yield units.run(walk.runner, walk.compressed if self.config.iterative else original)
 
-        row_tokens = -(-self.config.cluster_tokens // len(self.walks))
-        return observe(runs(), target, self.weights, row_tokens)
+        return observe(runs(), target, self.weights, self.config.rows_of_a_batch(len(self.walks)))
 
     def _solve(
         self,

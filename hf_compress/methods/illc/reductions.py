@@ -114,5 +114,6 @@ def _check_rows(units: Units, rows: Tensor, count: int) -> None:
         )
     if bool((rows - rows[0]).abs().max() <= _ROUNDING * rows.abs().max()):
         raise CalibrationError(
-            f"no hidden unit of {units.name} varies over the calibration data; give samples that differ"
+            f"no hidden unit of {units.name} varies over the calibration data: give samples that differ, or keep more "
+            "units if the layers below were narrowed to a few"
         )
