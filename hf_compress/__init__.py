@@ -43,6 +43,7 @@ _PUBLIC = {
     "model_card": "hf_compress.report.card",
     "perplexity": "hf_compress.evaluation.perplexity",
     "push_to_hub": "hf_compress.storage.hub",
+    "relevance": "hf_compress.attribution.relevance",
     "save": "hf_compress.storage.save",
     "verify_files": "hf_compress.storage.manifest",
 }

@@ -21,7 +21,7 @@ FLOORS = [
     {"anatomy", "plan"},
     {"calibration", "structure"},
     {"config", "workbench", "regimen", "parity", "plain", "record", "apply", "drafts"},
-    {"evaluation", "report"},
+    {"evaluation", "report", "attribution"},
     {"methods"},
     {"pipeline", "analysis", "storage"},
     {"training"},

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hf_compress.anatomy.parts import is_linear, linear_widths
 from hf_compress.errors import UnsupportedModelError
 
-_ROLES = {
+ROLES = {
     role: re.compile(rf"^({role}|{role[0]})(_?(proj|lin|linear))?$", re.IGNORECASE)
     for role in ("query", "key", "value")
 }
@@ -54,13 +54,13 @@ def attention_heads(block: nn.Module, output: str | None, name: str) -> Heads:
     """
     linears = {path: linear_widths(module) for path, module in block.named_modules() if is_linear(module)}
     found = {
-        role: [path for path in linears if pattern.match(path.rpartition(".")[2])] for role, pattern in _ROLES.items()
+        role: [path for path in linears if pattern.match(path.rpartition(".")[2])] for role, pattern in ROLES.items()
     }
     if output is None or any(len(paths) != 1 for paths in found.values()):
         raise UnsupportedModelError(
             f"the heads of {name} cannot be told apart: it has no projections of its own for queries, keys and values"
         )
-    query, key, value = (found[role][0] for role in _ROLES)
+    query, key, value = (found[role][0] for role in ROLES)
     owner = block.get_submodule(query.rpartition(".")[0])
     wide, narrow = linears[query][1], linears[key][1]
     width = _head_width(owner, wide)

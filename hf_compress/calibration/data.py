@@ -28,10 +28,12 @@ class Batch:
     Attributes:
         inputs: keyword arguments of the model's forward, on the CPU.
         real: bool, (samples, positions): tokens that may enter a statistic; None where every position does (images).
+        labels: the class of each sample, (samples), where the data says it.
     """
 
     inputs: dict[str, Tensor]
     real: Tensor | None
+    labels: Tensor | None = None
 
     @property
     def samples(self) -> int:

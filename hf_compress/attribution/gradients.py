@@ -1,0 +1,144 @@
+"""Values that keep their numbers and change their gradients: the backward rules of layer-wise relevance propagation.
+
+Relevance is gradient × input once every nonlinear step hands its gradient on as a linear map with the same output
+would: R. Achtibat et al., "AttnLRP" (arXiv 2402.05602). What is returned here is always the given output, bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import FunctionCtx
+from transformers.activations import GELUActivation, SiLUActivation
+
+_TINY = torch.finfo(torch.float32).tiny
+
+
+def _call(function: type[Function], *arguments: Any) -> Tensor:
+    value: Tensor = function.apply(*arguments)  # type: ignore[no-untyped-call]
+    return value
+
+
+class _Scaled(Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, factor: Tensor | float) -> Tensor:
+        ctx.factor = factor
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0] * ctx.factor, None
+
+
+def scale_gradient(value: Tensor, factor: Tensor | float) -> Tensor:
+    """The value; its gradient is multiplied by `factor`, a number or a tensor of the value's shape."""
+    return _call(_Scaled, value, factor)
+
+
+class _Sloped(Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, given: Tensor, gave: Tensor, slope: Tensor) -> Tensor:
+        ctx.save_for_backward(slope)
+        return gave.view_as(gave)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (slope,) = ctx.saved_tensors
+        return gradients[0] * slope, None, None
+
+
+def through_origin(activation: nn.Module, given: Tensor, gave: Tensor) -> Tensor:
+    """What an elementwise activation made of an input, with f(x) / x in the place of its derivative.
+
+    Where f(0) is not 0, as of a sigmoid, the activation only weighs something else: no gradient goes through it.
+    """
+    return _call(_Sloped, given, gave.detach(), _slope(activation, given.detach(), gave.detach()))
+
+
+@torch.no_grad()
+def _slope(activation: nn.Module, given: Tensor, gave: Tensor) -> Tensor:
+    """f(x) / x: in a form of its own where that is known, which is not touched by the rounding of f(x)."""
+    if isinstance(activation, (nn.SiLU, SiLUActivation)):
+        return given.sigmoid()
+    if isinstance(activation, nn.ReLU):
+        return (given > 0).to(given)
+    if isinstance(activation, GELUActivation) or (isinstance(activation, nn.GELU) and activation.approximate == "none"):
+        return 0.5 * (1 + (given * math.sqrt(0.5)).erf())
+    at_zero = activation.forward(torch.zeros(1, dtype=given.dtype, device=given.device))
+    if bool(at_zero != 0):
+        return torch.zeros_like(given)
+    return torch.where(given == 0, 0.0, gave / given)
+
+
+class _Normalised(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, given: Tensor, gave: Tensor, gain: Tensor, bias: Tensor | None, scale: Tensor, centred: bool
+    ) -> Tensor:
+        ctx.save_for_backward(gain, scale)
+        ctx.centred = centred
+        return gave.view_as(gave)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        gain, scale = ctx.saved_tensors
+        to_bias = gradients[0].flatten(0, -2).sum(dim=0) if ctx.needs_input_grad[3] else None
+        gradient = gradients[0].float() * gain * scale
+        if ctx.centred:
+            gradient = gradient - gradient.mean(dim=-1, keepdim=True)
+        return gradient.to(gradients[0].dtype), None, None, to_bias, None, None
+
+
+@dataclass(frozen=True)
+class NormRule:
+    """A norm over the last axis, gain · (x − mean x) · s + bias or gain · x · s + bias, s a number a token.
+
+    Attributes:
+        gain: (width) float32.
+        bias: (width), the module's own, or None.
+        centred: whether the mean is taken off.
+    """
+
+    gain: Tensor
+    bias: Tensor | None
+    centred: bool
+
+    @staticmethod
+    @torch.no_grad()
+    def of(norm: nn.Module, given: Tensor, gave: Tensor) -> NormRule | None:
+        """The rule that explains what the norm made of an input; None where none does.
+
+        Families write gains as w or as 1 + w, so what a module means is told by what it does.
+        """
+        weight, bias = (norm._parameters.get(name) for name in ("weight", "bias"))
+        ones = torch.ones(given.shape[-1], device=given.device)
+        gains = [ones] if weight is None else [weight.float(), 1 + weight.float()]
+        rules = [NormRule(gain, bias, centred) for gain in gains for centred in (False, True)]
+        errors = [float((rule._unbiased(gave) - rule._base(given) * rule._scale(given, gave)).norm()) for rule in rules]
+        best = min(range(len(rules)), key=errors.__getitem__)
+        tolerance = 1e-5 + 4 * torch.finfo(gave.dtype).eps
+        return rules[best] if errors[best] <= tolerance * float(gave.float().norm()) else None
+
+    def apply(self, given: Tensor, gave: Tensor) -> Tensor:
+        """`gave`, with s held fast in its gradient."""
+        with torch.no_grad():
+            scale = self._scale(given, gave)
+        return _call(_Normalised, given, gave.detach(), self.gain, self.bias, scale, self.centred)
+
+    def _unbiased(self, gave: Tensor) -> Tensor:
+        return gave.float() if self.bias is None else gave.float() - self.bias.float()
+
+    def _base(self, given: Tensor) -> Tensor:
+        base = given.float()
+        return (base - base.mean(dim=-1, keepdim=True) if self.centred else base) * self.gain
+
+    def _scale(self, given: Tensor, gave: Tensor) -> Tensor:
+        """s, (…, 1), by least squares."""
+        base = self._base(given)
+        size = base.square().sum(dim=-1, keepdim=True)
+        return (base * self._unbiased(gave)).sum(dim=-1, keepdim=True) / size.clamp(min=_TINY)

@@ -1,0 +1,167 @@
+"""One forward and backward pass under the rules of relevance propagation, and whether the rules cover the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from hf_compress.anatomy.parts import is_linear
+from hf_compress.anatomy.undo import Undo
+from hf_compress.attribution.rules import AttentionRule, is_norm, lrp_rules
+from hf_compress.attribution.targets import Target, explained
+from hf_compress.calibration.capture import forward, hooked, inference
+from hf_compress.calibration.data import Batch
+from hf_compress.calibration.objective import first_tensor
+from hf_compress.errors import CalibrationError, UnsupportedModelError
+
+_LEAK = 1e-3  # of the outputs' size: what rounding may lose in float32
+_LEAK_HALF = 0.1
+
+
+@dataclass
+class Sources:
+    """Where relevance comes to rest, by name: what the embeddings gave, and real-valued inputs; and where it starts.
+
+    Attributes:
+        tensors: filled by a forward pass.
+        head: what the output embeddings gave, of a model that has any: its logits before they are capped.
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    head: Tensor | None = None
+
+
+@contextmanager
+def explaining(model: PreTrainedModel, attention: AttentionRule = "attnlrp", epsilon: float = 0.0) -> Iterator[Sources]:
+    """The rules on a model in evaluation mode, with gradients as far as its embeddings and none for its parameters."""
+    with inference(model), torch.enable_grad(), ExitStack() as stack:
+        undo = stack.enter_context(Undo())
+        for parameter in model.parameters():
+            _set_gradient(parameter, False, undo)
+        sources = Sources()
+        stack.enter_context(hooked(list(_source_hooks(model, sources))))
+        stack.enter_context(lrp_rules(model, attention, epsilon))
+        yield sources
+
+
+def logits_of(model: PreTrainedModel, batch: Batch, sources: Sources) -> Tensor:
+    """A forward pass under `explaining`; fills the sources."""
+    sources.tensors.clear()
+    inputs = {n: v.clone().requires_grad_() if v.is_floating_point() else v for n, v in batch.inputs.items()}
+    sources.tensors |= {n: v for n, v in inputs.items() if v.requires_grad}
+    output = forward(model, replace(batch, inputs=inputs))
+    logits = sources.head if sources.head is not None else first_tensor(output)
+    sources.head = None
+    if not bool(torch.isfinite(logits).all()):
+        raise CalibrationError(f"{type(model).__name__} gives NaN or infinite outputs on this data")
+    return logits
+
+
+def explain(model: PreTrainedModel, batch: Batch, sources: Sources, target: Target) -> tuple[Tensor, dict[str, Tensor]]:
+    """A forward and backward pass under `explaining`.
+
+    Returns:
+        What is explained of each sample, (samples), and the relevance at every source, of the source's shape.
+    """
+    values = explained(model, logits_of(model, batch, sources), batch, target)
+    gradients = _gradients(values.sum(), list(sources.tensors.values()))
+    relevances = {
+        name: (tensor * gradient).detach()
+        for (name, tensor), gradient in zip(sources.tensors.items(), gradients, strict=True)
+    }
+    return values.detach(), relevances
+
+
+def check_conserved(model: PreTrainedModel, batch: Batch) -> None:
+    """Raise where the rules do not cover all that the model does.
+
+    With queries and keys held fast, every rule hands on all that it gets, and biases keep what is theirs. So the
+    relevance of all sources and biases has to come to the outputs, of which a random mixture is explained.
+
+    Raises:
+        UnsupportedModelError: it does not.
+    """
+    with explaining(model, "cp") as sources, Undo() as undo:
+        added = _added(model)
+        for parameter in added:
+            _set_gradient(parameter, True, undo)
+        logits = logits_of(model, batch, sources).float()
+        mixture = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits)
+        total = (logits * mixture).sum()
+        ends = [*sources.tensors.values(), *added]
+        found = sum(float((e.detach() * g).double().sum()) for e, g in zip(ends, _gradients(total, ends), strict=True))
+    size = float(logits.detach().double().norm())
+    leak = abs(found - float(total.detach())) / size if size else 0.0
+    if leak > (_LEAK if next(model.parameters()).dtype in (torch.float32, torch.float64) else _LEAK_HALF):
+        raise UnsupportedModelError(
+            f"relevance is lost or made up on its way through {type(model).__name__} ({leak:.1%} of the outputs' "
+            "size): it has a part that there is no rule for, such as an attention of its own, or an activation that is "
+            "a function and no module"
+        )
+
+
+def _gradients(value: Tensor, ends: list[Tensor]) -> list[Tensor]:
+    """The gradient of a scalar at each end; 0 at one that it does not hang on."""
+    if not ends or not value.requires_grad:
+        raise UnsupportedModelError("found neither embeddings nor real-valued inputs that the outputs hang on")
+    gradients = torch.autograd.grad(value, ends, allow_unused=True)
+    return [torch.zeros_like(end) if g is None else g for end, g in zip(ends, gradients, strict=True)]
+
+
+def _source_hooks(model: PreTrainedModel, sources: Sources) -> Iterator[RemovableHandle]:
+    """Hooks on the head, and on whatever makes real values of ids or positions: embeddings, tables of sines.
+
+    What has a value for each head is added to scores of attention, and no source.
+    """
+    head = model.get_output_embeddings()
+    heads = getattr(model.config.get_text_config(), "num_attention_heads", None)
+
+    def start(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        made = isinstance(module, nn.Embedding) or not any(value.is_floating_point() for value in given)
+        if not made or not isinstance(output, Tensor) or output.shape[-1] == heads:
+            return output
+        again = sum(name.partition(" ")[0] == path for name in sources.tensors)
+        source = output.detach().requires_grad_()
+        sources.tensors[f"{path} {again + 1}" if again else path] = source
+        return source.clone()  # some families write into it
+
+    def keep(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        sources.head = output
+
+    for path, module in model.named_modules():
+        if not any(True for _ in module.children()):
+            yield module.register_forward_hook(partial(start, path), with_kwargs=True)
+    if head is not None:
+        yield head.register_forward_hook(keep)
+
+
+def _added(model: PreTrainedModel) -> list[Tensor]:
+    """Parameters that are added to something: biases, and tokens and positions that are no embedding's."""
+    found: dict[int, Tensor] = {}  # tied ones once
+    for module in model.modules():
+        scales = is_linear(module) or is_norm(module) or isinstance(module, (_ConvNd, nn.Embedding))
+        for name, parameter in module._parameters.items():
+            if parameter is None or (scales and name != "bias"):
+                continue
+            if parameter.ndim == 1 or parameter.shape[0] == 1:
+                found[id(parameter)] = parameter
+    return list(found.values())
+
+
+def _set_gradient(parameter: Tensor, needed: bool, undo: Undo) -> None:
+    def restore() -> None:
+        parameter.requires_grad_(not needed)
+
+    if parameter.requires_grad != needed:
+        parameter.requires_grad_(needed)
+        undo.later(restore)

@@ -1,0 +1,148 @@
+"""Which tokens, hidden units, heads and weights an output comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.parts import is_linear, linear_map
+from hf_compress.attribution.passes import check_conserved, explain, explaining
+from hf_compress.attribution.rules import ATTENTION_RULES, AttentionRule
+from hf_compress.attribution.targets import Target
+from hf_compress.attribution.watch import watch_inputs, watch_linears
+from hf_compress.calibration.data import Batch, DataOptions, prepare
+
+_ALL = DataOptions(batch_size=2**31)
+
+
+@dataclass(frozen=True)
+class Relevance:
+    """What each part of a model contributes to an output, by layer-wise relevance propagation.
+
+    Attributes:
+        explained: the logit explained of each sample, (samples).
+        inputs: relevance at everything that the model starts from, by the path of the embedding or the name of the
+            input, each of its shape. Together with what biases keep, it makes up the logit (but for what a softmax
+            does not conserve).
+        tokens: relevance of each token, (samples, positions); None where the model reads no words.
+        words: the tokens, where a tokenizer was given.
+        neurons: of each hidden unit, summed over positions, (samples, width), by path of an FFN's output projection.
+        heads: of each attention head, summed over positions, (samples, heads), by the path of the output projection.
+        weights: w ⊙ ∂w summed over samples, (outputs, inputs), by the path of a linear map; empty unless asked for.
+    """
+
+    explained: Tensor
+    inputs: dict[str, Tensor]
+    tokens: Tensor | None = None
+    words: Sequence[Sequence[str]] = ()
+    neurons: dict[str, Tensor] = field(default_factory=dict)
+    heads: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+
+def relevance(
+    model: PreTrainedModel,
+    data: Any,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    target: Target = "predicted",
+    *,
+    weights: bool = False,
+    attention: AttentionRule = "attnlrp",
+    epsilon: float = 0.0,
+) -> Relevance:
+    """Explain an output of `model` for each sample of `data`; the model is left as it was.
+
+    Args:
+        data: a few samples, as `compress` takes calibration data; they go through in one pass.
+        target: "predicted", the class or next word that the model holds most likely; "label", the labels in the data,
+            or every next word of the text itself; or a class or word, one for all samples or (samples).
+        weights: whether the relevance of single weights is wanted, as large as the weights themselves.
+        attention: "attnlrp", or "cp" to leave queries and keys out.
+        epsilon: of the ε-rule of linear maps, in units of their outputs.
+
+    Raises:
+        UnsupportedModelError: the model has a part that there is no rule for.
+        CalibrationError: data that cannot be read, or that gives NaN.
+        ValueError: settings that make no sense.
+
+    Source: R. Achtibat et al., "AttnLRP", 2024 (arXiv 2402.05602).
+    """
+    if attention not in ATTENTION_RULES:
+        raise ValueError(f"attention must be one of {', '.join(ATTENTION_RULES)}; got {attention!r}")
+    if not epsilon >= 0:
+        raise ValueError(f"epsilon must not be negative; got {epsilon!r}")
+    batch = _one_batch(prepare(data, model, tokenizer, _ALL).batches)
+    check_conserved(model, batch)
+    collected = _Collected()
+    writers, heads = _writers(model)
+    with ExitStack() as stack:
+        sources = stack.enter_context(explaining(model, attention, epsilon))
+        stack.enter_context(watch_inputs(writers, collected.take_units))
+        if weights:
+            linears = {path: module for path, module in model.named_modules() if is_linear(module)}
+            stack.enter_context(watch_linears(linears, collected.take_weights(linears)))
+        values, found = explain(model, batch, sources, target)
+    words = next((path for path, m in model.named_modules() if m is model.get_input_embeddings()), None)
+    ids = batch.inputs.get("input_ids")
+    units = collected.units
+    return Relevance(
+        explained=values,
+        inputs=found,
+        tokens=found[words].float().sum(dim=-1) if words in found else None,
+        words=[] if tokenizer is None or ids is None else [_words(tokenizer, row) for row in ids.tolist()],
+        neurons={path: units[path] for path in units.keys() - heads.keys()},
+        heads={path: units[path].unflatten(1, (heads[path], -1)).sum(-1) for path in units.keys() & heads.keys()},
+        weights=collected.weights,
+    )
+
+
+class _Collected:
+    """Relevances that come by in a backward pass."""
+
+    def __init__(self) -> None:
+        self.units: dict[str, Tensor] = {}
+        self.weights: dict[str, Tensor] = {}
+
+    def take_units(self, name: str, given: Tensor, gradient: Tensor) -> None:
+        relevances = given.float() * gradient.float()
+        self.units[name] = relevances.flatten(1, -2).sum(dim=1) if relevances.ndim > 2 else relevances
+
+    def take_weights(self, modules: dict[str, nn.Module]) -> Any:
+        def take(name: str, given: Tensor, gradient: Tensor) -> None:
+            slope = gradient.flatten(0, -2).float().T @ given.flatten(0, -2).float()
+            found = linear_map(modules[name]).T.detach().float() * slope
+            self.weights[name] = self.weights.get(name, 0) + found
+
+        return take
+
+
+def _one_batch(batches: Sequence[Batch]) -> Batch:
+    if len(batches) != 1:
+        raise ValueError(f"relevance explains samples that fit one batch; got {len(batches)} batches: call it for each")
+    return batches[0]
+
+
+def _writers(model: PreTrainedModel) -> tuple[dict[str, nn.Module], dict[str, int]]:
+    """The output projections of FFNs and attentions by path, and how many heads each of the latter reads."""
+    writers: dict[str, nn.Module] = {}
+    heads: dict[str, int] = {}
+    for stack in Anatomy(model).stacks:
+        count = getattr(stack.configs[0][0], "num_attention_heads", None)
+        for index in range(len(stack)):
+            parts = Anatomy(model).parts(stack, index)
+            for path in parts.writers:
+                name = f"{stack.path}.{index}.{path}"
+                writers[name] = model.get_submodule(name)
+                if path == parts.attention_output and isinstance(count, int):
+                    heads[name] = count
+    return writers, heads
+
+
+def _words(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
+    return [str(tokenizer.decode([token])) for token in ids]

@@ -1,0 +1,74 @@
+"""What relevance explains: one output of a model, or the sum of some."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_compress.calibration.capture import real_tokens
+from hf_compress.calibration.data import Batch
+from hf_compress.errors import CalibrationError, UnsupportedModelError
+
+Target = Literal["predicted", "label"] | int | Tensor
+
+
+def explained(model: PreTrainedModel, logits: Tensor, batch: Batch, target: Target) -> Tensor:
+    """The logits to explain, summed for each sample, (samples).
+
+    Of a classifier, (samples, classes): the logit of the class predicted, of the batch's label, or of a class named. Of
+    a language model, (samples, positions, words): after the last real token, the logit of the word predicted or of a
+    word named; or, for "label", at every real token the logit of the real token that follows.
+
+    Raises:
+        CalibrationError: no labels where the target is one.
+        ValueError: a class that the model does not have, or not one for each sample.
+        UnsupportedModelError: outputs that are no logits of classes or of words.
+    """
+    if logits.ndim == 3 and "input_ids" in batch.inputs:
+        return _of_words(model, logits, batch, target)
+    if logits.ndim != 2:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} gives {tuple(logits.shape)}, no logits of classes or of words: load it with a head"
+        )
+    if isinstance(target, str) and target == "label" and batch.labels is None:
+        raise CalibrationError(
+            "target='label' explains the logit of each sample's label, and the data has none: give batches with "
+            "'labels', or take target='predicted'"
+        )
+    return logits.gather(1, _chosen(logits, batch, target)[:, None])[:, 0]
+
+
+def _chosen(logits: Tensor, batch: Batch, target: Target) -> Tensor:
+    """The class to explain in each row of logits, (samples)."""
+    if isinstance(target, str):
+        if target == "label":
+            assert batch.labels is not None
+            target = batch.labels
+        elif target == "predicted":
+            return logits.detach().argmax(dim=-1)
+        else:
+            raise ValueError(f"target must be 'predicted', 'label', a class, or one for each sample; got {target!r}")
+    chosen = torch.as_tensor(target, device=logits.device)
+    chosen = chosen.expand(len(logits)) if chosen.ndim == 0 else chosen
+    if chosen.shape != logits.shape[:1] or chosen.is_floating_point() or chosen.dtype == torch.bool:
+        raise ValueError(f"target must name one class for each of {len(logits)} samples; got {tuple(chosen.shape)}")
+    if bool((chosen < 0).any() or (chosen >= logits.shape[-1]).any()):
+        raise ValueError(f"target must be 0 to {logits.shape[-1] - 1}; got {chosen.min()} to {chosen.max()}")
+    return chosen.long()
+
+
+def _of_words(model: PreTrainedModel, logits: Tensor, batch: Batch, target: Target) -> Tensor:
+    ids = batch.inputs["input_ids"].to(logits.device).long()
+    real = real_tokens(batch, logits)
+    if isinstance(target, str) and target == "label":
+        if model.config.is_encoder_decoder:  # its decoder reads the text one place to the right already
+            return (logits.gather(-1, ids[..., None])[..., 0] * real).sum(dim=-1)
+        counts = real[:, :-1] & real[:, 1:]
+        return (logits[:, :-1].gather(-1, ids[:, 1:, None])[..., 0] * counts).sum(dim=-1)
+    positions = torch.arange(real.shape[1], device=real.device)
+    last = torch.where(real, positions, -1).amax(dim=1).clamp(min=0)
+    ends = logits[torch.arange(len(logits), device=logits.device), last]
+    return ends.gather(1, _chosen(ends, batch, target)[:, None])[:, 0]

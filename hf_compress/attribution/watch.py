@@ -1,0 +1,53 @@
+"""What modules read and the gradients at what they write, while a model is explained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from hf_compress.anatomy.parts import is_linear
+from hf_compress.calibration.capture import hooked
+
+Consumer = Callable[[str, Tensor, Tensor], None]
+
+
+@contextmanager
+def watch_inputs(modules: Mapping[str, nn.Module], consume: Consumer) -> Iterator[None]:
+    """In every backward pass, `consume(name, x, g)` with what each module read, (…, inputs), and the gradient there."""
+
+    def hook(name: str) -> Callable[..., None]:
+        def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+            given = args[0]
+            if given.requires_grad:
+                given.register_hook(lambda gradient: consume(name, given.detach(), gradient))
+
+        return before
+
+    with hooked([module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]):
+        yield
+
+
+@contextmanager
+def watch_linears(modules: Mapping[str, nn.Module], consume: Consumer) -> Iterator[None]:
+    """In every backward pass, `consume(name, x, g)` with what each linear map read and the gradient at what it wrote.
+
+    Their outer product is the gradient of its weight. The hooks go before those of the rules, which work on outputs.
+    """
+
+    def hook(name: str) -> Callable[..., None]:
+        def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(lambda gradient: consume(name, args[0].detach(), gradient))
+
+        return after
+
+    with hooked([module.register_forward_hook(hook(name), prepend=True) for name, module in modules.items()]):
+        yield
+
+
+def linears_of(model: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
+    """The linear maps of a model by path; those under `prefix`."""
+    return {path: m for path, m in model.named_modules() if is_linear(m) and path.startswith(prefix)}
