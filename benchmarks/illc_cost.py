@@ -49,7 +49,10 @@ def by_elimination(rows: Tensor) -> None:
 
 
 def by_clusters(algorithm: str) -> Callable[[Tensor], None]:
-    return lambda rows: cluster(rows.T, rows.shape[1] // 2, algorithm) and None
+    def choose(rows: Tensor) -> None:
+        cluster(rows.T, rows.shape[1] // 2, algorithm)
+
+    return choose
 
 
 CHOICES = {

@@ -27,6 +27,7 @@ _PUBLIC = {
     "EvaluationResult": "hf_compress.evaluation.evaluate",
     "HubError": "hf_compress.errors",
     "ILLCConfig": "hf_compress.methods.illc",
+    "LRPConfig": "hf_compress.methods.lrp",
     "LayerCollapseConfig": "hf_compress.methods.layer_collapse",
     "Lesson": "hf_compress.training.heal",
     "MKAConfig": "hf_compress.methods.mka",

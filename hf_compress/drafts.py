@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -26,10 +26,12 @@ from hf_compress.edits import (
     NarrowFFN,
     PackLinear,
     ReplaceActivation,
+    SparsifyLinear,
 )
 from hf_compress.errors import UnsupportedModelError
 from hf_compress.modules.activation import Blend
 from hf_compress.modules.packed import pack
+from hf_compress.modules.sparse import GROUP, pack_mask, pack_row
 from hf_compress.plan import Plan
 from hf_compress.structure import BOTTLENECK, Site, linear_ffn_paths
 
@@ -257,19 +259,65 @@ def replace_activation(
     return Plan((ReplaceActivation(name, blend, width),), tensors)
 
 
-def pack_linear(model: PreTrainedModel, path: str, bits: Tensor, group_size: int, symmetric: bool = True) -> Plan:
-    """Store the linear map at `path` in few bits, rounded to nearest.
+def pack_linear(
+    model: PreTrainedModel,
+    path: str,
+    bits: Tensor,
+    group_size: int,
+    symmetric: bool = True,
+    gram: Tensor | None = None,
+) -> Plan:
+    """Store the linear map at `path` in few bits.
 
     Args:
-        bits: of every group of weights, (outputs, inputs / group_size).
+        bits: of every group of weights, (outputs, groups of a row).
+        group_size, symmetric, gram: see `pack`; rounded to nearest without a gram.
+    """
+    module = model.get_submodule(path)
+    packing, tensors = pack(linear_map(module).T, bits, group_size, symmetric, gram)
+    edit = PackLinear(path, group_size, packing.planes, symmetric)
+    return Plan((edit,), _named(path, module, tensors))
+
+
+def sparsify_linear(
+    model: PreTrainedModel,
+    path: str,
+    mask: Tensor,
+    weight: Tensor | None = None,
+    bits: Tensor | None = None,
+    group_size: int = GROUP,
+    symmetric: bool = True,
+) -> Plan:
+    """Store only some weights of the linear map at `path`; the others become 0.
+
+    Args:
+        mask: bool, (outputs, inputs): the weights to keep.
+        weight: new values, (outputs, inputs); as they are when None.
+        bits: of every group of the weights kept, in the order of the rows, (ceil(kept / group_size)); None to pack
+            nothing.
         group_size, symmetric: see `Packing`.
     """
     module = model.get_submodule(path)
-    packing, tensors = pack(linear_map(module).T, bits, group_size, symmetric)
-    if (bias := module._parameters.get("bias")) is not None:
-        tensors["bias"] = bias
-    edit = PackLinear(path, group_size, packing.planes, symmetric)
-    return Plan((edit,), {f"{path}.{name}": tensor for name, tensor in tensors.items()})
+    weight = linear_map(module).T if weight is None else weight
+    values = weight.detach()[mask.to(weight.device)]
+    tensors = {"mask": pack_mask(mask)}
+    planes: tuple[int, ...] = ()
+    if bits is None:
+        tensors["weight"] = values
+    else:
+        packing, packed = pack_row(values, bits, group_size, symmetric)
+        planes = packing.planes
+        tensors |= packed
+    edit = SparsifyLinear(path, len(values), planes, group_size, symmetric)
+    return Plan((edit,), _named(path, module, tensors))
+
+
+def _named(path: str, module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a module by their names in the model, with the bias that there was."""
+    bias = module._parameters.get("bias")
+    return {
+        f"{path}.{name}": tensor for name, tensor in (tensors if bias is None else tensors | {"bias": bias}).items()
+    }
 
 
 def _ffn(model: PreTrainedModel, stack: Stack, index: int) -> tuple[FFN, str]:

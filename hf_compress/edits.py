@@ -252,6 +252,29 @@ class PackLinear(ModuleEdit):
 
 
 @dataclass(frozen=True)
+class SparsifyLinear(ModuleEdit):
+    """A linear map stores but `kept` of its weights; in few bits where there are planes, see `Packing`."""
+
+    module: str
+    kept: int
+    planes: tuple[int, ...] = ()
+    group_size: int = 64
+    symmetric: bool = True
+    path_fields: ClassVar = ("module",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_size("kept", self.kept)
+        _check_size("group_size", self.group_size)
+        if not isinstance(self.planes, (list, tuple)) or len(self.planes) > MAX_BITS:
+            raise PlanError(f"planes must be up to {MAX_BITS} numbers of groups; got {_short(self.planes)}")
+        for count in self.planes:
+            _check_size("planes", count)
+        object.__setattr__(self, "planes", tuple(self.planes))
+        _check_bool("symmetric", self.symmetric)
+
+
+@dataclass(frozen=True)
 class ReplaceActivation(ModuleEdit):
     """An activation is blended with what a linear map can absorb; see `BlendedActivation`."""
 

@@ -64,6 +64,11 @@ class Plan:
             raise PlanError(f"both plans give values for {both[:5]}")
         return Plan(self.edits + other.edits, {**self.tensors, **other.tensors}, {**self.notes, **other.notes})
 
+    def then(self, other: Plan) -> Plan:
+        """Both plans as one, where `other` was made for the model that this one leaves, and takes no blocks out."""
+        replaced = {name: value for name, value in self.tensors.items() if name not in other.tensors}
+        return Plan(self.edits, replaced, self.notes) + other
+
     def to_json(self) -> str:
         """The edits as JSON; tensors are not part of it."""
         return json.dumps({"version": PLAN_VERSION, "edits": [edit.to_dict() for edit in self.edits]}, indent=2)

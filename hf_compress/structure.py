@@ -31,12 +31,14 @@ from hf_compress.edits import (
     PackLinear,
     ReplaceActivation,
     Seal,
+    SparsifyLinear,
 )
 from hf_compress.errors import PlanError
 from hf_compress.modules.activation import BlendedActivation
 from hf_compress.modules.bottleneck import Bottleneck
-from hf_compress.modules.packed import MixedPrecisionLinear, Packing
+from hf_compress.modules.packed import MixedPrecisionLinear, Packing, filled
 from hf_compress.modules.sealed import Sealed
+from hf_compress.modules.sparse import SparseLinear
 
 BOTTLENECK = "residual_bottleneck"  # what a block calls the one that its output passes through
 # What attention calls its heads, those of keys and values, and the width of all heads.
@@ -246,11 +248,26 @@ def _(edit: PackLinear, site: Site) -> None:
     linear = site.linear(edit.module)
     inputs, outputs = linear_widths(linear)
     try:
-        packing = Packing(outputs, inputs, edit.group_size, edit.planes, edit.symmetric)
+        row = filled(inputs, edit.group_size)
+        packing = Packing(outputs, row, edit.group_size, edit.planes, edit.symmetric)
     except ValueError as error:
         raise PlanError(f"{edit.module}: {error}") from None
-    bias = linear.bias is not None
-    site.replace(edit.module, MixedPrecisionLinear(packing, bias, device="meta", dtype=next(linear.parameters()).dtype))
+    bias, dtype = linear.bias is not None, next(linear.parameters()).dtype
+    site.replace(edit.module, MixedPrecisionLinear(packing, bias, inputs, device="meta", dtype=dtype))
+
+
+@restructure.register
+def _(edit: SparsifyLinear, site: Site) -> None:
+    linear = site.linear(edit.module)
+    inputs, outputs = linear_widths(linear)
+    dtype = next(linear.parameters()).dtype
+    try:
+        row = filled(edit.kept, edit.group_size)
+        packing = Packing(1, row, edit.group_size, edit.planes, edit.symmetric) if edit.planes else None
+        new = SparseLinear(inputs, outputs, edit.kept, linear.bias is not None, packing, device="meta", dtype=dtype)
+    except ValueError as error:
+        raise PlanError(f"{edit.module}: {error}") from None
+    site.replace(edit.module, new)
 
 
 @restructure.register

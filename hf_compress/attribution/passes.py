@@ -48,8 +48,8 @@ def explaining(model: PreTrainedModel, attention: AttentionRule = "attnlrp", eps
         for parameter in model.parameters():
             _set_gradient(parameter, False, undo)
         sources = Sources()
-        stack.enter_context(hooked(list(_source_hooks(model, sources))))
         stack.enter_context(lrp_rules(model, attention, epsilon))
+        stack.enter_context(hooked(_source_hooks(model, sources)))  # after the rules, which the head's logits go by
         yield sources
 
 
@@ -117,18 +117,26 @@ def _gradients(value: Tensor, ends: list[Tensor]) -> list[Tensor]:
     return [torch.zeros_like(end) if g is None else g for end, g in zip(ends, gradients, strict=True)]
 
 
+def word_embeddings(model: PreTrainedModel) -> nn.Module | None:
+    """The embeddings of a model that reads words."""
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:
+        return None
+
+
 def _source_hooks(model: PreTrainedModel, sources: Sources) -> Iterator[RemovableHandle]:
     """Hooks on the head, and on whatever makes real values of ids or positions: embeddings, tables of sines.
 
     What has a value for each head is added to scores of attention, and no source.
     """
-    head = model.get_output_embeddings()
+    head, words = model.get_output_embeddings(), word_embeddings(model)
     heads = getattr(model.config.get_text_config(), "num_attention_heads", None)
 
     def start(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         made = isinstance(module, nn.Embedding) or not any(value.is_floating_point() for value in given)
-        if not made or not isinstance(output, Tensor) or output.shape[-1] == heads:
+        if not made or not isinstance(output, Tensor) or (output.shape[-1] == heads and module is not words):
             return output
         again = sum(name.partition(" ")[0] == path for name in sources.tensors)
         source = output.detach().requires_grad_()

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.parts import is_linear, linear_map
-from hf_compress.attribution.passes import check_conserved, explain, explaining
+from hf_compress.attribution.passes import check_conserved, explain, explaining, word_embeddings
 from hf_compress.attribution.rules import ATTENTION_RULES, AttentionRule
 from hf_compress.attribution.targets import Target
 from hf_compress.attribution.watch import watch_inputs, watch_linears
@@ -75,8 +75,8 @@ def relevance(
     """
     if attention not in ATTENTION_RULES:
         raise ValueError(f"attention must be one of {', '.join(ATTENTION_RULES)}; got {attention!r}")
-    if not epsilon >= 0:
-        raise ValueError(f"epsilon must not be negative; got {epsilon!r}")
+    if type(epsilon) not in (int, float) or not 0 <= epsilon < float("inf"):
+        raise ValueError(f"epsilon must not be negative; got {epsilon!r}: give a finite number, in units of outputs")
     batch = _one_batch(prepare(data, model, tokenizer, _ALL).batches)
     check_conserved(model, batch)
     collected = _Collected()
@@ -88,7 +88,7 @@ def relevance(
             linears = {path: module for path, module in model.named_modules() if is_linear(module)}
             stack.enter_context(watch_linears(linears, collected.take_weights(linears)))
         values, found = explain(model, batch, sources, target)
-    words = next((path for path, m in model.named_modules() if m is model.get_input_embeddings()), None)
+    words = next((path for path, module in model.named_modules() if module is word_embeddings(model)), None)
     ids = batch.inputs.get("input_ids")
     units = collected.units
     return Relevance(
@@ -96,8 +96,8 @@ def relevance(
         inputs=found,
         tokens=found[words].float().sum(dim=-1) if words in found else None,
         words=[] if tokenizer is None or ids is None else [_words(tokenizer, row) for row in ids.tolist()],
-        neurons={path: units[path] for path in units.keys() - heads.keys()},
-        heads={path: units[path].unflatten(1, (heads[path], -1)).sum(-1) for path in units.keys() & heads.keys()},
+        neurons={path: units[path] for path in writers if path in units and path not in heads},
+        heads={path: units[path].unflatten(1, (count, -1)).sum(-1) for path, count in heads.items() if path in units},
         weights=collected.weights,
     )
 
@@ -111,7 +111,8 @@ class _Collected:
 
     def take_units(self, name: str, given: Tensor, gradient: Tensor) -> None:
         relevances = given.float() * gradient.float()
-        self.units[name] = relevances.flatten(1, -2).sum(dim=1) if relevances.ndim > 2 else relevances
+        relevances = relevances.flatten(1, -2).sum(dim=1) if relevances.ndim > 2 else relevances
+        self.units[name] = self.units.get(name, 0) + relevances
 
     def take_weights(self, modules: dict[str, nn.Module]) -> Any:
         def take(name: str, given: Tensor, gradient: Tensor) -> None:

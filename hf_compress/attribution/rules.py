@@ -15,8 +15,10 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
@@ -29,7 +31,7 @@ from hf_compress.anatomy.parts import is_linear, linear_widths
 from hf_compress.anatomy.undo import Undo
 from hf_compress.attribution.gradients import NormRule, scale_gradient, through_origin
 from hf_compress.calibration.capture import hooked
-from hf_compress.errors import UnsupportedModelError
+from hf_compress.errors import CalibrationError, UnsupportedModelError
 
 AttentionRule = Literal["attnlrp", "cp"]
 ATTENTION_RULES: tuple[AttentionRule, ...] = get_args(AttentionRule)
@@ -49,7 +51,7 @@ def lrp_rules(model: PreTrainedModel, attention: AttentionRule = "attnlrp", epsi
     """
     with Undo() as undo:
         _set_attention(model, attention, undo)
-        with hooked([*_hooks(model, epsilon), *_gate_hooks(model), *_attention_hooks(model, attention)]):
+        with hooked(chain(_hooks(model, epsilon), _gate_hooks(model), _attention_hooks(model, attention))):
             yield
 
 
@@ -114,6 +116,8 @@ class _NormHook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor:
         given = args[0] if args else None
+        if isinstance(output, Tensor) and not bool(torch.isfinite(output).all()):
+            raise CalibrationError(f"{self.name} gives NaN or infinite values on this data")
         if isinstance(given, Tensor) and isinstance(output, Tensor) and given.shape == output.shape:
             self.rule = self.rule or NormRule.of(module, given.detach(), output.detach())
             if self.rule is not None:
@@ -158,7 +162,7 @@ def _ruled(rule: AttentionRule, own: frozenset[int], function: Callable[..., Any
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *args: Any, **kwargs: Any
     ) -> Any:
-        plain = function or _family(module).eager_attention_forward
+        plain = function or _of_family(module, "eager_attention_forward")
         if id(module) in own:
             mask = mask.detach() if isinstance(mask, Tensor) else mask  # a bias by distance may be in it
             query, key, value = (
@@ -175,13 +179,14 @@ def _attention_hooks(model: PreTrainedModel, rule: AttentionRule) -> Iterator[Re
     for module in model.modules():
         children = {name: child for name, child in module.named_children() if is_linear(child)}
         found = [next((c for n, c in children.items() if pattern.match(n)), None) for pattern in ROLES.values()]
-        if None in found or hasattr(_family(module), "ALL_ATTENTION_FUNCTIONS"):
+        if None in found or _of_family(module, "ALL_ATTENTION_FUNCTIONS") is not None:
             continue
         for linear, factor in zip(found, _SHARES[rule], strict=True):
             assert linear is not None
             yield linear.register_forward_hook(partial(_scale_hook, factor))
 
 
-def _family(module: nn.Module) -> Any:
-    """The file that a module's class is defined in."""
-    return sys.modules[type(module).__module__]
+def _of_family(module: nn.Module, name: str) -> Any:
+    """What is called so in the file of a module's class, or in those of the classes that it derives from."""
+    files = (sys.modules[kind.__module__] for kind in type(module).__mro__)
+    return next((vars(file)[name] for file in files if name in vars(file)), None)

@@ -27,7 +27,7 @@ def explained(model: PreTrainedModel, logits: Tensor, batch: Batch, target: Targ
         ValueError: a class that the model does not have, or not one for each sample.
         UnsupportedModelError: outputs that are no logits of classes or of words.
     """
-    if logits.ndim == 3 and "input_ids" in batch.inputs:
+    if logits.ndim == 3 and "input_ids" in batch.inputs and model.get_output_embeddings() is not None:
         return _of_words(model, logits, batch, target)
     if logits.ndim != 2:
         raise UnsupportedModelError(
@@ -43,14 +43,13 @@ def explained(model: PreTrainedModel, logits: Tensor, batch: Batch, target: Targ
 
 def _chosen(logits: Tensor, batch: Batch, target: Target) -> Tensor:
     """The class to explain in each row of logits, (samples)."""
-    if isinstance(target, str):
-        if target == "label":
-            assert batch.labels is not None
-            target = batch.labels
-        elif target == "predicted":
-            return logits.detach().argmax(dim=-1)
-        else:
-            raise ValueError(f"target must be 'predicted', 'label', a class, or one for each sample; got {target!r}")
+    if isinstance(target, str) and target == "predicted":
+        return logits.detach().argmax(dim=-1)
+    if isinstance(target, str) and target == "label":
+        assert batch.labels is not None
+        target = batch.labels
+    if target is None or isinstance(target, str):
+        raise ValueError(f"target must be 'predicted', 'label', a class, or one for each sample; got {target!r}")
     chosen = torch.as_tensor(target, device=logits.device)
     chosen = chosen.expand(len(logits)) if chosen.ndim == 0 else chosen
     if chosen.shape != logits.shape[:1] or chosen.is_floating_point() or chosen.dtype == torch.bool:

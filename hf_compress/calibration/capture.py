@@ -89,11 +89,13 @@ def watch_blocks(stack: Stack, watcher: BlockWatcher) -> Iterator[None]:
 
 @contextmanager
 def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
-    """Take hooks off again on every way out."""
+    """Take hooks off again on every way out, also when not all of them could be put on."""
+    on: list[RemovableHandle] = []
     try:
+        on.extend(handles)
         yield
     finally:
-        for handle in handles:
+        for handle in on:
             handle.remove()
 
 

@@ -302,17 +302,21 @@ def _shape(item: Any) -> tuple[int, int]:
 
 def _batch(item: Any, special: Tensor, length: int, model: PreTrainedModel) -> Batch:
     """One batch of the user's as keyword arguments and a mask of the tokens that count."""
+    labels = None
     if isinstance(item, (list, tuple)) and item and isinstance(item[0], (Tensor, Mapping)):
-        item = item[0]  # (inputs, labels), as a TensorDataset gives
+        item, labels = item[0], item[1] if len(item) == 2 else None  # (inputs, labels), as a TensorDataset gives
+    if isinstance(item, Mapping):
+        labels = item.get("labels", labels)
     if isinstance(item, Tensor):
         item = {_input_name(item, model): item}
     if not isinstance(item, Mapping) or not any(name in item for name in _INPUTS):
         kind = f"a mapping of {sorted(item)}" if isinstance(item, Mapping) else f"a {type(item).__name__}"
         raise CalibrationError(f"a calibration batch must be a tensor or hold one of {', '.join(_INPUTS)}; got {kind}")
     inputs = _accepted(item, model)
+    labels = _classes(labels)
     if "input_ids" not in inputs:
         mask = inputs.get("attention_mask")
-        return Batch(inputs, None if mask is None else mask.bool())
+        return Batch(inputs, None if mask is None else mask.bool(), labels)
     inputs = {
         n: v[:, :length] if v.ndim == 2 and v.shape == inputs["input_ids"].shape else v for n, v in inputs.items()
     }
@@ -320,8 +324,14 @@ def _batch(item: Any, special: Tensor, length: int, model: PreTrainedModel) -> B
     _check_ids(ids, model.config)
     mask = inputs.get("attention_mask", torch.ones_like(ids)).bool()
     if mask.shape != ids.shape:  # MusicGen's ids have a row for every codebook
-        return Batch(inputs, mask)
-    return Batch(inputs, mask & ~torch.isin(ids.long(), special))
+        return Batch(inputs, mask, labels)
+    return Batch(inputs, mask & ~torch.isin(ids.long(), special), labels)
+
+
+def _classes(labels: Any) -> Tensor | None:
+    """The class of each sample; None where the labels are something else, or there are none."""
+    labels = None if labels is None else torch.as_tensor(labels)
+    return labels if labels is not None and labels.ndim == 1 and not labels.is_floating_point() else None
 
 
 def _input_name(values: Tensor, model: PreTrainedModel) -> str:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hf_compress.numerics.rounding import Grids, compensated
+
 MAX_BITS = 16
 
 
@@ -69,16 +71,17 @@ class Packing:
         return Packing(shape[0], shape[1], group_size, planes, symmetric)
 
 
-class MixedPrecisionLinear(nn.Module):
-    """A linear map whose weight is packed; computes with the unpacked weight in the inputs' dtype.
+def filled(count: int, group_size: int) -> int:
+    """How many weights whole groups have that hold so many."""
+    return -(-count // group_size) * group_size
+
+
+class PackedLinear(nn.Module):
+    """What linear maps with packed weights have in common: the buffers.
 
     The packed weight goes by the name `weight`, with one dimension, and is no parameter: what is packed is not trained.
     Steps are bfloat16, kept as int16 so that a cast of the model leaves them alone. That they are coarse does no harm,
     since weights are rounded to multiples of what is kept; and they reach as far down as those of 16 bits need.
-
-    Args:
-        packing: how the weight is packed.
-        bias: whether a bias (outputs,) is added, in the model's dtype.
     """
 
     weight: Tensor
@@ -86,36 +89,55 @@ class MixedPrecisionLinear(nn.Module):
     steps: Tensor
     zeros: Tensor
 
-    def __init__(
-        self,
-        packing: Packing,
-        bias: bool,
-        device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
+    def _hold(self, packing: Packing, device: str | torch.device | None) -> None:
+        """Make the buffers of a packing."""
         self.packing = packing
-        self.in_features, self.out_features = packing.inputs, packing.outputs
         self.register_buffer("weight", torch.zeros(packing.payload, dtype=torch.uint8, device=device))
         self.register_buffer("bits", torch.zeros(packing.groups, dtype=torch.uint8, device=device))
         self.register_buffer("steps", torch.zeros(packing.groups, dtype=torch.int16, device=device))
         if not packing.symmetric:
             self.register_buffer("zeros", torch.zeros(packing.groups, dtype=torch.uint8, device=device))
-        self.bias = nn.Parameter(torch.zeros(packing.outputs, device=device, dtype=dtype)) if bias else None
 
-    def unpacked(self) -> Tensor:
-        """The weight (outputs, inputs) that the packed bits stand for, float32."""
+    def _values(self) -> Tensor:
+        """The weights (packing.outputs, packing.inputs) that the packed bits stand for, float32."""
         packing, groups, start = self.packing, self.packing.groups, 0
         values = torch.zeros(groups, packing.group_size, dtype=torch.int32, device=self.weight.device)
         for plane, count in enumerate(packing.planes):
             size = count * packing.group_size // 8
-            ones = _unpack_bits(self.weight[start : start + size].view(count, -1)) << plane
+            ones = unpack_bits(self.weight[start : start + size].view(count, -1)) << plane
             values[self.bits > plane] += ones
             start += size
         middle = 1 << (self.bits.int() - 1).clamp(min=0)
         zeros = middle if packing.symmetric else self.zeros.int()
         steps = self.steps.view(torch.bfloat16).float()
         return (steps[:, None] * (values - zeros[:, None])).view(packing.outputs, packing.inputs)
+
+
+class MixedPrecisionLinear(PackedLinear):
+    """A linear map whose weight is packed; computes with the unpacked weight in the inputs' dtype.
+
+    Args:
+        packing: how the weight is packed, its rows filled up with zeros to whole groups.
+        bias: whether a bias (outputs,) is added, in the model's dtype.
+        inputs: of the linear map, where they are fewer than those of the packing.
+    """
+
+    def __init__(
+        self,
+        packing: Packing,
+        bias: bool,
+        inputs: int | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = inputs or packing.inputs, packing.outputs
+        self._hold(packing, device)
+        self.bias = nn.Parameter(torch.zeros(packing.outputs, device=device, dtype=dtype)) if bias else None
+
+    def unpacked(self) -> Tensor:
+        """The weight (outputs, inputs) that the packed bits stand for, float32."""
+        return self._values()[:, : self.in_features]
 
     def forward(self, inputs: Tensor) -> Tensor:
         return functional.linear(inputs, self.unpacked().to(inputs.dtype), self.bias)
@@ -128,14 +150,18 @@ class MixedPrecisionLinear(nn.Module):
         )
 
 
-def pack(weight: Tensor, bits: Tensor, group_size: int, symmetric: bool = True) -> tuple[Packing, dict[str, Tensor]]:
-    """Round a weight to nearest, group by group, and pack it.
+def pack(
+    weight: Tensor, bits: Tensor, group_size: int, symmetric: bool = True, gram: Tensor | None = None
+) -> tuple[Packing, dict[str, Tensor]]:
+    """Round a weight, group by group, and pack it.
 
     Args:
-        weight: (outputs, inputs), finite.
-        bits: of every group, (outputs, inputs / group_size), 1 to 16.
+        weight: (outputs, inputs), finite; rows are filled up with zeros to whole groups.
+        bits: of every group, (outputs, groups of a row), 1 to 16.
         group_size: weights a group.
         symmetric: whether each group's range is laid evenly around 0, which needs no stored zeros.
+        gram: Σ x xᵀ of what the linear map reads, (inputs, inputs): then the rounding of each weight makes up for the
+            errors of those before it; to nearest without.
 
     Returns:
         The packing, and the buffers of a `MixedPrecisionLinear`: weight, bits, steps and, unless symmetric, zeros.
@@ -143,53 +169,46 @@ def pack(weight: Tensor, bits: Tensor, group_size: int, symmetric: bool = True) 
     Raises:
         ValueError: shapes or bits do not fit, or the weight is not finite.
     """
-    fits = weight.ndim == 2 and len(weight) > 0 and group_size != 0 and weight.shape[1] % group_size == 0
-    if not fits or bits.shape != (len(weight), weight.shape[1] // group_size):
+    fits = weight.ndim == 2 and weight.numel() > 0 and group_size > 0
+    if not fits or bits.shape != (len(weight), filled(weight.shape[1], group_size) // group_size):
         raise ValueError(
-            f"a weight {tuple(weight.shape)} in groups of {group_size} needs bits (outputs, inputs / {group_size}); "
-            f"got {tuple(bits.shape)}"
+            f"a weight {tuple(weight.shape)} in groups of {group_size} needs bits (outputs, inputs / {group_size}, "
+            f"rounded up); got {tuple(bits.shape)}"
         )
     if bits.is_floating_point() or not torch.isfinite(weight).all():
         raise ValueError("the weight holds NaN or infinity, or bits are no whole numbers: it cannot be packed")
     if bits.min() < 1 or bits.max() > MAX_BITS:
         raise ValueError(f"bits must be between 1 and {MAX_BITS}; got {int(bits.min())} to {int(bits.max())}")
-    bits = bits.flatten().to(torch.uint8)
-    packing = Packing.of(weight.shape, bits, group_size, symmetric)
-    groups = weight.detach().float().reshape(packing.groups, group_size)
-    values, steps, zeros = _quantize(groups, bits.int(), symmetric)
-    planes = [_pack_bits((values[bits > plane] >> plane) & 1) for plane in range(len(packing.planes))]
-    tensors = {"weight": torch.cat([p.flatten() for p in planes]), "bits": bits, "steps": steps}
-    return packing, tensors if symmetric else {**tensors, "zeros": zeros.to(torch.uint8)}
-
-
-def _quantize(groups: Tensor, bits: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Integers (groups, group_size), steps as they are stored, and zeros (groups,) by rounding to nearest."""
-    top = (1 << bits) - 1
-    if symmetric:
-        zeros = 1 << (bits - 1)
-        reach = groups.abs().amax(1) / (zeros - 1).clamp(min=1)  # as far up as down, so that nothing is cut off
+    missing = filled(weight.shape[1], group_size) - weight.shape[1]
+    weight = functional.pad(weight.detach().float(), (0, missing))
+    packing = Packing.of(weight.shape, bits.flatten(), group_size, symmetric)
+    if gram is not None:
+        gram = functional.pad(gram, (0, missing, 0, missing))
+        _, q, grids = compensated(weight, gram, bits=bits, group_size=group_size, symmetric=symmetric)
+        assert q is not None
+        assert grids is not None
+        q = q.reshape(packing.groups, group_size)
     else:
-        low, high = groups.amin(1).clamp(max=0), groups.amax(1).clamp(min=0)
-        reach = (high - low) / top
-    # The upper half of a float32 is a bfloat16; rounded up, so that the largest weight is still within reach.
-    steps = ((reach.view(torch.int32) + 0xFFFF) >> 16).to(torch.int16)
-    kept = steps.view(torch.bfloat16).float()
-    if not torch.isfinite(kept).all():
-        raise ValueError(f"the weight reaches {float(groups.abs().max()):.3g}, for which no step can be stored")
-    safe = torch.where(kept > 0, kept, 1.0)
-    if not symmetric:
-        zeros = (-low / safe).round().int().clamp(min=0).minimum(top)
-    values = (groups / safe[:, None]).round().int() + zeros[:, None]
-    return values.clamp(min=0).minimum(top[:, None]), steps, zeros
+        groups = weight.reshape(packing.groups, group_size)
+        grids = Grids.of(groups, bits.flatten().int(), symmetric)
+        q = grids.round(groups)
+    return packing, _packed(q, grids, bits.flatten().to(torch.uint8), packing)
 
 
-def _pack_bits(ones: Tensor) -> Tensor:
+def _packed(q: Tensor, grids: Grids, bits: Tensor, packing: Packing) -> dict[str, Tensor]:
+    """The buffers of numbers q (groups, group_size) on grids."""
+    planes = [pack_bits((q[bits > plane] >> plane) & 1) for plane in range(len(packing.planes))]
+    tensors = {"weight": torch.cat([plane.flatten() for plane in planes]), "bits": bits, "steps": grids.steps}
+    return tensors if packing.symmetric else {**tensors, "zeros": grids.zeros.to(torch.uint8)}
+
+
+def pack_bits(ones: Tensor) -> Tensor:
     """Bytes (n, m/8) of bits (n, m), the first bit lowest."""
     shifts = torch.arange(8, device=ones.device)
     return (ones.view(len(ones), -1, 8) << shifts).sum(-1).to(torch.uint8)
 
 
-def _unpack_bits(packed: Tensor) -> Tensor:
-    """The inverse of `_pack_bits`, int32."""
+def unpack_bits(packed: Tensor) -> Tensor:
+    """The inverse of `pack_bits`, int32."""
     shifts = torch.arange(8, device=packed.device, dtype=torch.uint8)
     return ((packed[..., None] >> shifts) & 1).flatten(1).int()

@@ -195,7 +195,7 @@ def _metadata(facts: _Facts) -> ModelCardData:
     # evaluate() measures nothing but language models
     scores = eval_results(facts.result, task or "text-generation", details.evaluation)
     # Of the Hub's relations (adapter, finetune, merge of several models, quantized), one alone can fit.
-    packed = report and any(edit.get("edit") == "PackLinear" for edit in report.edits)
+    packed = report and any(edit.get("edit") == "PackLinear" or edit.get("planes") for edit in report.edits)
     return ModelCardData(
         base_model=facts.base_id,
         base_model_relation="quantized" if facts.base_id and packed else None,

@@ -12,8 +12,9 @@ there without the FFN, m a constant of the model, W₀ the columns of the units 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -42,12 +43,20 @@ class Narrowing:
     Args:
         walks: batches before the first block; they go up with it.
         weights: per batch, (tokens): how much each counts; alike when None.
+        choose: how so many units are chosen, in the place of the config's reduction.
     """
 
     def __init__(
-        self, config: ILLCConfig, bench: Workbench, stack: Stack, walks: list[Walk], weights: Sequence[Tensor] | None
+        self,
+        config: ILLCConfig,
+        bench: Workbench,
+        stack: Stack,
+        walks: list[Walk],
+        weights: Sequence[Tensor] | None = None,
+        choose: Callable[[BlockUnits, UnitStatistics, int], Reduction] | None = None,
     ) -> None:
         self.config, self.model, self.stack, self.walks, self.weights = config, bench.model, stack, walks, weights
+        self.choose = choose or partial(REDUCTIONS.resolve(config.reduction_name), config)
 
     def skip(self, index: int) -> None:
         """Pass a block by, as it is."""
@@ -112,7 +121,7 @@ class Narrowing:
     ) -> tuple[Plan, dict[str, Any]]:
         """The plan for one part of a block, and what there is to tell of it."""
         statistics = self._observe(units, target, before)
-        reduction = REDUCTIONS.resolve(self.config.reduction_name)(self.config, units, statistics, count)
+        reduction = self.choose(units, statistics, count)
         writes, notes = self._solve(units, reduction, statistics, target, before)
         if reduction.labels is not None:
             notes["clusters"] = reduction.labels.tolist()

@@ -81,7 +81,7 @@ def _representative(config: ILLCConfig, units: Units, statistics: UnitStatistics
 @REDUCTIONS.register("magnitude")
 def _magnitude(config: ILLCConfig, units: Units, statistics: UnitStatistics, count: int) -> Reduction:
     """Keep the units whose output weights are the largest."""
-    return _best(units, units.writes.square().sum(dim=1), count)
+    return best(units, units.writes.square().sum(dim=1), count)
 
 
 @REDUCTIONS.register("variance")
@@ -89,17 +89,17 @@ def _variance(config: ILLCConfig, units: Units, statistics: UnitStatistics, coun
     """Keep the units whose contribution varies most, Var(h_j) · |W_j|² (FLAP, arXiv 2312.11983, equation 5)."""
     sums = statistics.all
     variance = sums.gram.diagonal() / sums.count - (sums.x_sum / sums.count).square()
-    return _best(units, variance * units.writes.double().square().sum(dim=1).to(variance), count)
+    return best(units, variance * units.writes.double().square().sum(dim=1).to(variance), count)
 
 
 @REDUCTIONS.register("random")
 def _random(config: ILLCConfig, units: Units, statistics: UnitStatistics, count: int) -> Reduction:
     """Keep any."""
     generator = torch.Generator().manual_seed(config.seed + units.index)
-    return _best(units, torch.rand(len(units.writes), generator=generator), count)
+    return best(units, torch.rand(len(units.writes), generator=generator), count)
 
 
-def _best(units: Units, scores: Tensor, count: int) -> Reduction:
+def best(units: Units, scores: Tensor, count: int) -> Reduction:
     """Keep the units whose inputs score highest together."""
     scores = scores.view(-1, units.size).sum(dim=1)
     return Reduction(kept=scores.topk(count).indices.sort().values.cpu())

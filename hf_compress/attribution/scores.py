@@ -1,0 +1,119 @@
+"""Relevance of weights and units, summed over calibration data as it streams by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from hf_compress.anatomy.parts import linear_map
+from hf_compress.attribution.passes import check_conserved, explain, explaining
+from hf_compress.attribution.rules import AttentionRule
+from hf_compress.attribution.targets import Target
+from hf_compress.attribution.watch import watch_inputs, watch_linears
+from hf_compress.calibration.data import Batch
+from hf_compress.errors import CalibrationError
+
+
+@dataclass
+class RelevanceSums:
+    """Sums over samples, float32.
+
+    Attributes:
+        signed: Σ R of every weight, (outputs, inputs), by the path of its linear map.
+        absolute: Σ |R| likewise, R being summed over the tokens of a sample first.
+        signed_units, absolute_units: of what other modules read, (inputs); |R| is summed over single tokens.
+        samples: how many there were.
+    """
+
+    signed: dict[str, Tensor] = field(default_factory=dict)
+    absolute: dict[str, Tensor] = field(default_factory=dict)
+    signed_units: dict[str, Tensor] = field(default_factory=dict)
+    absolute_units: dict[str, Tensor] = field(default_factory=dict)
+    samples: int = 0
+
+
+class _Sums:
+    """Sums of x · g products of every linear map, before they are multiplied by the weight."""
+
+    def __init__(self, signed: bool, absolute: bool) -> None:
+        self.wanted = {"signed": signed, "absolute": absolute}
+        self.weights: dict[str, dict[str, Tensor]] = {"signed": {}, "absolute": {}}
+        self.units: dict[str, dict[str, Tensor]] = {"signed": {}, "absolute": {}}
+
+    def take_weights(self, name: str, given: Tensor, gradient: Tensor) -> None:
+        given, gradient = (t.reshape(len(t), -1, t.shape[-1]) for t in (given, gradient))  # samples, tokens, features
+        if self.wanted["signed"]:
+            _add(self.weights["signed"], name, gradient.flatten(0, 1).T @ given.flatten(0, 1))
+        if self.wanted["absolute"] and given.shape[1] == 1:  # |g x| = |g| |x|, of all samples at once
+            _add(self.weights["absolute"], name, gradient[:, 0].abs().T @ given[:, 0].abs())
+        elif self.wanted["absolute"]:
+            for read, slope in zip(given, gradient, strict=True):
+                _add(self.weights["absolute"], name, (slope.T @ read).abs_())
+
+    def take_units(self, name: str, given: Tensor, gradient: Tensor) -> None:
+        found = (given.float() * gradient.float()).flatten(0, -2)
+        _add(self.units["signed"], name, found.sum(dim=0))
+        _add(self.units["absolute"], name, found.abs().sum(dim=0))
+
+
+def relevance_sums(
+    model: PreTrainedModel,
+    batches: Iterable[Batch],
+    linears: Mapping[str, nn.Module],
+    writers: Mapping[str, nn.Module] | None = None,
+    target: Target = "label",
+    *,
+    signed: bool = True,
+    absolute: bool = True,
+    attention: AttentionRule = "attnlrp",
+) -> RelevanceSums:
+    """Relevances of the weights of `linears`, and of what `writers` read, over calibration data.
+
+    Costs a forward and a backward pass a batch, and a tensor as large as the weight for each sum.
+
+    Raises:
+        UnsupportedModelError: the model has a part that there is no rule for.
+        CalibrationError: NaN or infinite relevances; no labels where the target is one.
+    """
+    sums = _Sums(signed, absolute)
+    result = RelevanceSums()
+    with ExitStack() as stack:
+        sources = None
+        for batch in tqdm(batches, desc="scoring by relevance", disable=None):
+            if sources is None:
+                check_conserved(model, batch)
+                sources = stack.enter_context(explaining(model, attention))
+                stack.enter_context(watch_linears(linears, sums.take_weights))
+                stack.enter_context(watch_inputs(writers or {}, sums.take_units))
+            explain(model, batch, sources, target)
+            result.samples += batch.samples
+    for kind, found in sums.weights.items():
+        for name, products in found.items() if sums.wanted[kind] else ():
+            weight = linear_map(linears[name]).T.detach().float()
+            products *= weight if kind == "signed" else weight.abs()
+            _check(name, products)
+    for found in sums.units.values():
+        for name, units in found.items():
+            _check(name, units)
+    result.signed, result.absolute = sums.weights["signed"], sums.weights["absolute"]
+    result.signed_units, result.absolute_units = sums.units["signed"], sums.units["absolute"]
+    return result
+
+
+def _add(table: dict[str, Tensor], name: str, value: Tensor) -> None:
+    """Add to a sum in float32, whatever the dtype of what is added."""
+    if name in table:
+        table[name] += value
+    else:
+        table[name] = value.float()
+
+
+def _check(name: str, values: Tensor) -> None:
+    if not bool(torch.isfinite(values).all()):
+        raise CalibrationError(f"the relevances of {name} hold NaN or infinity: load the model in float32 or bfloat16")

@@ -1,0 +1,75 @@
+"""How many bits each group of weights gets, under one budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from hf_compress.modules.packed import filled
+from hf_compress.numerics.rounding import Grids, spend_bits
+
+if TYPE_CHECKING:
+    from hf_compress.methods.lrp.config import LRPConfig
+
+STEP_BITS = 16
+_CLASS_BITS = 8  # a byte that says how many bits a group has
+_ZERO_BITS = 8
+
+
+def overhead(config: LRPConfig) -> float:
+    """Bits a weight that go to what a group stores besides its weights."""
+    return (STEP_BITS + _CLASS_BITS + (0 if config.symmetric else _ZERO_BITS)) / config.group_size
+
+
+def bits_of_groups(
+    config: LRPConfig,
+    choices: tuple[int, ...],
+    weights: Mapping[str, Tensor],
+    worth: Mapping[str, Tensor],
+    budget: float,
+) -> dict[str, Tensor]:
+    """Numbers of bits of all groups, (outputs, groups of a row), by the path of the linear map.
+
+    Args:
+        choices: numbers of bits that there are, rising.
+        weights: (outputs, inputs) float32.
+        worth: what a squared error of each weight costs, of the weight's shape.
+        budget: bits a weight that may be spent on the weights themselves.
+
+    Raises:
+        ValueError: a budget that does not suffice for the fewest bits.
+    """
+    paths = list(weights)
+    if config.allocation == "uniform":
+        worth = {path: torch.ones_like(weights[path]) for path in paths}
+    errors = torch.cat([_errors(config, choices, weights[path], worth[path]) for path in paths])
+    if config.allocation == "uniform":  # all groups alike, however hard they are to round
+        errors = errors.mean(dim=0, keepdim=True).expand_as(errors)
+    if budget < choices[0]:
+        raise ValueError(
+            f"{budget + overhead(config):.2f} bits a weight, {overhead(config):.2f} of them for steps and classes, are "
+            f"fewer than {choices[0]} for the weights: raise bits= or target_bytes=, or group_size="
+        )
+    found = spend_bits(errors, list(choices), budget)
+    parts = found.split([_groups(config, weights[path]).shape[0] for path in paths])
+    return {path: part.view(len(weights[path]), -1) for path, part in zip(paths, parts, strict=True)}
+
+
+def _groups(config: LRPConfig, weight: Tensor) -> Tensor:
+    """The weights of each group, (groups, group_size); rows filled up with zeros."""
+    missing = filled(weight.shape[1], config.group_size) - weight.shape[1]
+    return functional.pad(weight, (0, missing)).reshape(-1, config.group_size)
+
+
+def _errors(config: LRPConfig, choices: tuple[int, ...], weight: Tensor, worth: Tensor) -> Tensor:
+    """What rounding to nearest costs each group at each choice, (groups, choices) float64."""
+    groups, worths = _groups(config, weight), _groups(config, worth)
+    errors = []
+    for bits in choices:
+        grids = Grids.of(groups, torch.full((len(groups),), bits, dtype=torch.int32), config.symmetric)
+        errors.append((worths * (grids.value(grids.round(groups)) - groups).square()).sum(dim=1).double())
+    return torch.stack(errors, dim=1)

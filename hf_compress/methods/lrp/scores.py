@@ -1,0 +1,149 @@
+"""What weights, hidden units and heads are worth: by relevance, and by the scores that it is held against."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from hf_compress.anatomy.parts import is_linear, linear_map
+from hf_compress.anatomy.stacks import Stack
+from hf_compress.attribution.scores import RelevanceSums, relevance_sums
+from hf_compress.calibration.capture import forward, hooked, inference, real_tokens
+from hf_compress.calibration.data import Batch
+from hf_compress.errors import UnsupportedModelError
+from hf_compress.workbench import Workbench
+
+if TYPE_CHECKING:
+    from hf_compress.methods.lrp.config import LRPConfig
+
+
+@dataclass
+class Scores:
+    """Scores of linear maps' weights, (outputs, inputs) float32, and of what some of them read, (inputs).
+
+    Attributes:
+        weights, units: by the path of the linear map.
+    """
+
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    units: dict[str, Tensor] = field(default_factory=dict)
+
+
+def block_linears(stack: Stack) -> dict[str, nn.Module]:
+    """The linear maps in the blocks of a stack, by their paths in the model.
+
+    Raises:
+        UnsupportedModelError: there are none.
+    """
+    found = {
+        f"{stack.path}.{index}.{path}": module
+        for index, block in enumerate(stack.blocks)
+        for path, module in block.named_modules()
+        if is_linear(module)
+    }
+    if not found:
+        raise UnsupportedModelError(f"the blocks of {stack.path} have no linear maps to prune or to store in few bits")
+    return found
+
+
+def some_batches(bench: Workbench, tokens: int) -> Sequence[Batch]:
+    """Batches of about so many tokens (or samples), spread over the calibration data."""
+    data = bench.calibration
+    total = data.tokens or data.samples
+    return data.spread(max(1, min(len(data), round(len(data) * tokens / total))))
+
+
+def score(
+    config: LRPConfig, bench: Workbench, linears: Mapping[str, nn.Module], writers: Mapping[str, nn.Module], name: str
+) -> Scores:
+    """The scores called `name` of the weights of `linears` and of what `writers` read."""
+    weights = {path: linear_map(module).T.detach().float() for path, module in linears.items()}
+    if name == "random":
+        return _random(config.seed, weights, writers)
+    if name == "magnitude":
+        sizes = {path: linear_map(module).detach().float().norm(dim=1) for path, module in writers.items()}
+        return Scores({path: weight.abs() for path, weight in weights.items()}, sizes)
+    batches = some_batches(bench, config.tokens)
+    if name == "wanda":
+        norms = input_norms(bench, batches, {**linears, **writers})
+        sizes = {p: linear_map(m).detach().float().norm(dim=1) * norms[p] for p, m in writers.items()}
+        return Scores({path: weight.abs() * norms[path] for path, weight in weights.items()}, sizes)
+    sums = relevances(config, bench, batches, linears, writers, signed=name == "signed")
+    count = max(1, sums.samples)
+    if name == "signed":
+        return Scores(_over(sums.signed, count), _over(sums.signed_units, count))
+    return Scores(_over(sums.absolute, count), _over(sums.absolute_units, count))
+
+
+def relevances(
+    config: LRPConfig,
+    bench: Workbench,
+    batches: Sequence[Batch],
+    linears: Mapping[str, nn.Module],
+    writers: Mapping[str, nn.Module],
+    signed: bool,
+) -> RelevanceSums:
+    """Sums of relevances, or of their sizes, as the config says what is explained."""
+    target = config.target
+    if target == "auto":
+        known = bench.model.can_generate() or any(batch.labels is not None for batch in batches)
+        target = "label" if known else "predicted"
+    return relevance_sums(
+        bench.model,
+        batches,
+        linears,
+        writers,
+        target,  # type: ignore[arg-type]  # the config has checked it
+        signed=signed,
+        absolute=not signed,
+        attention=config.attention,
+    )
+
+
+def input_norms(bench: Workbench, batches: Sequence[Batch], modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Root of the mean square of what modules read, (inputs) float32 each, over real tokens.
+
+    Source: M. Sun et al., "Wanda" (arXiv 2306.11695), equation (1), but for the number of tokens.
+    """
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+    with inference(bench.model), ExitStack() as stack:
+        current: list[Batch] = []
+
+        def keep(path: str):  # type: ignore[no-untyped-def]
+            def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+                rows = real_rows(current[0], args[0])
+                sums[path] = sums.get(path, 0) + rows.float().square().sum(dim=0)
+                counts[path] = counts.get(path, 0) + len(rows)
+
+            return before
+
+        stack.enter_context(hooked([m.register_forward_pre_hook(keep(path)) for path, m in modules.items()]))
+        for batch in batches:
+            current[:] = [batch]
+            forward(bench.model, batch)
+    return {path: (total / max(1, counts[path])).sqrt() for path, total in sums.items()}
+
+
+def real_rows(batch: Batch, given: Tensor) -> Tensor:
+    """What a module reads at real tokens, (tokens, inputs); all where it does not read one row a token."""
+    if given.ndim == 3 and given.shape[:2] == real_tokens(batch, given).shape:
+        return given[real_tokens(batch, given)]
+    return given.flatten(0, -2)
+
+
+def _random(seed: int, weights: Mapping[str, Tensor], writers: Mapping[str, nn.Module]) -> Scores:
+    generator = torch.Generator().manual_seed(seed)
+    return Scores(
+        {path: torch.rand(weight.shape, generator=generator).to(weight.device) for path, weight in weights.items()},
+        {path: torch.rand(linear_map(module).shape[0], generator=generator) for path, module in writers.items()},
+    )
+
+
+def _over(sums: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+    return {path: total / count for path, total in sums.items()}

@@ -1,0 +1,126 @@
+"""Hidden units, heads and blocks left out by their relevance; the projections after them are solved for anew."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.stacks import Stack
+from hf_compress.anatomy.undo import Undo
+from hf_compress.calibration.walks import start_walks
+from hf_compress.drafts import heads_of
+from hf_compress.edits import RemoveBlocks
+from hf_compress.errors import UnsupportedModelError
+from hf_compress.methods.illc.config import ILLCConfig
+from hf_compress.methods.illc.narrowing import Narrowing
+from hf_compress.methods.illc.reductions import Reduction, best
+from hf_compress.methods.illc.units import BlockUnits, UnitStatistics
+from hf_compress.methods.lrp.scores import score
+from hf_compress.methods.sizing import blocks_to_remove, share_of
+from hf_compress.plan import Plan
+from hf_compress.workbench import Workbench
+
+if TYPE_CHECKING:
+    from hf_compress.methods.lrp.config import LRPConfig
+
+_Writer = tuple[int, str, nn.Module]  # of a block by its number, the path and the projection that reads its units
+
+
+def plan_units(config: LRPConfig, bench: Workbench, stack: Stack, undo: Undo) -> Plan:
+    """Leave hidden units, heads or blocks out; the model stays changed until `undo` is rolled back.
+
+    Raises:
+        UnsupportedModelError: the blocks have none, or experts.
+        ValueError: nothing would be left of a block.
+    """
+    writers = _writers(config, bench, stack)
+    with bench.stage("score units"):
+        scores = score(config, bench, {}, {name: module for _, name, module in writers}, config.score_name).units
+    if config.granularity == "block":
+        return _without_blocks(config, stack, writers, scores)
+    counts = _counts(config, bench, stack, writers, scores)
+
+    def choose(units: BlockUnits, statistics: UnitStatistics, count: int) -> Reduction:
+        name = next(path for index, path, module in writers if index == units.index)
+        return best(units, scores[name], count)
+
+    solving = ILLCConfig(
+        width=1,
+        reduction="magnitude",  # never asked: `choose` is
+        compensation="ridge" if config.compensation == "auto" and config.variant != "paper" else "none",
+        tokens=config.tokens,
+    )
+    plan, notes = Plan(), []
+    with bench.stage("narrow blocks"):
+        walks = start_walks(bench.model, stack, bench.calibration, config.tokens)
+        narrowing = Narrowing(solving, bench, stack, walks, choose=choose)
+        for index in range(max(counts) + 1):
+            if index not in counts:
+                narrowing.skip(index)
+                continue
+            heads = config.granularity == "head"
+            draft, told = narrowing.narrow(
+                index, counts[index] if heads else None, None if heads else counts[index], undo
+            )
+            plan += draft
+            notes += told
+    return Plan(plan.edits, plan.tensors, {"blocks": notes})
+
+
+def _writers(config: LRPConfig, bench: Workbench, stack: Stack) -> list[_Writer]:
+    """The output projections that read the units."""
+    found = []
+    for index in range(len(stack)):
+        parts = Anatomy(bench.model).parts(stack, index)
+        if parts.ffn is not None and parts.ffn.experts is not None and config.granularity != "head":
+            raise UnsupportedModelError(
+                f"block {index} of {stack.path} has experts, whose units relevance does not reach one by one: take "
+                "ILLCConfig, or granularity='head'"
+            )
+        ffn = parts.ffn.output if parts.ffn else None
+        read_by = {"neuron": (ffn,), "head": (parts.attention_output,), "block": (ffn, parts.attention_output)}
+        own = read_by[config.granularity]
+        names = [f"{stack.path}.{index}.{path}" for path in own if path]
+        found += [(index, name, bench.model.get_submodule(name)) for name in names]
+    if not found:
+        raise UnsupportedModelError(f"the blocks of {stack.path} have no {config.granularity}s that could be left out")
+    return found
+
+
+def _counts(
+    config: LRPConfig,
+    bench: Workbench,
+    stack: Stack,
+    writers: list[_Writer],
+    scores: dict[str, Tensor],
+) -> dict[int, int]:
+    """How many units (or key and value heads) each block keeps."""
+    share = 1 - (config.sparsity or 0)
+    counts = {}
+    everything = torch.cat([scores[name] for _, name, _ in writers])
+    least = everything.sort(descending=True).values[share_of(len(everything), share) - 1]
+    for index, name, _ in writers:
+        if config.granularity == "head":
+            counts[index] = share_of(heads_of(bench.model, stack, index).groups, share)
+        elif config.variant == "paper":
+            counts[index] = int((scores[name] > 0).sum())
+        elif config.scope == "model":
+            counts[index] = int((scores[name] >= least).sum())
+        else:
+            counts[index] = share_of(len(scores[name]), share)
+        if counts[index] == 0:
+            raise ValueError(f"no unit of block {index} of {stack.path} would be left: lower sparsity, or change scope")
+    return counts
+
+
+def _without_blocks(config: LRPConfig, stack: Stack, writers: list[_Writer], scores: dict[str, Tensor]) -> Plan:
+    """Blocks whose parts write least relevance to the residual stream."""
+    totals = torch.zeros(len(stack))
+    for index, name, _ in writers:
+        totals[index] += float(scores[name].sum())
+    count = blocks_to_remove(len(stack), config.sparsity, None, "sparsity")
+    removed = sorted(totals.argsort()[:count].tolist())
+    return Plan((RemoveBlocks(stack.path, tuple(removed)),), notes={"relevance": totals.tolist()})

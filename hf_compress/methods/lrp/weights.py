@@ -1,0 +1,149 @@
+"""Single weights of a stack left out and rounded, block by block, each on the compressed blocks' activations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from hf_compress.anatomy.parts import linear_map
+from hf_compress.anatomy.stacks import Stack
+from hf_compress.anatomy.undo import Undo
+from hf_compress.apply import carry_out
+from hf_compress.calibration.capture import hooked
+from hf_compress.calibration.walks import Walk, start_walks
+from hf_compress.drafts import pack_linear, sparsify_linear
+from hf_compress.methods.lrp.masks import kept_weights
+from hf_compress.methods.lrp.precision import bits_of_groups, overhead
+from hf_compress.methods.lrp.scores import Scores, block_linears, real_rows, relevances, score, some_batches
+from hf_compress.numerics.rounding import compensated
+from hf_compress.plan import Plan
+from hf_compress.workbench import Workbench
+
+if TYPE_CHECKING:
+    from hf_compress.methods.lrp.config import LRPConfig
+
+
+@dataclass
+class _Decisions:
+    """What becomes of each linear map, by its path: which weights stay, and how many bits the groups get."""
+
+    kept: dict[str, Tensor]
+    bits: dict[str, Tensor]
+
+
+def plan_weights(config: LRPConfig, bench: Workbench, stack: Stack, undo: Undo, prunes: bool) -> Plan:
+    """Leave weights out, round the rest, or both; the model stays changed until `undo` is rolled back."""
+    linears = block_linears(stack)
+    with bench.stage("score weights"):
+        scores = score(config, bench, linears, {}, config.score_name) if prunes else Scores()
+        kept = kept_weights(config, scores.weights) if prunes else {}
+    with bench.stage("allocate bits"):
+        bits = _bits(config, bench, linears, kept) if config.quantizes else {}
+    decisions = _Decisions(kept, bits)
+    with bench.stage("solve weights"):
+        needs_grams = (config.compensation == "auto" and prunes) or (
+            config.quantizes and config.rounding == "compensated"
+        )
+        walks = start_walks(bench.model, stack, bench.calibration, config.tokens) if needs_grams else []
+        plan = Plan()
+        for index in tqdm(range(len(stack)), desc="solving blocks", disable=None):
+            paths = [path for path in linears if path.startswith(f"{stack.path}.{index}.")]
+            grams = _grams(stack, index, {path: linears[path] for path in paths}, walks)
+            draft = Plan()
+            for path in paths:
+                draft += _draft(config, bench, path, linears[path], grams.get(path), decisions)
+            carry_out(draft, bench.model, undo)
+            plan += draft
+            for walk in walks:
+                walk.compressed = walk.runner.run(index, walk.compressed)
+    return Plan(plan.edits, plan.tensors, {"linears": _notes(linears, decisions)})
+
+
+def _draft(
+    config: LRPConfig, bench: Workbench, path: str, linear: nn.Module, gram: Tensor | None, decisions: _Decisions
+) -> Plan:
+    kept, bits = decisions.kept.get(path), decisions.bits.get(path)
+    if kept is None:
+        assert bits is not None
+        own = gram if config.rounding == "compensated" else None
+        return pack_linear(bench.model, path, bits, config.group_size, config.symmetric, own)
+    weight = None
+    if gram is not None and config.compensation == "auto":
+        weight, _, _ = compensated(linear_map(linear).T, gram, kept)
+    row = None if bits is None else bits.flatten()
+    return sparsify_linear(bench.model, path, kept, weight, row, config.group_size, config.symmetric)
+
+
+def _bits(
+    config: LRPConfig, bench: Workbench, linears: Mapping[str, nn.Module], kept: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Bits of the groups of all linear maps; of pruned ones, of the groups of what is left."""
+    from hf_compress.methods.lrp.config import BITS
+
+    weights = {path: linear_map(module).T.detach().float() for path, module in linears.items()}
+    worth = _worth(config, bench, linears)
+    total = sum(weight.numel() for weight in weights.values())
+    asked = config.bits if config.bits is not None else 8 * (config.target_bytes or 0) / total
+    if kept:  # a bit of every weight says whether it is there
+        left = sum(int(mask.sum()) for mask in kept.values())
+        asked = (asked - 1) * total / left
+        weights = {path: weight[kept[path]][None] for path, weight in weights.items()}
+        worth = {path: values[kept[path]][None] for path, values in worth.items()}
+    padded = sum(w.shape[0] * -(-w.shape[1] // config.group_size) * config.group_size for w in weights.values())
+    stored = sum(weight.numel() for weight in weights.values())
+    budget = asked * stored / padded - overhead(config)
+    return bits_of_groups(config, BITS, weights, worth, budget)
+
+
+def _worth(config: LRPConfig, bench: Workbench, linears: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """What a squared error of each weight costs, (outputs, inputs).
+
+    By relevance, (E |R| / |w|)²: R is w times the slope of the output explained, so an error e moves that by e times
+    the slope. By error alone, 1.
+    """
+    weights = {path: linear_map(module).T.detach().float() for path, module in linears.items()}
+    if config.allocation != "relevance":
+        return {path: torch.ones_like(weight) for path, weight in weights.items()}
+    sums = relevances(config, bench, some_batches(bench, config.tokens), linears, {}, signed=False)
+    tiny = torch.finfo(torch.float32).tiny
+    slopes = {path: sums.absolute[path] / weights[path].abs().clamp(min=tiny) for path in linears}
+    return {path: (slope / max(1, sums.samples)).square() for path, slope in slopes.items()}
+
+
+def _grams(stack: Stack, index: int, linears: Mapping[str, nn.Module], walks: list[Walk]) -> dict[str, Tensor]:
+    """Σ x xᵀ over what each linear map of a block reads, on the compressed stream, float64."""
+    sums: dict[str, Tensor] = {}
+    current: list[Walk] = []
+
+    def keep(path: str) -> Any:
+        def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            rows = real_rows(current[0].runner.batch, args[0]).double()
+            sums[path] = sums[path] + rows.T @ rows if path in sums else rows.T @ rows
+
+        return before
+
+    with ExitStack() as hooks:
+        hooks.enter_context(hooked([m.register_forward_pre_hook(keep(path)) for path, m in linears.items()]))
+        for walk in walks:
+            current[:] = [walk]
+            walk.runner.run(index, walk.compressed)
+    return sums
+
+
+def _notes(linears: Mapping[str, nn.Module], decisions: _Decisions) -> list[dict[str, Any]]:
+    notes = []
+    for path in linears:
+        told: dict[str, Any] = {"linear": path}
+        if path in decisions.kept:
+            told["kept"] = float(decisions.kept[path].float().mean())
+        if path in decisions.bits:
+            values, counts = decisions.bits[path].unique(return_counts=True)
+            told["groups"] = {str(int(bits)): int(count) for bits, count in zip(values, counts, strict=True)}
+        notes.append(told)
+    return notes

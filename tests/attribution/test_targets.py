@@ -1,0 +1,264 @@
+"""What is explained: the class or word predicted, named or labelled, of every kind of head, and what is refused."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    LlamaForTokenClassification,
+    LlamaModel,
+)
+
+import hf_compress as hfc
+from examples.round_trip import LLAMA, TEXT, build
+from hf_compress.calibration.data import Batch, Calibration
+from hf_compress.errors import CalibrationError, UnsupportedModelError
+from tests.architectures.changes import Trace
+from tests.architectures.tiny import randomise
+from tests.conftest import leftovers
+
+IDS = torch.randint(4, 90, (3, 7), generator=torch.Generator().manual_seed(7))
+PIXELS = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(7))
+FLOATS = torch.randn(3, 6, generator=torch.Generator().manual_seed(7))
+LENGTHS = (7, 4, 1)
+CLASSIFIERS = ("BERT", "ViT", "Dense", "Llama classifier")
+WORDS = ("Llama", "GPT-2", "Mixtral")
+
+
+def make(family):
+    """A model in which every parameter matters."""
+    torch.manual_seed(0)
+    if family == "Dense":
+        sizes = {"input_size": 6, "hidden_size": 8, "intermediate_size": 20, "num_labels": 4}
+        return hfc.DenseForClassification(hfc.DenseConfig(**sizes)).eval()
+    if family == "Llama classifier":
+        model = LlamaForSequenceClassification(LlamaConfig(**LLAMA, num_labels=3, pad_token_id=0)).eval()
+    else:
+        model = build(family)
+    randomise(model, seed=2)
+    return model
+
+
+def batch_of(model, labels=None):
+    data = {"pixel_values": PIXELS, "input_values": FLOATS, "input_ids": IDS}
+    return Batch({model.main_input_name: data[model.main_input_name]}, None, labels)
+
+
+def explained(model, batch, target):
+    return hfc.relevance(model, Calibration([batch]), target=target)
+
+
+@torch.no_grad()
+def logits(model, batch):
+    return model(**batch.inputs).logits
+
+
+def same_as(result, expected):
+    torch.testing.assert_close(result.explained, expected, rtol=1e-4, atol=1e-5)
+
+
+# --- classifiers ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", CLASSIFIERS)
+def test_classes(family):
+    model = make(family)
+    batch = batch_of(model, torch.tensor([2, 0, 1]))
+    found = logits(model, batch)
+    rows = torch.arange(3)
+    same_as(explained(model, batch, "predicted"), found.max(dim=1).values)
+    same_as(explained(model, batch, "label"), found[rows, batch.labels])
+    for one in (1, torch.tensor(1), np.int64(1)):
+        same_as(explained(model, batch, one), found[:, 1])
+    for dtype in (torch.int64, torch.int32, torch.uint8):
+        same_as(explained(model, batch, torch.tensor([1, 2, 0], dtype=dtype)), found[rows, torch.tensor([1, 2, 0])])
+
+
+@pytest.mark.parametrize("family", CLASSIFIERS)
+def test_relevance_is_of_the_class_chosen(family):
+    """Of each sample for itself: as when all ask for that class."""
+    model = make(family)
+    batch = batch_of(model)
+    each = [explained(model, batch, c).inputs for c in range(3)]
+    mixed = explained(model, batch, torch.tensor([2, 0, 1])).inputs
+    source = next(iter(mixed))
+    for row, c in enumerate((2, 0, 1)):
+        largest = float(each[c][source].abs().max())
+        torch.testing.assert_close(mixed[source][row], each[c][source][row], rtol=1e-3, atol=1e-4 * largest)
+    assert not torch.allclose(each[0][source], each[1][source], rtol=0.01)
+
+
+def test_a_tokenizer_that_pads_with_a_known_token():
+    """A classifier on the last token of each text, by the model's own count."""
+    model = make("Llama classifier")
+    ids = IDS.clone()
+    ids[1, 4:] = 0
+    mask = (ids != 0).long()
+    batch = Batch({"input_ids": ids, "attention_mask": mask}, mask.bool())
+    result = explained(model, batch, "predicted")
+    same_as(result, logits(model, batch).max(dim=1).values)
+    assert float(result.tokens[1, 4:].abs().max()) == 0
+    assert float(result.tokens[1, :4].abs().min()) > 0
+
+
+# --- language models --------------------------------------------------------------------------------------------------
+
+
+def padded(side):
+    """Texts of seven, four and one tokens."""
+    mask = torch.zeros_like(IDS)
+    for row, length in enumerate(LENGTHS):
+        mask[row, :length] = 1
+    mask = mask if side == "right" else mask.flip(1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    inputs = {"input_ids": IDS * mask, "attention_mask": mask, "position_ids": positions}
+    return Batch(inputs, mask.bool())
+
+
+def alone(model, row, side):
+    """The logits of one text without padding, (tokens, words)."""
+    length = LENGTHS[row]
+    ids = IDS[row, :length] if side == "right" else IDS[row, 7 - length :]
+    with torch.no_grad():
+        return ids, model(ids[None]).logits[0]
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("family", WORDS)
+def test_next_words_after_padded_texts(family, side):
+    """Against each text alone."""
+    model, batch = make(family), padded(side)
+    ends = torch.stack([alone(model, row, side)[1][-1] for row in range(3)])
+    same_as(explained(model, batch, "predicted"), ends.max(dim=1).values)
+    same_as(explained(model, batch, 42), ends[:, 42])
+    words = torch.tensor([98, 0, 5])
+    same_as(explained(model, batch, words), ends[torch.arange(3), words])
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("family", WORDS)
+def test_every_next_word_of_padded_texts(family, side):
+    """The logit at every real token of the real token that follows; a text of one has none."""
+    model, batch = make(family), padded(side)
+    result = explained(model, batch, "label")
+    totals = []
+    for row in range(3):
+        ids, found = alone(model, row, side)
+        totals.append(sum(float(found[t, ids[t + 1]]) for t in range(len(ids) - 1)))
+    same_as(result, torch.tensor(totals))
+    assert totals[2] == 0
+    assert float(result.tokens[2].abs().max()) == 0
+
+
+def test_tokens_that_do_not_count_are_neither_explained_nor_followed():
+    """A special token amid a text: neither what leads to it nor what comes after it."""
+    model = make("Llama")
+    real = torch.ones(3, 7, dtype=torch.bool)
+    real[:, 3] = False
+    real[:, 6] = False
+    batch = Batch({"input_ids": IDS}, real)
+    found = logits(model, batch)
+    pairs = [(0, 1), (1, 2), (4, 5)]
+    expected = sum(found[torch.arange(3), before, IDS[:, after]] for before, after in pairs)
+    same_as(explained(model, batch, "label"), expected)
+    same_as(explained(model, batch, "predicted"), found[:, 5].max(dim=1).values)
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def refused(model, batch, error, message, target="predicted"):
+    """It says why, and the model is as it was."""
+    before = Trace.of(model)
+    with pytest.raises(error, match=message):
+        explained(model, batch, target)
+    assert before.difference(model) is None
+    assert leftovers(model) == []
+
+
+@pytest.mark.parametrize("family", CLASSIFIERS)
+def test_no_labels(family):
+    model = make(family)
+    refused(model, batch_of(model), CalibrationError, "target='label' .* the data has none: give batches", "label")
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (4, "target must be 0 to 3; got 4 to 4"),
+        (-1, "target must be 0 to 3; got -1 to -1"),
+        (torch.tensor([0, 9, 1]), "target must be 0 to 3; got 0 to 9"),
+        (torch.tensor([0, 1]), r"one class for each of 3 samples; got \(2,\)"),
+        (torch.tensor([[0], [1], [2]]), r"one class for each of 3 samples; got \(3, 1\)"),
+        (torch.tensor([0.0, 1.0, 2.0]), "target must name one class"),
+        (torch.tensor([True, False, True]), "target must name one class"),
+        (1.0, "target must name one class"),
+        (True, "target must name one class"),
+        ("magic", "target must be 'predicted', 'label', a class, or one for each sample; got 'magic'"),
+        ("", "target must be 'predicted', 'label', .*; got ''"),
+    ],
+    ids=str,
+)
+def test_targets_that_make_no_sense(target, message):
+    model = make("Dense")
+    refused(model, batch_of(model), ValueError, message, target)
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (99, "target must be 0 to 98; got 99 to 99"),
+        (torch.tensor([0, 1]), r"for each of 3 samples; got \(2,\)"),
+        ("magic", "got 'magic'"),
+    ],
+    ids=str,
+)
+def test_words_that_make_no_sense(target, message):
+    model = make("Llama")
+    refused(model, batch_of(model), ValueError, message, target)
+
+
+def test_labels_that_make_no_sense():
+    model = make("BERT")
+    refused(model, batch_of(model, torch.tensor([0, 1, 3])), ValueError, "must be 0 to 2; got 0 to 3", "label")
+    refused(model, batch_of(model, torch.tensor([0, -100, 2])), ValueError, "must be 0 to 2; got -100 to 2", "label")
+    refused(model, batch_of(model, torch.tensor([0, 1])), ValueError, r"each of 3 samples; got \(2,\)", "label")
+
+
+@pytest.mark.parametrize("target", ["predicted", "label", 0], ids=str)
+@pytest.mark.parametrize("kind", [BertModel, LlamaModel])
+def test_models_without_a_head(kind, target):
+    """Their states have as many dimensions as logits of words, and are none."""
+    torch.manual_seed(0)
+    config = BertConfig(**TEXT) if kind is BertModel else LlamaConfig(**LLAMA)
+    model = kind(config).eval()
+    message = f"{re.escape(kind.__name__)} gives .* load it with a head"
+    refused(model, batch_of(model, torch.tensor([0, 1, 2])), UnsupportedModelError, message, target)
+
+
+@pytest.mark.parametrize("target", ["predicted", "label", 0], ids=str)
+def test_models_that_give_each_token_a_class(target):
+    """Logits of classes at every token are no logits of words."""
+    torch.manual_seed(0)
+    model = LlamaForTokenClassification(LlamaConfig(**LLAMA, num_labels=3)).eval()
+    message = "LlamaForTokenClassification gives .* no logits of classes or of words"
+    refused(model, batch_of(model, torch.tensor([0, 1, 2])), UnsupportedModelError, message, target)
+
+
+def test_pictures_have_no_next_word():
+    model = make("ViT").vit
+    refused(model, batch_of(model), UnsupportedModelError, "load it with a head")
+
+
+def test_masked_language_models():
+    """The word held most likely in the last place; BERT's own head has its activation as a module."""
+    torch.manual_seed(0)
+    model = BertForMaskedLM(BertConfig(**TEXT)).eval()
+    batch = batch_of(model)
+    same_as(explained(model, batch, "predicted"), logits(model, batch)[:, -1].max(dim=1).values)
