@@ -287,28 +287,31 @@ def sparsify_linear(
     bits: Tensor | None = None,
     group_size: int = GROUP,
     symmetric: bool = True,
+    rest: bool = False,
 ) -> Plan:
-    """Store only some weights of the linear map at `path`; the others become 0.
+    """Store only some weights of the linear map at `path`; the others become 0, or are stored behind them.
 
     Args:
         mask: bool, (outputs, inputs): the weights to keep.
         weight: new values, (outputs, inputs); as they are when None.
-        bits: of every group of the weights kept, in the order of the rows, (ceil(kept / group_size)); None to pack
-            nothing.
+        bits: of every group of the weights kept, in the order of the rows, (ceil(kept / group_size)), and with `rest`
+            of those of the others; None to pack nothing.
         group_size, symmetric: see `Packing`.
+        rest: whether the other weights are stored, too.
     """
     module = model.get_submodule(path)
     weight = linear_map(module).T if weight is None else weight
-    values = weight.detach()[mask.to(weight.device)]
+    ones = mask.to(weight.device)
+    parts = [weight.detach()[ones], *([weight.detach()[~ones]] if rest else [])]
     tensors = {"mask": pack_mask(mask)}
     planes: tuple[int, ...] = ()
     if bits is None:
-        tensors["weight"] = values
+        tensors["weight"] = torch.cat(parts)
     else:
-        packing, packed = pack_row(values, bits, group_size, symmetric)
+        packing, packed = pack_row(parts, bits, group_size, symmetric)
         planes = packing.planes
         tensors |= packed
-    edit = SparsifyLinear(path, len(values), planes, group_size, symmetric)
+    edit = SparsifyLinear(path, len(parts[0]), planes, group_size, symmetric, rest)
     return Plan((edit,), _named(path, module, tensors))
 
 

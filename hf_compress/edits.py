@@ -253,13 +253,17 @@ class PackLinear(ModuleEdit):
 
 @dataclass(frozen=True)
 class SparsifyLinear(ModuleEdit):
-    """A linear map stores but `kept` of its weights; in few bits where there are planes, see `Packing`."""
+    """A linear map stores but `kept` of its weights, or with `rest` the others behind them; see `SparseLinear`.
+
+    In few bits where there are planes; see `Packing`.
+    """
 
     module: str
     kept: int
     planes: tuple[int, ...] = ()
     group_size: int = 64
     symmetric: bool = True
+    rest: bool = False
     path_fields: ClassVar = ("module",)
 
     def __post_init__(self) -> None:
@@ -272,6 +276,7 @@ class SparsifyLinear(ModuleEdit):
             _check_size("planes", count)
         object.__setattr__(self, "planes", tuple(self.planes))
         _check_bool("symmetric", self.symmetric)
+        _check_bool("rest", self.rest)
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ from hf_compress.modules.activation import BlendedActivation
 from hf_compress.modules.bottleneck import Bottleneck
 from hf_compress.modules.packed import MixedPrecisionLinear, Packing, filled
 from hf_compress.modules.sealed import Sealed
-from hf_compress.modules.sparse import SparseLinear
+from hf_compress.modules.sparse import SparseLinear, row_length
 
 BOTTLENECK = "residual_bottleneck"  # what a block calls the one that its output passes through
 # What attention calls its heads, those of keys and values, and the width of all heads.
@@ -262,9 +262,10 @@ def _(edit: SparsifyLinear, site: Site) -> None:
     inputs, outputs = linear_widths(linear)
     dtype = next(linear.parameters()).dtype
     try:
-        row = filled(edit.kept, edit.group_size)
+        row = row_length(edit.kept, inputs * outputs - edit.kept if edit.rest else 0, edit.group_size)
         packing = Packing(1, row, edit.group_size, edit.planes, edit.symmetric) if edit.planes else None
-        new = SparseLinear(inputs, outputs, edit.kept, linear.bias is not None, packing, device="meta", dtype=dtype)
+        bias = linear.bias is not None
+        new = SparseLinear(inputs, outputs, edit.kept, bias, packing, edit.rest, device="meta", dtype=dtype)
     except ValueError as error:
         raise PlanError(f"{edit.module}: {error}") from None
     site.replace(edit.module, new)

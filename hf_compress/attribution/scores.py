@@ -37,6 +37,11 @@ class RelevanceSums:
     absolute_units: dict[str, Tensor] = field(default_factory=dict)
     samples: int = 0
 
+    def slopes(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Σ |R| / |w|, by how much what is explained moves for each unit that a weight does; 0 where the weight is."""
+        tiny = torch.finfo(torch.float32).tiny
+        return {path: self.absolute[path] / weights[path].abs().clamp(min=tiny) for path in weights}
+
 
 class _Sums:
     """Sums of x · g products of every linear map, before they are multiplied by the weight."""

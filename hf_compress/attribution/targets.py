@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ def explained(model: PreTrainedModel, logits: Tensor, batch: Batch, target: Targ
     return logits.gather(1, _chosen(logits, batch, target)[:, None])[:, 0]
 
 
-def _chosen(logits: Tensor, batch: Batch, target: Target) -> Tensor:
+def _chosen(logits: Tensor, batch: Batch, target: Any) -> Tensor:
     """The class to explain in each row of logits, (samples)."""
     if isinstance(target, str) and target == "predicted":
         return logits.detach().argmax(dim=-1)

@@ -1,7 +1,8 @@
-"""A linear map of which most weights are 0: a bit for every weight, and the values of the others."""
+"""A linear map with two kinds of weights, told apart by a bit each: kept and left out, or in more and fewer bits."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,14 +17,16 @@ GROUP = 64  # values in a row of their own that share a grid
 class SparseLinear(PackedLinear):
     """A linear map that stores the weights at the ones of a mask, row by row; computes with the whole matrix.
 
-    What is stored goes by the name `weight`, with one dimension. It is trained like any other, and stays sparse, unless
-    it is packed.
+    The others are 0, or, with `rest`, stored behind them. What is stored goes by the name `weight`, with one dimension.
+    It is trained like any other, and stays sparse, unless it is packed.
 
     Args:
         inputs, outputs: shape of the weight.
-        kept: how many weights are stored.
+        kept: how many ones the mask has.
         bias: whether a bias (outputs,) is added.
-        packing: how the values are packed, as one row, filled up with zeros; None for numbers in the model's dtype.
+        packing: how the values are packed, as one row, both kinds filled up with zeros to whole groups; None for
+            numbers in the model's dtype.
+        rest: whether the weights at the zeros of the mask are stored as well.
 
     Raises:
         ValueError: more weights than there are, none, or a packing of another number of values.
@@ -38,35 +41,43 @@ class SparseLinear(PackedLinear):
         kept: int,
         bias: bool,
         packing: Packing | None = None,
+        rest: bool = False,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if not 1 <= kept <= inputs * outputs:
             raise ValueError(f"kept is {kept}; expected 1 to the number of weights, {inputs * outputs}")
-        self.in_features, self.out_features, self.kept = inputs, outputs, kept
+        self.in_features, self.out_features, self.kept, self.rest = inputs, outputs, kept, rest
+        others = inputs * outputs - kept if rest else 0
         self.register_buffer("mask", torch.zeros(-(-inputs * outputs // 8), dtype=torch.uint8, device=device))
         if packing is None:
-            self.weight: Any = nn.Parameter(torch.zeros(kept, device=device, dtype=dtype))
-        elif (packing.outputs, packing.inputs) != (1, filled(kept, packing.group_size)):
-            raise ValueError(f"a packing of {packing.outputs} × {packing.inputs} values does not hold {kept} in a row")
+            self.weight: Any = nn.Parameter(torch.zeros(kept + others, device=device, dtype=dtype))
+        elif (packing.outputs, packing.inputs) != (1, row_length(kept, others, packing.group_size)):
+            raise ValueError(
+                f"a packing of {packing.outputs} × {packing.inputs} values does not hold {kept} and {others} in a row"
+            )
         else:
             self._hold(packing, device)
         self.bias = nn.Parameter(torch.zeros(outputs, device=device, dtype=dtype)) if bias else None
 
     def unpacked(self) -> Tensor:
         """The weight (outputs, inputs) with its zeros; packed values are float32."""
-        values = self.weight if isinstance(self.weight, nn.Parameter) else self._values()[0, : self.kept]
+        packed = not isinstance(self.weight, nn.Parameter)
+        values = self._values()[0] if packed else self.weight
         ones = unpack_bits(self.mask[None])[0, : self.in_features * self.out_features].bool()
-        dense = torch.zeros(ones.shape, dtype=values.dtype, device=values.device)
-        return dense.masked_scatter(ones, values).view(self.out_features, self.in_features)
+        dense = torch.zeros(ones.shape, dtype=values.dtype, device=values.device).masked_scatter(ones, values)
+        if self.rest:
+            start = filled(self.kept, self.packing.group_size) if packed else self.kept
+            dense = dense.masked_scatter(~ones, values[start:])
+        return dense.view(self.out_features, self.in_features)
 
     def forward(self, inputs: Tensor) -> Tensor:
         return functional.linear(inputs, self.unpacked().to(inputs.dtype), self.bias)
 
     def extra_repr(self) -> str:
-        share = 1 - self.kept / (self.in_features * self.out_features)
-        return f"in_features={self.in_features}, out_features={self.out_features}, zeros={share:.1%}"
+        share = self.kept / (self.in_features * self.out_features)
+        return f"in_features={self.in_features}, out_features={self.out_features}, ones={share:.1%}, rest={self.rest}"
 
 
 def pack_mask(mask: Tensor) -> Tensor:
@@ -75,6 +86,14 @@ def pack_mask(mask: Tensor) -> Tensor:
     return pack_bits(functional.pad(flat, (0, -len(flat) % 8))[None])[0]
 
 
-def pack_row(values: Tensor, bits: Tensor, group_size: int, symmetric: bool) -> tuple[Packing, dict[str, Tensor]]:
-    """Values (kept) packed as one row; bits of each group."""
-    return pack(values[None], bits[None], group_size, symmetric)
+def row_length(kept: int, others: int, group_size: int) -> int:
+    """Values in a row that holds two kinds of weights, each in whole groups."""
+    return filled(kept, group_size) + filled(others, group_size)
+
+
+def pack_row(
+    parts: Sequence[Tensor], bits: Tensor, group_size: int, symmetric: bool
+) -> tuple[Packing, dict[str, Tensor]]:
+    """The values of one kind of weights, or of both, packed as one row; bits of each group."""
+    row = [functional.pad(part.float(), (0, filled(len(part), group_size) - len(part))) for part in parts]
+    return pack(torch.cat(row)[None], bits[None], group_size, symmetric)

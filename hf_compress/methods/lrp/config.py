@@ -46,6 +46,10 @@ class LRPConfig(CompressionConfig, method="lrp", paper="https://arxiv.org/abs/25
         default=None,
         metadata={"help": f"one of {', '.join(SCORE_NAMES)}; relevance when not given, signed in the paper's variant"},
     )
+    temper: float = field(
+        default=0.25,
+        metadata={"help": "with score=relevance, |w| · (E |R| / |w|) to this power: 1 is E |R|, 0 the magnitude"},
+    )
     scope: str = field(default="row", metadata={"help": "among what weights are compared: row, layer or model"})
     compensation: str = field(
         default="auto", metadata={"help": "auto: what is left makes up for what went, by least squares; or none"}
@@ -82,6 +86,8 @@ class LRPConfig(CompressionConfig, method="lrp", paper="https://arxiv.org/abs/25
         for name in ("tokens", "group_size"):
             check_at_least(name, getattr(self, name), 1)
         check_at_least("seed", self.seed, 0)
+        if not (is_number(self.temper) and 0 <= self.temper <= 1):
+            raise ValueError(f"temper must be a number from 0, the magnitude, to 1, E |R|; got {self.temper!r}")
         if self.group_size % 8:
             raise ValueError(f"group_size must be a multiple of 8, so that groups fill bytes; got {self.group_size}")
         self._check_pattern()

@@ -77,7 +77,9 @@ def score(
     count = max(1, sums.samples)
     if name == "signed":
         return Scores(_over(sums.signed, count), _over(sums.signed_units, count))
-    return Scores(_over(sums.absolute, count), _over(sums.absolute_units, count))
+    slopes = sums.slopes(weights)
+    tempered = {path: weight.abs() * (slopes[path] / count) ** config.temper for path, weight in weights.items()}
+    return Scores(tempered, _over(sums.absolute_units, count))
 
 
 def relevances(

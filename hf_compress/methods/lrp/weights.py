@@ -40,6 +40,8 @@ class _Decisions:
 def plan_weights(config: LRPConfig, bench: Workbench, stack: Stack, undo: Undo, prunes: bool) -> Plan:
     """Leave weights out, round the rest, or both; the model stays changed until `undo` is rolled back."""
     linears = block_linears(stack)
+    if config.split is not None:
+        return _split(config, bench, linears, undo)
     with bench.stage("score weights"):
         scores = score(config, bench, linears, {}, config.score_name) if prunes else Scores()
         kept = kept_weights(config, scores.weights) if prunes else {}
@@ -63,6 +65,25 @@ def plan_weights(config: LRPConfig, bench: Workbench, stack: Stack, undo: Undo, 
             for walk in walks:
                 walk.compressed = walk.runner.run(index, walk.compressed)
     return Plan(plan.edits, plan.tensors, {"linears": _notes(linears, decisions)})
+
+
+def _split(config: LRPConfig, bench: Workbench, linears: Mapping[str, nn.Module], undo: Undo) -> Plan:
+    """The paper's mixed precision: of each layer's weights the half above the median in more bits, one by one."""
+    assert config.split is not None
+    with bench.stage("score weights"):
+        scores = score(config, bench, linears, {}, config.score_name).weights
+    plan = Plan()
+    for path, values in scores.items():
+        upper = values > values.median()
+        count = int(upper.sum())
+        if not 0 < count < values.numel():
+            raise ValueError(f"the scores of {path} have no median to split them by: too few of them differ")
+        groups = [-(-part // config.group_size) for part in (count, values.numel() - count)]
+        bits = torch.repeat_interleave(torch.tensor(config.split), torch.tensor(groups))
+        even = config.symmetric or config.split[0] > 8  # zeros are stored in a byte
+        plan += sparsify_linear(bench.model, path, upper, None, bits, config.group_size, even, rest=True)
+    carry_out(plan, bench.model, undo)
+    return Plan(plan.edits, plan.tensors, {"split": list(config.split)})
 
 
 def _draft(
@@ -111,9 +132,7 @@ def _worth(config: LRPConfig, bench: Workbench, linears: Mapping[str, nn.Module]
     if config.allocation != "relevance":
         return {path: torch.ones_like(weight) for path, weight in weights.items()}
     sums = relevances(config, bench, some_batches(bench, config.tokens), linears, {}, signed=False)
-    tiny = torch.finfo(torch.float32).tiny
-    slopes = {path: sums.absolute[path] / weights[path].abs().clamp(min=tiny) for path in linears}
-    return {path: (slope / max(1, sums.samples)).square() for path, slope in slopes.items()}
+    return {path: (slopes / max(1, sums.samples)).square() for path, slopes in sums.slopes(weights).items()}
 
 
 def _grams(stack: Stack, index: int, linears: Mapping[str, nn.Module], walks: list[Walk]) -> dict[str, Tensor]:
