@@ -1,6 +1,6 @@
 """ILLC on a language model: perplexity, cloze accuracy and speed against the width of its FFNs, beside every control.
 
-    python examples/illc_llm.py                                     # the bundled 11 M model; widths 0.9, 0.7, 0.5
+    python examples/illc_llm.py                                     # the bundled 11 M model; widths 0.7 and 0.5
     python examples/illc_llm.py --full                              # 0.9 to 0.5, whole documents, all questions
     python examples/illc_llm.py --model gpt2 --calibration my_calibration.jsonl --heldout my_heldout.jsonl
 
@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--gammas", type=float, nargs="+", help="shares of the hidden units to keep")
     parser.add_argument("--width", type=float, default=0.7, help="the one of them whose model is saved")
     args = parser.parse_args()
-    gammas = args.gammas or ([0.9, 0.8, 0.7, 0.6, 0.5] if args.full else [0.9, 0.7, 0.5])
+    gammas = args.gammas or ([0.9, 0.8, 0.7, 0.6, 0.5] if args.full else [0.7, 0.5])
     gammas = sorted({*gammas, args.width}, reverse=True)
     task = task_of(args)
     if not args.full:  # the middle of each document, past the preambles that manual pages share
@@ -105,6 +105,7 @@ def main() -> None:
     print(text)
     if args.model is None and args.calibration == REFERENCE / "calibration.jsonl":
         command = "python examples/illc_llm.py" + " --full" * args.full
+        command += f" --gammas {' '.join(map(str, args.gammas))}" if args.gammas else ""
         (RESULTS / "illc_llm.md").write_text(f"{text}\n\nMade by `{command}` with {made}.\n")
         values = {f"{name} {gamma:g}": result.perplexity.value for (name, gamma), result in scores.items()}
         (RESULTS / "illc_llm.json").write_text(json.dumps(values, indent=1) + "\n")

@@ -1,0 +1,362 @@
+"""Rounding against slow oracles: every number of a grid tried, every inverse of a Hessian written out, every allocation
+of bits counted."""
+
+import itertools
+import math
+import struct
+from bisect import bisect_left
+
+import numpy as np
+import pytest
+import torch
+
+from hf_compress.numerics.rounding import Grids, compensated, spend_bits
+
+BFLOATS = [struct.unpack("<f", struct.pack("<I", upper << 16))[0] for upper in range(0x7F80)]  # 0 and up, finite
+KINDS = [(bits, symmetric) for symmetric in (True, False) for bits in range(2 if symmetric else 1, 17)]
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def correlated(inputs, tokens=200, seed=1):
+    """Σ x xᵀ of inputs that can make up for one another."""
+    mixing = normal(inputs, max(2, inputs // 3), seed=seed).double()
+    rows = normal(tokens, mixing.shape[1], seed=seed + 1).double() @ mixing.T + 0.3 * normal(tokens, inputs, seed=seed)
+    return rows.T @ rows
+
+
+def error(old, new, gram):
+    """tr (W − W′) G (W − W′)ᵀ."""
+    gap = (old - new).double()
+    return float((gap @ gram * gap).sum())
+
+
+# --- grids ------------------------------------------------------------------------------------------------------------
+
+
+def slow_grid(group, bits, symmetric):
+    """Step, zero and top of one group of floats."""
+    top = 2**bits - 1
+    if symmetric:
+        zero = 2 ** (bits - 1)
+        reach = np.float32(max(abs(w) for w in group)) / np.float32(max(1, zero - 1))
+        return BFLOATS[bisect_left(BFLOATS, reach)], zero, top
+    low, high = np.float32(min(*group, 0.0)), np.float32(max(*group, 0.0))
+    step = BFLOATS[bisect_left(BFLOATS, (high - low) / np.float32(top))]
+    zero = min(top, max(0, round(float(-low / np.float32(step or 1.0)))))
+    return step, zero, top
+
+
+@pytest.mark.parametrize("scale", [1e-5, 0.02, 300.0])
+@pytest.mark.parametrize("side", [0, 1, -1])
+def test_grids_are_those_of_a_slow_loop(side, scale):
+    """Of groups of both signs, of one sign, and of one number; the step a bfloat16, never below the reach."""
+    for bits, symmetric in KINDS:
+        groups = scale * normal(6, 16, seed=bits)
+        groups = side * groups.abs() if side else groups
+        groups[4], groups[5, 1:] = 0, groups[5, 0]
+        grids = Grids.of(groups, torch.full((6,), bits, dtype=torch.int32), symmetric)
+        expected = [slow_grid(row, bits, symmetric) for row in groups.tolist()]
+        assert grids.steps.dtype == torch.int16
+        assert grids.step.tolist() == [step for step, _, _ in expected], f"{bits} bits"
+        assert grids.zeros.tolist() == [zero for _, zero, _ in expected], f"{bits} bits"
+        assert grids.top.tolist() == [top for _, _, top in expected]
+
+
+def test_groups_of_one_call_have_bits_of_their_own():
+    groups, bits = normal(15, 8), torch.arange(2, 17, dtype=torch.int32)
+    for symmetric in (True, False):
+        together = Grids.of(groups, bits, symmetric)
+        for index in range(15):
+            alone = Grids.of(groups[index : index + 1], bits[index : index + 1], symmetric)
+            for name in ("steps", "zeros", "top"):
+                assert torch.equal(getattr(together, name)[index : index + 1], getattr(alone, name))
+            assert torch.equal(together.round(groups)[index], alone.round(groups[index : index + 1])[0])
+
+
+@pytest.mark.parametrize(("bits", "symmetric"), [kind for kind in KINDS if kind[0] <= 8])
+def test_a_number_becomes_the_nearest_of_all_on_its_grid(bits, symmetric):
+    """Also one beyond the grid, as it comes up when weights make up for others."""
+    grids = Grids.of(normal(4, 16, seed=bits), torch.full((4,), bits, dtype=torch.int32), symmetric)
+    values = 3 * normal(4, 50, seed=99)
+    for row, found, step, zero in zip(
+        values.tolist(), grids.value(grids.round(values)).tolist(), grids.step.tolist(), grids.zeros.tolist(), strict=True
+    ):
+        levels = step * (np.arange(2**bits) - zero)
+        for value, got in zip(row, found, strict=True):
+            assert np.abs(levels - got).min() < 1e-6
+            assert abs(got - value) <= np.abs(levels - value).min() + 1e-6
+
+
+@pytest.mark.parametrize(("bits", "symmetric"), [kind for kind in KINDS if kind[0] > 1])
+def test_nothing_that_the_grid_was_made_for_is_cut_off(bits, symmetric):
+    groups = normal(200, 16, seed=bits)
+    grids = Grids.of(groups, torch.full((200,), bits, dtype=torch.int32), symmetric)
+    gaps = (grids.value(grids.round(groups)) - groups).abs().amax(1)
+    assert bool((gaps <= grids.step * 0.5 + 1e-6 * groups.abs().amax(1)).all())
+
+
+def test_zero_is_a_number_of_every_grid():
+    for bits, symmetric in KINDS:
+        for shift in (-5.0, 0.0, 5.0):
+            grids = Grids.of(normal(3, 8) + shift, torch.full((3,), bits, dtype=torch.int32), symmetric)
+            assert torch.equal(grids.value(grids.round(torch.zeros(3, 1))), torch.zeros(3, 1))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_weight_without_a_step_is_refused(symmetric):
+    groups = torch.full((1, 8), torch.finfo(torch.float32).max)
+    with pytest.raises(ValueError, match=r"the weight reaches 3\.4e\+38, for which no step can be stored"):
+        Grids.of(groups, torch.tensor([2 if symmetric else 1], dtype=torch.int32), symmetric)
+
+
+# --- weights that make up for others ----------------------------------------------------------------------------------
+
+
+def textbook(weight, gram, kept=None, bits=None, group_size=0, symmetric=True):
+    """GPTQ and SparseGPT with the inverse Hessian of the columns still to come, one taken out of it at a time."""
+    outputs, inputs = weight.shape
+    hessian = gram.double().clone()
+    damping = 0.01 * float(hessian.diagonal().mean())
+    for i in range(inputs):
+        hessian[i, i] += damping + (1.0 if float(gram[i, i]) == 0 else 0.0)
+    inverse = torch.linalg.inv(hessian)
+    work = weight.double().clone()
+    for i in range(inputs):
+        if bits is not None and i % group_size == 0:
+            part = work[:, i : i + group_size].clone()
+            if kept is not None:
+                part[~kept[:, i : i + group_size]] = 0
+            grids = Grids.of(part.float(), bits[:, i // group_size].int(), symmetric)
+        new = work[:, i].clone()
+        if bits is not None:
+            new = grids.value(grids.round(new.float()[:, None]))[:, 0].double()
+        if kept is not None:
+            new = new * kept[:, i]
+        lost = (work[:, i] - new) / inverse[i, i]
+        for row in range(outputs):
+            for j in range(i + 1, inputs):
+                work[row, j] -= lost[row] * inverse[i, j]
+        work[:, i] = new
+        inverse = inverse - torch.outer(inverse[:, i], inverse[i]) / inverse[i, i]
+    return work
+
+
+def masked(outputs, inputs, seed=4):
+    return torch.rand(outputs, inputs, generator=torch.Generator().manual_seed(seed)) < 0.6
+
+
+def some_bits(outputs, inputs, group_size, seed=5):
+    shape = (outputs, -(-inputs // group_size))
+    return torch.randint(2, 7, shape, generator=torch.Generator().manual_seed(seed))
+
+
+GRAMS = {
+    "correlated": correlated(24),
+    "few rows": correlated(24, tokens=3),
+    "an input that is 0": correlated(24) * (torch.arange(24) != 7) * (torch.arange(24) != 7)[:, None],
+    "alike": torch.eye(24).double() * 5,
+}
+
+
+@pytest.mark.parametrize("name", GRAMS)
+@pytest.mark.parametrize("group_size", [0, 8, 16, 24])
+@pytest.mark.parametrize("pruned", [True, False])
+def test_compensated_is_the_textbooks(pruned, group_size, name):
+    """`group_size` 0 rounds nothing; 16 leaves a last group of 8."""
+    if not pruned and not group_size:
+        pytest.skip("nothing to do")
+    weight, gram = normal(5, 24), GRAMS[name]
+    settings = {"kept": masked(5, 24)} if pruned else {}
+    for symmetric in (True, False) if group_size else (True,):
+        if group_size:
+            bits = some_bits(5, 24, group_size)
+            settings |= {"bits": bits, "group_size": group_size, "symmetric": symmetric}
+        new, _, _ = compensated(weight, gram, **settings)
+        torch.testing.assert_close(new.double(), textbook(weight, gram, **settings), rtol=1e-3, atol=1e-3)
+        if pruned:
+            assert torch.equal(new[~settings["kept"]], torch.zeros(int((~settings["kept"]).sum())))
+
+
+def test_columns_beyond_one_block_of_the_fast_way():
+    """Updates are put off from block to block of 128 columns; the result is that of none put off."""
+    weight, gram, kept = normal(2, 150), correlated(150, tokens=300), masked(2, 150)
+    new, _, _ = compensated(weight, gram, kept)
+    torch.testing.assert_close(new.double(), textbook(weight, gram, kept), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_q_and_grids_say_what_the_weight_is(symmetric):
+    bits = some_bits(5, 24, 8)
+    new, q, grids = compensated(normal(5, 24), GRAMS["correlated"], bits=bits, group_size=8, symmetric=symmetric)
+    assert torch.equal(grids.value(q.view(15, 8)).view(5, 24), new)
+    assert torch.equal(grids.top, ((1 << bits) - 1).flatten().int())
+    assert int(q.min()) >= 0
+    assert bool((q.view(15, 8) <= grids.top[:, None]).all())
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_it_beats_rounding_to_nearest(symmetric):
+    for seed in range(5):
+        weight, gram = normal(6, 32, seed=seed), correlated(32, seed=seed + 10)
+        bits = torch.full((6, 4), 3)
+        new, _, _ = compensated(weight, gram, bits=bits, group_size=8, symmetric=symmetric)
+        groups = weight.view(24, 8)
+        grids = Grids.of(groups, bits.flatten().int(), symmetric)
+        nearest = grids.value(grids.round(groups)).view(6, 32)
+        assert error(weight, new, gram) < 0.7 * error(weight, nearest, gram)
+
+
+def test_it_beats_leaving_out_alone():
+    for seed in range(5):
+        weight, gram, kept = normal(6, 32, seed=seed), correlated(32, seed=seed + 10), masked(6, 32, seed=seed)
+        new, q, grids = compensated(weight, gram, kept)
+        assert error(weight, new, gram) < 0.5 * error(weight, weight * kept, gram)
+        assert q is None
+        assert grids is None
+
+
+def test_nothing_to_do_changes_nothing():
+    """All kept and nothing rounded, or numbers that are on the grid already."""
+    weight, gram = normal(5, 24), GRAMS["correlated"]
+    for kept in (None, torch.ones(5, 24, dtype=torch.bool)):
+        assert torch.equal(compensated(weight, gram, kept)[0], weight)
+    whole = torch.randint(-7, 8, (5, 24), generator=torch.Generator().manual_seed(0)).float()
+    whole[:, ::8] = 7
+    assert torch.equal(compensated(whole, gram, bits=torch.full((5, 3), 4), group_size=8)[0], whole)
+
+
+def test_inputs_that_are_unlike_make_up_for_nothing():
+    """A diagonal gram: what stays is as it was."""
+    weight, kept = normal(5, 24), masked(5, 24)
+    new, _, _ = compensated(weight, torch.diag(torch.arange(1.0, 25)), kept)
+    assert torch.equal(new, weight * kept)
+
+
+def test_the_weight_given_is_left_alone():
+    weight, gram = normal(5, 24), GRAMS["correlated"].clone()
+    for dtype in (torch.float32, torch.bfloat16):
+        given = weight.to(dtype)
+        before = given.clone()
+        new, _, _ = compensated(given, gram, masked(5, 24))
+        assert new.dtype == torch.float32
+        assert torch.equal(given, before)
+    assert torch.equal(gram, GRAMS["correlated"])
+
+
+def test_a_gram_of_nothing_is_no_reason_to_fail():
+    """No token came by, as with an expert that none is sent to."""
+    weight, kept = normal(5, 24), masked(5, 24)
+    assert torch.equal(compensated(weight, torch.zeros(24, 24), kept)[0], weight * kept)
+
+
+@pytest.mark.parametrize(
+    ("weight", "gram", "kept", "message"),
+    [
+        (normal(5, 24), torch.eye(23), None, r"a weight \(5, 24\) needs a gram \(24, 24\) .*; got \(23, 23\), None"),
+        (normal(5, 24), torch.eye(24), masked(24, 5), r"kept of its shape; got \(24, 24\), \(24, 5\)"),
+        (normal(5, 24), torch.eye(24) * float("nan"), None, "gram matrix holds NaN or infinity: run the calibration"),
+        (normal(5, 24), torch.eye(24) * float("inf"), None, "gram matrix holds NaN or infinity"),
+    ],
+)
+def test_what_does_not_fit_is_refused(weight, gram, kept, message):
+    with pytest.raises(ValueError, match=message):
+        compensated(weight, gram, kept)
+
+
+# --- bits -------------------------------------------------------------------------------------------------------------
+
+CHOICES = (2, 3, 4, 5, 6, 8)
+
+
+def total(errors, choices, bits):
+    return sum(float(errors[group, choices.index(b)]) for group, b in enumerate(bits))
+
+
+def best_of_all(errors, choices, budget):
+    """The least error of all allocations within the budget."""
+    within = (
+        bits
+        for bits in itertools.product(choices, repeat=len(errors))
+        if sum(bits) <= budget * len(errors) + 1e-6
+    )
+    return min(total(errors, choices, bits) for bits in within)
+
+
+def convex(groups, choices, seed):
+    """Errors that fall ever more slowly, as those of rounding do."""
+    scale = torch.rand(groups, generator=torch.Generator().manual_seed(seed)).double() * 10 + 0.1
+    rate = 1.5 + 3 * torch.rand(groups, generator=torch.Generator().manual_seed(seed + 1)).double()
+    return torch.stack([scale * rate ** -float(b) for b in choices], dim=1)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_neighbouring_bits_are_spent_as_well_as_can_be(seed):
+    """Steps of one bit each leave nothing over, so that taking the largest gains is the best there is."""
+    errors, choices = convex(5, (2, 3, 4, 5), seed), [2, 3, 4, 5]
+    for spare in range(16):
+        found = spend_bits(errors, choices, 2 + spare / 5).tolist()
+        assert sum(found) == 10 + spare
+        assert total(errors, choices, found) == pytest.approx(best_of_all(errors, choices, 2 + spare / 5), rel=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_uneven_choices_lose_no_more_than_one_step(seed):
+    """Where choices lie apart, a last step may not fit; what is lost is less than the largest step gains."""
+    errors, choices = convex(4, CHOICES, seed), list(CHOICES)
+    for budget in (2.0, 2.5, 3.25, 4.75, 6.1, 7.5, 8.0, 11.0):
+        found = spend_bits(errors, choices, budget).tolist()
+        assert sum(found) <= 4 * budget + 1e-6
+        assert set(found) <= set(choices)
+        best = best_of_all(errors, choices, budget)
+        gains = [total(errors, choices, found) - total(errors, choices, other) for other in _one_more(found, choices)]
+        assert total(errors, choices, found) <= best + max(gains, default=0.0) + 1e-12
+
+
+def _one_more(found, choices):
+    """Allocations with one group a step further."""
+    for group, bits in enumerate(found):
+        if bits < choices[-1]:
+            yield [*found[:group], choices[choices.index(bits) + 1], *found[group + 1 :]]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_errors_of_any_shape_stay_within_the_budget(seed):
+    """Even such that rise with the bits: then a group gets none that do not pay."""
+    generator = torch.Generator().manual_seed(seed)
+    errors, choices = torch.rand(30, len(CHOICES), generator=generator), list(CHOICES)
+    for budget in (2.0, 2.9, 4.0, 6.3, 8.0):
+        found = spend_bits(errors, choices, budget)
+        assert found.dtype == torch.int64
+        assert found.shape == (30,)
+        assert int(found.sum()) <= 30 * budget + 1e-6
+        assert set(found.tolist()) <= set(choices)
+        assert total(errors, choices, found.tolist()) <= float(errors[:, 0].sum()) + 1e-9, "worse than no bits"
+
+
+def test_steps_that_pay_only_together_are_taken_together():
+    """The first step alone takes nothing away; both take away more a bit than the other group's."""
+    errors = torch.tensor([[10.0, 10.0, 0.0], [3.0, 2.0, 1.5]])
+    assert spend_bits(errors, [2, 3, 4], 3.0).tolist() == [4, 2]
+
+
+def test_a_group_with_larger_errors_gets_no_fewer():
+    errors = convex(1, CHOICES, 0) * torch.tensor([[100.0], [10.0], [1.0], [0.1]])
+    for budget in (3.0, 4.0, 5.0):
+        found = spend_bits(errors, list(CHOICES), budget).tolist()
+        assert found == sorted(found, reverse=True)
+        assert found[0] > found[-1]
+
+
+def test_enough_for_all_gives_all():
+    errors = convex(6, CHOICES, 3)
+    assert spend_bits(errors, list(CHOICES), 8.0).tolist() == [8] * 6
+    assert spend_bits(errors, list(CHOICES), math.inf).tolist() == [8] * 6
+    assert spend_bits(errors, list(CHOICES), 2.0).tolist() == [2] * 6
+
+
+def test_a_budget_below_the_fewest_bits_is_refused():
+    with pytest.raises(ValueError, match=r"1\.9 bits a weight are fewer than the fewest of a group, 2"):
+        spend_bits(convex(3, CHOICES, 0), list(CHOICES), 1.9)
