@@ -39,6 +39,7 @@ _PUBLIC = {
     "analyze": "hf_compress.analysis",
     "compress": "hf_compress.pipeline",
     "evaluate": "hf_compress.evaluation.evaluate",
+    "heatmap": "hf_compress.report.heatmap",
     "heal": "hf_compress.training.heal",
     "make_plan": "hf_compress.pipeline",
     "model_card": "hf_compress.report.card",

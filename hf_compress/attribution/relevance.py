@@ -146,4 +146,5 @@ def _writers(model: PreTrainedModel) -> tuple[dict[str, nn.Module], dict[str, in
 
 
 def _words(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
+    """The text of each token; of one that goes on with a word, as WordPiece's, without the marks for that."""
     return [str(tokenizer.decode([token])) for token in ids]

@@ -50,7 +50,7 @@ class LRPConfig(CompressionConfig, method="lrp", paper="https://arxiv.org/abs/25
         default=0.25,
         metadata={"help": "with score=relevance, |w| · (E |R| / |w|) to this power: 1 is E |R|, 0 the magnitude"},
     )
-    scope: str = field(default="row", metadata={"help": "among what weights are compared: row, layer or model"})
+    scope: str = field(default="layer", metadata={"help": "among what weights are compared: row, layer or model"})
     compensation: str = field(
         default="auto", metadata={"help": "auto: what is left makes up for what went, by least squares; or none"}
     )
