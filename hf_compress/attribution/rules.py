@@ -81,7 +81,7 @@ def _gated_inputs(module: nn.Module) -> list[nn.Module]:
     """Of a gated FFN, what reads its input: gate and up apart, or in one matrix; nothing of other modules."""
     children = list(module.children())
     linears = [child for child in children if is_linear(child)]
-    for output in linears if any(map(is_activation, children)) else []:
+    for output in reversed(linears) if any(map(is_activation, children)) else []:  # the last, where all are square
         inputs = [linear for linear in linears if linear is not output]
         width, hidden = linear_widths(output)
         if [linear_widths(linear) for linear in inputs] in ([(hidden, width)] * 2, [(hidden, 2 * width)]):

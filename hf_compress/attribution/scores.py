@@ -99,8 +99,9 @@ def relevance_sums(
             explain(model, batch, sources, target)
             result.samples += batch.samples
     for kind, found in sums.weights.items():
-        for name, products in found.items() if sums.wanted[kind] else ():
-            weight = linear_map(linears[name]).T.detach().float()
+        for name, linear in linears.items() if sums.wanted[kind] else ():
+            weight = linear_map(linear).T.detach().float()
+            products = found.setdefault(name, torch.zeros_like(weight))  # nothing goes through queries held fast
             products *= weight if kind == "signed" else weight.abs()
             _check(name, products)
     for found in sums.units.values():

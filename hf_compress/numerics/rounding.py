@@ -149,8 +149,8 @@ def _stacked(grids: list[Grids], outputs: int) -> Grids:
 def spend_bits(errors: Tensor, choices: list[int], budget: float) -> Tensor:
     """The number of bits for each group that makes the sum of errors least, at so many bits a weight in the mean.
 
-    Bits are given where a further one takes away most. That is the best there is where errors fall ever more slowly;
-    where they do not, several steps are taken as one.
+    Bits are given where a further one takes away most. That is the best there is where errors fall ever more slowly.
+    Where they do not, several steps are taken as one, and the last group to get bits may be left without.
 
     Args:
         errors: of each group at each choice, (groups, choices); groups of one size.
@@ -167,15 +167,17 @@ def spend_bits(errors: Tensor, choices: list[int], budget: float) -> Tensor:
         raise ValueError(f"{budget} bits a weight are fewer than the fewest of a group, {choices[0]}")
     groups = len(errors)
     widths = torch.tensor(choices, dtype=torch.float64, device=errors.device)
-    errors = _convex(errors.double(), widths)
-    gains = (errors[:, :-1] - errors[:, 1:]) / (widths[1:] - widths[:-1])  # falling, from left to right
+    hull = _convex(errors.double(), widths)
+    gains = (hull[:, :-1] - hull[:, 1:]) / (widths[1:] - widths[:-1])  # falling, from left to right
     costs = (widths[1:] - widths[:-1]).expand_as(gains)
     order = gains.flatten().argsort(descending=True, stable=True)
     spent = costs.flatten()[order].cumsum(0)
     taken = torch.zeros(gains.numel(), dtype=torch.bool, device=errors.device)
     taken[order[spent <= (budget - choices[0]) * groups + 1e-6]] = True
     steps = taken.view_as(gains).long().cumprod(dim=1).sum(dim=1)
-    return torch.tensor(choices, device=errors.device)[steps]
+    within = torch.arange(len(choices), device=errors.device) <= steps[:, None]
+    best = torch.where(within, errors.double(), torch.inf).argmin(dim=1)  # no bits that make it worse, or no better
+    return torch.tensor(choices, device=errors.device)[best]
 
 
 def _convex(errors: Tensor, widths: Tensor) -> Tensor:

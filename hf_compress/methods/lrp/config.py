@@ -62,7 +62,9 @@ class LRPConfig(CompressionConfig, method="lrp", paper="https://arxiv.org/abs/25
     group_size: int = field(default=64, metadata={"help": "neighbouring weights that share their bits and their step"})
     symmetric: bool = field(default=False, metadata={"help": "lay grids evenly around 0, which needs no stored zeros"})
     allocation: str = field(default="relevance", metadata={"help": f"of bits: {', '.join(ALLOCATIONS)}"})
-    rounding: str = field(default="compensated", metadata={"help": f"one of {', '.join(ROUNDINGS)}"})
+    rounding: str = field(
+        default="compensated", metadata={"help": f"one of {', '.join(ROUNDINGS)}; of pruned maps always nearest"}
+    )
     target: str = field(
         default="auto",
         metadata={"help": "what is explained: label (of texts: next words), predicted, or auto: what there is"},
@@ -145,6 +147,11 @@ class LRPConfig(CompressionConfig, method="lrp", paper="https://arxiv.org/abs/25
     def prunes(self) -> bool:
         """Whether something is left out."""
         return self.sparsity is not None or self.granularity == "n:m" or (self.variant == "paper" and self.prune)
+
+    @property
+    def solves(self) -> bool:
+        """Whether what is left makes up for what went."""
+        return self.compensation == "auto" and self.variant != "paper"
 
     @property
     def quantizes(self) -> bool:

@@ -30,7 +30,10 @@ def kept_weights(config: LRPConfig, scores: Mapping[str, Tensor]) -> dict[str, T
         masks = _single(config, scores)
     for path, mask in masks.items():
         if not bool(mask.any()):
-            raise ValueError(f"no weight of {path} would be left: lower sparsity, or compare within layers (scope=)")
+            raise ValueError(
+                f"no weight of {path} would be left: lower sparsity, or compare within layers (scope=); the paper's "
+                "variant takes another target= or other data"
+            )
     return masks
 
 

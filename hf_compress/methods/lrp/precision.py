@@ -38,10 +38,7 @@ def bits_of_groups(
         choices: numbers of bits that there are, rising.
         weights: (outputs, inputs) float32.
         worth: what a squared error of each weight costs, of the weight's shape.
-        budget: bits a weight that may be spent on the weights themselves.
-
-    Raises:
-        ValueError: a budget that does not suffice for the fewest bits.
+        budget: bits a weight that may be spent on the weights themselves, as many as the fewest at least.
     """
     paths = list(weights)
     if config.allocation == "uniform":
@@ -49,11 +46,6 @@ def bits_of_groups(
     errors = torch.cat([_errors(config, choices, weights[path], worth[path]) for path in paths])
     if config.allocation == "uniform":  # all groups alike, however hard they are to round
         errors = errors.mean(dim=0, keepdim=True).expand_as(errors)
-    if budget < choices[0]:
-        raise ValueError(
-            f"{budget + overhead(config):.2f} bits a weight, {overhead(config):.2f} of them for steps and classes, are "
-            f"fewer than {choices[0]} for the weights: raise bits= or target_bytes=, or group_size="
-        )
     found = spend_bits(errors, list(choices), budget)
     parts = found.split([_groups(config, weights[path]).shape[0] for path in paths])
     return {path: part.view(len(weights[path]), -1) for path, part in zip(paths, parts, strict=True)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -13,13 +14,15 @@ from torch import Tensor, nn
 from hf_compress.anatomy.parts import is_linear, linear_map
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.attribution.scores import RelevanceSums, relevance_sums
-from hf_compress.calibration.capture import forward, hooked, inference, real_tokens
+from hf_compress.calibration.capture import forward, hooked, inference, stream_tokens
 from hf_compress.calibration.data import Batch
 from hf_compress.errors import UnsupportedModelError
 from hf_compress.workbench import Workbench
 
 if TYPE_CHECKING:
     from hf_compress.methods.lrp.config import LRPConfig
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -48,6 +51,8 @@ def block_linears(stack: Stack) -> dict[str, nn.Module]:
     }
     if not found:
         raise UnsupportedModelError(f"the blocks of {stack.path} have no linear maps to prune or to store in few bits")
+    if any(parameter.ndim > 2 for parameter in stack.blocks.parameters()):
+        logger.warning("what %s keeps in tensors of experts stays as it is: ILLCConfig narrows experts", stack.path)
     return found
 
 
@@ -70,7 +75,7 @@ def score(
         return Scores({path: weight.abs() for path, weight in weights.items()}, sizes)
     batches = some_batches(bench, config.tokens)
     if name == "wanda":
-        norms = input_norms(bench, batches, {**linears, **writers})
+        norms = input_norms(bench, batches, {**linears, **writers}, bench.stack(config.stack))
         sizes = {p: linear_map(m).detach().float().norm(dim=1) * norms[p] for p, m in writers.items()}
         return Scores({path: weight.abs() * norms[path] for path, weight in weights.items()}, sizes)
     sums = relevances(config, bench, batches, linears, writers, signed=name == "signed")
@@ -107,36 +112,38 @@ def relevances(
     )
 
 
-def input_norms(bench: Workbench, batches: Sequence[Batch], modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+def input_norms(
+    bench: Workbench, batches: Sequence[Batch], modules: Mapping[str, nn.Module], stack: Stack
+) -> dict[str, Tensor]:
     """Root of the mean square of what modules read, (inputs) float32 each, over real tokens.
 
     Source: M. Sun et al., "Wanda" (arXiv 2306.11695), equation (1), but for the number of tokens.
     """
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
-    with inference(bench.model), ExitStack() as stack:
+    with inference(bench.model), ExitStack() as hooks:
         current: list[Batch] = []
 
         def keep(path: str):  # type: ignore[no-untyped-def]
             def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-                rows = real_rows(current[0], args[0])
+                rows = real_rows(stack, current[0], args[0])
                 sums[path] = sums.get(path, 0) + rows.float().square().sum(dim=0)
                 counts[path] = counts.get(path, 0) + len(rows)
 
             return before
 
-        stack.enter_context(hooked([m.register_forward_pre_hook(keep(path)) for path, m in modules.items()]))
+        hooks.enter_context(hooked([m.register_forward_pre_hook(keep(path)) for path, m in modules.items()]))
         for batch in batches:
             current[:] = [batch]
             forward(bench.model, batch)
     return {path: (total / max(1, counts[path])).sqrt() for path, total in sums.items()}
 
 
-def real_rows(batch: Batch, given: Tensor) -> Tensor:
-    """What a module reads at real tokens, (tokens, inputs); all where it does not read one row a token."""
-    if given.ndim == 3 and given.shape[:2] == real_tokens(batch, given).shape:
-        return given[real_tokens(batch, given)]
-    return given.flatten(0, -2)
+def real_rows(stack: Stack, batch: Batch, given: Tensor) -> Tensor:
+    """What a module of a stack reads at real tokens, (tokens, inputs); all where it does not read one row a token."""
+    if given.ndim != 3:
+        return given.flatten(0, -2)
+    return given[stream_tokens(stack, batch, given)]
 
 
 def _random(seed: int, weights: Mapping[str, Tensor], writers: Mapping[str, nn.Module]) -> Scores:

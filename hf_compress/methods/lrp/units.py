@@ -50,7 +50,7 @@ def plan_units(config: LRPConfig, bench: Workbench, stack: Stack, undo: Undo) ->
     solving = ILLCConfig(
         width=1,
         reduction="magnitude",  # never asked: `choose` is
-        compensation="ridge" if config.compensation == "auto" and config.variant != "paper" else "none",
+        compensation="ridge" if config.solves else "none",
         tokens=config.tokens,
     )
     plan, notes = Plan(), []

@@ -18,10 +18,11 @@ from hf_compress.apply import carry_out
 from hf_compress.calibration.capture import hooked
 from hf_compress.calibration.walks import Walk, start_walks
 from hf_compress.drafts import pack_linear, sparsify_linear
+from hf_compress.errors import UnsupportedModelError
 from hf_compress.methods.lrp.masks import kept_weights
 from hf_compress.methods.lrp.precision import bits_of_groups, overhead
 from hf_compress.methods.lrp.scores import Scores, block_linears, real_rows, relevances, score, some_batches
-from hf_compress.numerics.rounding import compensated
+from hf_compress.numerics.masked import solve_masked
 from hf_compress.plan import Plan
 from hf_compress.workbench import Workbench
 
@@ -49,10 +50,8 @@ def plan_weights(config: LRPConfig, bench: Workbench, stack: Stack, undo: Undo, 
         bits = _bits(config, bench, linears, kept) if config.quantizes else {}
     decisions = _Decisions(kept, bits)
     with bench.stage("solve weights"):
-        needs_grams = (config.compensation == "auto" and prunes) or (
-            config.quantizes and config.rounding == "compensated"
-        )
-        walks = start_walks(bench.model, stack, bench.calibration, config.tokens) if needs_grams else []
+        solves = config.solves if prunes else config.rounding == "compensated"
+        walks = start_walks(bench.model, stack, bench.calibration, config.tokens) if solves else []
         plan = Plan()
         for index in tqdm(range(len(stack)), desc="solving blocks", disable=None):
             paths = [path for path in linears if path.startswith(f"{stack.path}.{index}.")]
@@ -62,8 +61,7 @@ def plan_weights(config: LRPConfig, bench: Workbench, stack: Stack, undo: Undo, 
                 draft += _draft(config, bench, path, linears[path], grams.get(path), decisions)
             carry_out(draft, bench.model, undo)
             plan += draft
-            for walk in walks:
-                walk.compressed = walk.runner.run(index, walk.compressed)
+            _advance(walks, index)
     return Plan(plan.edits, plan.tensors, {"linears": _notes(linears, decisions)})
 
 
@@ -86,6 +84,18 @@ def _split(config: LRPConfig, bench: Workbench, linears: Mapping[str, nn.Module]
     return Plan(plan.edits, plan.tensors, {"split": list(config.split)})
 
 
+def _advance(walks: list[Walk], index: int) -> None:
+    """Take the compressed stream past a block."""
+    for walk in walks:
+        try:
+            walk.compressed = walk.runner.run(index, walk.compressed)
+        except RuntimeError as error:
+            raise UnsupportedModelError(
+                f"block {index} does not run with its linear maps in another form, since it reads their weights itself "
+                f"({error})"
+            ) from error
+
+
 def _draft(
     config: LRPConfig, bench: Workbench, path: str, linear: nn.Module, gram: Tensor | None, decisions: _Decisions
 ) -> Plan:
@@ -94,9 +104,7 @@ def _draft(
         assert bits is not None
         own = gram if config.rounding == "compensated" else None
         return pack_linear(bench.model, path, bits, config.group_size, config.symmetric, own)
-    weight = None
-    if gram is not None and config.compensation == "auto":
-        weight, _, _ = compensated(linear_map(linear).T, gram, kept)
+    weight = None if gram is None else solve_masked(linear_map(linear).T, gram, kept)
     row = None if bits is None else bits.flatten()
     return sparsify_linear(bench.model, path, kept, weight, row, config.group_size, config.symmetric)
 
@@ -119,6 +127,13 @@ def _bits(
     padded = sum(w.shape[0] * -(-w.shape[1] // config.group_size) * config.group_size for w in weights.values())
     stored = sum(weight.numel() for weight in weights.values())
     budget = asked * stored / padded - overhead(config)
+    if budget < BITS[0]:
+        given = f"bits={config.bits:g}" if config.bits is not None else f"target_bytes={config.target_bytes}"
+        raise ValueError(
+            f"{given} leaves {max(0.0, budget):.2f} bits for each weight, where {BITS[0]} are the fewest, once steps of "
+            f"groups of {config.group_size} are stored and rows filled up to whole groups: ask for more, or change "
+            "group_size="
+        )
     return bits_of_groups(config, BITS, weights, worth, budget)
 
 
@@ -142,7 +157,7 @@ def _grams(stack: Stack, index: int, linears: Mapping[str, nn.Module], walks: li
 
     def keep(path: str) -> Any:
         def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            rows = real_rows(current[0].runner.batch, args[0]).double()
+            rows = real_rows(stack, current[0].runner.batch, args[0]).double()
             sums[path] = sums[path] + rows.T @ rows if path in sums else rows.T @ rows
 
         return before
