@@ -98,19 +98,36 @@ class PackedLinear(nn.Module):
         if not packing.symmetric:
             self.register_buffer("zeros", torch.zeros(packing.groups, dtype=torch.uint8, device=device))
 
-    def _values(self) -> Tensor:
-        """The weights (packing.outputs, packing.inputs) that the packed bits stand for, float32."""
-        packing, groups, start = self.packing, self.packing.groups, 0
-        values = torch.zeros(groups, packing.group_size, dtype=torch.int32, device=self.weight.device)
-        for plane, count in enumerate(packing.planes):
-            size = count * packing.group_size // 8
-            ones = unpack_bits(self.weight[start : start + size].view(count, -1)) << plane
-            values[self.bits > plane] += ones
-            start += size
-        middle = 1 << (self.bits.int() - 1).clamp(min=0)
-        zeros = middle if packing.symmetric else self.zeros.int()
-        steps = self.steps.view(torch.bfloat16).float()
-        return (steps[:, None] * (values - zeros[:, None])).view(packing.outputs, packing.inputs)
+    def _values(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weights (packing.outputs, packing.inputs) that the packed bits stand for."""
+        packing = self.packing
+        if len(packing.planes) > 8 or dtype == torch.float16:
+            dtype = torch.float32  # numbers of more bits than a short float has, or steps smaller than it reaches
+        low = self._lanes(range(min(8, len(packing.planes)))).to(dtype)
+        high = self._lanes(range(8, len(packing.planes)))
+        values = low + 256 * high.to(dtype) if len(packing.planes) > 8 else low
+        zeros = 1 << (self.bits.int() - 1).clamp(min=0) if packing.symmetric else self.zeros
+        steps = self.steps.view(torch.bfloat16).to(dtype)
+        return values.sub_(zeros[:, None].to(dtype)).mul_(steps[:, None]).view(packing.outputs, packing.inputs)
+
+    def _lanes(self, planes: range) -> Tensor:
+        """The numbers that up to eight planes of bits make up, (groups, group_size) uint8.
+
+        A table turns a byte of eight weights' bits into eight bytes of one, handled as one number of 64 bits.
+        """
+        packing = self.packing
+        table = unpack_bits(torch.arange(256, device=self.weight.device).to(torch.uint8)[:, None])
+        wide = table.to(torch.uint8).view(torch.int64)[:, 0]
+        values = torch.zeros(packing.groups, packing.group_size // 8, dtype=torch.int64, device=self.weight.device)
+        for plane in planes:
+            start, count = sum(packing.planes[:plane]), packing.planes[plane]
+            size = packing.group_size // 8
+            bits = wide[self.weight[start * size : (start + count) * size].view(count, size).int()] << plane - planes[0]
+            if count == packing.groups:
+                values |= bits
+            else:
+                values[self.bits > plane] |= bits
+        return values.view(torch.uint8)
 
 
 class MixedPrecisionLinear(PackedLinear):
@@ -140,7 +157,9 @@ class MixedPrecisionLinear(PackedLinear):
         return self._values()[:, : self.in_features]
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return functional.linear(inputs, self.unpacked().to(inputs.dtype), self.bias)
+        # Each product of a whole number and a step is rounded once, so the dtype of the computation does no harm.
+        weight = self._values(inputs.dtype)[:, : self.in_features]
+        return functional.linear(inputs, weight.to(inputs.dtype), self.bias)
 
     def extra_repr(self) -> str:
         weights = self.in_features * self.out_features

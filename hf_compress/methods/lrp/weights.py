@@ -130,8 +130,8 @@ def _bits(
     if budget < BITS[0]:
         given = f"bits={config.bits:g}" if config.bits is not None else f"target_bytes={config.target_bytes}"
         raise ValueError(
-            f"{given} leaves {max(0.0, budget):.2f} bits for each weight, where {BITS[0]} are the fewest, once steps of "
-            f"groups of {config.group_size} are stored and rows filled up to whole groups: ask for more, or change "
+            f"{given} leaves {max(0.0, budget):.2f} bits for each weight, where {BITS[0]} are the fewest, once steps "
+            f"of groups of {config.group_size} are stored and rows filled up to whole groups: ask for more, or change "
             "group_size="
         )
     return bits_of_groups(config, BITS, weights, worth, budget)
