@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader, TensorDataset
 
+from hf_compress import DenseConfig, DenseForClassification
 from hf_compress.calibration.data import Batch, Calibration, DataOptions, position_limit, prepare, special_ids
 from hf_compress.errors import CalibrationError
 from tests.architectures.tiny import tiny_base_model, tiny_model
@@ -280,3 +281,27 @@ def test_bad_options(values):
 
 def test_a_batch_counts_its_samples():
     assert Batch({"input_ids": torch.zeros(3, 4)}, None).samples == 3
+
+
+@pytest.mark.parametrize("form", ["mapping", "tuples", "loader"])
+def test_classes_come_along(form):
+    """One class a sample, cut into batches with the samples; what else may be called labels is left alone."""
+    classifier, values, classes = tiny_classifier(), torch.randn(10, 6), torch.arange(10) % 3
+    data = {
+        "mapping": {"input_values": values, "labels": classes},
+        "tuples": [(values[:4], classes[:4]), (values[4:], classes[4:])],
+        "loader": DataLoader(TensorDataset(values, classes), batch_size=4),
+    }[form]
+    batches = prepare(data, classifier, None, DataOptions(batch_size=4)).batches
+    assert torch.equal(torch.cat([batch.labels for batch in batches]), classes)
+    assert all(len(batch.labels) == batch.samples for batch in batches)
+
+
+@pytest.mark.parametrize("labels", [None, torch.randn(10), torch.ones(10, 2, dtype=torch.long)])
+def test_labels_that_are_no_classes(labels):
+    data = {"input_values": torch.randn(10, 6), **({} if labels is None else {"labels": labels})}
+    assert all(batch.labels is None for batch in prepare(data, tiny_classifier(), None))
+
+
+def tiny_classifier():
+    return DenseForClassification(DenseConfig(input_size=6, hidden_size=8, intermediate_size=12, num_labels=3))

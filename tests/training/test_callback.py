@@ -7,7 +7,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
-from hf_compress import CompressionCallback, DropBlocksConfig, ILLCConfig, LayerCollapseConfig, MKAConfig
+from hf_compress import (
+    CompressionCallback,
+    DropBlocksConfig,
+    ILLCConfig,
+    LayerCollapseConfig,
+    LRPConfig,
+    MKAConfig,
+)
 from tests.conftest import leftovers
 from tests.evaluation.conftest import tiny_llama
 from tests.training.runs import CALIBRATION, PAPER, arguments, figures, ids_of, loss_on, same, state_of, token_rows
@@ -225,7 +232,14 @@ def test_tensorboard_gets_the_figures(tmp_path):
 
 @pytest.mark.parametrize(
     "config",
-    [MKAConfig(num_merges=1), DropBlocksConfig(num_blocks=1), LayerCollapseConfig(num_layers=1), ILLCConfig(gamma=0.5)],
+    [
+        MKAConfig(num_merges=1),
+        DropBlocksConfig(num_blocks=1),
+        LayerCollapseConfig(num_layers=1),
+        ILLCConfig(gamma=0.5),
+        LRPConfig(sparsity=0.5, granularity="neuron"),
+        LRPConfig(sparsity=0.5),
+    ],
 )
 def test_what_is_saved_loads(config, tmp_path):
     model = tiny_llama(4)
