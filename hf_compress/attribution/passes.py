@@ -40,9 +40,19 @@ class Sources:
     head: Tensor | None = None
 
 
+def check_open(model: Any) -> None:
+    """Raise TypeError unless hooks on the model's modules see all that it does."""
+    if not isinstance(model, PreTrainedModel) or model._compiled_call_impl is not None:
+        raise TypeError(
+            f"model must be a transformers.PreTrainedModel that is not compiled; got {type(model).__name__}: rules are "
+            "hooks, which compiled code passes by"
+        )
+
+
 @contextmanager
 def explaining(model: PreTrainedModel, attention: AttentionRule = "attnlrp", epsilon: float = 0.0) -> Iterator[Sources]:
     """The rules on a model in evaluation mode, with gradients as far as its embeddings and none for its parameters."""
+    check_open(model)
     with inference(model), torch.enable_grad(), ExitStack() as stack:
         undo = stack.enter_context(Undo())
         for parameter in model.parameters():

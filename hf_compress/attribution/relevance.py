@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.parts import is_linear, linear_map
-from hf_compress.attribution.passes import check_conserved, explain, explaining, word_embeddings
+from hf_compress.attribution.passes import check_conserved, check_open, explain, explaining, word_embeddings
 from hf_compress.attribution.rules import ATTENTION_RULES, AttentionRule
 from hf_compress.attribution.targets import Target
 from hf_compress.attribution.watch import watch_inputs, watch_linears
@@ -70,6 +70,7 @@ def relevance(
         UnsupportedModelError: the model has a part that there is no rule for.
         CalibrationError: data that cannot be read, or that gives NaN.
         ValueError: settings that make no sense.
+        TypeError: no Transformers model, or a compiled one.
 
     Source: R. Achtibat et al., "AttnLRP", 2024 (arXiv 2402.05602).
     """
@@ -77,6 +78,7 @@ def relevance(
         raise ValueError(f"attention must be one of {', '.join(ATTENTION_RULES)}; got {attention!r}")
     if type(epsilon) not in (int, float) or not 0 <= epsilon < float("inf"):
         raise ValueError(f"epsilon must not be negative; got {epsilon!r}: give a finite number, in units of outputs")
+    check_open(model)
     batch = _one_batch(prepare(data, model, tokenizer, _ALL).batches)
     check_conserved(model, batch)
     collected = _Collected()

@@ -327,3 +327,9 @@ def test_no_data():
 
 def test_more_than_one_batch():
     refused(make("Llama"), [IDS, IDS], ValueError, "got 2 batches: call it for each")
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel, lambda model: model.compile() or model])
+def test_models_that_hooks_do_not_reach(wrap):
+    with pytest.raises(TypeError, match=r"PreTrainedModel that is not compiled; got .*hooks"):
+        hfc.relevance(wrap(build("Llama")), torch.randint(4, 90, (2, 8)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from hf_compress.calibration.capture import inference
+from hf_compress.methods.lrp.config import STRUCTURED
 from hf_compress.methods.lrp.units import plan_units
 from hf_compress.methods.lrp.weights import plan_weights
 from hf_compress.plan import Plan
@@ -22,8 +23,6 @@ def plan_by_relevance(config: LRPConfig, bench: Workbench) -> Plan:
         ValueError: nothing would be left, or a budget that does not suffice.
         CalibrationError: no data, or data that gives NaN.
     """
-    from hf_compress.methods.lrp.config import STRUCTURED
-
     structured = config.prunes and config.granularity in STRUCTURED
     if structured and config.granularity == "block" and config.quantizes:
         raise ValueError("leave blocks out in a compress() of its own, and then give bits= to what is left")

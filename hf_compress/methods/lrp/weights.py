@@ -19,6 +19,7 @@ from hf_compress.calibration.capture import hooked
 from hf_compress.calibration.walks import Walk, start_walks
 from hf_compress.drafts import pack_linear, sparsify_linear
 from hf_compress.errors import UnsupportedModelError
+from hf_compress.methods.lrp.config import BITS
 from hf_compress.methods.lrp.masks import kept_weights
 from hf_compress.methods.lrp.precision import bits_of_groups, overhead
 from hf_compress.methods.lrp.scores import Scores, block_linears, real_rows, relevances, score, some_batches
@@ -113,8 +114,6 @@ def _bits(
     config: LRPConfig, bench: Workbench, linears: Mapping[str, nn.Module], kept: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Bits of the groups of all linear maps; of pruned ones, of the groups of what is left."""
-    from hf_compress.methods.lrp.config import BITS
-
     weights = {path: linear_map(module).T.detach().float() for path, module in linears.items()}
     worth = _worth(config, bench, linears)
     total = sum(weight.numel() for weight in weights.values())
