@@ -56,8 +56,8 @@ def by_clusters(algorithm: str) -> Callable[[Tensor], None]:
 
 
 CHOICES = {
+    **{name: by_clusters(name) for name in ("minibatch_kmeans", "neighbors", "agglomerative", "kmeans")},
     "elimination": by_elimination,
-    **{name: by_clusters(name) for name in ("kmeans", "minibatch_kmeans", "agglomerative", "neighbors")},
 }
 
 

@@ -316,9 +316,9 @@ def experiment(
     return runs
 
 
-def save_table(name: str, text: str) -> None:
+def save_table(name: str, text: str, columns: str = "collapse_columns.py") -> None:
     """Print a table, and keep it under benchmarks/results/ with the command that made it."""
     print(text, flush=True)
     path = RESULTS / f"{name}.md"
     command = f"python examples/{name}.py {shlex.join(sys.argv[1:])}".strip()
-    path.write_text(f"Made by `{command}`; see examples/collapse_columns.py for the columns.\n\n{text}\n")
+    path.write_text(f"Made by `{command}`; see examples/{columns} for the columns.\n\n{text}\n")

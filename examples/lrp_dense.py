@@ -188,7 +188,7 @@ def main() -> None:
             runs = [run(name, width, seed) for seed in tqdm(range(seeds), desc=f"{name}, 3 × {width}", disable=None)]
             parts += [f"\n## {name}, 3 × {width}, {seeds} seeds\n", table(runs)]
             print("\n".join(parts[-2:]), flush=True)
-    save_table("lrp_dense", "\n".join(parts))
+    save_table("lrp_dense", "\n".join(parts), "lrp_dense.py")
 
 
 if __name__ == "__main__":

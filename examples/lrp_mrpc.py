@@ -66,7 +66,7 @@ def main() -> None:
         cells = [mean(one[key][place] for one in runs) for place in range(3)]
         title = ": ".join(part for part in key if part)
         lines.append(f"| {title} | {cells[0]:.3f} | {cells[1]:.4f} | {cells[2]:.3f} |")
-    save_table("lrp_mrpc", f"{len(runs)} seeds.\n\n" + "\n".join(lines))
+    save_table("lrp_mrpc", f"{len(runs)} seeds.\n\n" + "\n".join(lines), "lrp_llm.py")
 
 
 if __name__ == "__main__":
