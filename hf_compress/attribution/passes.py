@@ -22,6 +22,7 @@ from hf_compress.calibration.capture import forward, hooked, inference
 from hf_compress.calibration.data import Batch
 from hf_compress.calibration.objective import first_tensor
 from hf_compress.errors import CalibrationError, UnsupportedModelError
+from hf_compress.parity import one_line
 
 _LEAK = 1e-3  # of the outputs' size: what rounding may lose in float32
 _LEAK_HALF = 0.1
@@ -68,7 +69,14 @@ def logits_of(model: PreTrainedModel, batch: Batch, sources: Sources) -> Tensor:
     sources.tensors.clear()
     inputs = {n: v.clone().requires_grad_() if v.is_floating_point() else v for n, v in batch.inputs.items()}
     sources.tensors |= {n: v for n, v in inputs.items() if v.requires_grad}
-    output = forward(model, replace(batch, inputs=inputs))
+    try:
+        output = forward(model, replace(batch, inputs=inputs))
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, AssertionError) as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not run with gradients and the rules of relevance: {one_line(error)}"
+        ) from error
     logits = sources.head if sources.head is not None else first_tensor(output)
     sources.head = None
     if not bool(torch.isfinite(logits).all()):
@@ -123,7 +131,10 @@ def _gradients(value: Tensor, ends: list[Tensor]) -> list[Tensor]:
     """The gradient of a scalar at each end; 0 at one that it does not hang on."""
     if not ends or not value.requires_grad:
         raise UnsupportedModelError("found neither embeddings nor real-valued inputs that the outputs hang on")
-    gradients = torch.autograd.grad(value, ends, allow_unused=True)
+    try:
+        gradients = torch.autograd.grad(value, ends, allow_unused=True)
+    except AssertionError as error:  # reversible layers, which take their own backward pass for one of training
+        raise UnsupportedModelError(f"the model has a backward pass of its own: {one_line(error)}") from error
     return [torch.zeros_like(end) if g is None else g for end, g in zip(ends, gradients, strict=True)]
 
 

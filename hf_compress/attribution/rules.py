@@ -159,19 +159,22 @@ def _set_attention(model: PreTrainedModel, rule: AttentionRule, undo: Undo) -> N
 def _ruled(rule: AttentionRule, own: frozenset[int], function: Callable[..., Any] | None) -> Callable[..., Any]:
     """An attention function with other gradients for some modules; None stands for that of a module's own family."""
 
-    def attend(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *args: Any, **kwargs: Any
-    ) -> Any:
+    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         plain = function or _of_family(module, "eager_attention_forward")
         if id(module) in own:
-            mask = mask.detach() if isinstance(mask, Tensor) else mask  # a bias by distance may be in it
+            args = tuple(map(_held, args))  # in the mask may be a bias by distance
+            kwargs = {name: _held(value) for name, value in kwargs.items()}
             query, key, value = (
                 scale_gradient(tensor, factor) if factor else tensor.detach()
                 for tensor, factor in zip((query, key, value), _SHARES[rule], strict=True)
             )
-        return plain(module, query, key, value, mask, *args, **kwargs)
+        return plain(module, query, key, value, *args, **kwargs)
 
     return attend
+
+
+def _held(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def _attention_hooks(model: PreTrainedModel, rule: AttentionRule) -> Iterator[RemovableHandle]:
