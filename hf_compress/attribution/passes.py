@@ -71,11 +71,11 @@ def logits_of(model: PreTrainedModel, batch: Batch, sources: Sources) -> Tensor:
     sources.tensors |= {n: v for n, v in inputs.items() if v.requires_grad}
     try:
         output = forward(model, replace(batch, inputs=inputs))
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, AssertionError) as error:
+    except RuntimeError as error:
+        if "modified inplace" not in str(error):
+            raise
         raise UnsupportedModelError(
-            f"{type(model).__name__} does not run with gradients and the rules of relevance: {one_line(error)}"
+            f"{type(model).__name__} writes over what the rules of relevance have to see: {one_line(error)}"
         ) from error
     logits = sources.head if sources.head is not None else first_tensor(output)
     sources.head = None
