@@ -116,6 +116,8 @@ class NormRule:
         Families write gains as w or as 1 + w, so what a module means is told by what it does.
         """
         weight, bias = (norm._parameters.get(name) for name in ("weight", "bias"))
+        if any(own is not None and own.shape != given.shape[-1:] for own in (weight, bias)):
+            return None  # a norm of channels, over another axis
         ones = torch.ones(given.shape[-1], device=given.device)
         gains = [ones] if weight is None else [weight.float(), 1 + weight.float()]
         rules = [NormRule(gain, bias, centred) for gain in gains for centred in (False, True)]
