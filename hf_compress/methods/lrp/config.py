@@ -39,7 +39,7 @@ class LRPConfig(CompressionConfig, method="lrp", paper="https://arxiv.org/abs/25
 
     sparsity: float | None = field(default=None, metadata={"help": "share to leave out, in (0, 1)"})
     granularity: str = field(default="weight", metadata={"help": f"what is left out: {', '.join(GRANULARITIES)}"})
-    pattern: tuple[int, int] = field(default=(2, 4), metadata={"help": "with n:m: how many stay of how many"})
+    pattern: tuple[int, int] = field(default=(2, 4), metadata={"help": "how many stay of how many, with n:m"})
     variant: str = field(default="default", metadata={"help": f"one of {', '.join(VARIANTS)}"})
     prune: bool = field(default=True, metadata={"help": "in the paper's variant: leave out what has relevance <= 0"})
     score: str | None = field(
