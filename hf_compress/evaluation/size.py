@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from hf_compress.calibration.capture import inference
 from hf_compress.calibration.data import position_limit
+from hf_compress.modules.packed import PackedLinear
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -99,8 +100,9 @@ def _weight_files(directory: Path) -> list[Path]:
 
 
 def parameter_count(model: torch.nn.Module) -> int:
-    """Number of parameters, tied ones counted once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Number of parameters, tied ones counted once, and of packed weights, which are none but stand for some."""
+    packed = sum(module.packed_weights for module in model.modules() if isinstance(module, PackedLinear))
+    return packed + sum(parameter.numel() for parameter in model.parameters())
 
 
 def tokens_per_second(

@@ -89,6 +89,11 @@ class PackedLinear(nn.Module):
     steps: Tensor
     zeros: Tensor
 
+    @property
+    def packed_weights(self) -> int:
+        """How many weights are packed; none of them is a parameter."""
+        raise NotImplementedError
+
     def _hold(self, packing: Packing, device: str | torch.device | None) -> None:
         """Make the buffers of a packing."""
         self.packing = packing
@@ -151,6 +156,10 @@ class MixedPrecisionLinear(PackedLinear):
         self.in_features, self.out_features = inputs or packing.inputs, packing.outputs
         self._hold(packing, device)
         self.bias = nn.Parameter(torch.zeros(packing.outputs, device=device, dtype=dtype)) if bias else None
+
+    @property
+    def packed_weights(self) -> int:
+        return self.in_features * self.out_features
 
     def unpacked(self) -> Tensor:
         """The weight (outputs, inputs) that the packed bits stand for, float32."""

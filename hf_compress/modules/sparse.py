@@ -61,6 +61,12 @@ class SparseLinear(PackedLinear):
             self._hold(packing, device)
         self.bias = nn.Parameter(torch.zeros(outputs, device=device, dtype=dtype)) if bias else None
 
+    @property
+    def packed_weights(self) -> int:
+        if isinstance(self.weight, nn.Parameter):
+            return 0
+        return self.in_features * self.out_features if self.rest else self.kept
+
     def unpacked(self) -> Tensor:
         """The weight (outputs, inputs) with its zeros; packed values are float32."""
         packed = not isinstance(self.weight, nn.Parameter)

@@ -13,6 +13,7 @@ from hf_compress.apply import apply
 from hf_compress.calibration.capture import hooked
 from hf_compress.calibration.data import DataOptions
 from hf_compress.config import CompressionConfig, config_class
+from hf_compress.evaluation.size import parameter_count
 from hf_compress.methods.lrp import LRPConfig
 from hf_compress.modules.packed import MixedPrecisionLinear
 from hf_compress.modules.sparse import SparseLinear
@@ -760,3 +761,20 @@ def test_training_keeps_zeros_zero(name, settings, tmp_path):
             assert not torch.equal(after, before[path])
     model.eval()
     assert_reloads(model, tmp_path / "out")
+
+
+def test_packed_weights_count_as_parameters():
+    """They are buffers, but a model is not smaller for that; weights that are left out are."""
+    dense = sum(parameter.numel() for parameter in build("Llama").parameters())
+    linear = sum(
+        module.weight.numel() for _, module in build("Llama").model.layers.named_modules() if is_linear(module)
+    )
+    for settings, share in (
+        ({"bits": 4}, 1),
+        ({"variant": "paper", "prune": False, "split": (8, 4)}, 1),
+        ({"sparsity": 0.5}, 0.5),
+        ({"sparsity": 0.5, "bits": 4}, 0.5),
+    ):
+        model = compress(build("Llama"), LRPConfig(group_size=32, **settings), IDS, options=DataOptions(batch_size=8))
+        assert parameter_count(model) == dense - (1 - share) * linear
+        assert model.compression_report.after.parameters == parameter_count(model)
