@@ -61,22 +61,23 @@ CHOICES = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=64, help="calibration windows of 256 tokens")
-    parser.add_argument("--full", action="store_true")
-    args = parser.parse_args()
+def time_of_compress(samples: int, repeats: int) -> None:
+    """The first table."""
     _, tokenizer = load(REFERENCE)
-    windows = calibration_windows(tokenizer, args.samples)
+    windows = calibration_windows(tokenizer, samples)
     lines = ["| compress() with | time over one plain pass: median (least, most) |", "|---|---|"]
-    data: dict[str, object] = {}
+    data = {}
     for name, settings in CONFIGS.items():
-        found = cost_ratios(REFERENCE, ILLCConfig(gamma=0.7, **settings), windows, 5 if args.full else 3)
-        lines.append(f"| {name} | {median(found):.1f} ({min(found):.1f}, {max(found):.1f}) |")
-        data[name] = found
-    widths = [512, 1024, 2048, 4096, *([8192, 14336] if args.full else [])]
-    lines += ["", "| seconds to choose half of | " + " | ".join(f"{w:,}" for w in widths) + " |"]
+        data[name] = cost_ratios(REFERENCE, ILLCConfig(gamma=0.7, **settings), windows, repeats)
+        lines.append(f"| {name} | {median(data[name]):.1f} ({min(data[name]):.1f}, {max(data[name]):.1f}) |")
+    write_result("illc_cost", "\n".join(lines), data)
+
+
+def time_to_choose(widths: list[int]) -> None:
+    """The second table."""
+    lines = ["| seconds to choose half of | " + " | ".join(f"{width:,}" for width in widths) + " |"]
     lines.append("|---" * (len(widths) + 1) + "|")
+    data = {}
     for name, choose in CHOICES.items():
         cells = []
         for width in tqdm(widths, desc=name, disable=None):
@@ -84,12 +85,23 @@ def main() -> None:
                 cells.append("refused")
                 continue
             rows = activations(width)
-            spent = seconds(lambda rows=rows, choose=choose: choose(rows))  # type: ignore[misc]
-            cells.append(f"{spent:.1f}")
-            data[f"{name} {width}"] = spent
-            print(f"{name} {width}: {spent:.1f} s", flush=True)
+            data[f"{name} {width}"] = seconds(lambda rows=rows, choose=choose: choose(rows))  # type: ignore[misc]
+            cells.append(f"{data[f'{name} {width}']:.1f}")
+            print(f"{name} {width}: {cells[-1]} s", flush=True)
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    write_result("illc_cost", "\n".join(lines), data)
+    write_result("illc_choice", "\n".join(lines), data)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=("compress", "choose"), help="one table alone")
+    parser.add_argument("--samples", type=int, default=64, help="calibration windows of 256 tokens")
+    parser.add_argument("--full", action="store_true")
+    args = parser.parse_args()
+    if args.part != "choose":
+        time_of_compress(args.samples, 5 if args.full else 3)
+    if args.part != "compress":
+        time_to_choose([512, 1024, 2048, 4096, *([8192, 14336] if args.full else [])])
 
 
 if __name__ == "__main__":
