@@ -27,6 +27,7 @@ from hf_compress.numerics.ridge import LeastSquares
 TOKENS = 2048
 RANK = 64
 OUTPUTS = 1024
+LIMITS = {"agglomerative": AGGLOMERATIVE_LIMIT, "kmeans": 4096}  # widths; at twice as many, k-means takes minutes
 CONFIGS = {
     "default (elimination + ridge)": {},
     "variance + ridge": {"reduction": "variance"},
@@ -56,8 +57,8 @@ def by_clusters(algorithm: str) -> Callable[[Tensor], None]:
 
 
 CHOICES = {
-    **{name: by_clusters(name) for name in ("minibatch_kmeans", "neighbors", "agglomerative", "kmeans")},
     "elimination": by_elimination,
+    **{name: by_clusters(name) for name in ("minibatch_kmeans", "neighbors", "agglomerative", "kmeans")},
 }
 
 
@@ -81,8 +82,8 @@ def time_to_choose(widths: list[int]) -> None:
     for name, choose in CHOICES.items():
         cells = []
         for width in tqdm(widths, desc=name, disable=None):
-            if name == "agglomerative" and width > AGGLOMERATIVE_LIMIT:
-                cells.append("refused")
+            if width > LIMITS.get(name, width):
+                cells.append("refused" if name == "agglomerative" else "not tried")
                 continue
             rows = activations(width)
             data[f"{name} {width}"] = seconds(lambda rows=rows, choose=choose: choose(rows))  # type: ignore[misc]
