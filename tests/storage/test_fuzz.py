@@ -60,15 +60,13 @@ ODD = st.one_of(
 KINDS = sorted(all_edits._EDITS)
 
 
-@st.composite
-def made_up_edits(draw, paths):
-    """An edit with the right fields, modules that there are, and sizes that might fit."""
-    kind = all_edits._EDITS[draw(st.sampled_from(KINDS))]
+def field_values(paths):
+    """What the fields of edits could be, by their names: modules that there are, and sizes that might fit."""
     path, size = st.sampled_from(paths), st.sampled_from([1, 2, 4, 8, 16, 31, 32, 48, 64, 99, 128, 2**20, 2**31 - 1])
-    values = {
-        **dict.fromkeys(("output", "activation", "block", "module", "experts", "stack"), path),
-        **dict.fromkeys(("width", "hidden", "rank", "group_size"), size | st.none()),
-        **dict.fromkeys(("bias", "rescale", "symmetric"), st.booleans()),
+    return {
+        **dict.fromkeys(("output", "activation", "block", "module", "experts", "stack", "query", "key", "value"), path),
+        **dict.fromkeys(("width", "hidden", "rank", "group_size", "groups", "heads"), size | st.none()),
+        **dict.fromkeys(("bias", "rescale", "symmetric", "rest"), st.booleans()),
         "inputs": st.lists(path, min_size=1, max_size=3),
         "planes": st.lists(size, min_size=1, max_size=4),
         "blend": st.sampled_from(["leaky", "identity", "constant"]),
@@ -77,7 +75,19 @@ def made_up_edits(draw, paths):
         "blocks": st.lists(size, min_size=1, max_size=3),
         "absorbed": st.lists(size, min_size=1, max_size=3),
     }
+
+
+@st.composite
+def made_up_edits(draw, paths):
+    """An edit with the right fields."""
+    kind, values = all_edits._EDITS[draw(st.sampled_from(KINDS))], field_values(paths)
     return {"edit": kind.__name__, **{field.name: draw(values[field.name]) for field in fields(kind)}}
+
+
+def test_every_edit_can_be_made_up():
+    """Fields of new edits have to be known here, or they are never tried."""
+    known = field_values(["model"]).keys()
+    assert {field.name for kind in all_edits._EDITS.values() for field in fields(kind)} <= known
 
 
 @st.composite
