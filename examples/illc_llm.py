@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from illc_columns import COLUMNS, DEFAULT
-from llm import REFERENCE, Task, arguments, publish, task_of
+from llm import REFERENCE, Task, accuracy, arguments, publish, task_of
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
@@ -69,10 +68,6 @@ def cell(scores: Scores, name: str, gamma: float) -> str:
     return f"{text}, {accuracy(other)}"
 
 
-def accuracy(result: hfc.EvaluationResult) -> str:
-    return f"{next(score.value for score in result.scores if score.metric == 'acc'):.3f}"
-
-
 def share(model: PreTrainedModel, dense: PreTrainedModel) -> str:
     """Parameters, FLOPs and time of a model as shares of the dense one's; the time measured in pairs."""
     ids = torch.randint(dense.config.vocab_size, (1, 256), generator=torch.Generator().manual_seed(0))
@@ -96,8 +91,8 @@ def main() -> None:
     gammas = args.gammas or ([0.9, 0.8, 0.7, 0.6, 0.5] if args.full else [0.7, 0.5])
     gammas = sorted({*gammas, args.width}, reverse=True)
     task = task_of(args)
-    if not args.full:  # the middle of each document, past the preambles that manual pages share
-        task = replace(task, heldout=[text[1500:3000] for text in task.heldout if len(text) > 3000])
+    if not args.full:
+        task = task.shortened()
     scores, models = score_all(task, gammas)
     dense = task.fresh()
     text = table(scores, gammas, {gamma: share(copy.deepcopy(models[gamma]), dense) for gamma in gammas})

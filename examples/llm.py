@@ -50,9 +50,18 @@ class Task:
     def score(self, model: PreTrainedModel) -> hfc.EvaluationResult:
         return hfc.evaluate(model, self.tokenizer, tasks=["manuals_cloze"], texts=self.heldout, limit=self.questions)
 
+    def shortened(self) -> Task:
+        """The middle of each held-out document alone, past the preambles that manual pages share."""
+        return replace(self, heldout=[text[1500:3000] for text in self.heldout if len(text) > 3000])
+
     def compressed(self, config: hfc.CompressionConfig) -> hfc.EvaluationResult:
         """The scores of a fresh model compressed by `config`."""
         return self.score(hfc.compress(self.fresh(), config, self.calibration, self.tokenizer))
+
+
+def accuracy(result: hfc.EvaluationResult) -> str:
+    """Of the cloze task."""
+    return f"{next(score.value for score in result.scores if score.metric == 'acc'):.3f}"
 
 
 def arguments(description: str | None, output: str) -> argparse.ArgumentParser:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llm import REFERENCE, Task, arguments, publish, task_of
+from llm import REFERENCE, Task, accuracy, arguments, publish, task_of
 from transformers import PreTrainedModel
 
 import hf_compress as hfc
@@ -93,10 +93,6 @@ class Scores:
         return f"{text}, {accuracy(own)}"
 
 
-def accuracy(result: hfc.EvaluationResult) -> str:
-    return f"{next(score.value for score in result.scores if score.metric == 'acc'):.3f}"
-
-
 def plot(scores: Scores, path: Path) -> None:
     """Perplexity against stored bytes, a line for each column."""
     figure = new_figure(8, 5)
@@ -122,8 +118,8 @@ def main() -> None:
     task = task_of(args)
     bits = [8.0, 6.0, 4.25, 3.25, 2.75, 2.5] if args.full else [4.25, 2.75]
     shares = [0.3, 0.5, 0.6, 0.7] if args.full else [0.5, 0.7]
-    if not args.full:  # the middle of each document, past the preambles that manual pages share
-        task = replace(task, heldout=[text[1500:3000] for text in task.heldout if len(text) > 3000], questions=100)
+    if not args.full:
+        task = replace(task.shortened(), questions=100)
     scores = Scores(task)
     saved = None
     for name, settings in PAPER.items():
