@@ -243,11 +243,7 @@ class PackLinear(ModuleEdit):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_size("group_size", self.group_size)
-        if not isinstance(self.planes, (list, tuple)) or not 1 <= len(self.planes) <= MAX_BITS:
-            raise PlanError(f"planes must be 1 to {MAX_BITS} numbers of groups; got {_short(self.planes)}")
-        for count in self.planes:
-            _check_size("planes", count)
-        object.__setattr__(self, "planes", tuple(self.planes))
+        object.__setattr__(self, "planes", _planes(self.planes, 1))
         _check_bool("symmetric", self.symmetric)
 
 
@@ -270,11 +266,7 @@ class SparsifyLinear(ModuleEdit):
         super().__post_init__()
         _check_size("kept", self.kept)
         _check_size("group_size", self.group_size)
-        if not isinstance(self.planes, (list, tuple)) or len(self.planes) > MAX_BITS:
-            raise PlanError(f"planes must be up to {MAX_BITS} numbers of groups; got {_short(self.planes)}")
-        for count in self.planes:
-            _check_size("planes", count)
-        object.__setattr__(self, "planes", tuple(self.planes))
+        object.__setattr__(self, "planes", _planes(self.planes, 0))
         _check_bool("symmetric", self.symmetric)
         _check_bool("rest", self.rest)
 
@@ -341,6 +333,16 @@ def _check_size(name: str, value: Any) -> None:
 def _check_bool(name: str, value: Any) -> None:
     if type(value) is not bool:
         raise PlanError(f"{name} must be true or false; got {_short(value)}")
+
+
+def _planes(values: Any, least: int) -> tuple[int, ...]:
+    """`values` as the numbers of groups in each plane of bits, or PlanError."""
+    if not isinstance(values, (list, tuple)) or not least <= len(values) <= MAX_BITS:
+        count = f"{least} to" if least else "up to"
+        raise PlanError(f"planes must be {count} {MAX_BITS} numbers of groups; got {_short(values)}")
+    for groups in values:
+        _check_size("planes", groups)
+    return tuple(values)
 
 
 def _block_indices(name: str, values: Any) -> tuple[int, ...]:

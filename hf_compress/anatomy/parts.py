@@ -78,6 +78,11 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, Conv1D))
 
 
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a normalisation: named so in its class, with at most a gain and a bias."""
+    return "norm" in type(module).__name__.lower() and all(p.ndim <= 1 for p in module.parameters())
+
+
 def linear_widths(module: nn.Module) -> tuple[int, int]:
     """Input and output width of a linear map; `Conv1D` keeps its weight transposed."""
     weight = module.weight
@@ -262,9 +267,5 @@ def _other_width(widths: tuple[int, int], hidden: int) -> int:
 
 
 def _norms(block: nn.Module) -> list[str]:
-    """Paths of the normalisations: modules named so in their class, with at most a gain and a bias."""
-    return [
-        path
-        for path, module in block.named_modules()
-        if "norm" in type(module).__name__.lower() and all(p.ndim <= 1 for p in module.parameters())
-    ]
+    """Paths of the normalisations."""
+    return [path for path, module in block.named_modules() if is_norm(module)]

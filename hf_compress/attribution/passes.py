@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from hf_compress.anatomy.parts import is_linear
 from hf_compress.anatomy.undo import Undo
-from hf_compress.attribution.rules import AttentionRule, is_norm, lrp_rules
+from hf_compress.attribution.rules import AttentionRule, lrp_rules, normalises
 from hf_compress.attribution.targets import Target, explained
 from hf_compress.calibration.capture import forward, hooked, inference
 from hf_compress.calibration.data import Batch
@@ -178,7 +178,7 @@ def _added(model: PreTrainedModel) -> list[Tensor]:
     """Parameters that are added to something: biases, and tokens and positions that are no embedding's."""
     found: dict[int, Tensor] = {}  # tied ones once
     for module in model.modules():
-        scales = is_linear(module) or is_norm(module) or isinstance(module, (_ConvNd, nn.Embedding))
+        scales = is_linear(module) or normalises(module) or isinstance(module, (_ConvNd, nn.Embedding))
         for name, parameter in module._parameters.items():
             if parameter is None or (scales and name != "bias"):
                 continue

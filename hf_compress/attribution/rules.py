@@ -27,7 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.heads import ROLES
-from hf_compress.anatomy.parts import is_linear, linear_widths
+from hf_compress.anatomy.parts import is_linear, is_norm, linear_widths
 from hf_compress.anatomy.undo import Undo
 from hf_compress.attribution.gradients import NormRule, scale_gradient, through_origin
 from hf_compress.calibration.capture import hooked
@@ -59,7 +59,7 @@ def _hooks(model: PreTrainedModel, epsilon: float) -> Iterator[RemovableHandle]:
     for path, module in model.named_modules():
         if is_activation(module):
             yield module.register_forward_hook(_activation_hook)
-        elif is_norm(module):
+        elif normalises(module):
             yield module.register_forward_hook(_NormHook(f"{path} ({type(module).__name__})"))
         elif epsilon and is_linear(module):
             yield module.register_forward_hook(partial(_epsilon_hook, epsilon))
@@ -97,10 +97,9 @@ def is_activation(module: nn.Module) -> bool:
     return known and not isinstance(module, mixes) and not any(True for _ in module.children())
 
 
-def is_norm(module: nn.Module) -> bool:
-    """Whether a module normalises; a batch norm only scales by what it has learned."""
-    name = type(module).__name__.lower()
-    return "norm" in name and "batchnorm" not in name and all(p.ndim <= 1 for p in module.parameters())
+def normalises(module: nn.Module) -> bool:
+    """Whether a module is a norm that looks at its input; a batch norm only scales by what it has learned."""
+    return is_norm(module) and "batchnorm" not in type(module).__name__.lower()
 
 
 def _activation_hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:

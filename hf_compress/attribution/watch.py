@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_compress.anatomy.parts import is_linear
 from hf_compress.calibration.capture import hooked
 
 Consumer = Callable[[str, Tensor, Tensor], None]
@@ -46,8 +45,3 @@ def watch_linears(modules: Mapping[str, nn.Module], consume: Consumer) -> Iterat
 
     with hooked([module.register_forward_hook(hook(name), prepend=True) for name, module in modules.items()]):
         yield
-
-
-def linears_of(model: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
-    """The linear maps of a model by path; those under `prefix`."""
-    return {path: m for path, m in model.named_modules() if is_linear(m) and path.startswith(prefix)}

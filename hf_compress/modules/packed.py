@@ -76,6 +76,11 @@ def filled(count: int, group_size: int) -> int:
     return -(-count // group_size) * group_size
 
 
+def fill_rows(weight: Tensor, group_size: int) -> Tensor:
+    """A weight (outputs, inputs) with zeros behind its rows, up to whole groups."""
+    return functional.pad(weight, (0, filled(weight.shape[1], group_size) - weight.shape[1]))
+
+
 class PackedLinear(nn.Module):
     """What linear maps with packed weights have in common: the buffers.
 
@@ -208,7 +213,7 @@ def pack(
     if bits.min() < 1 or bits.max() > MAX_BITS:
         raise ValueError(f"bits must be between 1 and {MAX_BITS}; got {int(bits.min())} to {int(bits.max())}")
     missing = filled(weight.shape[1], group_size) - weight.shape[1]
-    weight = functional.pad(weight.detach().float(), (0, missing))
+    weight = fill_rows(weight.detach().float(), group_size)
     packing = Packing.of(weight.shape, bits.flatten(), group_size, symmetric)
     if gram is not None:
         gram = functional.pad(gram, (0, missing, 0, missing))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hf_compress.modules.packed import PackedLinear, Packing, filled, pack, pack_bits, unpack_bits
+from hf_compress.modules.packed import PackedLinear, Packing, fill_rows, filled, pack, pack_bits, unpack_bits
 
 GROUP = 64  # values in a row of their own that share a grid
 
@@ -101,5 +101,5 @@ def pack_row(
     parts: Sequence[Tensor], bits: Tensor, group_size: int, symmetric: bool
 ) -> tuple[Packing, dict[str, Tensor]]:
     """The values of one kind of weights, or of both, packed as one row; bits of each group."""
-    row = [functional.pad(part.float(), (0, filled(len(part), group_size) - len(part))) for part in parts]
-    return pack(torch.cat(row)[None], bits[None], group_size, symmetric)
+    row = torch.cat([fill_rows(part.float()[None], group_size) for part in parts], dim=1)
+    return pack(row, bits[None], group_size, symmetric)

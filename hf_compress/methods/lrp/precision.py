@@ -7,22 +7,21 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from hf_compress.modules.packed import filled
+from hf_compress.modules.packed import fill_rows
 from hf_compress.numerics.rounding import Grids, spend_bits
 
 if TYPE_CHECKING:
     from hf_compress.methods.lrp.config import LRPConfig
 
-STEP_BITS = 16
+_STEP_BITS = 16
 _CLASS_BITS = 8  # a byte that says how many bits a group has
 _ZERO_BITS = 8
 
 
 def overhead(config: LRPConfig) -> float:
     """Bits a weight that go to what a group stores besides its weights."""
-    return (STEP_BITS + _CLASS_BITS + (0 if config.symmetric else _ZERO_BITS)) / config.group_size
+    return (_STEP_BITS + _CLASS_BITS + (0 if config.symmetric else _ZERO_BITS)) / config.group_size
 
 
 def bits_of_groups(
@@ -41,8 +40,6 @@ def bits_of_groups(
         budget: bits a weight that may be spent on the weights themselves, as many as the fewest at least.
     """
     paths = list(weights)
-    if config.allocation == "uniform":
-        worth = {path: torch.ones_like(weights[path]) for path in paths}
     errors = torch.cat([_errors(config, choices, weights[path], worth[path]) for path in paths])
     if config.allocation == "uniform":  # all groups alike, however hard they are to round
         errors = errors.mean(dim=0, keepdim=True).expand_as(errors)
@@ -53,8 +50,7 @@ def bits_of_groups(
 
 def _groups(config: LRPConfig, weight: Tensor) -> Tensor:
     """The weights of each group, (groups, group_size); rows filled up with zeros."""
-    missing = filled(weight.shape[1], config.group_size) - weight.shape[1]
-    return functional.pad(weight, (0, missing)).reshape(-1, config.group_size)
+    return fill_rows(weight, config.group_size).reshape(-1, config.group_size)
 
 
 def _errors(config: LRPConfig, choices: tuple[int, ...], weight: Tensor, worth: Tensor) -> Tensor:

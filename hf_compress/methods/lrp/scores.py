@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -31,10 +31,12 @@ class Scores:
 
     Attributes:
         weights, units: by the path of the linear map.
+        slopes: E |R| / |w| of the weights, where the scores are made of them.
     """
 
     weights: dict[str, Tensor] = field(default_factory=dict)
     units: dict[str, Tensor] = field(default_factory=dict)
+    slopes: dict[str, Tensor] = field(default_factory=dict)
 
 
 def block_linears(stack: Stack) -> dict[str, nn.Module]:
@@ -56,6 +58,11 @@ def block_linears(stack: Stack) -> dict[str, nn.Module]:
     return found
 
 
+def weights_of(linears: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Their weights, (outputs, inputs) float32."""
+    return {path: linear_map(module).T.detach().float() for path, module in linears.items()}
+
+
 def some_batches(bench: Workbench, tokens: int) -> Sequence[Batch]:
     """Batches of about so many tokens (or samples), spread over the calibration data."""
     data = bench.calibration
@@ -67,7 +74,7 @@ def score(
     config: LRPConfig, bench: Workbench, linears: Mapping[str, nn.Module], writers: Mapping[str, nn.Module], name: str
 ) -> Scores:
     """The scores called `name` of the weights of `linears` and of what `writers` read."""
-    weights = {path: linear_map(module).T.detach().float() for path, module in linears.items()}
+    weights = weights_of(linears)
     if name == "random":
         return _random(config.seed, weights, writers)
     if name == "magnitude":
@@ -82,9 +89,9 @@ def score(
     count = max(1, sums.samples)
     if name == "signed":
         return Scores(_over(sums.signed, count), _over(sums.signed_units, count))
-    slopes = sums.slopes(weights)
-    tempered = {path: weight.abs() * (slopes[path] / count) ** config.temper for path, weight in weights.items()}
-    return Scores(tempered, _over(sums.absolute_units, count))
+    slopes = _over(sums.slopes(weights), count)
+    tempered = {path: weight.abs() * slopes[path] ** config.temper for path, weight in weights.items()}
+    return Scores(tempered, _over(sums.absolute_units, count), slopes)
 
 
 def relevances(
@@ -121,22 +128,29 @@ def input_norms(
     """
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
-    with inference(bench.model), ExitStack() as hooks:
-        current: list[Batch] = []
 
-        def keep(path: str):  # type: ignore[no-untyped-def]
-            def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-                rows = real_rows(stack, current[0], args[0])
-                sums[path] = sums.get(path, 0) + rows.float().square().sum(dim=0)
-                counts[path] = counts.get(path, 0) + len(rows)
+    def add(path: str, rows: Tensor) -> None:
+        sums[path] = sums.get(path, 0) + rows.float().square().sum(dim=0)
+        counts[path] = counts.get(path, 0) + len(rows)
 
-            return before
-
-        hooks.enter_context(hooked([m.register_forward_pre_hook(keep(path)) for path, m in modules.items()]))
+    with inference(bench.model):
         for batch in batches:
-            current[:] = [batch]
-            forward(bench.model, batch)
+            with watch_rows(stack, batch, modules, add):
+                forward(bench.model, batch)
     return {path: (total / max(1, counts[path])).sqrt() for path, total in sums.items()}
+
+
+@contextmanager
+def watch_rows(
+    stack: Stack, batch: Batch, modules: Mapping[str, nn.Module], consume: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    """While a batch runs, `consume(path, rows)` with what each module reads at real tokens, (tokens, inputs)."""
+
+    def keep(path: str) -> Callable[..., None]:
+        return lambda module, args: consume(path, real_rows(stack, batch, args[0]))
+
+    with hooked(module.register_forward_pre_hook(keep(path)) for path, module in modules.items()):
+        yield
 
 
 def real_rows(stack: Stack, batch: Batch, given: Tensor) -> Tensor:

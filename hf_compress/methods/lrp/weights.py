@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +14,14 @@ from hf_compress.anatomy.parts import linear_map
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
 from hf_compress.apply import carry_out
-from hf_compress.calibration.capture import hooked
 from hf_compress.calibration.walks import Walk, start_walks
 from hf_compress.drafts import pack_linear, sparsify_linear
 from hf_compress.errors import UnsupportedModelError
 from hf_compress.methods.lrp.config import BITS
 from hf_compress.methods.lrp.masks import kept_weights
 from hf_compress.methods.lrp.precision import bits_of_groups, overhead
-from hf_compress.methods.lrp.scores import Scores, block_linears, real_rows, relevances, score, some_batches
+from hf_compress.methods.lrp.scores import Scores, block_linears, score, watch_rows, weights_of
+from hf_compress.modules.packed import filled
 from hf_compress.numerics.masked import solve_masked
 from hf_compress.plan import Plan
 from hf_compress.workbench import Workbench
@@ -48,7 +47,7 @@ def plan_weights(config: LRPConfig, bench: Workbench, stack: Stack, undo: Undo, 
         scores = score(config, bench, linears, {}, config.score_name) if prunes else Scores()
         kept = kept_weights(config, scores.weights) if prunes else {}
     with bench.stage("allocate bits"):
-        bits = _bits(config, bench, linears, kept) if config.quantizes else {}
+        bits = _bits(config, bench, linears, scores.slopes, kept) if config.quantizes else {}
     decisions = _Decisions(kept, bits)
     with bench.stage("solve weights"):
         solves = config.solves if prunes else config.rounding == "compensated"
@@ -77,7 +76,7 @@ def _split(config: LRPConfig, bench: Workbench, linears: Mapping[str, nn.Module]
         count = int(upper.sum())
         if not 0 < count < values.numel():
             raise ValueError(f"the scores of {path} have no median to split them by: too few of them differ")
-        groups = [-(-part // config.group_size) for part in (count, values.numel() - count)]
+        groups = [filled(part, config.group_size) // config.group_size for part in (count, values.numel() - count)]
         bits = torch.repeat_interleave(torch.tensor(config.split), torch.tensor(groups))
         even = config.symmetric or config.split[0] > 8  # zeros are stored in a byte
         plan += sparsify_linear(bench.model, path, upper, None, bits, config.group_size, even, rest=True)
@@ -111,11 +110,15 @@ def _draft(
 
 
 def _bits(
-    config: LRPConfig, bench: Workbench, linears: Mapping[str, nn.Module], kept: Mapping[str, Tensor]
+    config: LRPConfig,
+    bench: Workbench,
+    linears: Mapping[str, nn.Module],
+    slopes: Mapping[str, Tensor],
+    kept: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """Bits of the groups of all linear maps; of pruned ones, of the groups of what is left."""
-    weights = {path: linear_map(module).T.detach().float() for path, module in linears.items()}
-    worth = _worth(config, bench, linears)
+    weights = weights_of(linears)
+    worth = _worth(config, bench, linears, slopes)
     total = sum(weight.numel() for weight in weights.values())
     asked = config.bits if config.bits is not None else 8 * (config.target_bytes or 0) / total
     if kept:  # a bit of every weight says whether it is there
@@ -123,7 +126,7 @@ def _bits(
         asked = (asked - 1) * total / left
         weights = {path: weight[kept[path]][None] for path, weight in weights.items()}
         worth = {path: values[kept[path]][None] for path, values in worth.items()}
-    padded = sum(w.shape[0] * -(-w.shape[1] // config.group_size) * config.group_size for w in weights.values())
+    padded = sum(len(weight) * filled(weight.shape[1], config.group_size) for weight in weights.values())
     stored = sum(weight.numel() for weight in weights.values())
     budget = asked * stored / padded - overhead(config)
     if budget < BITS[0]:
@@ -136,35 +139,30 @@ def _bits(
     return bits_of_groups(config, BITS, weights, worth, budget)
 
 
-def _worth(config: LRPConfig, bench: Workbench, linears: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+def _worth(
+    config: LRPConfig, bench: Workbench, linears: Mapping[str, nn.Module], slopes: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """What a squared error of each weight costs, (outputs, inputs).
 
     By relevance, (E |R| / |w|)²: R is w times the slope of the output explained, so an error e moves that by e times
-    the slope. By error alone, 1.
+    the slope; `slopes` where they are known from the scores. By error alone, 1.
     """
-    weights = {path: linear_map(module).T.detach().float() for path, module in linears.items()}
     if config.allocation != "relevance":
-        return {path: torch.ones_like(weight) for path, weight in weights.items()}
-    sums = relevances(config, bench, some_batches(bench, config.tokens), linears, {}, signed=False)
-    return {path: (slopes / max(1, sums.samples)).square() for path, slopes in sums.slopes(weights).items()}
+        return {path: torch.ones_like(weight) for path, weight in weights_of(linears).items()}
+    slopes = slopes or score(config, bench, linears, {}, "relevance").slopes
+    return {path: slope.square() for path, slope in slopes.items()}
 
 
 def _grams(stack: Stack, index: int, linears: Mapping[str, nn.Module], walks: list[Walk]) -> dict[str, Tensor]:
     """Σ x xᵀ over what each linear map of a block reads, on the compressed stream, float64."""
     sums: dict[str, Tensor] = {}
-    current: list[Walk] = []
 
-    def keep(path: str) -> Any:
-        def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            rows = real_rows(stack, current[0].runner.batch, args[0]).double()
-            sums[path] = sums[path] + rows.T @ rows if path in sums else rows.T @ rows
+    def add(path: str, rows: Tensor) -> None:
+        gram = rows.double().T @ rows.double()
+        sums[path] = sums[path] + gram if path in sums else gram
 
-        return before
-
-    with ExitStack() as hooks:
-        hooks.enter_context(hooked([m.register_forward_pre_hook(keep(path)) for path, m in linears.items()]))
-        for walk in walks:
-            current[:] = [walk]
+    for walk in walks:
+        with watch_rows(stack, walk.runner.batch, linears, add):
             walk.runner.run(index, walk.compressed)
     return sums
 
