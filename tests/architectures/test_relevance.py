@@ -39,12 +39,13 @@ def test_relevance(key, kind):
     if refusal:
         assert kind not in COVERED, refusal
         pytest.skip(refusal)
-    if model.get_output_embeddings() is None and torch.equal(plain(model, batch), expected):  # where nothing is random
+    if model.get_output_embeddings() is None:
         assert torch.equal(logits, expected)
 
 
 @torch.no_grad()
 def plain(model, batch):
+    torch.manual_seed(0)  # some families draw patches to mask, or hashes
     with quiet():
         return first_tensor(forward(model, batch))
 
@@ -54,6 +55,7 @@ def explained(model, batch):
     try:
         with quiet():
             check_conserved(model, batch)
+            torch.manual_seed(0)
             with explaining(model) as sources:
                 return logits_of(model, batch, sources), ""
     except UnsupportedModelError as error:
