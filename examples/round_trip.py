@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -45,6 +45,7 @@ from hf_compress.apply import apply
 from hf_compress.edits import MergeBlocks, RemoveBlocks
 from hf_compress.errors import UnsupportedModelError
 from hf_compress.evaluation.size import stored_bytes
+from hf_compress.modules.bottleneck import Bottleneck
 from hf_compress.plan import Plan
 
 TEXT = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -102,8 +103,10 @@ def low_rank(model: PreTrainedModel, stack: Stack, block: int) -> Plan:
 
 def bottleneck(model: PreTrainedModel, stack: Stack, block: int) -> Plan:
     d = hidden_size(model.config)
-    directions = torch.linalg.qr(torch.randn(d, d // 2)).Q
-    return drafts.insert_bottleneck(model, stack, block, directions, 0.9 * directions.T, torch.zeros(d))
+    squeezed = Bottleneck(d, d // 2)
+    with torch.no_grad():
+        squeezed.decoder.copy_(0.9 * nn.init.orthogonal_(squeezed.encoder).T)
+    return drafts.insert_bottleneck(stack, block, squeezed)
 
 
 def pack(model: PreTrainedModel, stack: Stack, block: int) -> Plan:

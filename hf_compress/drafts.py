@@ -7,6 +7,7 @@ experts in one tensor) is settled here. Drafts of the same model add up: `narrow
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ from hf_compress.edits import (
 )
 from hf_compress.errors import UnsupportedModelError
 from hf_compress.modules.activation import Blend
+from hf_compress.modules.bottleneck import Bottleneck
 from hf_compress.modules.packed import pack
 from hf_compress.modules.sparse import GROUP, pack_mask, pack_row
 from hf_compress.plan import Plan
@@ -222,21 +224,12 @@ def linear_ffn(
     return Plan((edit,), tensors)
 
 
-def insert_bottleneck(
-    model: PreTrainedModel,
-    stack: Stack,
-    index: int,
-    encoder: Tensor,
-    decoder: Tensor,
-    center: Tensor | None = None,
-    skip: float = 0.1,
-) -> Plan:
-    """Have what comes out of a block pass through a `Bottleneck` of these tensors; rescaled when it has a center."""
+def insert_bottleneck(stack: Stack, index: int, bottleneck: Bottleneck) -> Plan:
+    """Have what comes out of a block pass through a bottleneck like this one; its tensors are not copied."""
     path = _block(stack, index)
-    hidden, width = encoder.shape
-    edit = InsertBottleneck(path, hidden, width, skip, rescale=center is not None)
-    tensors = {"encoder": encoder, "decoder": decoder} | ({} if center is None else {"center": center})
-    return Plan((edit,), {f"{path}.{BOTTLENECK}.{name}": tensor for name, tensor in tensors.items()})
+    hidden, width = bottleneck.encoder.shape
+    edit = InsertBottleneck(path, hidden, width, **asdict(bottleneck.form))
+    return Plan((edit,), {f"{path}.{BOTTLENECK}.{name}": tensor for name, tensor in bottleneck.state_dict().items()})
 
 
 def replace_activation(

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Self
 
 from hf_compress.errors import PlanError
 from hf_compress.modules.activation import BLENDS, Blend
+from hf_compress.modules.bottleneck import Form, Norm, Select
 from hf_compress.modules.packed import MAX_BITS
 
 _EDITS: dict[str, type[Edit]] = {}
@@ -210,24 +211,37 @@ class LinearFFN(ModuleEdit):
 
 @dataclass(frozen=True)
 class InsertBottleneck(ModuleEdit):
-    """What comes out of a block passes through a `Bottleneck` of `width` features; see there for `skip`, `rescale`."""
+    """What comes out of a block passes through a `Bottleneck` of `width` features; see `Form` for the other fields.
+
+    One that is gated, as while it is trained, gives place to a later one.
+    """
 
     block: str
     hidden: int
     width: int
     skip: float = 0.1
-    rescale: bool = True
+    norm: Norm = "kept"
+    select: Select = "all"
+    active: int | None = None
+    gated: bool = False
     path_fields: ClassVar = ("block",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_size("hidden", self.hidden)
         _check_size("width", self.width)
-        if self.width > self.hidden:
+        try:
+            selects = self.form.select != "all"
+        except ValueError as error:
+            raise PlanError(_short_text(str(error))) from None
+        if self.width > self.hidden and not selects:
             raise PlanError(f"a bottleneck must be narrower than the stream, {self.hidden}; got {self.width} features")
-        if type(self.skip) not in (int, float) or not 0 <= self.skip <= 1:
-            raise PlanError(f"skip must be a number between 0 and 1; got {_short(self.skip)}")
-        _check_bool("rescale", self.rescale)
+        if self.active is not None and self.active > self.width:
+            raise PlanError(f"of {self.width} features no {self.active} can be active")
+
+    @property
+    def form(self) -> Form:
+        return Form(self.skip, self.norm, self.select, self.active, self.gated)
 
 
 @dataclass(frozen=True)
@@ -358,5 +372,8 @@ def _block_indices(name: str, values: Any) -> tuple[int, ...]:
 
 def _short(value: Any) -> str:
     """What was given, cut to what fits a message."""
-    text = repr(value)
+    return _short_text(repr(value))
+
+
+def _short_text(text: str) -> str:
     return text if len(text) <= 200 else f"{text[:200]}…"

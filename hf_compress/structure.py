@@ -12,6 +12,7 @@ from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from functools import cached_property, singledispatch
 from itertools import chain, takewhile
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -232,15 +233,28 @@ def _directly_in(scope: str, path: str) -> str:
 @restructure.register
 def _(edit: InsertBottleneck, site: Site) -> None:
     block = site.module(edit.block)
-    if BOTTLENECK in block._modules:
+    there = block._modules.get(BOTTLENECK)
+    if there is not None and not (isinstance(there, Bottleneck) and there.form.gated):
         raise PlanError(f"{edit.block} has a bottleneck already; put it behind another block")
     example = next((p for p in block.parameters() if p.ndim == 1 and len(p) == edit.hidden), None)
     example = example if example is not None else next((p for p in block.parameters() if edit.hidden in p.shape), None)
     if example is None:
         raise PlanError(f"nothing in {edit.block} is {edit.hidden} wide, as the plan says of its residual stream")
-    bottleneck = Bottleneck(edit.hidden, edit.width, edit.skip, edit.rescale, device="meta", dtype=example.dtype)
+    bottleneck = Bottleneck(edit.hidden, edit.width, edit.form, device="meta", dtype=example.dtype)
     site.undo.put(block._modules, BOTTLENECK, bottleneck.train(block.training))
-    site.undo.later(block.register_forward_hook(bottleneck.after).remove)
+    if there is None:
+        site.undo.later(block.register_forward_hook(through_bottleneck).remove)
+
+
+def through_bottleneck(block: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+    """The forward hook by which a block's output, a tensor or what begins with it, passes through its bottleneck.
+
+    By name: so a copy of the block passes through its own.
+    """
+    bottleneck: Any = block._modules[BOTTLENECK]
+    if type(output) in (tuple, list):
+        return type(output)([bottleneck(output[0]), *output[1:]])
+    return bottleneck(output)
 
 
 @restructure.register

@@ -13,6 +13,7 @@ from hf_compress.drafts import (
     pack_linear,
     replace_activation,
 )
+from hf_compress.modules.bottleneck import Bottleneck
 from tests.architectures.changes import Trace
 from tests.architectures.tiny import tiny_model
 
@@ -61,7 +62,16 @@ def stack_of(model):
 def bottleneck_plan(model, index, width=16):
     generator = torch.Generator().manual_seed(1)
     encoder = torch.randn(HIDDEN, width, generator=generator) / 8
-    return insert_bottleneck(model, stack_of(model), index, encoder, encoder.T, torch.zeros(HIDDEN))
+    return insert_bottleneck(stack_of(model), index, linear_bottleneck(encoder, encoder.T))
+
+
+@torch.no_grad()
+def linear_bottleneck(encoder, decoder, form=None):
+    """One with these maps, and zeros for all else."""
+    bottleneck = Bottleneck(*encoder.shape, form, dtype=encoder.dtype)
+    bottleneck.encoder.copy_(encoder)
+    bottleneck.decoder.copy_(decoder)
+    return bottleneck
 
 
 def pack_plan(model, path, bits=4, group_size=16):

@@ -35,6 +35,7 @@ from tests.ffns import (
     noise,
     some_units,
 )
+from tests.plans import linear_bottleneck
 
 
 def test_the_matrices_of_the_oracle_are_those_of_the_modules():
@@ -285,7 +286,7 @@ EVERY = {
     "narrow": lambda m, s: narrow_ffn(m, s, 1, [3, 1]),
     "linear": lambda m, s: linear_ffn(m, s, 1, [noise(HIDDEN, HIDDEN)], noise(HIDDEN)),
     "low rank": lambda m, s: linear_ffn(m, s, 1, [noise(HIDDEN, 3), noise(3, HIDDEN)]),
-    "bottleneck": lambda m, s: insert_bottleneck(m, s, 1, noise(HIDDEN, 3), noise(3, HIDDEN)),
+    "bottleneck": lambda m, s: insert_bottleneck(s, 1, linear_bottleneck(noise(HIDDEN, 3), noise(3, HIDDEN))),
     "activation": lambda m, s: replace_activation(m, s, 1, "identity", 0.5),
     "packed": lambda m, s: pack_linear(m, "transformer.h.1.mlp.c_fc", torch.full((256, 8), 4), 8),
 }

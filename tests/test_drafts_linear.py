@@ -7,6 +7,7 @@ from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.undo import Undo
 from hf_compress.apply import apply, carry_out
 from hf_compress.drafts import insert_bottleneck, linear_ffn, replace_activation
+from hf_compress.modules.bottleneck import Form
 from tests.architectures.changes import forward
 from tests.architectures.tiny import tiny_inputs, tiny_model
 from tests.ffns import (
@@ -23,6 +24,7 @@ from tests.ffns import (
     noise,
     with_linear,
 )
+from tests.plans import linear_bottleneck
 
 # --- linear -----------------------------------------------------------------------------------------------------------
 
@@ -186,7 +188,10 @@ def test_a_bottleneck_is_a_hook_on_the_block(name):
         with hooked(stack.blocks[index].register_forward_hook(after)):
             expected = forward(model, inputs)
         with Undo() as undo:
-            carry_out(insert_bottleneck(model, stack, index, encoder, decoder, center, skip), model, undo)
+            bottleneck = linear_bottleneck(encoder, decoder, Form(skip, "lost" if center is None else "kept"))
+            if center is not None:
+                bottleneck.center.data.copy_(center)
+            carry_out(insert_bottleneck(stack, index, bottleneck), model, undo)
             assert_close(forward(model, inputs), expected, reference)
 
 
@@ -195,5 +200,5 @@ def test_a_bottleneck_behind_a_block_that_returns_a_list():
     encoder = torch.linalg.qr(noise(HIDDEN, HIDDEN)).Q
     inputs = tiny_inputs(model)
     reference, stack = forward(model, inputs), Anatomy(model).stack()
-    carry_out(insert_bottleneck(model, stack, 1, encoder, 0.9 * encoder.T, torch.zeros(HIDDEN)), model, Undo())
+    carry_out(insert_bottleneck(stack, 1, linear_bottleneck(encoder, 0.9 * encoder.T)), model, Undo())
     assert_close(forward(model, inputs), reference)

@@ -6,6 +6,7 @@ import torch
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.drafts import insert_bottleneck, linear_ffn, narrow_experts, narrow_ffn, replace_activation
 from hf_compress.errors import UnsupportedModelError
+from hf_compress.modules.bottleneck import Bottleneck
 from tests.architectures.tiny import tiny_model
 from tests.ffns import HIDDEN
 
@@ -64,7 +65,7 @@ def test_a_bottleneck_wider_than_the_stream():
     model = tiny_model("llama")
     stack = Anatomy(model).stack()
     with pytest.raises(ValueError, match="must be narrower than the stream, 64; got 65"):
-        insert_bottleneck(model, stack, 0, torch.zeros(HIDDEN, 65), torch.zeros(65, HIDDEN))
+        insert_bottleneck(stack, 0, Bottleneck(HIDDEN, 65))
 
 
 OTHER_UNITS = [
@@ -113,7 +114,7 @@ def test_units_of_experts_that_are_not_there_are_refused():
         lambda m, s, i: narrow_ffn(m, s, i, [1]),
         lambda m, s, i: narrow_experts(m, s, i, torch.zeros(4, 1, dtype=torch.long)),
         lambda m, s, i: linear_ffn(m, s, i, [torch.eye(HIDDEN)]),
-        lambda m, s, i: insert_bottleneck(m, s, i, torch.zeros(HIDDEN, 2), torch.zeros(2, HIDDEN)),
+        lambda m, s, i: insert_bottleneck(s, i, Bottleneck(HIDDEN, 2)),
         lambda m, s, i: replace_activation(m, s, i, "leaky"),
     ],
     ids=["narrow", "experts", "linear", "bottleneck", "activation"],

@@ -36,7 +36,16 @@ WRITTEN = {
     NarrowFFN: {"inputs": list(GATED), "output": DOWN, "width": 48, "bias": True},
     NarrowExperts: {"experts": f"{MLP}.experts", "width": 24},
     LinearFFN: {"inputs": list(GATED), "output": DOWN, "rank": 8, "bias": False, "activation": f"{MLP}.act_fn"},
-    InsertBottleneck: {"block": "model.layers.0", "hidden": 64, "width": 16, "skip": 0.25, "rescale": False},
+    InsertBottleneck: {
+        "block": "model.layers.0",
+        "hidden": 64,
+        "width": 16,
+        "skip": 0.25,
+        "norm": "lost",
+        "select": "top",
+        "active": 4,
+        "gated": False,
+    },
     PackLinear: {"module": DOWN, "group_size": 16, "planes": [64, 32, 3], "symmetric": False},
     ReplaceActivation: {"activation": f"{MLP}.act_fn", "blend": "constant", "width": 96},
     Seal: {"module": "model.norm"},
@@ -67,7 +76,6 @@ SIZES = [
 SWITCHES = [
     (NarrowFFN, "bias"),
     (LinearFFN, "bias"),
-    (InsertBottleneck, "rescale"),
     (PackLinear, "symmetric"),
 ]
 
@@ -101,7 +109,8 @@ def merges(draw):
 def bottlenecks(draw):
     narrow, wide = sorted(draw(st.tuples(sizes, sizes)))
     skip = draw(st.one_of(st.floats(0, 1), st.integers(0, 1)))
-    return InsertBottleneck(draw(paths), wide, narrow, skip, draw(st.booleans()))
+    norm = draw(st.sampled_from(["kept", "lost", "none"]))
+    return InsertBottleneck(draw(paths), wide, narrow, skip, norm, gated=draw(st.booleans()))
 
 
 @st.composite
@@ -147,7 +156,9 @@ def test_the_saved_form_stays_readable(kind):
 def test_what_may_be_left_out():
     assert NarrowFFN(GATED, DOWN, 48) == make(NarrowFFN, bias=False)
     assert LinearFFN(GATED, DOWN) == make(LinearFFN, rank=None, bias=True, activation=None)
-    assert InsertBottleneck("model.layers.0", 64, 16) == make(InsertBottleneck, skip=0.1, rescale=True)
+    assert InsertBottleneck("model.layers.0", 64, 16) == make(
+        InsertBottleneck, skip=0.1, norm="kept", select="all", active=None, gated=False
+    )
     assert PackLinear(DOWN, 16, (64, 32, 3)) == make(PackLinear, symmetric=True)
     assert ReplaceActivation(f"{MLP}.act_fn", "leaky") == make(ReplaceActivation, blend="leaky", width=None)
 
@@ -285,7 +296,26 @@ def test_what_is_a_skip(skip):
 def test_a_bottleneck_is_no_wider_than_the_stream():
     assert make(InsertBottleneck, width=64).width == 64
     with pytest.raises(PlanError, match="must be narrower than the stream, 64; got 65"):
-        make(InsertBottleneck, width=65)
+        InsertBottleneck("model.layers.0", 64, 65)
+    assert InsertBottleneck("model.layers.0", 64, 65, select="above").width == 65  # a dictionary may be wider
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"norm": "layer"}, "norm must be one of kept, lost, none; got 'layer'"),
+        ({"select": None}, "select must be one of all, top, above; got None"),
+        ({"active": None}, 'active is for select="top", and a number of features there; got None'),
+        ({"active": 0}, "active is for select"),
+        ({"active": True}, "active is for select"),
+        ({"active": 17}, "of 16 features no 17 can be active"),
+        ({"select": "all"}, "active is for select"),
+        ({"gated": 1}, "gated must be true or false; got 1"),
+    ],
+)
+def test_what_is_no_form_of_a_bottleneck(changes, message):
+    with pytest.raises(PlanError, match=message):
+        make(InsertBottleneck, **changes)
 
 
 def test_what_are_no_planes():

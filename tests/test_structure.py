@@ -7,13 +7,15 @@ import torch
 
 from hf_compress.anatomy.undo import Undo
 from hf_compress.apply import apply, carry_out
-from hf_compress.drafts import narrow_ffn, replace_activation
+from hf_compress.drafts import insert_bottleneck, narrow_ffn, replace_activation
 from hf_compress.edits import NarrowFFN, RemoveBlocks, Seal
 from hf_compress.errors import PlanError
 from hf_compress.modules.activation import BlendedActivation
+from hf_compress.modules.bottleneck import Form
 from hf_compress.modules.packed import MixedPrecisionLinear
 from hf_compress.modules.sealed import Sealed
 from hf_compress.plan import Plan
+from hf_compress.record import recorded
 from hf_compress.structure import BOTTLENECK, Site, restructure
 from tests.architectures.changes import forward
 from tests.architectures.tiny import tiny_inputs, tiny_model
@@ -27,6 +29,7 @@ from tests.plans import (
     UNITS,
     Before,
     bottleneck_plan,
+    linear_bottleneck,
     linear_plan,
     model_for,
     pack_plan,
@@ -227,3 +230,15 @@ def test_an_ffn_is_narrowed_twice(model):
     apply(narrow_ffn(twin, stack_of(twin), 0, range(8, 24)), twin)
     assert torch.equal(forward(model, inputs), forward(twin, inputs))
     assert model.config.to_dict() == twin.config.to_dict()
+
+
+def test_a_gated_bottleneck_gives_place_to_a_later_one(model):
+    whole = linear_bottleneck(torch.eye(HIDDEN), 0.9 * torch.eye(HIDDEN), Form(gated=True))
+    whole.gate[8:] = 0
+    apply(insert_bottleneck(stack_of(model), 1, whole), model)
+    before = forward(model, tiny_inputs(model))
+    few = linear_bottleneck(torch.eye(HIDDEN)[:, :8], 0.9 * torch.eye(HIDDEN)[:8])
+    apply(insert_bottleneck(stack_of(model), 1, few), model)
+    assert len(model.model.layers[1]._forward_hooks) == 1
+    torch.testing.assert_close(forward(model, tiny_inputs(model)), before)
+    assert recorded(model.config)[0].width == 8

@@ -22,6 +22,7 @@ from hf_compress.storage.save import save
 from tests.architectures.changes import forward
 from tests.architectures.matrix import FAMILIES
 from tests.architectures.tiny import CannotBuild, tiny_inputs
+from tests.plans import linear_bottleneck
 
 TYPES = [(key, kind, side) for key, family in FAMILIES.items() for kind in family.types for side in family.sides]
 # What may be refused, by a word of the reason; all else has to be changed.
@@ -67,7 +68,7 @@ def reversed_heads(model, stack: Stack, index: int) -> Plan:
 def bottleneck(model, stack: Stack, index: int) -> Plan:
     d = hidden_size(stack.configs[0][0])
     directions = torch.linalg.qr(torch.randn(d, d // 2, generator=torch.Generator().manual_seed(0))).Q
-    return drafts.insert_bottleneck(model, stack, index, directions, 0.9 * directions.T, torch.zeros(d))
+    return drafts.insert_bottleneck(stack, index, linear_bottleneck(directions, 0.9 * directions.T))
 
 
 def change(key: str, kind: str, side: str | None, draft: Callable[..., Plan], folder) -> float:

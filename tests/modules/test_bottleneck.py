@@ -10,16 +10,18 @@ from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.undo import Undo
 from hf_compress.apply import carry_out
 from hf_compress.drafts import insert_bottleneck
-from hf_compress.modules.bottleneck import Bottleneck
-from hf_compress.structure import BOTTLENECK
+from hf_compress.modules.bottleneck import Bottleneck, Form
+from hf_compress.structure import BOTTLENECK, through_bottleneck
 from tests.architectures.tiny import tiny_inputs, tiny_model
+from tests.plans import linear_bottleneck
 
 HIDDEN, FEATURES = 6, 3
+NORMS = ("kept", "lost", "none")
 
 
-def bottleneck(skip=0.1, rescale=True, hidden=HIDDEN, width=FEATURES):
+def bottleneck(skip=0.1, norm="kept", hidden=HIDDEN, width=FEATURES):
     """One with random tensors, in float64."""
-    module = Bottleneck(hidden, width, skip, rescale).double()
+    module = Bottleneck(hidden, width, Form(skip, norm)).double()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -34,16 +36,18 @@ def stream(*shape, seed=4):
 def squeezed(h, module):
     """The docstring's formulas for one position: `h` is a list of numbers."""
     hidden, width = module.encoder.shape
-    encoder, decoder, s = module.encoder.tolist(), module.decoder.tolist(), module.skip
+    encoder, decoder, s = module.encoder.tolist(), module.decoder.tolist(), module.form.skip
     mean = sum(h) / hidden
     spread = (sum((x - mean) ** 2 for x in h) / hidden + 1e-5) ** 0.5
+    if module.form.norm == "none":
+        mean, spread = 0.0, 1.0
     n = [(x - mean) / spread for x in h]
-    b = module.center.tolist() if module.rescale else [0.0] * hidden
+    b = [0.0] * hidden if module.form.norm == "lost" else module.center.tolist()
     u = [sum((n[i] - b[i]) * encoder[i][j] for i in range(hidden)) for j in range(width)]
     out = []
     for i in range(hidden):
         back = sum(u[j] * decoder[j][i] for j in range(width))
-        if module.rescale:
+        if module.form.norm != "lost":
             out.append(spread * (back + (1 - s) * b[i]) + (1 - s) * mean + s * h[i])
         else:
             out.append(back + s * h[i])
@@ -51,9 +55,9 @@ def squeezed(h, module):
 
 
 @pytest.mark.parametrize("skip", [0.0, 0.1, 1.0])
-@pytest.mark.parametrize("rescale", [True, False])
-def test_every_position_follows_the_formulas(rescale, skip):
-    module, h = bottleneck(skip, rescale), stream(2, 4, HIDDEN)
+@pytest.mark.parametrize("norm", NORMS)
+def test_every_position_follows_the_formulas(norm, skip):
+    module, h = bottleneck(skip, norm), stream(2, 4, HIDDEN)
     got = module(h)
     assert got.shape == h.shape
     for row in range(2):
@@ -79,7 +83,7 @@ def test_with_all_features_and_an_orthogonal_encoder_nothing_is_lost(skip):
 
 
 def test_the_papers_form_gives_the_normed_stream_back():
-    module, h = bottleneck(0.0, rescale=False, hidden=8, width=8), stream(3, 5, 8)
+    module, h = bottleneck(0.0, "lost", hidden=8, width=8), stream(3, 5, 8)
     with torch.no_grad():
         module.encoder.copy_(torch.eye(8))
         module.decoder.copy_(torch.eye(8))
@@ -91,18 +95,18 @@ def test_a_stream_without_any_spread_stays_finite():
     assert got.isfinite().all()
 
 
-@pytest.mark.parametrize("rescale", [True, False])
-def test_encoding_and_decoding_are_the_two_halves(rescale):
-    module, h = bottleneck(rescale=rescale), stream(2, HIDDEN)
+@pytest.mark.parametrize("norm", NORMS)
+def test_encoding_and_decoding_are_the_two_halves(norm):
+    module, h = bottleneck(norm=norm), stream(2, HIDDEN)
     features, context = module.encode(h)
     assert features.shape == (2, FEATURES)
-    assert [tuple(part.shape) for part in context] == [(2, 1), (2, 1)]
-    assert torch.equal(module.decode(features, context, h), module(h))
+    assert [tuple(part.shape) for part in context] == [(2, HIDDEN), (2, 1), (2, 1)]
+    assert torch.equal(module.decode(features, context), module(h))
 
 
-@pytest.mark.parametrize("rescale", [True, False])
-def test_the_gradient_reaches_the_inputs_and_every_tensor(rescale):
-    module, h = bottleneck(rescale=rescale), stream(2, HIDDEN).requires_grad_()
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_gradient_reaches_the_inputs_and_every_tensor(norm):
+    module, h = bottleneck(norm=norm), stream(2, HIDDEN).requires_grad_()
     parameters = dict(module.named_parameters())
 
     def run(h, *values):
@@ -111,24 +115,31 @@ def test_the_gradient_reaches_the_inputs_and_every_tensor(rescale):
     assert torch.autograd.gradcheck(run, (h, *parameters.values()))
 
 
-def test_only_the_rescaled_one_has_a_center():
-    assert set(bottleneck(rescale=True).state_dict()) == {"encoder", "decoder", "center"}
-    assert set(bottleneck(rescale=False).state_dict()) == {"encoder", "decoder"}
+def test_the_papers_form_has_no_center():
+    assert set(bottleneck(norm="kept").state_dict()) == {"encoder", "decoder", "center"}
+    assert set(bottleneck(norm="lost").state_dict()) == {"encoder", "decoder"}
 
 
 # --- behind a block ---------------------------------------------------------------------------------------------------
 
 
+def after(module, output):
+    """What becomes of a block's output."""
+    block = nn.Module()
+    block.add_module(BOTTLENECK, module)
+    return through_bottleneck(block, (), output)
+
+
 def test_after_a_block_that_returns_a_tensor():
     module, h = bottleneck(), stream(2, HIDDEN)
-    assert torch.equal(module.after(nn.Identity(), (), h), module(h))
+    assert torch.equal(after(module, h), module(h))
 
 
 @pytest.mark.parametrize("kind", [tuple, list])
 def test_after_a_block_that_returns_more_the_rest_is_left_alone(kind):
     module, h, weights, cache = bottleneck(), stream(2, HIDDEN), stream(2, 2), object()
     given = kind([h, weights, cache])
-    out = module.after(nn.Identity(), (), given)
+    out = after(module, given)
     assert type(out) is kind
     assert torch.equal(out[0], module(h))
     assert out[1] is weights
@@ -150,7 +161,8 @@ class Block(nn.Module):
 @pytest.mark.parametrize("pair", [True, False])
 def test_as_a_hook_it_changes_what_comes_out_of_the_block(pair):
     block, module, h = Block(pair), bottleneck(), stream(2, HIDDEN)
-    block.register_forward_hook(module.after)
+    block.add_module(BOTTLENECK, module)
+    block.register_forward_hook(through_bottleneck)
     out = block(h)
     assert torch.equal(out[0] if pair else out, module(2 * h))
     assert not pair or out[1] == "attention"
@@ -165,7 +177,7 @@ def model_with_one(model_type="llama", width=8):
     generator = torch.Generator().manual_seed(6)
     encoder, decoder = torch.randn(64, width, generator=generator), torch.randn(width, 64, generator=generator)
     stack = Anatomy(model).stack()
-    carry_out(insert_bottleneck(model, stack, 1, encoder / 8, decoder / 8, torch.zeros(64)), model, Undo())
+    carry_out(insert_bottleneck(stack, 1, linear_bottleneck(encoder / 8, decoder / 8)), model, Undo())
     return model, bottleneck_of(model)
 
 

@@ -134,7 +134,7 @@ def test_edits_in_words(small):
             {"edit": "RemoveBlocks", "stack": "model.layers", "blocks": [0, 6, 7, 8]},
             *narrow,
             {**narrow[0], "output": down.format(3), "width": 4},
-            {"edit": "InsertBottleneck", "block": "model.layers.1", "skip": 0.1, "rescale": True, "note": None},
+            {"edit": "InsertBottleneck", "block": "model.layers.1", "skip": 0.1, "gated": True, "note": None},
             {"edit": "Unheard", "groups": list(range(40)), "planes": [3, 4], "map": {"a": 1}, "to": "/home/me/x"},
         ],
     )
@@ -143,7 +143,7 @@ def test_edits_in_words(small):
         ["RemoveBlocks", "model.layers", "left out: 0, 6–8"],
         ["NarrowFFN", "model.layers.0–2, 4.mlp.down_proj", "width: 8, bias: false"],
         ["NarrowFFN", "model.layers.3.mlp.down_proj", "width: 4, bias: false"],
-        ["InsertBottleneck", "model.layers.1", "skip: 0.1, rescale: true, note: null"],
+        ["InsertBottleneck", "model.layers.1", "skip: 0.1, gated: true, note: null"],
         ["Unheard", "", "groups: 40 values, planes: 3, 4, map: a 1, to: x"],
     ]
 

@@ -66,12 +66,15 @@ def field_values(paths):
     return {
         **dict.fromkeys(("output", "activation", "block", "module", "experts", "stack", "query", "key", "value"), path),
         **dict.fromkeys(("width", "hidden", "rank", "group_size", "groups", "heads"), size | st.none()),
-        **dict.fromkeys(("bias", "rescale", "symmetric", "rest"), st.booleans()),
+        **dict.fromkeys(("bias", "symmetric", "rest", "gated"), st.booleans()),
         "inputs": st.lists(path, min_size=1, max_size=3),
         "planes": st.lists(size, min_size=1, max_size=4),
         "blend": st.sampled_from(["leaky", "identity", "constant"]),
         "skip": st.floats(0, 1),
         "kept": size,
+        "norm": st.sampled_from(["kept", "lost", "none"]),
+        "select": st.sampled_from(["all", "top", "above"]),
+        "active": size | st.none(),
         "blocks": st.lists(size, min_size=1, max_size=3),
         "absorbed": st.lists(size, min_size=1, max_size=3),
     }
