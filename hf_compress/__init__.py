@@ -15,7 +15,9 @@ from hf_compress import models
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "AdaptiveCompressConfig": "hf_compress.methods.adaptive_compress",
     "Anatomy": "hf_compress.anatomy.anatomy",
+    "Bottlenecks": "hf_compress.bottlenecks",
     "CardDetails": "hf_compress.report.card",
     "CompressionCallback": "hf_compress.training.callback",
     "CompressionConfig": "hf_compress.config",
@@ -40,6 +42,7 @@ _PUBLIC = {
     "analyze": "hf_compress.analysis",
     "compress": "hf_compress.pipeline",
     "evaluate": "hf_compress.evaluation.evaluate",
+    "fit": "hf_compress.methods.adaptive_compress.fit",
     "heal": "hf_compress.training.heal",
     "heatmap": "hf_compress.report.heatmap",
     "make_plan": "hf_compress.pipeline",

@@ -21,10 +21,15 @@ class Regimen:
     to the parameters that there were at the beginning. What changes in between are values: masks, gates, shares.
 
     `progress` is the share of the optimizer's steps that are done, in [0, 1].
+
+    Attributes:
+        config: the method's settings.
+        steps: of the optimizer, in the whole run; known from `begin` on.
     """
 
     def __init__(self, config: CompressionConfig) -> None:
         self.config = config
+        self.steps = 1
 
     def prepare(self, bench: Workbench) -> Plan:
         """The structure to train with. Asked for when the Trainer is made, before it makes its optimizer."""

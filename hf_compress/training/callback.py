@@ -138,7 +138,8 @@ class CompressionCallback(ObjectiveCallback):
         trainer = calling_trainer()
         model = self._checked(kwargs["model"], kwargs["optimizer"], state)
         self._structure_of = None
-        self.regimen.begin(model, state.global_step / max(1, state.max_steps))
+        self.regimen.steps = max(1, state.max_steps)
+        self.regimen.begin(model, state.global_step / self.regimen.steps)
         if state.global_step:
             self._resume(read_state(resumed_checkpoint() or "", state.global_step))
         if self.teacher is not None:

@@ -1,0 +1,186 @@
+"""Trained bottlenecks of a model: looked through, spliced into it, written to a folder and read again."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.stacks import Stack
+from hf_compress.calibration.capture import (
+    StopForward,
+    forward,
+    hooked,
+    inference,
+    stream_of_output,
+    stream_tokens,
+    with_stream,
+)
+from hf_compress.calibration.data import Calibration
+from hf_compress.drafts import insert_bottleneck
+from hf_compress.modules.bottleneck import Bottleneck, Form
+from hf_compress.modules.packed import unpack_bits
+from hf_compress.modules.sparse import pack_mask
+from hf_compress.plan import Plan
+
+_FILE = "bottlenecks.safetensors"
+_VERSION = 1
+
+
+@dataclass
+class Place:
+    """The bottleneck behind one block.
+
+    Attributes:
+        module: on the CPU, in float32.
+        importance: of every feature that was trained, (features) float32, kept or not.
+        kept: which of them the module has, in rising order, (width).
+        curve: by name ("step", "retention", "error", "active"), a number a step: the share kept, the squared error of
+            ĥ relative to the variance of h on that step's tokens, and the features active in the mean.
+        stopped: why training stopped early; empty if it did not.
+    """
+
+    module: Bottleneck
+    importance: Tensor
+    kept: Tensor
+    curve: dict[str, list[float]] = field(default_factory=dict)
+    stopped: str = ""
+
+
+@dataclass
+class Bottlenecks:
+    """What `hf_compress.fit` gives: bottlenecks behind some blocks of a model, which is left as it was.
+
+    Attributes:
+        stack: path of the residual stack.
+        places: by the index of the block.
+        config: the settings they were trained with.
+        tokens: how many they were trained on.
+    """
+
+    stack: str
+    places: dict[int, Place]
+    config: dict[str, Any]
+    tokens: int = 0
+
+    @property
+    def layers(self) -> list[int]:
+        """Indices of the blocks."""
+        return sorted(self.places)
+
+    def plan(self, model: PreTrainedModel) -> Plan:
+        """To put them into `model` for good: `hf_compress.apply.apply(found.plan(model), model)`."""
+        stack, plan = Anatomy(model).stack(self.stack), Plan()
+        for index in self.layers:
+            plan += insert_bottleneck(stack, index, self.places[index].module)
+        places = {str(index): _summary(place) for index, place in sorted(self.places.items())}
+        return Plan(plan.edits, plan.tensors, {"tokens": self.tokens, "bottlenecks": places})
+
+    @contextmanager
+    def spliced(self, model: PreTrainedModel, layers: list[int] | None = None) -> Iterator[None]:
+        """While it lasts, what leaves the blocks passes through their bottlenecks, in float32."""
+
+        def through(index: int) -> Callable[[Tensor], Tensor]:
+            module = self.places[index].module
+            return lambda stream: module.to(stream.device)(stream.float()).to(stream.dtype)
+
+        with replaced_streams(Anatomy(model).stack(self.stack), {i: through(i) for i in layers or self.layers}):
+            yield
+
+    def read(self, model: PreTrainedModel, data: Calibration) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Of each batch and block: the block's index, its stream (samples, positions, hidden) in float32, and the mask
+        of its real tokens (samples, positions). The pass ends after the last of the blocks."""
+        stack, last = Anatomy(model).stack(self.stack), self.layers[-1]
+        found: list[tuple[int, Tensor]] = []
+
+        def keep(index: int) -> Callable[[Tensor], None]:
+            def seen(stream: Tensor) -> None:
+                found.append((index, stream.float()))
+                if index == last:
+                    raise StopForward
+
+            return seen
+
+        with inference(model), replaced_streams(stack, {index: keep(index) for index in self.layers}):
+            for batch in data:
+                forward(model, batch)
+                for index, stream in found:
+                    yield index, stream, stream_tokens(stack, batch, stream)
+                found.clear()
+
+    def save(self, folder: str | Path) -> Path:
+        """Write them into a folder, whole or not at all; `Bottlenecks.load` reads them again."""
+        path = Path(folder) / _FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors: dict[str, Tensor] = {}
+        facts: dict[str, Any] = {}
+        for index, place in self.places.items():
+            mask = torch.zeros(len(place.importance), dtype=torch.bool)
+            mask[place.kept] = True
+            facts[str(index)] = {"form": asdict(place.module.form), "curve": place.curve, "stopped": place.stopped}
+            own = {"importance": place.importance, "kept": pack_mask(mask)} | place.module.state_dict()
+            tensors |= {f"{index}.{name}": tensor.contiguous() for name, tensor in own.items()}
+        whole = {"version": _VERSION, "stack": self.stack, "config": self.config, "tokens": self.tokens}
+        partial = path.with_suffix(".partial")
+        save_file(tensors, partial, metadata={"hf_compress": json.dumps(whole | {"places": facts})})
+        os.replace(partial, path)
+        return path
+
+    @staticmethod
+    def load(folder: str | Path) -> Bottlenecks:
+        """What `save` wrote.
+
+        Raises:
+            ValueError: the folder has no such file, or one of a newer version.
+        """
+        path = Path(folder) / _FILE
+        if not path.is_file():
+            raise ValueError(f"{folder} has no {_FILE}: give the folder that Bottlenecks.save wrote to")
+        with safe_open(path, framework="pt") as file:
+            whole = json.loads((file.metadata() or {}).get("hf_compress", "{}"))
+            if whole.get("version") != _VERSION:
+                raise ValueError(f"{path} has version {whole.get('version')}, known is {_VERSION}: upgrade hf-compress")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
+        places = {}
+        for index, facts in whole["places"].items():
+            own = {n.partition(".")[2]: t for n, t in tensors.items() if n.partition(".")[0] == index}
+            importance, mask = own.pop("importance"), own.pop("kept")
+            hidden, width = own["encoder"].shape
+            module = Bottleneck(hidden, width, Form(**facts["form"]))
+            module.load_state_dict(own)
+            kept = unpack_bits(mask[None])[0, : len(importance)].nonzero()[:, 0]
+            places[int(index)] = Place(module, importance, kept, facts["curve"], facts["stopped"])
+        return Bottlenecks(whole["stack"], places, whole["config"], whole["tokens"])
+
+
+@contextmanager
+def replaced_streams(stack: Stack, changes: Mapping[int, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
+    """Have what leaves blocks be seen, and replaced where a tensor comes back."""
+
+    def hook(index: int) -> RemovableHandle:
+        def change(block: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+            changed = changes[index](stream_of_output(output))
+            return None if changed is None else with_stream(output, changed)
+
+        return stack.blocks[index].register_forward_hook(change)
+
+    with hooked(hook(index) for index in changes):
+        yield
+
+
+def _summary(place: Place) -> dict[str, Any]:
+    """What a report says of a place."""
+    last = {name: values[-1] for name, values in place.curve.items() if values}
+    return {"features": len(place.kept), "of": len(place.importance), **last, "stopped": place.stopped}

@@ -1,0 +1,183 @@
+"""How much of a stream bottlenecks keep: figures of their codes, and of the model that they are spliced into."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.bottlenecks import Bottlenecks, replaced_streams
+from hf_compress.calibration.capture import forward, inference
+from hf_compress.calibration.data import Batch, DataOptions, prepare
+from hf_compress.calibration.objective import first_tensor
+from hf_compress.modules.bottleneck import Bottleneck
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """A bottleneck on real tokens it was not trained on.
+
+    Attributes:
+        l0: features active (not 0) a token, in the mean.
+        l1: mean of Σ_i |z_i|, absolute: in the units of the code.
+        element_error: mean over tokens and coordinates of (x − x̂)².
+        token_error: mean over tokens of ‖x − x̂‖².
+        explained_variance: 1 − Σ‖x − x̂‖² / Σ‖x − μ‖², with both sums, and the mean μ, over all tokens at once. To
+            give μ for every token comes to 0; means of the ratios of single tokens or batches would not.
+        tokens: how many.
+    """
+
+    l0: float
+    l1: float
+    element_error: float
+    token_error: float
+    explained_variance: float
+    tokens: int
+
+
+class ReconstructionSums:
+    """Streaming sums of `Reconstruction`, in float64.
+
+    Means are taken around the first tokens' mean, so that a large common part of the stream costs no digits.
+    """
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.l0 = self.l1 = self.error = self.energy = 0.0
+        self.shift = self.total = torch.zeros(0)
+
+    def update(self, stream: Tensor, rebuilt: Tensor, code: Tensor) -> None:
+        """Add tokens: stream and rebuilt (tokens, hidden), code (tokens, features)."""
+        stream, rebuilt = stream.double(), rebuilt.double()
+        if not self.tokens:
+            self.shift = stream.mean(0)
+            self.total = torch.zeros_like(self.shift)
+        moved = stream - self.shift
+        self.tokens += len(stream)
+        self.total += moved.sum(0)
+        self.energy += float(moved.square().sum())
+        self.error += float((stream - rebuilt).square().sum())
+        self.l0 += float((code != 0).sum())
+        self.l1 += float(code.double().abs().sum())
+
+    def result(self) -> Reconstruction:
+        """Of all tokens so far; ValueError where there were none, or all are alike."""
+        if not self.tokens:
+            raise ValueError("no tokens were seen: pass texts with some that are no special tokens")
+        variance = self.energy - float(self.total.square().sum()) / self.tokens
+        if not variance > 0:
+            raise ValueError("all tokens have the same stream, so no share of its variance can be explained")
+        return Reconstruction(
+            self.l0 / self.tokens,
+            self.l1 / self.tokens,
+            self.error / self.tokens / len(self.total),
+            self.error / self.tokens,
+            1 - self.error / variance,
+            self.tokens,
+        )
+
+
+@torch.no_grad()
+def reconstruction(
+    model: PreTrainedModel,
+    bottlenecks: Bottlenecks,
+    data: Any,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    options: DataOptions | None = None,
+) -> dict[int, Reconstruction]:
+    """Of each bottleneck by itself, on the streams of the model as it is; data as for `compress`.
+
+    Raises:
+        ValueError: no tokens.
+    """
+    sums = {layer: ReconstructionSums() for layer in bottlenecks.layers}
+    for layer, stream, real in bottlenecks.read(model, prepare(data, model, tokenizer, options)):
+        rows = stream[real]
+        if len(rows):
+            module: Bottleneck = bottlenecks.places[layer].module.to(rows.device)
+            code, context = module.encode(rows)
+            sums[layer].update(rows, module.decode(code, context), code)
+    return {layer: one.result() for layer, one in sums.items()}
+
+
+@dataclass(frozen=True)
+class SpliceQuality:
+    """What becomes of a language model when its streams pass through bottlenecks.
+
+    Attributes:
+        divergence: KL(clean ‖ spliced) of the next token's distribution, nats a token, in float32.
+        clean, spliced, zeroed: loss, nats a token: of the model as it is, with its bottlenecks, and with zeros in the
+            place of the streams they stand in.
+        tokens: how many predictions.
+    """
+
+    divergence: float
+    clean: float
+    spliced: float
+    zeroed: float
+    tokens: int
+
+    @property
+    def recovered(self) -> float:
+        """(zeroed − spliced) / (zeroed − clean): 1 where nothing is lost, 0 where zeros do as well."""
+        return (self.zeroed - self.spliced) / (self.zeroed - self.clean)
+
+    @property
+    def perplexities(self) -> tuple[float, float]:
+        """Clean and spliced."""
+        return math.exp(self.clean), math.exp(self.spliced)
+
+
+@torch.no_grad()
+def splice_quality(
+    model: PreTrainedModel,
+    bottlenecks: Bottlenecks,
+    data: Any,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    options: DataOptions | None = None,
+    layers: list[int] | None = None,
+) -> SpliceQuality:
+    """Splice bottlenecks behind `layers`, or all of them at once, into a causal language model for a while.
+
+    Raises:
+        ValueError: a model that predicts no next token, or data without two tokens in a row.
+    """
+    if not model.can_generate() or model.config.is_encoder_decoder:
+        raise ValueError(f"splice_quality compares next-token predictions; {type(model).__name__} makes none")
+    layers = layers or bottlenecks.layers
+    stack = Anatomy(model).stack(bottlenecks.stack)
+    zeros = {layer: torch.zeros_like for layer in layers}
+    sums, tokens = torch.zeros(4, dtype=torch.float64), 0
+    with inference(model):
+        for batch in prepare(data, model, tokenizer, options):
+            clean = _predictions(model, batch)
+            with bottlenecks.spliced(model, layers):
+                spliced = _predictions(model, batch)
+            with replaced_streams(stack, zeros):
+                zeroed = _predictions(model, batch)
+            targets, counts = _targets(batch, clean.device)
+            divergence = (clean.exp() * (clean - spliced)).sum(-1)
+            losses = [-p.gather(-1, targets[..., None])[..., 0] for p in (clean, spliced, zeroed)]
+            sums += torch.stack([one[counts].double().sum() for one in (divergence, *losses)]).cpu()
+            tokens += int(counts.sum())
+    if not tokens:
+        raise ValueError("no text has two tokens in a row, so there is nothing to predict")
+    return SpliceQuality(*(sums / tokens).tolist(), tokens)
+
+
+def _predictions(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Log-probabilities of each next token, (samples, positions − 1, vocabulary) float32."""
+    return F.log_softmax(first_tensor(forward(model, batch)).float()[:, :-1], dim=-1)
+
+
+def _targets(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The next tokens, (samples, positions − 1), and which of them are real and follow a real one."""
+    assert batch.real is not None
+    targets = batch.inputs["input_ids"].long()[:, 1:]
+    return targets.to(device), (batch.real[:, 1:] & batch.real[:, :-1]).to(device)

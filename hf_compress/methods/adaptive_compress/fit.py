@@ -1,0 +1,265 @@
+"""Fitting bottlenecks to a model that stays as it is: one pass over the data for all of them, nothing kept of it."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.stacks import Stack
+from hf_compress.bottlenecks import Bottlenecks, Place
+from hf_compress.calibration.capture import StopForward, check_stream, forward, inference, stream_tokens, watch_blocks
+from hf_compress.calibration.data import Batch, Calibration, DataOptions, prepare
+from hf_compress.errors import CalibrationError
+from hf_compress.methods.adaptive_compress.adaptive import Adaptive, Paper
+from hf_compress.methods.adaptive_compress.course import Course, everywhere, processes
+from hf_compress.methods.adaptive_compress.learner import Learner, StreamMoments
+from hf_compress.methods.adaptive_compress.peers import BatchTopK, Linear, Principal, TopK
+from hf_compress.methods.adaptive_compress.progress import Progress
+
+if TYPE_CHECKING:
+    from hf_compress.methods.adaptive_compress.config import AdaptiveCompressConfig
+
+logger = logging.getLogger(__name__)
+
+LEARNERS: dict[str, type[Learner]] = {
+    "default": Adaptive,
+    "paper": Paper,
+    "pca": Principal,
+    "linear": Linear,
+    "topk": TopK,
+    "batchtopk": BatchTopK,
+}
+_FRACTIONS = (0.25, 0.5, 0.75)
+_START_TOKENS = 200  # a feature, for means and principal directions
+
+
+@overload
+def fit(
+    model: PreTrainedModel, config: AdaptiveCompressConfig, calibration: Any, tokenizer: Any = ..., options: Any = ...
+) -> Bottlenecks: ...
+@overload
+def fit(
+    model: PreTrainedModel,
+    config: Sequence[AdaptiveCompressConfig],
+    calibration: Any,
+    tokenizer: Any = ...,
+    options: Any = ...,
+) -> list[Bottlenecks]: ...
+def fit(
+    model: PreTrainedModel,
+    config: AdaptiveCompressConfig | Sequence[AdaptiveCompressConfig],
+    calibration: Any,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    options: DataOptions | None = None,
+    *,
+    checkpoint: str | Path | None = None,
+    save_every: int = 100,
+) -> Bottlenecks | list[Bottlenecks]:
+    """Train bottlenecks on the residual stream of a model, which is left as it was.
+
+    In one forward pass a batch, which ends after the last block that is looked at, all bottlenecks behind all blocks
+    learn: also those of several configs, which costs a pass of the model but once. In several processes (torchrun)
+    each takes its part of the batches, and all come to the same bottlenecks.
+
+    Args:
+        model: any whose blocks can be found, in any dtype; bottlenecks are float32.
+        config: settings, or several.
+        calibration, tokenizer, options: what to train on, as for `compress`.
+        checkpoint: a folder to write the state to every `save_every` batches. Where it holds one of the same settings
+            and data, training goes on from there.
+
+    Returns:
+        The bottlenecks; a list of them for a list of configs.
+
+    Raises:
+        ValueError, TypeError: layers that there are not, too little data for the schedule, a checkpoint of another run.
+        CalibrationError: activations that are not finite.
+    """
+    several = isinstance(config, Sequence)
+    configs: list[Any] = list(config) if isinstance(config, Sequence) else [config]
+    data = prepare(calibration, model, tokenizer, options)
+    found = fit_all(model, configs, data, checkpoint, save_every)
+    return found if several else found[0]
+
+
+def fit_all(
+    model: PreTrainedModel,
+    configs: Sequence[AdaptiveCompressConfig],
+    data: Calibration,
+    checkpoint: str | Path | None = None,
+    save_every: int = 100,
+) -> list[Bottlenecks]:
+    """`fit` on data that is prepared."""
+    stack = _common_stack(model, configs)
+    places = [layers_of(config, stack) for config in configs]
+    batches = _own_share(data)
+    for config in configs:
+        check_schedule(config, data, len(batches))
+    with inference(model):
+        moments = stream_moments(model, stack, sorted({i for layers in places for i in layers}), data, configs[0])
+        courses = [
+            {layer: Course(LEARNERS[config.variant](config, moments[layer], config.seed + layer)) for layer in layers}
+            for config, layers in zip(configs, places, strict=True)
+        ]
+        progress = Progress(checkpoint, courses, configs, data, save_every)
+        _train(model, stack, courses, configs, batches, progress)
+    results = []
+    for config, mine in zip(configs, courses, strict=True):
+        found = {layer: _place(layer, course) for layer, course in mine.items()}
+        results.append(Bottlenecks(stack.path, found, config.to_dict(), data.tokens * config.epochs))
+    return results
+
+
+def _train(
+    model: PreTrainedModel,
+    stack: Stack,
+    courses: list[dict[int, Course]],
+    configs: Sequence[AdaptiveCompressConfig],
+    batches: list[Batch],
+    progress: Progress,
+) -> None:
+    """Go through the batches as often as each config asks for; a bottleneck that is done, or has stopped, sits out."""
+    wanted = sorted({layer for mine in courses for layer, course in mine.items() if course.learner.trains})
+    rounds = max(config.epochs for config in configs)
+    for done in tqdm(range(progress.done, rounds * len(batches)), desc="fitting", disable=None):
+        epoch, number = divmod(done, len(batches))
+        active = [
+            (config, mine)
+            for config, mine in zip(configs, courses, strict=True)
+            if epoch < config.epochs and any(course.goes_on for course in mine.values())
+        ]
+        if not active or not wanted:
+            break
+
+        def learn(layer: int, rows: Tensor, active: Any = active, epoch: int = epoch, number: int = number) -> None:
+            for config, mine in active:
+                if layer in mine:
+                    step = (epoch * len(batches) + number) * config.updates
+                    mine[layer].learn(rows, step, len(batches) * config.epochs * config.updates)
+
+        watch_rows(model, stack, wanted, batches[number], configs[0].outliers, learn)
+        progress.batch_done(done + 1)
+
+
+def watch_rows(
+    model: PreTrainedModel, stack: Stack, layers: Sequence[int], batch: Batch, outliers: float, learn: Any
+) -> None:
+    """A forward pass as far as the last of the layers; `learn(layer, rows)` gets the real tokens of each, in float32.
+
+    Tokens of many times the median norm, on which attention rests, would outweigh all others: they are left out.
+    """
+
+    def watch(index: int, before: Tensor, after: Tensor) -> None:
+        if index not in layers:
+            return
+        check_stream(stack, index, before, after)
+        learn(index, ordinary(after[stream_tokens(stack, batch, after)].float(), outliers))
+        if index == layers[-1]:
+            raise StopForward
+
+    with watch_blocks(stack, watch):
+        forward(model, batch)
+
+
+def ordinary(rows: Tensor, outliers: float) -> Tensor:
+    """Rows (tokens, hidden) of at most `outliers` times their median norm."""
+    norms = rows.norm(dim=1)
+    return rows[norms <= outliers * norms.median()] if len(rows) else rows
+
+
+def stream_moments(
+    model: PreTrainedModel, stack: Stack, layers: Sequence[int], data: Calibration, config: AdaptiveCompressConfig
+) -> dict[int, StreamMoments]:
+    """Of each layer, from as many batches, spread over the data, as principal directions need."""
+    moments: dict[int, StreamMoments] = {}
+    tokens = 0
+
+    def learn(layer: int, rows: Tensor) -> None:
+        nonlocal tokens
+        moments.setdefault(layer, StreamMoments(rows.shape[1])).update(rows.cpu())
+        tokens += len(rows) if layer == layers[0] else 0
+
+    hidden = 0
+    for number in _spread_order(len(data)):
+        watch_rows(model, stack, layers, data.batches[number], config.outliers, learn)
+        hidden = moments[layers[0]].raw.width
+        if tokens >= _START_TOKENS * hidden:
+            break
+    if tokens < hidden:
+        raise CalibrationError(
+            f"{tokens} tokens are too few to tell {hidden} features apart: pass at least {hidden}, better "
+            f"{_START_TOKENS * hidden}"
+        )
+    return moments
+
+
+def _spread_order(count: int) -> list[int]:
+    """0 to count - 1 in such an order that any beginning of it is spread over the whole."""
+    stride = next(s for s in range(max(1, int(count * 0.618)), count + 1) if math.gcd(s, count) == 1 or count == 1)
+    return [number * stride % count for number in range(count)]
+
+
+def layers_of(config: AdaptiveCompressConfig, stack: Stack) -> list[int]:
+    """The blocks that a config names, in rising order; ValueError where there are no such."""
+    if config.layers is not None:
+        if missing := [layer for layer in config.layers if layer >= len(stack)]:
+            raise ValueError(f"layers names block {missing[0]}; {stack.path} has the blocks 0 to {len(stack) - 1}")
+        return sorted(config.layers)
+    found = [max(0, math.ceil(share * len(stack) - 1e-9) - 1) for share in config.fractions or _FRACTIONS]
+    if config.fractions is not None and len(set(found)) < len(found):
+        raise ValueError(
+            f"fractions {list(config.fractions)} name a block twice: of {len(stack)} blocks they are {found}; say "
+            "layers= instead"
+        )
+    return sorted(set(found))
+
+
+def check_schedule(config: AdaptiveCompressConfig, data: Calibration, batches: int) -> None:
+    """Raise unless the data lasts to the end of the retention schedule."""
+    if config.variant not in ("default", "paper"):
+        return
+    steps = batches * config.updates * config.epochs
+    needed = sum(config.schedule(steps))
+    if steps >= needed:
+        return
+    each = max(1, data.tokens) / max(1, len(data) * config.updates)  # tokens a step, in one process
+    raise CalibrationError(
+        f"{config.schedule(steps)[0]} steps of warm-up and {config.schedule(steps)[1]} of decay need about "
+        f"{math.ceil(needed * each * processes()):,} tokens; {data.tokens * config.epochs:,} make {steps} steps: pass "
+        f"more data, go through it epochs={math.ceil(needed / max(1, batches * config.updates))} times, or shorten the "
+        "schedule"
+    )
+
+
+def _common_stack(model: PreTrainedModel, configs: Sequence[AdaptiveCompressConfig]) -> Stack:
+    from hf_compress.methods.adaptive_compress.config import AdaptiveCompressConfig
+
+    if not configs or not all(isinstance(config, AdaptiveCompressConfig) for config in configs):
+        raise TypeError(f"config must be an AdaptiveCompressConfig, or a list of them; got {configs!r}"[:200])
+    if len({(config.stack, config.outliers) for config in configs}) > 1:
+        raise ValueError("configs that are fitted together must have the same stack= and outliers=")
+    return Anatomy(model).stack(configs[0].stack)
+
+
+def _own_share(data: Calibration) -> list[Batch]:
+    """This process's batches; in every process as many, or they would wait for each other."""
+    rank, world = everywhere()
+    share = len(data) // world
+    if not share:
+        raise CalibrationError(f"{len(data)} batches are too few for {world} processes: pass more data, or less each")
+    return list(data.batches)[rank::world][:share]
+
+
+def _place(layer: int, course: Course) -> Place:
+    if course.stopped:
+        logger.warning("the bottleneck behind block %d %s", layer, course.stopped)
+    module, kept = course.finished()
+    return Place(module, course.learner.importance, kept, course.curve, course.stopped)

@@ -1,0 +1,80 @@
+"""How far fitting has come, in a file from which it goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from hf_compress.calibration.data import Calibration
+from hf_compress.methods.adaptive_compress.course import Course, everywhere
+
+if TYPE_CHECKING:
+    from hf_compress.methods.adaptive_compress.config import AdaptiveCompressConfig
+
+_FILE = "fitting.safetensors"
+
+
+class Progress:
+    """Reads the state of an earlier run, where there is one, and writes this one's.
+
+    Attributes:
+        done: batches that are done.
+
+    Raises:
+        ValueError: the folder holds the state of a run with other settings, data, or number of processes.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path | None,
+        courses: list[dict[int, Course]],
+        configs: Sequence[AdaptiveCompressConfig],
+        data: Calibration,
+        every: int,
+    ) -> None:
+        self.path = None if folder is None else Path(folder) / _FILE
+        self.courses = {f"{n}.{layer}": course for n, mine in enumerate(courses) for layer, course in mine.items()}
+        self.run = {
+            "configs": json.loads(json.dumps([config.to_dict() for config in configs])),
+            "data": data.describe(),
+            "processes": everywhere()[1],
+        }
+        self.every = every
+        self.done = 0
+        if self.path is not None and self.path.is_file():
+            self._read(self.path)
+
+    def batch_done(self, done: int) -> None:
+        """Note that so many batches are done; from time to time, and in one process, on disk."""
+        self.done = done
+        if self.path is None or done % self.every or everywhere()[0]:
+            return
+        tensors = {
+            f"{key}.{name}": tensor.detach().cpu().contiguous().clone()
+            for key, course in self.courses.items()
+            for name, tensor in course.state().items()
+        }
+        facts = {key: {"curve": course.curve, "stopped": course.stopped} for key, course in self.courses.items()}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".partial")
+        save_file(tensors, partial, {"hf_compress": json.dumps({"run": self.run, "done": done, "courses": facts})})
+        os.replace(partial, self.path)
+
+    def _read(self, path: Path) -> None:
+        with safe_open(path, framework="pt") as file:
+            whole = json.loads(file.metadata()["hf_compress"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
+        if whole["run"] != self.run:
+            different = [name for name, value in self.run.items() if whole["run"].get(name) != value]
+            raise ValueError(f"{path} is of a run with other {', '.join(different)}: delete it, or give another folder")
+        self.done = whole["done"]
+        for key, course in self.courses.items():
+            prefix = f"{key}."
+            course.restore({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+            course.curve, course.stopped = whole["courses"][key]["curve"], whole["courses"][key]["stopped"]

@@ -1,0 +1,216 @@
+"""Bottlenecks that are trained while the model is: in it, or beside it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.stacks import Stack
+from hf_compress.bottlenecks import Bottlenecks, Place
+from hf_compress.calibration.capture import inference, stream_of_output, stream_tokens
+from hf_compress.calibration.data import Batch, special_ids
+from hf_compress.drafts import insert_bottleneck
+from hf_compress.methods.adaptive_compress.course import Course, processes
+from hf_compress.methods.adaptive_compress.fit import LEARNERS, layers_of, ordinary, stream_moments
+from hf_compress.methods.adaptive_compress.learner import Terms
+from hf_compress.modules.bottleneck import Bottleneck
+from hf_compress.plan import Plan
+from hf_compress.regimen import Regimen
+from hf_compress.structure import BOTTLENECK
+from hf_compress.workbench import Workbench
+
+if TYPE_CHECKING:
+    from hf_compress.methods.adaptive_compress.config import AdaptiveCompressConfig
+
+
+class Joint(Regimen):
+    """Every micro-batch, each bottleneck learns to rebuild the stream that it is given.
+
+    mode="splice": it stands in the model from the start, gated, and learns from the model's loss too; when training
+    ends, features without a gate are cut off. Its loss reaches its own weights alone: the model is not drawn to
+    streams that are easily rebuilt. mode="observe": it stands beside the model, with an Adam of its own, and the model
+    learns as it would without; `found` has the bottlenecks at the end.
+
+    Attributes:
+        found: of mode="observe", once training has ended.
+    """
+
+    config: AdaptiveCompressConfig
+
+    def __init__(self, config: AdaptiveCompressConfig) -> None:
+        super().__init__(config)
+        self.found: Bottlenecks | None = None
+        self.courses: dict[int, Course] = {}
+        self.terms: dict[int, Terms] = {}
+        self.hooks: list[RemovableHandle] = []
+        self.stack_path = ""
+        self.tokens = self.now = 0
+        self._real: Batch | None = None
+
+    @property
+    def splices(self) -> bool:
+        """Whether the bottlenecks stand in the model."""
+        return self.config.mode == "splice"
+
+    def prepare(self, bench: Workbench) -> Plan:
+        """Bottlenecks that start from the calibration data; in the model where they are to be spliced."""
+        config, model = self.config, bench.model
+        if config.tie_weights and self.splices:
+            raise ValueError("tied weights cannot be trained inside a model: leave tie_weights out, or observe")
+        stack = bench.stack(config.stack)
+        layers = layers_of(config, stack)
+        with inference(model), bench.stage("principal directions"):
+            moments = stream_moments(model, stack, layers, bench.calibration, config)
+        self.stack_path = stack.path
+        plan = Plan()
+        for layer in layers:
+            course = Course(LEARNERS[config.variant](config, moments[layer], config.seed + layer))
+            course.learner.retain(config.retention_init)
+            self.courses[layer] = course
+            if self.splices:
+                plan += insert_bottleneck(stack, layer, course.learner.module)
+        return plan
+
+    def begin(self, model: PreTrainedModel, progress: float) -> None:
+        if model.is_gradient_checkpointing:
+            raise ValueError("bottlenecks learn from streams that gradient checkpointing throws away: switch it off")
+        self._remove_hooks()
+        self.now = round(progress * self.steps)
+        special = special_ids(model.config, None)
+        stack = Anatomy(model).stack(self.stack_path)
+        self.hooks.append(model.register_forward_pre_hook(_keeper(self, special), with_kwargs=True))
+        for layer, course in self.courses.items():
+            watch = _watcher(self, layer, stack)
+            block = stack.blocks[layer]
+            if self.splices:
+                course.learner.module = _bottleneck_of(block)
+                if course.learner.module.form.select == "above":
+                    course.learner.module.threshold.requires_grad_(False)
+                self.hooks.append(course.learner.module.register_forward_pre_hook(watch))
+            else:
+                course.learner.module.to(model.device)
+                self.hooks.append(block.register_forward_hook(watch))
+
+    def learn(self, layer: int, stack: Stack, stream: Tensor) -> None:
+        """Take in a stream (samples, positions, hidden) that one of the bottlenecks is given."""
+        course = self.courses[layer]
+        if self._real is None or not course.learner.trains:
+            return
+        rows = stream.detach()[stream_tokens(stack, self._real, stream)]
+        with torch.autocast(stream.device.type, enabled=False):
+            rows = ordinary(rows.to(course.learner.module.encoder.dtype), self.config.outliers)
+            self.tokens += len(rows)
+            if not self.splices:
+                course.learn(rows, self.now * self.config.updates, self.steps * self.config.updates)
+            elif len(rows):
+                self.terms[layer] = course.learner.terms(rows)
+
+    def penalty(self, progress: float) -> Tensor | None:
+        """The losses of the bottlenecks that stand in the model."""
+        if not self.splices or not self.terms:
+            return None
+        return torch.stack([terms.loss for terms in self.terms.values()]).sum()
+
+    def step(self, progress: float, loss_scale: float) -> None:
+        self.now = round(progress * self.steps)
+        if not self.splices:
+            return
+        for layer, terms in self.terms.items():
+            course = self.courses[layer]
+            told = torch.cat([terms.error[None], terms.active[None], terms.energy]).float()
+            if processes() > 1:
+                dist.all_reduce(told)
+                told /= processes()
+            course.learner.constrain_gradients()
+            course.learner.after_step(told[2:])
+            retention = self.config.retention(self.now, self.steps)
+            course.learner.retain(retention)
+            values = (self.now, retention, told[0].item(), told[1].item())
+            for name, value in zip(course.curve, values, strict=True):
+                course.curve[name].append(value)
+        self.terms = {}
+
+    def finish(self, bench: Workbench) -> Plan | None:
+        """The features that are left; nothing is solved for, which would undo what the model's loss has taught."""
+        self._remove_hooks()
+        places = {}
+        for layer, course in self.courses.items():
+            if self.splices and course.learner.module.form.gated:
+                course.learner.retain(self.config.retention_final)
+                module, kept = course.learner.cut()
+            else:
+                module, kept = course.finished()
+            places[layer] = Place(module, course.learner.importance, kept, course.curve, course.stopped)
+        found = Bottlenecks(self.stack_path, places, self.config.to_dict(), self.tokens // max(1, len(places)))
+        if not self.splices:
+            self.found = found
+            return None
+        plan = found.plan(bench.model)
+        changed = any(course.learner.module.form.gated for course in self.courses.values())
+        return plan if changed else Plan(notes=plan.notes)
+
+    def logs(self) -> dict[str, float]:
+        return {
+            f"{name}_{layer}": course.curve[name][-1]
+            for layer, course in self.courses.items()
+            for name in ("error", "active", "retention")
+            if course.curve[name]
+        }
+
+    def state(self) -> dict[str, Tensor]:
+        """Importance, and what stands beside the model; what stands in it is in the checkpoint."""
+        found: dict[str, Tensor] = {}
+        for layer, course in self.courses.items():
+            own = course.learner.module.state_dict().keys() if self.splices else ()
+            state = course.learner.state() if self.splices else course.state()
+            found |= {f"{layer}.{name}": tensor.cpu() for name, tensor in state.items() if name not in own}
+        return found
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        for layer, course in self.courses.items():
+            own = {n.partition(".")[2]: t for n, t in state.items() if n.partition(".")[0] == str(layer)}
+            if self.splices:
+                course.learner.restore(own | course.learner.module.state_dict())
+            else:
+                course.restore(own)
+
+    def _remove_hooks(self) -> None:
+        while self.hooks:
+            self.hooks.pop().remove()
+
+
+def _keeper(joint: Joint, special: Tensor) -> Any:
+    """A hook on the model that notes which of its tokens are real."""
+
+    def keep(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
+        ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+        real = mask.bool() if mask is not None and mask.ndim == 2 else None
+        if ids is not None and ids.ndim == 2:
+            ordinary_ids = ~torch.isin(ids, special.to(ids.device))
+            real = ordinary_ids if real is None else real & ordinary_ids
+        joint._real = Batch(inputs, real) if model.training else None
+
+    return keep
+
+
+def _watcher(joint: Joint, layer: int, stack: Stack) -> Any:
+    """A hook by which a bottleneck's input, or a block's output, is learnt from."""
+
+    def watch(module: nn.Module, args: tuple[Any, ...], output: Any = None) -> None:
+        if module.training:
+            joint.learn(layer, stack, args[0] if output is None else stream_of_output(output))
+
+    return watch
+
+
+def _bottleneck_of(block: nn.Module) -> Bottleneck:
+    module = block._modules[BOTTLENECK]
+    assert isinstance(module, Bottleneck)
+    return module
