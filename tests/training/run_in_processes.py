@@ -7,24 +7,29 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from transformers import Trainer
 
-from hf_compress import CompressionCallback, DropBlocksConfig, LayerCollapseConfig, MKAConfig
+from hf_compress import AdaptiveCompressConfig, CompressionCallback, DropBlocksConfig, LayerCollapseConfig, MKAConfig
 from tests.evaluation.conftest import tiny_llama
 from tests.training.runs import CALIBRATION, arguments, dense_rows, state_of, tiny_dense, token_rows
 
 ROWS = 32
 PAPER = LayerCollapseConfig(variant="paper", alpha_init=0.3, lc=0.7)
+# Correlations are those within a process, so without them.
+BOTTLENECKS = AdaptiveCompressConfig(layers=[1], retention_final=0.5, contrastive=0, updates=1)
 CASES = {
     "paper": (lambda: tiny_llama(3), PAPER, {"gradient_accumulation_steps": 2}),
     "paper and teacher": (lambda: tiny_llama(3), PAPER, {"teacher": True}),
     "paper, own counts": (lambda: tiny_llama(3), PAPER, {"average_tokens_across_devices": False}),
     "dense": (tiny_dense, PAPER, {"gradient_accumulation_steps": 2, "teacher": True}),
     "gradual": (lambda: tiny_llama(4), LayerCollapseConfig(num_layers=2, gradual=True), {}),
+    "bottlenecks, equal counts": (lambda: tiny_llama(3), BOTTLENECKS, {}),
+    "bottlenecks beside": (lambda: tiny_llama(3), replace(BOTTLENECKS, mode="observe"), {}),
     "merged": (lambda: tiny_llama(4), MKAConfig(num_merges=1), {"teacher": True}),
 }
 
@@ -33,7 +38,7 @@ def run(case: str, folder: Path, processes: int) -> dict[str, torch.Tensor]:
     """The weights after four steps of eight rows, with those of α, and the last entry of the log."""
     build, config, settings = CASES[case]
     settings = dict(settings)
-    model, equal = build(), case.endswith("own counts")
+    model, equal = build(), case.endswith("counts")
     rows = dense_rows(ROWS) if case == "dense" else token_rows(ROWS, ignored=not equal)
     steps = settings.get("gradient_accumulation_steps", 1)
     calibration = None if case == "dense" else CALIBRATION
@@ -44,7 +49,9 @@ def run(case: str, folder: Path, processes: int) -> dict[str, torch.Tensor]:
     trainer.train()
     trainer.save_model(str(folder / "saved"))
     alphas = [entry.get("compression/alpha_2", 0.0) for entry in trainer.state.log_history if "loss" in entry]
-    return state_of(model) | {"alphas": torch.tensor(alphas)}
+    found = getattr(callback.regimen, "found", None)
+    beside = {} if found is None else found.places[1].module.state_dict()
+    return state_of(model) | {"alphas": torch.tensor(alphas)} | beside
 
 
 def refusal(folder: Path) -> str:

@@ -6,12 +6,19 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
-from hf_compress import CompressionCallback, DropBlocksConfig, LayerCollapseConfig, MKAConfig
+from hf_compress import (
+    AdaptiveCompressConfig,
+    CompressionCallback,
+    DropBlocksConfig,
+    LayerCollapseConfig,
+    MKAConfig,
+)
 from hf_compress.training.checkpoint import STATE_FILE
 from tests.evaluation.conftest import tiny_llama
 from tests.training.runs import (
@@ -28,6 +35,7 @@ from tests.training.runs import (
 
 ROWS = token_rows(ignored=True)
 SIMILAR = MKAConfig(num_merges=3, variant="paper", similarity="block_influence")
+BOTTLENECKS = AdaptiveCompressConfig(layers=[0, 2], retention_final=0.5)
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 8, "train_sampling_strategy": "random"}
 
 CASES = {
@@ -40,6 +48,9 @@ CASES = {
     "merging": (SIMILAR, {"every": 2}, {}),
     "refitting": (MKAConfig(num_merges=2), {"every": 2}, {"weight_decay": 0.1}),
     "dropping": (DropBlocksConfig(num_blocks=2), {"every": 3, "teacher": 4}, {"gradient_accumulation_steps": 2}),
+    "bottlenecks": (BOTTLENECKS, {}, {"weight_decay": 0.1, "gradient_accumulation_steps": 2}),
+    "bottlenecks beside": (replace(BOTTLENECKS, mode="observe"), {"teacher": 4}, {}),
+    "dictionaries": (replace(BOTTLENECKS, variant="batchtopk", expansion=2, dead_steps=2), {}, {}),
     "collapsing": (LayerCollapseConfig(num_layers=2), {"every": 3}, {"weight_decay": 0.1}),
 }
 

@@ -18,7 +18,6 @@ from hf_compress.calibration.data import Batch, special_ids
 from hf_compress.drafts import insert_bottleneck
 from hf_compress.methods.adaptive_compress.course import Course, processes
 from hf_compress.methods.adaptive_compress.fit import LEARNERS, layers_of, ordinary, stream_moments
-from hf_compress.methods.adaptive_compress.learner import Terms
 from hf_compress.modules.bottleneck import Bottleneck
 from hf_compress.plan import Plan
 from hf_compress.regimen import Regimen
@@ -47,7 +46,8 @@ class Joint(Regimen):
         super().__init__(config)
         self.found: Bottlenecks | None = None
         self.courses: dict[int, Course] = {}
-        self.terms: dict[int, Terms] = {}
+        self.losses: dict[int, Tensor] = {}  # of this micro-batch
+        self.told: dict[int, list[Tensor]] = {}  # error, active features and energy, of each micro-batch of a step
         self.hooks: list[RemovableHandle] = []
         self.stack_path = ""
         self.tokens = self.now = 0
@@ -109,21 +109,22 @@ class Joint(Regimen):
             if not self.splices:
                 course.learn(rows, self.now * self.config.updates, self.steps * self.config.updates)
             elif len(rows):
-                self.terms[layer] = course.learner.terms(rows)
+                terms = course.learner.terms(rows)
+                self.losses[layer] = terms.loss
+                told = torch.cat([terms.error[None], terms.active[None], terms.energy])
+                self.told.setdefault(layer, []).append(told.float())
 
     def penalty(self, progress: float) -> Tensor | None:
         """The losses of the bottlenecks that stand in the model."""
-        if not self.splices or not self.terms:
-            return None
-        return torch.stack([terms.loss for terms in self.terms.values()]).sum()
+        losses, self.losses = self.losses, {}
+        return torch.stack(list(losses.values())).sum() if losses else None
 
     def step(self, progress: float, loss_scale: float) -> None:
         self.now = round(progress * self.steps)
         if not self.splices:
             return
-        for layer, terms in self.terms.items():
-            course = self.courses[layer]
-            told = torch.cat([terms.error[None], terms.active[None], terms.energy]).float()
+        for layer, parts in self.told.items():
+            course, told = self.courses[layer], torch.stack(parts).mean(0)
             if processes() > 1:
                 dist.all_reduce(told)
                 told /= processes()
@@ -134,7 +135,7 @@ class Joint(Regimen):
             values = (self.now, retention, told[0].item(), told[1].item())
             for name, value in zip(course.curve, values, strict=True):
                 course.curve[name].append(value)
-        self.terms = {}
+        self.told = {}
 
     def finish(self, bench: Workbench) -> Plan | None:
         """The features that are left; nothing is solved for, which would undo what the model's loss has taught."""
