@@ -1,7 +1,8 @@
 """AdaptiveCompress on a language model: what is left of its streams, and of its perplexity, at every retention.
 
     python examples/adaptive_compress_llm.py                    # the bundled model, one seed; some 15 minutes
-    python examples/adaptive_compress_llm.py --full             # three seeds, more retentions, twice the training
+    python examples/adaptive_compress_llm.py --seeds 3
+    python examples/adaptive_compress_llm.py --full             # three seeds, four times the training, whole documents
     python examples/adaptive_compress_llm.py --model gpt2 --calibration my.jsonl --heldout other.jsonl
 
 Bottlenecks of every kind and size learn behind the same three blocks in one pass over the calibration texts: the
@@ -67,12 +68,11 @@ def run(task: Task, retentions: list[float], seeds: int, epochs: int) -> Rows:
     configs = [hfc.AdaptiveCompressConfig.from_dict(config.to_dict() | {"epochs": epochs}) for config in configs]
     model = task.fresh()
     fitted = hfc.fit(model, configs, pieces(task.calibration), task.tokenizer)
-    rows = {}
-    for key, found in zip(keys, fitted, strict=True):
-        blocks = reconstruction(model, found, task.heldout, task.tokenizer)
-        rows[key] = Row(blocks, splice_quality(model, found, task.heldout, task.tokenizer))
-        print(key, {layer: round(one.explained_variance, 4) for layer, one in blocks.items()}, rows[key].splice)
-    return rows
+    splices = splice_quality(model, fitted, task.heldout, task.tokenizer)
+    return {
+        key: Row(reconstruction(model, found, task.heldout, task.tokenizer), splice)
+        for key, found, splice in zip(keys, fitted, splices, strict=True)
+    }
 
 
 def table(rows: Rows, share: float) -> str:
@@ -112,7 +112,7 @@ def main() -> None:
     task = task_of(args)
     if not args.full:
         task = task.shortened()
-        task = replace(task, heldout=task.heldout[::2])
+        task = replace(task, heldout=task.heldout[::2], calibration=pieces(task.calibration)[::2])
     retentions = [0.999, 0.95, 0.5, 0.25, 0.1]
     seeds = args.seeds or (3 if args.full else 1)
     rows = run(task, retentions, seeds, epochs=2 if args.full else 1)

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.stacks import Stack
@@ -28,8 +28,10 @@ from hf_compress.calibration.capture import (
     stream_tokens,
     with_stream,
 )
-from hf_compress.calibration.data import Calibration
+from hf_compress.calibration.data import Calibration, DataOptions, prepare
+from hf_compress.calibration.statistics import pool
 from hf_compress.drafts import insert_bottleneck
+from hf_compress.errors import CalibrationError
 from hf_compress.modules.bottleneck import Bottleneck, Form
 from hf_compress.modules.packed import unpack_bits
 from hf_compress.modules.sparse import pack_mask
@@ -37,6 +39,7 @@ from hf_compress.plan import Plan
 
 _FILE = "bottlenecks.safetensors"
 _VERSION = 1
+_POINTS = 200  # of a curve, at most twice as many, in a report
 
 
 @dataclass
@@ -120,6 +123,31 @@ class Bottlenecks:
                     yield index, stream, stream_tokens(stack, batch, stream)
                 found.clear()
 
+    @torch.no_grad()
+    def pooled(
+        self,
+        model: PreTrainedModel,
+        data: Any,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        options: DataOptions | None = None,
+    ) -> dict[int, tuple[Tensor, Tensor]]:
+        """By block, a row for each text: the mean over its real tokens of their codes, (samples, features), and of
+        their streams, (samples, hidden). On the CPU, in float32; data as for `compress`.
+
+        Raises:
+            CalibrationError: a text without a single real token.
+        """
+        rows: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in self.layers}
+        for layer, stream, real in self.read(model, prepare(data, model, tokenizer, options)):
+            if not bool(real.any(1).all()):
+                raise CalibrationError("a text has no token that counts, so nothing of it can be pooled: leave it out")
+            code, _ = self.places[layer].module.to(stream.device).encode(stream)
+            rows[layer].append((pool(code, real, "mean"), pool(stream, real, "mean")))
+        return {
+            layer: (torch.cat([code for code, _ in parts]), torch.cat([stream for _, stream in parts]))
+            for layer, parts in rows.items()
+        }
+
     def save(self, folder: str | Path) -> Path:
         """Write them into a folder, whole or not at all; `Bottlenecks.load` reads them again."""
         path = Path(folder) / _FILE
@@ -183,4 +211,8 @@ def replaced_streams(stack: Stack, changes: Mapping[int, Callable[[Tensor], Tens
 def _summary(place: Place) -> dict[str, Any]:
     """What a report says of a place."""
     last = {name: values[-1] for name, values in place.curve.items() if values}
-    return {"features": len(place.kept), "of": len(place.importance), **last, "stopped": place.stopped}
+    thinned = {name: values[:: max(1, len(values) // _POINTS)] for name, values in place.curve.items()}
+    return {
+        **{"features": len(place.kept), "of": len(place.importance), **last, "stopped": place.stopped},
+        **{"curve": thinned, "importance": place.importance.tolist(), "kept": place.kept.tolist()},
+    }

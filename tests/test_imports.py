@@ -20,7 +20,7 @@ FLOORS = [
     {"edits"},
     {"anatomy", "plan"},
     {"calibration", "structure"},
-    {"config", "workbench", "regimen", "parity", "plain", "record", "apply", "drafts"},
+    {"config", "workbench", "regimen", "parity", "plain", "record", "apply", "drafts", "bottlenecks"},
     {"evaluation", "report", "attribution"},
     {"methods"},
     {"pipeline", "analysis", "storage"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,38 +138,52 @@ class SpliceQuality:
 @torch.no_grad()
 def splice_quality(
     model: PreTrainedModel,
-    bottlenecks: Bottlenecks,
+    bottlenecks: Sequence[Bottlenecks],
     data: Any,
     tokenizer: PreTrainedTokenizerBase | None = None,
     options: DataOptions | None = None,
-    layers: list[int] | None = None,
-) -> SpliceQuality:
-    """Splice bottlenecks behind `layers`, or all of them at once, into a causal language model for a while.
+) -> list[SpliceQuality]:
+    """Splice bottlenecks, all of a set at once, into a causal language model for a while: one set after another.
+
+    The model as it is and with zeros is run but once for all sets behind the same blocks. Data as for `compress`.
 
     Raises:
         ValueError: a model that predicts no next token, or data without two tokens in a row.
     """
     if not model.can_generate() or model.config.is_encoder_decoder:
         raise ValueError(f"splice_quality compares next-token predictions; {type(model).__name__} makes none")
-    layers = layers or bottlenecks.layers
-    stack = Anatomy(model).stack(bottlenecks.stack)
-    zeros = {layer: torch.zeros_like for layer in layers}
-    sums, tokens = torch.zeros(4, dtype=torch.float64), 0
+    sums = torch.zeros(len(bottlenecks), 4, dtype=torch.float64)
+    tokens = 0
     with inference(model):
         for batch in prepare(data, model, tokenizer, options):
+            targets, counts = _targets(batch, model.device)
             clean = _predictions(model, batch)
-            with bottlenecks.spliced(model, layers):
-                spliced = _predictions(model, batch)
-            with replaced_streams(stack, zeros):
-                zeroed = _predictions(model, batch)
-            targets, counts = _targets(batch, clean.device)
-            divergence = (clean.exp() * (clean - spliced)).sum(-1)
-            losses = [-p.gather(-1, targets[..., None])[..., 0] for p in (clean, spliced, zeroed)]
-            sums += torch.stack([one[counts].double().sum() for one in (divergence, *losses)]).cpu()
+            zeroed: dict[tuple[int, ...], float] = {}
+            for row, found in zip(sums, bottlenecks, strict=True):
+                places = tuple(found.layers)
+                if places not in zeroed:
+                    zeros = {layer: torch.zeros_like for layer in places}
+                    with replaced_streams(Anatomy(model).stack(found.stack), zeros):
+                        zeroed[places] = _loss(_predictions(model, batch), targets, counts)
+                with found.spliced(model):
+                    spliced = _predictions(model, batch)
+                divergence = float(_divergence(clean, spliced)[counts].double().sum())
+                losses = _loss(clean, targets, counts), _loss(spliced, targets, counts), zeroed[places]
+                row += torch.tensor([divergence, *losses], dtype=torch.float64)
             tokens += int(counts.sum())
     if not tokens:
         raise ValueError("no text has two tokens in a row, so there is nothing to predict")
-    return SpliceQuality(*(sums / tokens).tolist(), tokens)
+    return [SpliceQuality(*row, tokens=tokens) for row in (sums / tokens).tolist()]
+
+
+def _divergence(clean: Tensor, spliced: Tensor) -> Tensor:
+    """KL(clean ‖ spliced) at each position, (samples, positions), of log-probabilities."""
+    return F.kl_div(spliced, clean, reduction="none", log_target=True).sum(-1)
+
+
+def _loss(predictions: Tensor, targets: Tensor, counts: Tensor) -> float:
+    """Summed over the positions that count."""
+    return -float(predictions.gather(-1, targets[..., None])[..., 0][counts].double().sum())
 
 
 def _predictions(model: PreTrainedModel, batch: Batch) -> Tensor:

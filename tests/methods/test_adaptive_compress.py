@@ -1,0 +1,136 @@
+"""AdaptiveCompress through compress(): what is saved, loaded, reported and refused."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import hf_compress as hfc
+from hf_compress.errors import CalibrationError
+from hf_compress.structure import BOTTLENECK
+from tests.conftest import in_dtype, leftovers
+from tests.plans import hooks
+
+EVERY = ("default", "paper", "pca", "linear", "topk", "batchtopk")
+
+
+def config(**settings):
+    return hfc.AdaptiveCompressConfig(**{"layers": [1, 3], "retention_final": 0.5, "expansion": 2} | settings)
+
+
+@torch.no_grad()
+def logits(model, ids):
+    return model(ids).logits
+
+
+@pytest.mark.parametrize("variant", EVERY)
+def test_what_is_spliced_loads_bit_for_bit(variant, model, ids, tmp_path):
+    width = model.config.hidden_size
+    hfc.compress(model, config(variant=variant), ids)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded, ids), logits(model, ids))
+    edits = [edit for edit in model.config.quantization_config["plan"] if edit["edit"] == "InsertBottleneck"]
+    assert [edit["block"] for edit in edits] == ["model.layers.1", "model.layers.3"]
+    assert {edit["width"] for edit in edits} == {2 * width if "topk" in variant else width // 2}
+    assert not any(edit["gated"] for edit in edits)
+    assert leftovers(model) == ["hooks of model.layers.1", "hooks of model.layers.3"]  # their own
+
+
+def test_all_features_change_next_to_nothing(model, ids):
+    before = logits(model, ids)
+    hfc.compress(model, config(retention_init=1.0, retention_final=1.0), ids)
+    torch.testing.assert_close(logits(model, ids), before, atol=1e-3, rtol=1e-3)
+
+
+def test_the_report_says_what_is_kept(model, ids):
+    hfc.compress(model, config(), ids)
+    notes = json.loads(json.dumps(model.compression_report.notes))
+    assert notes["tokens"] == ids.numel()
+    for block in ("1", "3"):
+        place = notes["bottlenecks"][block]
+        assert (place["features"], place["of"], place["retention"]) == (8, 16, 0.5)
+        assert 0 < place["error"] < 1
+
+
+def test_in_half_precision(model, ids, tmp_path):
+    model = in_dtype(model, torch.bfloat16)
+    hfc.compress(model, config(), ids)
+    assert model.model.layers[1].get_submodule(BOTTLENECK).encoder.dtype == torch.bfloat16
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert torch.equal(logits(loaded, ids), logits(model, ids))
+
+
+def test_observing_is_for_fit(model, ids):
+    with pytest.raises(ValueError, match=r"mode='observe' leaves the model as it is: hf_compress.fit"):
+        hfc.compress(model, config(mode="observe"), ids)
+    found = hfc.fit(model, config(mode="observe"), ids)
+    assert found.layers == [1, 3]
+
+
+def test_a_second_bottleneck_behind_a_block_is_refused_and_nothing_changed(model, ids):
+    hfc.compress(model, config(), ids)
+    before, on = logits(model, ids), hooks(model)
+    with pytest.raises(ValueError, match=r"model.layers.1 has a bottleneck already"):
+        hfc.compress(model, config(layers=[1]), ids)
+    assert torch.equal(logits(model, ids), before)
+    assert hooks(model) == on
+    hfc.compress(model, config(layers=[2]), ids)
+
+
+def test_a_gradient_checkpointed_model_cannot_be_trained_with_them(model, ids, tmp_path):
+    from transformers import Trainer
+
+    from tests.training.runs import arguments, token_rows
+
+    callback = hfc.CompressionCallback(config(), ids)
+    trainer = Trainer(
+        model, arguments(tmp_path, gradient_checkpointing=True), train_dataset=token_rows(), callbacks=[callback]
+    )
+    with pytest.raises(ValueError, match="gradient checkpointing throws away"):
+        trainer.train()
+
+
+def test_tied_weights_inside_a_model_are_refused(model, ids, tmp_path):
+    from transformers import Trainer
+
+    from tests.training.runs import arguments
+
+    with pytest.raises(ValueError, match="tied weights cannot be trained inside a model"):
+        Trainer(model, arguments(tmp_path), callbacks=[hfc.CompressionCallback(config(tie_weights=True), ids)])
+
+
+def test_too_little_data(model, ids):
+    with pytest.raises(CalibrationError, match="are too few to tell 16 features apart: pass at least 16"):
+        hfc.compress(model, config(), ids[:1])
+
+
+def test_training_leaves_padding_and_special_tokens_out(model, tmp_path, monkeypatch):
+    from transformers import Trainer
+
+    from hf_compress.methods.adaptive_compress.training import Joint
+    from tests.training.runs import arguments
+
+    seen = []
+    own = Joint.learn
+
+    def learn(joint, layer, stack, stream):
+        before = joint.tokens
+        own(joint, layer, stack, stream)
+        seen.append(joint.tokens - before)
+
+    monkeypatch.setattr(Joint, "learn", learn)
+    bos = model.config.bos_token_id
+    rows = []
+    for length in (5, 8):
+        ids = torch.full((8,), model.config.pad_token_id or 0)
+        ids[:length] = torch.arange(4, 4 + length)
+        ids[0] = bos
+        mask = (torch.arange(8) < length).long()
+        rows.append({"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)})
+    calibration = torch.randint(4, 20, (8, 8), generator=torch.Generator().manual_seed(0))
+    callback = hfc.CompressionCallback(config(layers=[1]), calibration)
+    Trainer(model, arguments(tmp_path, max_steps=1), train_dataset=rows, callbacks=[callback]).train()
+    assert seen == [4 + 7]
