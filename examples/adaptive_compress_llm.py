@@ -25,7 +25,7 @@ from typing import Any
 from llm import Task, arguments, publish, task_of
 
 import hf_compress as hfc
-from hf_compress.evaluation.reconstruction import Reconstruction, SpliceQuality, reconstruction, splice_quality
+from hf_compress.evaluation.reconstruction import Reconstruction, SpliceQuality, reconstruction, splice_qualities
 from hf_compress.report.report import environment
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
@@ -68,7 +68,7 @@ def run(task: Task, retentions: list[float], seeds: int, epochs: int) -> Rows:
     configs = [hfc.AdaptiveCompressConfig.from_dict(config.to_dict() | {"epochs": epochs}) for config in configs]
     model = task.fresh()
     fitted = hfc.fit(model, configs, pieces(task.calibration), task.tokenizer)
-    splices = splice_quality(model, fitted, task.heldout, task.tokenizer)
+    splices = splice_qualities(model, fitted, task.heldout, task.tokenizer)
     return {
         key: Row(reconstruction(model, found, task.heldout, task.tokenizer), splice)
         for key, found, splice in zip(keys, fitted, splices, strict=True)

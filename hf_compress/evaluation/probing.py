@@ -231,14 +231,14 @@ def _probe(
 ) -> tuple[Tensor, dict[int | None, Tensor]]:
     """The features in order of choice, and for each k whether each test row's answer is right, 0 or 1."""
     train = features[parts[0]].double()
-    origin = train[0]  # taken off first, so that the deviation of a constant feature is exactly 0
-    mean, deviation = (train - origin).mean(dim=0), (train - origin).std(dim=0, correction=0)
+    # Of a constant feature the deviation is exactly 0, without rounding: torch updates a running mean (Welford).
+    mean, deviation = train.mean(dim=0), train.std(dim=0, correction=0)
     targets = [positive[rows] for rows in parts]
     gap = train[targets[0]].mean(dim=0) - train[~targets[0]].mean(dim=0)
     distance = torch.where(deviation > 0, gap.abs() / deviation, 0.0)
     counts = {k: features.shape[1] if k is None else min(k, features.shape[1]) for k in ks}
     order = distance.argsort(descending=True, stable=True)[: max(counts.values())]
-    shifted = (features[rows[:, None], order].double() - origin[order] - mean[order] for rows in parts)
+    shifted = (features[rows[:, None], order].double() - mean[order] for rows in parts)
     inputs = [torch.where(deviation[order] > 0, part / deviation[order], 0.0) for part in shifted]
     return order, {k: _test([part[:, :count].numpy() for part in inputs], targets) for k, count in counts.items()}
 

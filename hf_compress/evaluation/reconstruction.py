@@ -135,21 +135,30 @@ class SpliceQuality:
         return math.exp(self.clean), math.exp(self.spliced)
 
 
-@torch.no_grad()
 def splice_quality(
+    model: PreTrainedModel,
+    bottlenecks: Bottlenecks,
+    data: Any,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    options: DataOptions | None = None,
+) -> SpliceQuality:
+    """Splice bottlenecks, all at once, into a causal language model for a while. Data as for `compress`.
+
+    Raises:
+        ValueError: a model that predicts no next token, or data without two tokens in a row.
+    """
+    return splice_qualities(model, [bottlenecks], data, tokenizer, options)[0]
+
+
+@torch.no_grad()
+def splice_qualities(
     model: PreTrainedModel,
     bottlenecks: Sequence[Bottlenecks],
     data: Any,
     tokenizer: PreTrainedTokenizerBase | None = None,
     options: DataOptions | None = None,
 ) -> list[SpliceQuality]:
-    """Splice bottlenecks, all of a set at once, into a causal language model for a while: one set after another.
-
-    The model as it is and with zeros is run but once for all sets behind the same blocks. Data as for `compress`.
-
-    Raises:
-        ValueError: a model that predicts no next token, or data without two tokens in a row.
-    """
+    """`splice_quality` of one set of bottlenecks after another; the model as it is, and with zeros, is run but once."""
     if not model.can_generate() or model.config.is_encoder_decoder:
         raise ValueError(f"splice_quality compares next-token predictions; {type(model).__name__} makes none")
     sums = torch.zeros(len(bottlenecks), 4, dtype=torch.float64)
@@ -162,7 +171,7 @@ def splice_quality(
             for row, found in zip(sums, bottlenecks, strict=True):
                 places = tuple(found.layers)
                 if places not in zeroed:
-                    zeros = {layer: torch.zeros_like for layer in places}
+                    zeros = dict.fromkeys(places, torch.zeros_like)
                     with replaced_streams(Anatomy(model).stack(found.stack), zeros):
                         zeroed[places] = _loss(_predictions(model, batch), targets, counts)
                 with found.spliced(model):
@@ -173,7 +182,8 @@ def splice_quality(
             tokens += int(counts.sum())
     if not tokens:
         raise ValueError("no text has two tokens in a row, so there is nothing to predict")
-    return [SpliceQuality(*row, tokens=tokens) for row in (sums / tokens).tolist()]
+    means = (sums / tokens).tolist()
+    return [SpliceQuality(divergence, clean, spliced, zeroed, tokens) for divergence, clean, spliced, zeroed in means]
 
 
 def _divergence(clean: Tensor, spliced: Tensor) -> Tensor:

@@ -14,7 +14,15 @@ import torch
 from safetensors.torch import save_file
 from transformers import Trainer
 
-from hf_compress import AdaptiveCompressConfig, CompressionCallback, DropBlocksConfig, LayerCollapseConfig, MKAConfig
+from hf_compress import (
+    AdaptiveCompressConfig,
+    CompressionCallback,
+    DataOptions,
+    DropBlocksConfig,
+    LayerCollapseConfig,
+    MKAConfig,
+    fit,
+)
 from tests.evaluation.conftest import tiny_llama
 from tests.training.runs import CALIBRATION, arguments, dense_rows, state_of, tiny_dense, token_rows
 
@@ -54,6 +62,14 @@ def run(case: str, folder: Path, processes: int) -> dict[str, torch.Tensor]:
     return state_of(model) | {"alphas": torch.tensor(alphas)} | beside
 
 
+def fitted(processes: int) -> dict[str, torch.Tensor]:
+    """Bottlenecks that were fitted to a model as it is, on eight rows a step, in parts of unequal length."""
+    rows = [row[: 8 if number % 2 else 5].tolist() for number, row in enumerate(CALIBRATION)]
+    config = replace(BOTTLENECKS, epochs=2)
+    found = fit(tiny_llama(3), config, rows, options=DataOptions(batch_size=8 // processes))
+    return found.places[1].module.state_dict() | {"errors": torch.tensor(found.places[1].curve["error"])}
+
+
 def refusal(folder: Path) -> str:
     """What is said of changes in mid-run."""
     callback = CompressionCallback(DropBlocksConfig(num_blocks=1, criterion="last"), every=1)
@@ -72,6 +88,7 @@ def main(folder: Path) -> None:
         own = folder / case / f"rank {rank}"
         own.mkdir(parents=True)
         save_file(run(case, own, processes), own / "end.safetensors")
+    save_file(fitted(processes), folder / f"fitted {rank}.safetensors")
     (folder / f"refusal {rank}").write_text(refusal(folder / "refused"))
 
 

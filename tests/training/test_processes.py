@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from tests.training.run_in_processes import CASES, run
+from tests.training.run_in_processes import CASES, fitted, run
 from tests.training.runs import same, state_of
 
 pytestmark = pytest.mark.slow
@@ -39,6 +39,14 @@ def test_as_in_one_process(case, two, tmp_path):
     kind = AutoModelForSequenceClassification if case == "dense" else AutoModelForCausalLM
     loaded = state_of(kind.from_pretrained(two / case / "rank 0" / "saved"))
     assert same(loaded, {name: value for name, value in ends[0].items() if name in loaded})
+
+
+def test_bottlenecks_are_fitted_as_in_one_process(two):
+    ends, one = [load_file(two / f"fitted {rank}.safetensors") for rank in (0, 1)], fitted(1)
+    assert same(ends[0], ends[1])
+    assert len(one["errors"]) == 16
+    for name, value in one.items():
+        assert torch.allclose(ends[0][name], value, atol=1e-5, rtol=1e-4), name
 
 
 def test_changes_in_mid_run_are_refused(two):

@@ -117,7 +117,7 @@ class Adaptive(Gated):
         kept = self.kept
         encoder = self.module.encoder[:, kept]
         self.module.center.copy_(self.moments.normed.mean)  # codes of mean 0, as least squares takes them
-        wide, covariance = encoder.double(), self.moments.normed.covariance
+        wide, covariance = encoder.double(), self.moments.normed.covariance.to(encoder.device)
         gram = wide.T @ covariance @ wide
         ridge = _RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
         solved = torch.linalg.solve(gram + ridge, wide.T @ covariance)

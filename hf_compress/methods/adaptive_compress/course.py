@@ -25,6 +25,9 @@ class Course:
         self.learner = learner
         self.curve: dict[str, list[float]] = {"step": [], "retention": [], "error": [], "active": []}
         self.stopped = ""
+        if processes() > 1:  # all from the first one's start, whatever the others' last digits
+            for tensor in learner.state().values():
+                dist.broadcast(tensor, 0)
         trained = [parameter for parameter in learner.module.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.Adam(trained, lr=learner.config.rate)
         self._good = (0, _copied(learner.state()))

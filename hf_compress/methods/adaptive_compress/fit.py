@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -37,21 +37,32 @@ LEARNERS: dict[str, type[Learner]] = {
     "topk": TopK,
     "batchtopk": BatchTopK,
 }
+Learn = Callable[[int, Tensor], None]  # takes a layer and its tokens (tokens, hidden)
 _FRACTIONS = (0.25, 0.5, 0.75)
 _START_TOKENS = 200  # a feature, for means and principal directions
 
 
 @overload
 def fit(
-    model: PreTrainedModel, config: AdaptiveCompressConfig, calibration: Any, tokenizer: Any = ..., options: Any = ...
+    model: PreTrainedModel,
+    config: AdaptiveCompressConfig,
+    calibration: Any,
+    tokenizer: PreTrainedTokenizerBase | None = ...,
+    options: DataOptions | None = ...,
+    *,
+    checkpoint: str | Path | None = ...,
+    save_every: int = ...,
 ) -> Bottlenecks: ...
 @overload
 def fit(
     model: PreTrainedModel,
     config: Sequence[AdaptiveCompressConfig],
     calibration: Any,
-    tokenizer: Any = ...,
-    options: Any = ...,
+    tokenizer: PreTrainedTokenizerBase | None = ...,
+    options: DataOptions | None = ...,
+    *,
+    checkpoint: str | Path | None = ...,
+    save_every: int = ...,
 ) -> list[Bottlenecks]: ...
 def fit(
     model: PreTrainedModel,
@@ -150,7 +161,7 @@ def _train(
 
 
 def watch_rows(
-    model: PreTrainedModel, stack: Stack, layers: Sequence[int], batch: Batch, outliers: float, learn: Any
+    model: PreTrainedModel, stack: Stack, layers: Sequence[int], batch: Batch, outliers: float, learn: Learn
 ) -> None:
     """A forward pass as far as the last of the layers; `learn(layer, rows)` gets the real tokens of each, in float32.
 
@@ -184,7 +195,7 @@ def stream_moments(
 
     def learn(layer: int, rows: Tensor) -> None:
         nonlocal tokens
-        moments.setdefault(layer, StreamMoments(rows.shape[1])).update(rows.cpu())
+        moments.setdefault(layer, StreamMoments(rows.shape[1], rows.device)).update(rows)
         tokens += len(rows) if layer == layers[0] else 0
 
     hidden = 0

@@ -23,12 +23,13 @@ class StreamMoments:
         normed: of LN(h), each token weighted by its variance σ²: by what an error there costs in h.
     """
 
-    def __init__(self, hidden: int) -> None:
-        self.raw, self.normed = Moments(hidden), Moments(hidden)
+    def __init__(self, hidden: int, device: torch.device) -> None:
+        device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
+        self.raw, self.normed = Moments(hidden, device), Moments(hidden, device)
 
     def update(self, stream: Tensor) -> None:
         """Add tokens (tokens, hidden)."""
-        stream = stream.double()
+        stream = stream.to(self.raw.device).double()
         spread = stream.std(1, correction=0)
         centred = stream - stream.mean(1, keepdim=True)
         self.raw.update(stream)
