@@ -42,6 +42,7 @@ _PUBLIC = {
     "analyze": "hf_compress.analysis",
     "compress": "hf_compress.pipeline",
     "evaluate": "hf_compress.evaluation.evaluate",
+    "feature_report": "hf_compress.report.features",
     "fit": "hf_compress.methods.adaptive_compress.fit",
     "heal": "hf_compress.training.heal",
     "heatmap": "hf_compress.report.heatmap",

@@ -47,7 +47,7 @@ class Place:
     """The bottleneck behind one block.
 
     Attributes:
-        module: on the CPU, in float32.
+        module: in float32.
         importance: of every feature that was trained, (features) float32, kept or not.
         kept: which of them the module has, in rising order, (width).
         curve: by name ("step", "retention", "error", "active"), a number a step: the share kept, the squared error of
@@ -211,8 +211,13 @@ def replaced_streams(stack: Stack, changes: Mapping[int, Callable[[Tensor], Tens
 def _summary(place: Place) -> dict[str, Any]:
     """What a report says of a place."""
     last = {name: values[-1] for name, values in place.curve.items() if values}
-    thinned = {name: values[:: max(1, len(values) // _POINTS)] for name, values in place.curve.items()}
+    thinned = {name: values[:: -max(1, len(values) // _POINTS)][::-1] for name, values in place.curve.items()}
     return {
-        **{"features": len(place.kept), "of": len(place.importance), **last, "stopped": place.stopped},
-        **{"curve": thinned, "importance": place.importance.tolist(), "kept": place.kept.tolist()},
+        "features": len(place.kept),
+        "of": len(place.importance),
+        **last,
+        "stopped": place.stopped,
+        "curve": thinned,
+        "importance": place.importance.tolist(),
+        "kept": place.kept.tolist(),
     }
