@@ -231,8 +231,8 @@ def _probe(
 ) -> tuple[Tensor, dict[int | None, Tensor]]:
     """The features in order of choice, and for each k whether each test row's answer is right, 0 or 1."""
     train = features[parts[0]].double()
-    # Of a constant feature the deviation is exactly 0, without rounding: torch updates a running mean (Welford).
     mean, deviation = train.mean(dim=0), train.std(dim=0, correction=0)
+    deviation[train.amax(dim=0) == train.amin(dim=0)] = 0  # of a constant it can come out as rounding noise
     targets = [positive[rows] for rows in parts]
     gap = train[targets[0]].mean(dim=0) - train[~targets[0]].mean(dim=0)
     distance = torch.where(deviation > 0, gap.abs() / deviation, 0.0)

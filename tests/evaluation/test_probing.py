@@ -143,6 +143,13 @@ def test_splits_differ_and_do_not_depend_on_their_number():
     assert not torch.equal(one[0].train, balanced_splits(labels, 1, 1)[0].train)
 
 
+def test_which_class_gives_the_odd_negative_is_random():
+    labels = classes_of(25, 25, 25)
+    tests = [labels[split.parts[0][2]].tolist() for split in balanced_splits(labels, 20, 0)]
+    assert all(sorted((rows.count(1), rows.count(2))) == [2, 3] for rows in tests)
+    assert 0 < sum(rows.count(1) == 3 for rows in tests) < 20
+
+
 def test_a_planted_feature_is_found_and_the_classes_without_one_are_not():
     labels = classes_of(60, 60, 60)
     features = noise(180, 30)
@@ -278,6 +285,7 @@ def test_constant_features_are_zero():
     without, scores = (sparse_probing(one, labels, (None,), splits=1) for one in (features, leaking))
     assert scores.chosen[1][0][-1] == 4
     assert scores.accuracy == without.accuracy
+    assert sparse_probing(leaking[:, 4:], labels, (1,), splits=1).accuracy == {1: 0.5}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int32, torch.bool])
