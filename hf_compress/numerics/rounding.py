@@ -7,12 +7,15 @@ inputs' Gram matrix says: E. Frantar et al., "GPTQ" (arXiv 2210.17323), algorith
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 _DAMPING = 0.01  # of the mean diagonal, as in both papers
+_STEPS = 20_000  # that a budget is cut into at most, so that the table of what is left stays small
 
 
 @dataclass(frozen=True)
@@ -190,3 +193,48 @@ def _convex(errors: Tensor, widths: Tensor) -> Tensor:
                 share = (widths[middle] - widths[left]) / (widths[right] - widths[left])
                 hull[:, middle] = hull[:, middle].minimum(errors[:, left] * (1 - share) + errors[:, right] * share)
     return hull
+
+
+def spend_on_items(errors: Tensor, costs: Sequence[Sequence[int]], budget: int) -> list[int]:
+    """The choice for each item that makes the sum of errors least within a budget, where items differ in size.
+
+    A knapsack, by dynamic programming: the best there is, where budget and costs are whole multiples of a unit of which
+    the budget leaves no more than 20,000 to be spent; else costs above the lowest are rounded up to such a unit.
+
+    Args:
+        errors: of each item at each choice, (items, choices), finite.
+        costs: bits that each item takes at each choice, (items, choices).
+        budget: bits for all of them.
+
+    Returns:
+        The index of each item's choice; among equals, the cheaper.
+
+    Raises:
+        ValueError: a budget below what all items take at least.
+    """
+    bits = np.asarray(costs, dtype=np.int64)
+    least = bits.min(axis=1)
+    left = budget - int(least.sum())
+    if left < 0:
+        raise ValueError(f"{budget} bits are fewer than the {int(least.sum())} that all items take at least")
+    extra = bits - least[:, None]
+    spendable = min(left, int(extra.max(axis=1).sum()))
+    unit = max(int(np.gcd.reduce(extra, axis=None)), -(-spendable // _STEPS), 1)
+    extra = -(-extra // unit)
+    left = min(left // unit, int(extra.max(axis=1).sum()))
+    order = np.argsort(extra, axis=1, kind="stable")  # the cheaper first, for ties
+    ranked = np.take_along_axis(extra, order, axis=1)
+    values = np.take_along_axis(errors.detach().double().cpu().numpy(), order, axis=1)
+    best, taken = np.zeros(left + 1), []  # the least error of the items so far at no more than so many units
+    for own, steps in zip(values, ranked, strict=True):
+        table = np.full((len(steps), left + 1), np.inf)
+        for row, value, step in zip(table, own, steps, strict=True):
+            row[step:] = best[: max(0, left + 1 - step)] + value
+        taken.append(table.argmin(axis=0).astype(np.int8))
+        best = table.min(axis=0)
+    found: list[int] = []
+    for item in reversed(range(len(bits))):
+        place = taken[item][left]
+        found.append(int(order[item, place]))
+        left -= int(ranked[item, place])
+    return found[::-1]

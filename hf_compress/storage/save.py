@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -59,16 +60,31 @@ def save(
         ValueError: `portable`, and the model's class is none of Transformers.
     """
     check_target(Path(directory), overwrite)
-    target = Path(directory).resolve()
     inputs = Probe.of(model, probe)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with stage(target) as folder:
-        _write(model, folder, tokenizer, card or _card(model, target.name, tokenizer is not None, portable))
+
+    def write(folder: Path) -> None:
+        name = Path(directory).resolve().name
+        _write(model, folder, tokenizer, card or _card(model, name, tokenizer is not None, portable))
         if portable:
             make_portable(model, folder)
+
+    return save_staged(directory, overwrite, write, lambda folder: verify(model, folder, inputs))
+
+
+def save_staged(
+    directory: str | Path, overwrite: bool, write: Callable[[Path], None], check: Callable[[Path], None]
+) -> Path:
+    """Have `write` fill a folder beside `directory`, and put it in its place if `check` does not raise; see `save`.
+
+    Whether something may be replaced there, `check_target` has said before.
+    """
+    target = Path(directory).resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with stage(target) as folder:
+        write(folder)
         _share(folder)
         files = describe(folder)  # before they are loaded and compared, so that it is these that were
-        verify(model, folder, inputs)
+        check(folder)
         write_manifest(folder, files)
         verify_files(folder)
         put_in_place(folder, target, overwrite)
@@ -88,6 +104,13 @@ def _write(
 ) -> None:
     with quiet():
         model.save_pretrained(folder)
+    write_beside(model, folder, tokenizer, card)
+
+
+def write_beside(
+    model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None, card: ModelCard | None
+) -> None:
+    """Write what goes beside a model: its tokenizer, its report, a card."""
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     report = getattr(model, "compression_report", None)
@@ -119,7 +142,7 @@ def verify(model: PreTrainedModel, folder: Path, probe: Probe) -> None:
             loaded = type(model).from_pretrained(folder, dtype=model.dtype, device_map={"": model.device})
     except Exception as error:
         raise ParityError(f"the saved model does not load: {one_line(error)}") from error
-    for name, difference in _tensor_differences(model.state_dict(), loaded.state_dict()):
+    for name, difference in tensor_differences(model.state_dict(), loaded.state_dict()):
         raise ParityError(f"the saved model does not load as it is in memory: {name} {difference}")
     loaded.train(model.training)
     own_memory(loaded)
@@ -138,7 +161,7 @@ def own_memory(model: PreTrainedModel) -> None:
             parameter.data = parameter.data.clone()
 
 
-def _tensor_differences(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[tuple[str, str]]:
+def tensor_differences(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[tuple[str, str]]:
     """The names of the tensors that are not the same in both, and what is wrong with each."""
     missing = [(name, "is missing") for name in first.keys() - second.keys()]
     added = [(name, "appears from nowhere") for name in second.keys() - first.keys()]

@@ -18,6 +18,8 @@ COMPENSATIONS = ("auto", "none")
 ALLOCATIONS = ("relevance", "error", "uniform")
 ROUNDINGS = ("compensated", "nearest")
 BITS = (2, 3, 4, 5, 6, 8)  # what groups of weights may get
+PERS = ("group", "module")
+MODULE_BITS = (4, 8)  # what whole modules may get: what vLLM's kernels for compressed-tensors have always been for
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class LRPConfig(CompressionConfig, method="lrp", paper="https://arxiv.org/abs/25
 
     Mixed precision: `bits` a weight in the mean, or `target_bytes` for the linear maps of the blocks, all that is
     stored counted: groups of `group_size` weights get 2 to 8 bits each, more where relevance and error are larger.
+    With per="module" all groups of a linear map get as many, 4 or 8, and so do maps that read the same input, such as
+    queries, keys and values: what `save_compressed_tensors` can write for stock Transformers and vLLM.
 
     variant="paper": what has a mean relevance of 0 or less goes, weights or neurons, and `split` gives the more
     relevant half of a layer's weights more bits than the other, at the cost of a bit a weight to tell them apart.
@@ -59,8 +63,17 @@ class LRPConfig(CompressionConfig, method="lrp", paper="https://arxiv.org/abs/25
     split: tuple[int, int] | None = field(
         default=None, metadata={"help": "in the paper's variant: bits of the more and of the less relevant half"}
     )
+    per: str = field(
+        default="group",
+        metadata={"help": "who gets a number of bits of its own: each group of weights, or each module (4 or 8)"},
+    )
     group_size: int = field(default=64, metadata={"help": "neighbouring weights that share their bits and their step"})
-    symmetric: bool = field(default=False, metadata={"help": "lay grids evenly around 0, which needs no stored zeros"})
+    symmetric: bool | None = field(
+        default=None,
+        metadata={
+            "help": "lay grids evenly around 0, which needs no stored zeros; when not given, with per=module alone"
+        },
+    )
     allocation: str = field(default="relevance", metadata={"help": f"of bits: {', '.join(ALLOCATIONS)}"})
     rounding: str = field(
         default="compensated", metadata={"help": f"one of {', '.join(ROUNDINGS)}; of pruned maps always nearest"}
@@ -81,12 +94,15 @@ class LRPConfig(CompressionConfig, method="lrp", paper="https://arxiv.org/abs/25
         check_choice("scope", self.scope, SCOPES)
         check_choice("compensation", self.compensation, COMPENSATIONS)
         check_choice("allocation", self.allocation, ALLOCATIONS)
+        check_choice("per", self.per, PERS)
         check_choice("rounding", self.rounding, ROUNDINGS)
         check_choice("target", self.target, ("auto", "label", "predicted"))
         check_choice("attention", self.attention, ATTENTION_RULES)
         check_ratio("sparsity", self.sparsity)
         for name in ("tokens", "group_size"):
             check_at_least(name, getattr(self, name), 1)
+        if self.symmetric is not None and type(self.symmetric) is not bool:
+            raise ValueError(f"symmetric must be true or false, or not given; got {self.symmetric!r}")
         check_at_least("seed", self.seed, 0)
         if not (is_number(self.temper) and 0 <= self.temper <= 1):
             raise ValueError(f"temper must be a number from 0, the magnitude, to 1, E |R|; got {self.temper!r}")
@@ -94,6 +110,7 @@ class LRPConfig(CompressionConfig, method="lrp", paper="https://arxiv.org/abs/25
             raise ValueError(f"group_size must be a multiple of 8, so that groups fill bytes; got {self.group_size}")
         self._check_pattern()
         self._check_size()
+        self._check_per()
         self._check_variant()
 
     def _check_pattern(self) -> None:
@@ -111,6 +128,17 @@ class LRPConfig(CompressionConfig, method="lrp", paper="https://arxiv.org/abs/25
             raise ValueError(f"bits must be a number from {BITS[0]} to 16; got {self.bits!r}")
         if self.target_bytes is not None:
             check_positive("target_bytes", self.target_bytes)
+
+    def _check_per(self) -> None:
+        if self.per == "group":
+            return
+        if self.bits is None and self.target_bytes is None:
+            raise ValueError("per='module' says who shares a number of bits: give bits= or target_bytes= with it")
+        if self.prunes and self.granularity not in STRUCTURED:
+            raise ValueError(
+                f"per='module' is for maps that are whole, and granularity={self.granularity!r} stores what is left of "
+                "them: prune neurons or heads, or none"
+            )
 
     def _check_variant(self) -> None:
         if self.variant == "paper":
@@ -157,6 +185,15 @@ class LRPConfig(CompressionConfig, method="lrp", paper="https://arxiv.org/abs/25
     def quantizes(self) -> bool:
         """Whether weights are rounded."""
         return self.bits is not None or self.target_bytes is not None or self.split is not None
+
+    def is_symmetric(self, bits: int) -> bool:
+        """Whether groups of so many bits have grids evenly around 0.
+
+        Those of whole modules have, unless asked otherwise: from its version 0.18 on, compressed-tensors does not load
+        stored zeros into Transformers. And with 8 bits always: there vLLM's Marlin kernels know no zeros.
+        """
+        whole = self.per == "module"
+        return (whole if self.symmetric is None else self.symmetric) or (whole and bits == MODULE_BITS[-1])
 
     def plan(self, bench: Workbench) -> Plan:
         from hf_compress.methods.lrp.plan import plan_by_relevance

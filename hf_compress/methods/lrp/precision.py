@@ -21,7 +21,13 @@ _ZERO_BITS = 8
 
 def overhead(config: LRPConfig) -> float:
     """Bits a weight that go to what a group stores besides its weights."""
-    return (_STEP_BITS + _CLASS_BITS + (0 if config.symmetric else _ZERO_BITS)) / config.group_size
+    return stored_bits(config, 0) / config.group_size
+
+
+def stored_bits(config: LRPConfig, bits: int) -> int:
+    """Bits that a group takes whose weights have so many, with all that is stored."""
+    zero = 0 if config.is_symmetric(bits) else _ZERO_BITS
+    return bits * config.group_size + _STEP_BITS + _CLASS_BITS + zero
 
 
 def bits_of_groups(
@@ -40,7 +46,7 @@ def bits_of_groups(
         budget: bits a weight that may be spent on the weights themselves, as many as the fewest at least.
     """
     paths = list(weights)
-    errors = torch.cat([_errors(config, choices, weights[path], worth[path]) for path in paths])
+    errors = torch.cat([errors_of_groups(config, choices, weights[path], worth[path]) for path in paths])
     if config.allocation == "uniform":  # all groups alike, however hard they are to round
         errors = errors.mean(dim=0, keepdim=True).expand_as(errors)
     found = spend_bits(errors, list(choices), budget)
@@ -53,11 +59,11 @@ def _groups(config: LRPConfig, weight: Tensor) -> Tensor:
     return fill_rows(weight, config.group_size).reshape(-1, config.group_size)
 
 
-def _errors(config: LRPConfig, choices: tuple[int, ...], weight: Tensor, worth: Tensor) -> Tensor:
+def errors_of_groups(config: LRPConfig, choices: tuple[int, ...], weight: Tensor, worth: Tensor) -> Tensor:
     """What rounding to nearest costs each group at each choice, (groups, choices) float64."""
     groups, worths = _groups(config, weight), _groups(config, worth)
     errors = []
     for bits in choices:
-        grids = Grids.of(groups, torch.full((len(groups),), bits, dtype=torch.int32), config.symmetric)
+        grids = Grids.of(groups, torch.full((len(groups),), bits, dtype=torch.int32), config.is_symmetric(bits))
         errors.append((worths * (grids.value(grids.round(groups)) - groups).square()).sum(dim=1).double())
     return torch.stack(errors, dim=1)

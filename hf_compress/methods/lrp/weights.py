@@ -17,10 +17,11 @@ from hf_compress.apply import carry_out
 from hf_compress.calibration.walks import Walk, start_walks
 from hf_compress.drafts import pack_linear, sparsify_linear
 from hf_compress.errors import UnsupportedModelError
-from hf_compress.methods.lrp.config import BITS
+from hf_compress.methods.lrp.config import BITS, MODULE_BITS
 from hf_compress.methods.lrp.masks import kept_weights
 from hf_compress.methods.lrp.precision import bits_of_groups, overhead
-from hf_compress.methods.lrp.scores import Scores, block_linears, score, watch_rows, weights_of
+from hf_compress.methods.lrp.scores import Scores, block_linears, score, some_batches, watch_rows, weights_of
+from hf_compress.methods.lrp.whole import bits_of_modules, read_together
 from hf_compress.modules.packed import filled
 from hf_compress.numerics.masked import solve_masked
 from hf_compress.plan import Plan
@@ -78,7 +79,7 @@ def _split(config: LRPConfig, bench: Workbench, linears: Mapping[str, nn.Module]
             raise ValueError(f"the scores of {path} have no median to split them by: too few of them differ")
         groups = [filled(part, config.group_size) // config.group_size for part in (count, values.numel() - count)]
         bits = torch.repeat_interleave(torch.tensor(config.split), torch.tensor(groups))
-        even = config.symmetric or config.split[0] > 8  # zeros are stored in a byte
+        even = config.is_symmetric(config.split[0]) or config.split[0] > 8  # zeros are stored in a byte
         plan += sparsify_linear(bench.model, path, upper, None, bits, config.group_size, even, rest=True)
     carry_out(plan, bench.model, undo)
     return Plan(plan.edits, plan.tensors, {"split": list(config.split)})
@@ -103,10 +104,11 @@ def _draft(
     if kept is None:
         assert bits is not None
         own = gram if config.rounding == "compensated" else None
-        return pack_linear(bench.model, path, bits, config.group_size, config.symmetric, own)
+        even = config.is_symmetric(int(bits.max()))
+        return pack_linear(bench.model, path, bits, config.group_size, even, own)
     weight = None if gram is None else solve_masked(linear_map(linear).T, gram, kept)
     row = None if bits is None else bits.flatten()
-    return sparsify_linear(bench.model, path, kept, weight, row, config.group_size, config.symmetric)
+    return sparsify_linear(bench.model, path, kept, weight, row, config.group_size, bool(config.symmetric))
 
 
 def _bits(
@@ -128,14 +130,19 @@ def _bits(
         worth = {path: values[kept[path]][None] for path, values in worth.items()}
     padded = sum(len(weight) * filled(weight.shape[1], config.group_size) for weight in weights.values())
     stored = sum(weight.numel() for weight in weights.values())
+    whole = config.per == "module"
     budget = asked * stored / padded - overhead(config)
-    if budget < BITS[0]:
+    fewest = MODULE_BITS[0] if whole else BITS[0]
+    if budget < fewest:
         given = f"bits={config.bits:g}" if config.bits is not None else f"target_bytes={config.target_bytes}"
         raise ValueError(
-            f"{given} leaves {max(0.0, budget):.2f} bits for each weight, where {BITS[0]} are the fewest, once steps "
+            f"{given} leaves {max(0.0, budget):.2f} bits for each weight, where {fewest} are the fewest, once steps "
             f"of groups of {config.group_size} are stored and rows filled up to whole groups: ask for more, or change "
             "group_size="
         )
+    if whole:
+        together = read_together(bench.model, some_batches(bench, 1)[0], linears)
+        return bits_of_modules(config, weights, worth, together, int(asked * stored + 1e-6))
     return bits_of_groups(config, BITS, weights, worth, budget)
 
 
