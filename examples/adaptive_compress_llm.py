@@ -29,6 +29,7 @@ from hf_compress.evaluation.reconstruction import Reconstruction, SpliceQuality,
 from hf_compress.report.report import environment
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+ROUNDING = 1e-4  # an error a token below this is one of float32, of streams whose norms are around 100
 PIECE = 1500  # characters: texts are cut to what about fits the model's positions, so that none of them goes to waste
 COLUMNS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -89,13 +90,20 @@ def table(rows: Rows, share: float) -> str:
             spread([mean(one.l0 for one in row.blocks.values()) for row in own], "{:.0f}"),
             spread([mean(one.explained_variance for one in row.blocks.values()) for row in own], "{:.4f}"),
             spread(errors, "{:.4g}"),
-            f"{mean(errors) / pca:.3f}" if pca > 1e-6 * mean(errors) else "(PCA's is 0)",
+            over(mean(errors), pca),
             spread([row.splice.divergence for row in own], "{:.4f}"),
             spread([row.splice.perplexities[1] for row in own], "{:.2f}"),
             spread([row.splice.recovered for row in own], "{:.4f}"),
         ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def over(error: float, pca: float) -> str:
+    """The ratio, where PCA's error is more than what float32 makes of 0."""
+    if pca > ROUNDING:
+        return f"{error / pca:.3f}"
+    return "both 0, rounded" if error < ROUNDING else "PCA's is 0"
 
 
 def spread(values: list[float], form: str) -> str:

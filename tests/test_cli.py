@@ -186,7 +186,7 @@ def test_options_win_over_the_recipe(tmp_path: Path) -> None:
         (("--ratio", "1.5"), "ratio must lie strictly between 0 and 1"),
         (("--ratio", "0.5", "--num", "2"), "give ratio or num_merges, not both"),
         ((), "say how much to merge"),
-        (("--method", "magic"), "unknown method 'magic'; known are drop_blocks, "),
+        (("--method", "magic"), "unknown method 'magic'; known are adaptive_compress, "),
         (("--ratio", "0.5", "--set", "variannt=paper"), "did you mean 'variant'?"),
         (("--ratio", "0.5", "--set", "variant"), "--set takes field=value"),
         (("--ratio", "0.5", "--recipe", "nowhere.yaml"), "nowhere.yaml"),
