@@ -240,7 +240,9 @@ def _head(facts: _Facts) -> str:
         origin = f" It was loaded from {base}." if base else ""
         text = f"A {type(facts.model).__name__}, saved with hf_compress. No compression report came with it.{origin}"
     else:
-        text = f"{base or 'A model of unknown origin'}, made smaller by {_method(facts.report)} with hf_compress."
+        smaller = facts.report.after.bytes < facts.report.before.bytes
+        done = "made smaller" if smaller else "changed"  # bottlenecks are parameters more
+        text = f"{base or 'A model of unknown origin'}, {done} by {_method(facts.report)} with hf_compress."
     return f"# {escape(facts.name)}\n\n{text}"
 
 
