@@ -99,7 +99,7 @@ class Bottlenecks:
             module = self.places[index].module
             return lambda stream: module.to(stream.device)(stream.float()).to(stream.dtype)
 
-        with replaced_streams(Anatomy(model).stack(self.stack), {i: through(i) for i in layers or self.layers}):
+        with replaced_streams(Anatomy(model).stack(self.stack), {i: through(i) for i in (self.layers if layers is None else layers)}):
             yield
 
     def read(self, model: PreTrainedModel, data: Calibration) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -116,12 +116,12 @@ class Bottlenecks:
 
             return seen
 
-        with inference(model), replaced_streams(stack, {index: keep(index) for index in self.layers}):
-            for batch in data:
+        for batch in data:
+            found.clear()
+            with inference(model), replaced_streams(stack, {index: keep(index) for index in self.layers}):
                 forward(model, batch)
-                for index, stream in found:
-                    yield index, stream, stream_tokens(stack, batch, stream)
-                found.clear()
+            for index, stream in found:
+                yield index, stream, stream_tokens(stack, batch, stream)
 
     @torch.no_grad()
     def pooled(
@@ -188,6 +188,7 @@ class Bottlenecks:
             hidden, width = own["encoder"].shape
             module = Bottleneck(hidden, width, Form(**facts["form"]))
             module.load_state_dict(own)
+            module.requires_grad_(False)
             kept = unpack_bits(mask[None])[0, : len(importance)].nonzero()[:, 0]
             places[int(index)] = Place(module, importance, kept, facts["curve"], facts["stopped"])
         return Bottlenecks(whole["stack"], places, whole["config"], whole["tokens"])

@@ -93,6 +93,10 @@ class AdaptiveCompressConfig(CompressionConfig, method="adaptive_compress"):
         if not (is_number(self.outliers) and self.outliers > 1):
             raise ValueError(f"outliers must be a multiple of the median norm above 1; got {self.outliers!r}")
         check_at_least("seed", self.seed, 0)
+        if type(self.tie_weights) is not bool:
+            raise ValueError(f"tie_weights must be True or False; got {self.tie_weights!r}")
+        if not (self.stack is None or isinstance(self.stack, str)):
+            raise ValueError(f"stack must be the path of a residual stack, such as 'model.layers'; got {self.stack!r}")
 
     def _check_places(self) -> None:
         if self.layers is not None and self.fractions is not None:
@@ -104,22 +108,23 @@ class AdaptiveCompressConfig(CompressionConfig, method="adaptive_compress"):
             if isinstance(values, str) or not isinstance(values, Sequence) or not values:
                 raise ValueError(f"{name} must be a list of at least one; got {values!r}")
             object.__setattr__(self, name, tuple(values))
-            if len(set(values)) < len(values):
-                raise ValueError(f"{name} names a place twice: {list(values)}")
         if wrong := [layer for layer in self.layers or () if type(layer) is not int or layer < 0]:
             raise ValueError(f"layers must be indices of blocks, counted from 0; got {wrong[0]!r}")
         if outside := [share for share in self.fractions or () if not (is_number(share) and 0 < share <= 1)]:
             raise ValueError(f"fractions must lie in (0, 1], 1 being the last block; got {outside[0]!r}")
+        for name, values in (("layers", self.layers or ()), ("fractions", self.fractions or ())):
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} names a place twice: {list(values)}")
 
     def _check_schedule(self) -> None:
         for name in ("retention_init", "retention_final"):
             share = getattr(self, name)
             if not (is_number(share) and 0 < share <= 1):
                 raise ValueError(f"{name} must lie in (0, 1], a share of the stream's width; got {share!r}")
-        if self.retention_final > self.retention_init:
+        if self.retention_final > self.retention_init and self.variant in SCHEDULED:
             raise ValueError(
                 f"retention must not increase: retention_init={self.retention_init}, "
-                f"retention_final={self.retention_final}"
+                f"retention_final={self.retention_final}; raise the one or lower the other"
             )
         for name in ("warmup_steps", "decay_steps"):
             check_at_least(name, getattr(self, name), 0)
@@ -142,7 +147,7 @@ class AdaptiveCompressConfig(CompressionConfig, method="adaptive_compress"):
     def features(self, hidden: int, retention: float | None = None) -> int:
         """How many features a stream of width `hidden` keeps; at the end when no retention is given."""
         share = self.retention_final if retention is None else retention
-        return min(hidden, math.ceil(share * hidden - 1e-9))  # 0.95 · 20 is 19.000…, not 20
+        return min(hidden, max(1, math.ceil(share * hidden - 1e-9)))  # 0.95 · 20 is 19.000…, not 20
 
     def schedule(self, steps: int) -> tuple[int, int]:
         """Steps of warm-up and of decay, of `steps` in all."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -44,22 +46,21 @@ class Course:
         config = self.learner.config
         self.learner.module.to(rows.device)
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed * 1_000_003 + step))
-        for part in rows[order.to(rows.device)].tensor_split(config.updates):
+        parts = rows[order.to(rows.device)].tensor_split(config.updates)
+        for part in parts:
             if self.goes_on:
                 self._step(part, step, steps)
             step += 1
+        if step == steps and self.goes_on:  # no step comes after it that would notice
+            self._told(parts[0], step)
 
     @torch.enable_grad()
     def _step(self, rows: Tensor, step: int, steps: int) -> None:
         retention = self.learner.config.retention(step, steps)
         self.learner.retain(retention)
-        terms = self.learner.terms(rows) if len(rows) else None
-        share = _share(len(rows), self.optimizer.param_groups[0]["params"][0].device)
         self.optimizer.zero_grad()
-        if terms is not None:
-            terms.loss.backward()  # type: ignore[no-untyped-call]
-        told = _mean_of_all(self.learner, terms, share)
-        if self._diverges(told[0].item(), step):
+        told = self._told(rows, step)
+        if told is None:
             return
         self.learner.constrain_gradients()
         for group in self.optimizer.param_groups:
@@ -69,10 +70,24 @@ class Course:
         for name, value in zip(self.curve, (step, retention, told[0].item(), told[1].item()), strict=True):
             self.curve[name].append(value)
 
+    def _told(self, rows: Tensor, step: int) -> Tensor | None:
+        """Of all processes' tokens the error, the active features and the energy, and as gradients those of the loss.
+
+        None where there is nothing to learn from: no process has a token, or the bottleneck has diverged.
+        """
+        terms = self.learner.terms(rows) if len(rows) else None
+        if terms is not None and terms.loss.requires_grad:
+            terms.loss.backward()  # type: ignore[no-untyped-call]
+        total = _tokens_of_all(len(rows), self.optimizer.param_groups[0]["params"][0].device)
+        if not total:
+            return None
+        told = _mean_of_all(self.learner, terms, len(rows) / total)
+        return None if self._diverges(told[0].item(), step) else told
+
     def _diverges(self, error: float, step: int) -> bool:
         """Whether an error is worse than all sense; the last good state is then put back."""
-        first = self.curve["error"][0] if self.curve["error"] else 0.0
-        if error <= _DIVERGED * max(1.0, first):  # not so where it is NaN
+        first = self.curve["error"][0] if self.curve["error"] else error
+        if error <= _DIVERGED * max(1.0, first) < math.inf:  # not so where it is NaN
             if step % _KEEP_EVERY == 0:
                 self._good = (step, _copied(self.learner.state()))
             return False
@@ -93,18 +108,21 @@ class Course:
         return module.requires_grad_(False), kept
 
     def state(self) -> dict[str, Tensor]:
-        """All that changes but the curve."""
+        """All that changes but the curve; with the last good state, for where it diverges."""
         moments = {
             f"adam.{index}.{name}": value
             for index, one in self.optimizer.state_dict()["state"].items()
             for name, value in one.items()
         }
-        return self.learner.state() | moments
+        step, good = self._good
+        kept = {f"good.{name}": value for name, value in good.items()} | {"good_step": torch.tensor(step)}
+        return self.learner.state() | moments | kept
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """The inverse of `state`."""
-        self.learner.restore({name: value for name, value in state.items() if not name.startswith("adam.")})
-        self._good = (0, _copied(self.learner.state()))
+        self.learner.restore({name: value for name, value in state.items() if not name.startswith(("adam.", "good"))})
+        good = {name.removeprefix("good."): value for name, value in state.items() if name.startswith("good.")}
+        self._good = (int(state["good_step"]), _copied(good))
         whole = self.optimizer.state_dict()
         whole["state"] = {}
         for name, value in state.items():
@@ -124,13 +142,12 @@ def processes() -> int:
     return everywhere()[1]
 
 
-def _share(rows: int, device: torch.device) -> float:
-    """The share that this process has in the tokens of a step of all."""
-    if processes() == 1:
-        return 1.0
+def _tokens_of_all(rows: int, device: torch.device) -> float:
+    """The tokens that a step has in all processes."""
     total = torch.tensor(float(rows), device=device)
-    dist.all_reduce(total)
-    return rows / max(1.0, total.item())
+    if processes() > 1:
+        dist.all_reduce(total)
+    return total.item()
 
 
 def _mean_of_all(learner: Learner, terms: Terms | None, share: float) -> Tensor:

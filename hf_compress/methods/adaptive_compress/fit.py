@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -17,6 +18,7 @@ from hf_compress.anatomy.stacks import Stack
 from hf_compress.bottlenecks import Bottlenecks, Place
 from hf_compress.calibration.capture import StopForward, check_stream, forward, inference, stream_tokens, watch_blocks
 from hf_compress.calibration.data import Batch, Calibration, DataOptions, prepare
+from hf_compress.config import check_at_least
 from hf_compress.errors import CalibrationError
 from hf_compress.methods.adaptive_compress.adaptive import Adaptive, Paper
 from hf_compress.methods.adaptive_compress.course import Course, everywhere, processes
@@ -94,6 +96,7 @@ def fit(
         ValueError, TypeError: layers that there are not, too little data for the schedule, a checkpoint of another run.
         CalibrationError: activations that are not finite.
     """
+    check_at_least("save_every", save_every, 1)
     several = isinstance(config, Sequence)
     configs: list[Any] = list(config) if isinstance(config, Sequence) else [config]
     data = prepare(calibration, model, tokenizer, options)
@@ -120,7 +123,7 @@ def fit_all(
             {layer: Course(LEARNERS[config.variant](config, moments[layer], config.seed + layer)) for layer in layers}
             for config, layers in zip(configs, places, strict=True)
         ]
-        progress = Progress(checkpoint, courses, configs, data, save_every)
+        progress = Progress(checkpoint, courses, configs, model, data, save_every)
         _train(model, stack, courses, configs, batches, progress)
     results = []
     for config, mine in zip(configs, courses, strict=True):
@@ -191,24 +194,25 @@ def stream_moments(
 ) -> dict[int, StreamMoments]:
     """Of each layer, from as many batches, spread over the data, as principal directions need."""
     moments: dict[int, StreamMoments] = {}
-    tokens = 0
+    missing = list(layers)
 
     def learn(layer: int, rows: Tensor) -> None:
-        nonlocal tokens
-        moments.setdefault(layer, StreamMoments(rows.shape[1], rows.device)).update(rows)
-        tokens += len(rows) if layer == layers[0] else 0
+        own = moments.setdefault(layer, StreamMoments(rows.shape[1], rows.device))
+        own.update(rows)
+        if float(own.raw.count) >= _START_TOKENS * rows.shape[1]:
+            missing.remove(layer)
 
-    hidden = 0
     for number in _spread_order(len(data)):
-        watch_rows(model, stack, layers, data.batches[number], config.outliers, learn)
-        hidden = moments[layers[0]].raw.width
-        if tokens >= _START_TOKENS * hidden:
+        if not missing:
             break
-    if tokens < hidden:
-        raise CalibrationError(
-            f"{tokens} tokens are too few to tell {hidden} features apart: pass at least {hidden}, better "
-            f"{_START_TOKENS * hidden}"
-        )
+        watch_rows(model, stack, tuple(missing), data.batches[number], config.outliers, learn)
+    for layer, own in moments.items():
+        tokens, hidden = int(own.raw.count), own.raw.width
+        if tokens < hidden:
+            raise CalibrationError(
+                f"{tokens} tokens behind block {layer} are too few to tell {hidden} features apart: pass at least "
+                f"{hidden}, better {_START_TOKENS * hidden}"
+            )
     return moments
 
 
@@ -237,17 +241,22 @@ def check_schedule(config: AdaptiveCompressConfig, data: Calibration, batches: i
     """Raise unless the data lasts to the end of the retention schedule."""
     if config.variant not in ("default", "paper"):
         return
-    steps = batches * config.updates * config.epochs
-    needed = sum(config.schedule(steps))
-    if steps >= needed:
+    each = batches * config.updates  # steps an epoch
+    if _lasts(config, each * config.epochs):
         return
-    each = max(1, data.tokens) / max(1, len(data) * config.updates)  # tokens a step, in one process
+    needed = next(steps for steps in count(1) if _lasts(config, steps))
+    warmup, decay = config.schedule(needed)
+    largest = max(int(batch.real.sum()) if batch.real is not None else 0 for batch in data)
+    tokens = math.ceil(needed / config.updates / config.epochs) * processes() * largest
     raise CalibrationError(
-        f"{config.schedule(steps)[0]} steps of warm-up and {config.schedule(steps)[1]} of decay need about "
-        f"{math.ceil(needed * each * processes()):,} tokens; {data.tokens * config.epochs:,} make {steps} steps: pass "
-        f"more data, go through it epochs={math.ceil(needed / max(1, batches * config.updates))} times, or shorten the "
-        "schedule"
+        f"{warmup} steps of warm-up and {decay} of decay need about {tokens:,} tokens; {data.tokens:,} make "
+        f"{each * config.epochs} steps: pass more data, go through it epochs={math.ceil(needed / each)} times, or "
+        "shorten the schedule"
     )
+
+
+def _lasts(config: AdaptiveCompressConfig, steps: int) -> bool:
+    return sum(config.schedule(steps)) <= steps
 
 
 def _common_stack(model: PreTrainedModel, configs: Sequence[AdaptiveCompressConfig]) -> Stack:

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from hf_compress.methods.adaptive_compress.config import AdaptiveCompressConfig
 
 
+_CONSTANT = 1e-5
+
+
 class StreamMoments:
     """What is known of a stream before anything is fitted.
 
@@ -123,10 +126,14 @@ class Learner:
 def correlation(code: Tensor) -> Tensor:
     """Mean square of the correlations between features, over the tokens of code (tokens, features).
 
-    L_cont: the paper names it and does not define it. Features that do not vary correlate with nothing.
+    L_cont: the paper names it and does not define it. Features that do not vary, up to what float32 makes of it, or do
+    next to others, correlate with nothing: what rounding correlates with would have the largest gradient of all.
     """
     centred = code - code.mean(0)
-    normed = centred / (centred.norm(dim=0) + 1e-8)
+    sizes = centred.norm(dim=0)
+    least = torch.maximum(_CONSTANT * code.detach().norm(dim=0), _CONSTANT * sizes.detach().max())
+    varies = sizes.detach() > least
+    normed = centred[:, varies] / sizes[varies]
     gram = normed.T @ normed
     pairs = max(1, code.shape[1] * (code.shape[1] - 1))
     return (gram.square().sum() - gram.diagonal().square().sum()) / pairs

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hf_compress.methods.adaptive_compress.learner import Learner, Terms
 from hf_compress.modules.bottleneck import Bottleneck, Form, Select
 
-_FIRST = 0.9  # share of the old threshold in the new, a step
+_OLD = 0.9  # share of the old threshold in the new, a step
 
 
 class Principal(Learner):
@@ -93,7 +93,8 @@ class TopK(Learner):
     def revival(self, features: Tensor, missing: Tensor, spread: Tensor) -> Tensor:
         """‖e − ê‖² / ‖e‖², e what is missing of the stream and ê what the largest dead features make of it.
 
-        e counts as given: the gradient goes through ê alone, to the encoder and the decoder of dead features.
+        e counts as given: the gradient goes through ê alone, to the encoder and the decoder of dead features, and to the
+        center, which all features share.
         """
         dead = (self.idle >= self.config.dead_steps).nonzero()[:, 0]
         features = features[:, dead]
@@ -139,5 +140,7 @@ class BatchTopK(TopK):
         rectified = features.relu()
         last = rectified.detach().flatten().topk(self.active * len(features)).values[-1]
         with torch.no_grad():
-            self.module.threshold.lerp_(last.expand_as(self.module.threshold), 1 - _FIRST)
+            threshold = self.module.threshold
+            share = 1 - _OLD if bool(threshold.any()) else 1.0
+            threshold.lerp_(last.expand_as(threshold), share)
         return rectified * (rectified >= last.clamp(min=1e-12))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from hf_compress.calibration.data import Calibration
 from hf_compress.methods.adaptive_compress.course import Course, everywhere
@@ -18,6 +21,9 @@ if TYPE_CHECKING:
     from hf_compress.methods.adaptive_compress.config import AdaptiveCompressConfig
 
 _FILE = "fitting.safetensors"
+
+
+_LOOKED_AT = 1000  # values of each parameter
 
 
 class Progress:
@@ -35,6 +41,7 @@ class Progress:
         folder: str | Path | None,
         courses: list[dict[int, Course]],
         configs: Sequence[AdaptiveCompressConfig],
+        model: PreTrainedModel,
         data: Calibration,
         every: int,
     ) -> None:
@@ -42,7 +49,8 @@ class Progress:
         self.courses = {f"{n}.{layer}": course for n, mine in enumerate(courses) for layer, course in mine.items()}
         self.run = {
             "configs": json.loads(json.dumps([config.to_dict() for config in configs])),
-            "data": data.describe(),
+            "data": _known_by(tensor for batch in data for tensor in batch.inputs.values()),
+            "model": _known_by(parameter.flatten()[:_LOOKED_AT] for parameter in model.parameters()),
             "processes": everywhere()[1],
         }
         self.every = every
@@ -78,3 +86,12 @@ class Progress:
             prefix = f"{key}."
             course.restore({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
             course.curve, course.stopped = whole["courses"][key]["curve"], whole["courses"][key]["stopped"]
+
+
+def _known_by(tensors: Iterable[Tensor]) -> str:
+    """A hash of values and shapes."""
+    found = sha256()
+    for tensor in tensors:
+        found.update(f"{tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().double().contiguous().numpy().tobytes())
+    return found.hexdigest()
