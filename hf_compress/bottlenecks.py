@@ -99,7 +99,8 @@ class Bottlenecks:
             module = self.places[index].module
             return lambda stream: module.to(stream.device)(stream.float()).to(stream.dtype)
 
-        with replaced_streams(Anatomy(model).stack(self.stack), {i: through(i) for i in (self.layers if layers is None else layers)}):
+        changes = {index: through(index) for index in (self.layers if layers is None else layers)}
+        with replaced_streams(Anatomy(model).stack(self.stack), changes):
             yield
 
     def read(self, model: PreTrainedModel, data: Calibration) -> Iterator[tuple[int, Tensor, Tensor]]:

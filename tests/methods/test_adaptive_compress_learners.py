@@ -974,7 +974,7 @@ def test_peers_have_no_schedule_to_come_to_the_end_of(model, ids, variant):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_fewer_tokens_than_the_stream_is_wide_are_refused(model, variant):
-    with pytest.raises(CalibrationError, match=r"15 tokens behind block \d are too few to tell 16 features apart.*at least 16"):
+    with pytest.raises(CalibrationError, match=r"15 tokens behind block \d are too few to tell 16 feat.*at least 16"):
         hfc.fit(model, config(variant), torch.arange(5, 20)[None])
     hfc.fit(model, config("pca"), torch.arange(5, 21)[None])
     assert not leftovers(model)

@@ -93,7 +93,7 @@ class TopK(Learner):
     def revival(self, features: Tensor, missing: Tensor, spread: Tensor) -> Tensor:
         """‖e − ê‖² / ‖e‖², e what is missing of the stream and ê what the largest dead features make of it.
 
-        e counts as given: the gradient goes through ê alone, to the encoder and the decoder of dead features, and to the
+        e counts as given: the gradient goes through ê alone, to the encoder and decoder of dead features, and to the
         center, which all features share.
         """
         dead = (self.idle >= self.config.dead_steps).nonzero()[:, 0]
