@@ -52,6 +52,7 @@ _PUBLIC = {
     "push_to_hub": "hf_compress.storage.hub",
     "relevance": "hf_compress.attribution.relevance",
     "save": "hf_compress.storage.save",
+    "save_compressed_tensors": "hf_compress.storage.compressed_tensors",
     "verify_files": "hf_compress.storage.manifest",
 }
 
