@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -11,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,6 +32,7 @@ from hf_compress.modules.bottleneck import Bottleneck, Form
 from hf_compress.modules.packed import unpack_bits
 from hf_compress.modules.sparse import pack_mask
 from hf_compress.plan import Plan
+from hf_compress.tensor_file import read_tensors, write_tensors
 
 _FILE = "bottlenecks.safetensors"
 _VERSION = 1
@@ -160,11 +157,9 @@ class Bottlenecks:
             mask[place.kept] = True
             facts[str(index)] = {"form": asdict(place.module.form), "curve": place.curve, "stopped": place.stopped}
             own = {"importance": place.importance, "kept": pack_mask(mask)} | place.module.state_dict()
-            tensors |= {f"{index}.{name}": tensor.contiguous() for name, tensor in own.items()}
+            tensors |= {f"{index}.{name}": tensor for name, tensor in own.items()}
         whole = {"version": _VERSION, "stack": self.stack, "config": self.config, "tokens": self.tokens}
-        partial = path.with_suffix(".partial")
-        save_file(tensors, partial, metadata={"hf_compress": json.dumps(whole | {"places": facts})})
-        os.replace(partial, path)
+        write_tensors(path, tensors, whole | {"places": facts})
         return path
 
     @staticmethod
@@ -177,11 +172,9 @@ class Bottlenecks:
         path = Path(folder) / _FILE
         if not path.is_file():
             raise ValueError(f"{folder} has no {_FILE}: give the folder that Bottlenecks.save wrote to")
-        with safe_open(path, framework="pt") as file:
-            whole = json.loads((file.metadata() or {}).get("hf_compress", "{}"))
-            if whole.get("version") != _VERSION:
-                raise ValueError(f"{path} has version {whole.get('version')}, known is {_VERSION}: upgrade hf-compress")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
+        whole, tensors = read_tensors(path)
+        if whole.get("version") != _VERSION:
+            raise ValueError(f"{path} has version {whole.get('version')}, known is {_VERSION}: upgrade hf-compress")
         places = {}
         for index, facts in whole["places"].items():
             own = {n.partition(".")[2]: t for n, t in tensors.items() if n.partition(".")[0] == index}

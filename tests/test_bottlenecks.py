@@ -96,7 +96,7 @@ def test_saving_leaves_one_file_and_replaces_an_older_one(tmp_path):
 
 def test_a_save_that_fails_leaves_the_older_file(tmp_path, monkeypatch):
     behind(1).save(tmp_path)
-    monkeypatch.setattr("hf_compress.bottlenecks.save_file", lambda *_, **__: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr("hf_compress.tensor_file.save_file", lambda *_, **__: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError, match="full"):
         behind(2).save(tmp_path)
     assert Bottlenecks.load(tmp_path).layers == [1]

@@ -16,7 +16,7 @@ ROOT = PACKAGE.parent
 # Lowest first. A module may import from its own floor and from those below.
 FLOORS = [
     {"errors"},
-    {"numerics", "modules", "models"},
+    {"numerics", "modules", "models", "tensor_file"},
     {"edits"},
     {"anatomy", "plan"},
     {"calibration", "structure"},

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from hf_compress.tensor_file import read_tensors, write_tensors
 
 STATE_FILE = "hf_compress_training.safetensors"
 
@@ -35,10 +33,7 @@ def write_state(folder: str | Path, state: TrainingState) -> None:
     """Write it into a checkpoint's folder: whole, or not at all."""
     path = Path(folder) / STATE_FILE
     facts = {"step": state.step, "done": state.done, "edits": state.edits}
-    tensors = {name: tensor.contiguous() for name, tensor in state.tensors.items()}
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"hf_compress": json.dumps(facts)})
-    os.replace(partial, path)
+    write_tensors(path, state.tensors, facts)
 
 
 def read_state(folder: str | Path, step: int) -> TrainingState:
@@ -53,9 +48,7 @@ def read_state(folder: str | Path, step: int) -> TrainingState:
             f"{folder} has no {STATE_FILE}: it was written without this callback, or the run ended while it was "
             "written; resume from an earlier checkpoint"
         )
-    with safe_open(path, framework="pt") as file:
-        facts = json.loads(file.metadata()["hf_compress"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
+    facts, tensors = read_tensors(path)
     if facts["step"] != step:
         raise ValueError(f"{path} is of step {facts['step']}, the checkpoint of step {step}; resume from another one")
     return TrainingState(facts["step"], facts["done"], facts["edits"], tensors)

@@ -37,8 +37,7 @@ class Gated(Learner):
 
     @torch.no_grad()
     def after_step(self, energy: Tensor) -> None:
-        """g ← αg + (1 − α)·(what the step's tokens give) (AdaptiveCompress, equation 2)."""
-        self.importance.lerp_(energy.to(self.importance), 1 - self.config.ema)
+        super().after_step(energy)
         self._tie()
 
     @torch.no_grad()
@@ -101,13 +100,13 @@ class Adaptive(Gated):
         code = self.module.select(features)
         rebuilt = self.module.decode(code, context)
         sizes = self.module.decoder.norm(dim=1)
-        loss = (stream - rebuilt).square().sum(1).mean() / self.variance
+        loss = error = (stream - rebuilt).square().sum(1).mean() / self.variance
         if self.config.l1:
             spent = ((context.spread * code).abs().mean(0) * sizes).mean()
             loss = loss + self.config.l1 * spent / (self.variance / self.hidden) ** 0.5
         if self.config.contrastive:
             loss = loss + self.config.contrastive * correlation(code[:, self.kept])
-        return self._told(loss, stream, rebuilt, code, self._tracked(stream, features, context.spread))
+        return self._told(loss, error, code, self._tracked(stream, features, context.spread))
 
     @torch.no_grad()
     def finished(self) -> tuple[Bottleneck, Tensor]:
@@ -153,7 +152,8 @@ class Paper(Gated):
         features, context = self.module.read(stream)
         code = self.module.select(features)
         rebuilt = self.module.decode(code, context)
-        loss = (stream - rebuilt).square().sum(1).mean() + self.config.l1 * code.abs().sum(1).mean()
+        missed = (stream - rebuilt).square().sum(1).mean()
+        loss = missed + self.config.l1 * code.abs().sum(1).mean()
         if self.config.contrastive:
             loss = loss + self.config.contrastive * correlation(code)
-        return self._told(loss, stream, rebuilt, code, self._tracked(stream, features, context.spread))
+        return self._told(loss, missed / self.variance, code, self._tracked(stream, features, context.spread))

@@ -67,6 +67,10 @@ class Course:
             group["lr"] = self.learner.config.rate * min(1.0, 3 * (1 - step / steps))
         self.optimizer.step()
         self.learner.after_step(told[2:])
+        self.note(step, retention, told)
+
+    def note(self, step: int, retention: float, told: Tensor) -> None:
+        """Add a step to the curve; `told` begins with its error and its active features."""
         for name, value in zip(self.curve, (step, retention, told[0].item(), told[1].item()), strict=True):
             self.curve[name].append(value)
 
@@ -155,7 +159,7 @@ def _mean_of_all(learner: Learner, terms: Terms | None, share: float) -> Tensor:
     trained = [parameter for parameter in learner.module.parameters() if parameter.requires_grad]
     told = torch.zeros(2 + len(learner.importance), device=trained[0].device)
     if terms is not None:
-        told = torch.cat([terms.error[None], terms.active[None], terms.energy])
+        told = terms.told
     if processes() > 1:
         for tensor in (told, *(_gradient(parameter) for parameter in trained)):
             tensor *= share

@@ -54,6 +54,11 @@ class Terms:
     active: Tensor
     energy: Tensor
 
+    @property
+    def told(self) -> Tensor:
+        """The last three in one, (2 + features)."""
+        return torch.cat([self.error[None], self.active[None], self.energy])
+
 
 class Learner:
     """Common to all: the features of largest importance stay, as many as the schedule says.
@@ -97,8 +102,13 @@ class Learner:
     def constrain_gradients(self) -> None:
         """Called before a step of the optimizer."""
 
+    @torch.no_grad()
     def after_step(self, energy: Tensor) -> None:
-        """Called after one; `energy` is that of the step's tokens, of all processes."""
+        """Called after one; `energy` is that of the step's tokens, of all processes.
+
+        g ← αg + (1 − α)·energy (AdaptiveCompress, equation 2).
+        """
+        self.importance.lerp_(energy.to(self.importance), 1 - self.config.ema)
 
     def finished(self) -> tuple[Bottleneck, Tensor]:
         """The module as it is to be used, and which of the features it has, in rising order."""
@@ -118,9 +128,8 @@ class Learner:
         self.importance.copy_(state["importance"])
         self.module.load_state_dict({name: state[name] for name in self.module.state_dict()})
 
-    def _told(self, loss: Tensor, stream: Tensor, rebuilt: Tensor, code: Tensor, energy: Tensor) -> Terms:
-        error = (stream - rebuilt).detach().square().sum(1).mean() / self.variance
-        return Terms(loss, error, (code.detach() != 0).sum(1).float().mean(), energy.detach())
+    def _told(self, loss: Tensor, error: Tensor, code: Tensor, energy: Tensor) -> Terms:
+        return Terms(loss, error.detach(), (code.detach() != 0).sum(1).float().mean(), energy.detach())
 
 
 def correlation(code: Tensor) -> Tensor:

@@ -23,7 +23,8 @@ class Principal(Learner):
     @torch.no_grad()
     def _made(self) -> Bottleneck:
         features = self.config.features(self.hidden)
-        directions = self.moments.raw.principal()[0][:, :features]
+        directions, self._variances = self.moments.raw.principal()
+        directions = directions[:, :features]
         module = Bottleneck(self.hidden, features, Form(self.config.passing, "none"))
         module.encoder.copy_(directions)
         module.decoder.copy_((1 - self.config.passing) * directions.T)
@@ -31,7 +32,7 @@ class Principal(Learner):
         return module
 
     def _first_importance(self) -> Tensor:
-        return self.moments.raw.principal()[1]
+        return self._variances
 
 
 class Linear(Learner):
@@ -50,10 +51,7 @@ class Linear(Learner):
         rebuilt = self.module.decode(code, context)
         loss = (stream - rebuilt).square().sum(1).mean() / self.variance
         energy = code.square().mean(0) * self.module.decoder.square().sum(1)
-        return self._told(loss, stream, rebuilt, code, energy)
-
-    def after_step(self, energy: Tensor) -> None:
-        self.importance.lerp_(energy.to(self.importance), 1 - self.config.ema)
+        return self._told(loss, loss, code, energy)
 
 
 class TopK(Learner):
@@ -84,11 +82,11 @@ class TopK(Learner):
         features, context = self.module.read(stream)
         code = self._selected(features)
         rebuilt = self.module.decode(code, context)
-        loss = (stream - rebuilt).square().sum(1).mean() / self.variance
+        loss = error = (stream - rebuilt).square().sum(1).mean() / self.variance
         if self.config.aux and bool((self.idle >= self.config.dead_steps).any()):
             loss = loss + self.config.aux * self.revival(features, stream - rebuilt, context.spread)
         energy = (context.spread * code).square().mean(0)  # every direction is 1 long
-        return self._told(loss, stream, rebuilt, code, energy)
+        return self._told(loss, error, code, energy)
 
     def revival(self, features: Tensor, missing: Tensor, spread: Tensor) -> Tensor:
         """‖e − ê‖² / ‖e‖², e what is missing of the stream and ê what the largest dead features make of it.
@@ -117,7 +115,7 @@ class TopK(Learner):
     @torch.no_grad()
     def after_step(self, energy: Tensor) -> None:
         self.module.decoder.div_(self.module.decoder.norm(dim=1, keepdim=True).clamp(min=1e-12))
-        self.importance.lerp_(energy.to(self.importance), 1 - self.config.ema)
+        super().after_step(energy)
         self.idle = torch.where(energy.to(self.idle) > 0, torch.zeros_like(self.idle), self.idle + 1)
 
     def state(self) -> dict[str, Tensor]:

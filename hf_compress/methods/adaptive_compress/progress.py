@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_compress.calibration.data import Calibration
 from hf_compress.methods.adaptive_compress.course import Course, everywhere
+from hf_compress.tensor_file import read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from hf_compress.methods.adaptive_compress.config import AdaptiveCompressConfig
 
 _FILE = "fitting.safetensors"
-
-
 _LOOKED_AT = 1000  # values of each parameter
 
 
@@ -47,15 +43,17 @@ class Progress:
     ) -> None:
         self.path = None if folder is None else Path(folder) / _FILE
         self.courses = {f"{n}.{layer}": course for n, mine in enumerate(courses) for layer, course in mine.items()}
+        self.every = every
+        self.done = 0
+        if self.path is None:
+            return
         self.run = {
             "configs": json.loads(json.dumps([config.to_dict() for config in configs])),
             "data": _known_by(tensor for batch in data for tensor in batch.inputs.values()),
             "model": _known_by(parameter.flatten()[:_LOOKED_AT] for parameter in model.parameters()),
             "processes": everywhere()[1],
         }
-        self.every = every
-        self.done = 0
-        if self.path is not None and self.path.is_file():
+        if self.path.is_file():
             self._read(self.path)
 
     def batch_done(self, done: int) -> None:
@@ -64,20 +62,14 @@ class Progress:
         if self.path is None or done % self.every or everywhere()[0]:
             return
         tensors = {
-            f"{key}.{name}": tensor.detach().cpu().contiguous().clone()
-            for key, course in self.courses.items()
-            for name, tensor in course.state().items()
+            f"{key}.{name}": tensor for key, course in self.courses.items() for name, tensor in course.state().items()
         }
         facts = {key: {"curve": course.curve, "stopped": course.stopped} for key, course in self.courses.items()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        save_file(tensors, partial, {"hf_compress": json.dumps({"run": self.run, "done": done, "courses": facts})})
-        os.replace(partial, self.path)
+        write_tensors(self.path, tensors, {"run": self.run, "done": done, "courses": facts})
 
     def _read(self, path: Path) -> None:
-        with safe_open(path, framework="pt") as file:
-            whole = json.loads(file.metadata()["hf_compress"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
+        whole, tensors = read_tensors(path)
         if whole["run"] != self.run:
             different = [name for name, value in self.run.items() if whole["run"].get(name) != value]
             raise ValueError(f"{path} is of a run with other {', '.join(different)}: delete it, or give another folder")

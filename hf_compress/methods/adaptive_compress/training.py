@@ -111,8 +111,7 @@ class Joint(Regimen):
             elif len(rows):
                 terms = course.learner.terms(rows)
                 self.losses[layer] = terms.loss
-                told = torch.cat([terms.error[None], terms.active[None], terms.energy])
-                self.told.setdefault(layer, []).append(told.float())
+                self.told.setdefault(layer, []).append(terms.told.float())
 
     def penalty(self, progress: float) -> Tensor | None:
         """The losses of the bottlenecks that stand in the model."""
@@ -132,9 +131,7 @@ class Joint(Regimen):
             course.learner.after_step(told[2:])
             retention = self.config.retention(self.now, self.steps)
             course.learner.retain(retention)
-            values = (self.now, retention, told[0].item(), told[1].item())
-            for name, value in zip(course.curve, values, strict=True):
-                course.curve[name].append(value)
+            course.note(self.now, retention, told)
         self.told = {}
 
     def finish(self, bench: Workbench) -> Plan | None:

@@ -1,0 +1,28 @@
+"""Tensors and facts about them in one safetensors file, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Any) -> None:
+    """Write tensors, and facts as JSON, to a file of this name in a folder that there is."""
+    partial = path.with_suffix(".partial")
+    own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(own, partial, metadata={"hf_compress": json.dumps(facts)})
+    os.replace(partial, path)
+
+
+def read_tensors(path: Path) -> tuple[Any, dict[str, Tensor]]:
+    """The facts and the tensors that `write_tensors` wrote; no facts ({}) of a file that others did."""
+    with safe_open(path, framework="pt") as file:
+        facts = json.loads((file.metadata() or {}).get("hf_compress", "{}"))
+        return facts, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
