@@ -5,14 +5,14 @@
 
 What is stored is held against the bits asked for. Memory is what a process of its own has more after loading than
 before. Decoding is timed in turns; it is bound by memory where a kernel reads packed weights, so the ratio of bytes is
-the limit of the speed-up. There is no such kernel here: weights are unpacked in every pass, and the table says what
-that costs.
+the limit of the speed-up. Each model is measured as it is loaded, its weights unpacked in every pass, and again after
+`hfc.use_kernels`, with which weights of up to four bits take four in memory, and those of more take eight.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import gc
 import subprocess
 import sys
 from collections.abc import Callable
@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 import hf_compress as hfc
 from hf_compress.evaluation.size import stored_bytes
 
-BITS = (8.0, 4.25, 3.25)
+BITS = (8.0, 4.5, 4.25, 3.25)
 
 
 def random_llama(layers: int) -> LlamaForCausalLM:
@@ -45,16 +45,19 @@ def random_llama(layers: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).to(torch.bfloat16).eval()
 
 
-def memory_of(folder: Path) -> float:
+def memory_of(folder: Path, kernels: bool = False) -> float:
     """MiB that a process gains by loading a model."""
-    command = [sys.executable, __file__, "--worker", str(folder)]
+    command = [sys.executable, __file__, "--worker", str(folder)] + ["--kernels"] * kernels
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
-def worker(folder: str) -> None:
+def worker(folder: str, kernels: bool) -> None:
     torch.zeros(1).sum()
     before = resident()
     model = AutoModelForCausalLM.from_pretrained(folder)
+    if kernels:
+        hfc.use_kernels(model)
+        gc.collect()
     for tensor in (*model.parameters(), *model.buffers()):  # what is only mapped does not count before it is read
         tensor.view(-1)[:: 4096 // tensor.element_size()].sum()
     print((resident() - before) / MEBIBYTE)
@@ -77,9 +80,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=6)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--kernels", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        return worker(args.worker)
+        return worker(args.worker, args.kernels)
     dense = random_llama(args.layers)
     maps = [module for module in dense.model.layers.modules() if isinstance(module, torch.nn.Linear)]
     weights = sum(module.weight.numel() for module in maps)
@@ -88,10 +92,11 @@ def main() -> None:
         f"{weights / 1e6:.0f} M weights in the blocks, {2 * weights / MEBIBYTE:.0f} MiB in bfloat16. Files: bytes of "
         "their linear maps over the bits asked for. Decoding and prefill (512 tokens): times as fast as bfloat16.",
         "",
-        "| bits | file over theory | bytes over bfloat16's | memory over bfloat16's | decoding | limit | prefill |",
-        "|---" * 7 + "|",
+        "| bits | computed | file over theory | bytes over bfloat16's | memory over bfloat16's | decoding | limit | "
+        "prefill |",
+        "|---" * 8 + "|",
     ]
-    data: dict[str, object] = {}
+    data: dict[str, dict[str, float]] = {}
     with TemporaryDirectory() as folder:
         dense.save_pretrained(f"{folder}/dense")
         memory = memory_of(Path(folder) / "dense")
@@ -100,22 +105,28 @@ def main() -> None:
             model = hfc.compress(AutoModelForCausalLM.from_pretrained(f"{folder}/dense"), config)
             saved = Path(hfc.save(model, f"{folder}/{bits}"))
             stored = stored_bytes(model) - rest
-            own = memory_of(saved)
-            decode(model, 1)
-            times = (args.tokens,)
-            decoding = median(_time(decode, dense, *times) / _time(decode, model, *times) for _ in range(args.pairs))
-            filling = median(_time(prefill, dense) / _time(prefill, model) for _ in range(args.pairs))
-            data[str(bits)] = {"stored": stored, "memory": own, "decoding": decoding, "prefill": filling}
-            cells = [stored / (weights * bits / 8), stored / (2 * weights), own / memory]
-            cells += [decoding, 2 * weights / stored, filling]
-            lines.append(f"| {bits:g} | " + " | ".join(f"{cell:.3f}" for cell in cells) + " |")
-            print(json.dumps(data), flush=True)
+            sizes = [stored / (weights * bits / 8), stored / (2 * weights)]
+            for kernels in (False, True):
+                hfc.use_kernels(model, kernels)
+                decode(model, 1)
+                own = {
+                    "memory": memory_of(saved, kernels) / memory,
+                    "decoding": median(_ratio(dense, model, decode, args.tokens) for _ in range(args.pairs)),
+                    "limit": 2 * weights / stored,
+                    "prefill": median(_ratio(dense, model, prefill) for _ in range(args.pairs)),
+                }
+                name = "by the kernel" if kernels else "unpacked"
+                data[f"{bits:g}, {name}"] = {"stored": stored, **own}
+                cells = " | ".join(f"{cell:.3f}" for cell in [*sizes, *own.values()])
+                lines.append(f"| {bits:g} | {name} | {cells} |")
+                print(lines[-1], flush=True)
     write_result("mixed_precision", "\n".join(lines), data)
     return None
 
 
-def _time(work: Callable[..., None], *arguments: object) -> float:
-    return seconds(lambda: work(*arguments))
+def _ratio(dense: PreTrainedModel, model: PreTrainedModel, work: Callable[..., None], *arguments: int) -> float:
+    """How many times as fast a model does its work as the dense one."""
+    return seconds(lambda: work(dense, *arguments)) / seconds(lambda: work(model, *arguments))
 
 
 if __name__ == "__main__":

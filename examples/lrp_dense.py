@@ -66,7 +66,8 @@ def precision(bits: float) -> dict[str, Config]:
     """So many bits a weight, all counted."""
     return {
         "default": {"bits": bits},
-        "relevance, to nearest": {"bits": bits, "rounding": "nearest"},
+        "default, to nearest": {"bits": bits, "rounding": "nearest"},
+        "relevance": {"bits": bits, "allocation": "relevance"},
         "error alone": {"bits": bits, "allocation": "error"},
         "uniform, compensated (GPTQ)": {"bits": bits, "allocation": "uniform"},
         "uniform, to nearest": {"bits": bits, **UNIFORM},

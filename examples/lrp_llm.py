@@ -1,7 +1,7 @@
 """LRP on a language model: perplexity and cloze accuracy against stored bytes, beside every control.
 
     python examples/lrp_llm.py                                  # the bundled 11 M model; some 20 minutes on two cores
-    python examples/lrp_llm.py --full                           # more sizes, whole documents, all questions
+    python examples/lrp_llm.py --full                           # more sizes: 2.5 to 8 bits, 30 to 70% left out
     python examples/lrp_llm.py --model gpt2 --calibration my_calibration.jsonl --heldout my_heldout.jsonl
 
 "Bits" are all that the blocks' linear maps store (masks, steps, zeros, numbers of bits) over their number of weights.
@@ -38,10 +38,16 @@ PRUNING: Columns = {
 }
 PRECISION: Columns = {
     DEFAULT: {},
-    "relevance, to nearest": {"rounding": "nearest"},
+    "Fisher information, to nearest": {"rounding": "nearest"},
+    "relevance, compensated": {"allocation": "relevance"},
     "error alone, compensated": {"allocation": "error"},
     "uniform, compensated (GPTQ)": {"allocation": "uniform"},
     "uniform, to nearest": {"allocation": "uniform", "rounding": "nearest"},
+}
+WHOLE: Columns = {  # what save_compressed_tensors writes for others' kernels
+    DEFAULT: {},
+    "4 or 8 bits for each map": {"per": "module"},
+    "uniform, compensated (GPTQ)": {"allocation": "uniform"},
 }
 PAPER: Columns = {
     "weights with R ≤ 0 left out": {"variant": "paper"},
@@ -118,8 +124,7 @@ def main() -> None:
     task = task_of(args)
     bits = [8.0, 6.0, 4.25, 3.25, 2.75, 2.5] if args.full else [4.25, 2.75]
     shares = [0.3, 0.5, 0.6, 0.7] if args.full else [0.5, 0.7]
-    if not args.full:
-        task = replace(task.shortened(), questions=100)
+    task = replace(task.shortened(), questions=100)
     scores = Scores(task)
     saved = None
     for name, settings in PAPER.items():
@@ -128,6 +133,8 @@ def main() -> None:
         for name, settings in PRECISION.items():
             model = scores.add(f"{number:g} bits", name, settings | {"bits": number})
             saved = model if name == DEFAULT and number == 4.25 else saved
+    for name, settings in WHOLE.items():
+        scores.add("4.75 bits", name, settings | {"bits": 4.75})
     for share in shares:
         for name, settings in PRUNING.items():
             scores.add(f"{share:.0%}", name, settings | {"sparsity": share})
@@ -138,6 +145,7 @@ def main() -> None:
             f"uncompressed: {dense.perplexity}, cloze accuracy {accuracy(dense)}. Loss differences from the default in "
             "nats, paired by document; then cloze accuracy.\n",
             scores.table(PRECISION, [f"{number:g} bits" for number in bits]) + "\n",
+            scores.table(WHOLE, ["4.75 bits"]) + "\n",
             scores.table(PRUNING, [f"{share:.0%}" for share in shares]) + "\n",
             scores.table(PAPER, ["paper"]),
         ]

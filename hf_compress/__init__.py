@@ -53,6 +53,7 @@ _PUBLIC = {
     "relevance": "hf_compress.attribution.relevance",
     "save": "hf_compress.storage.save",
     "save_compressed_tensors": "hf_compress.storage.compressed_tensors",
+    "use_kernels": "hf_compress.modules.kernels",
     "verify_files": "hf_compress.storage.manifest",
 }
 

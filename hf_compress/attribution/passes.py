@@ -57,7 +57,7 @@ def explaining(model: PreTrainedModel, attention: AttentionRule = "attnlrp", eps
     with inference(model), torch.enable_grad(), ExitStack() as stack:
         undo = stack.enter_context(Undo())
         for parameter in model.parameters():
-            _set_gradient(parameter, False, undo)
+            set_gradient(parameter, False, undo)
         sources = Sources()
         stack.enter_context(lrp_rules(model, attention, epsilon))
         stack.enter_context(hooked(_source_hooks(model, sources)))  # after the rules, which the head's logits go by
@@ -111,7 +111,7 @@ def check_conserved(model: PreTrainedModel, batch: Batch) -> None:
     with explaining(model, "cp") as sources, Undo() as undo:
         added = _added(model)
         for parameter in added:
-            _set_gradient(parameter, True, undo)
+            set_gradient(parameter, True, undo)
         logits = logits_of(model, batch, sources).float()
         mixture = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits)
         total = (logits * mixture).sum()
@@ -187,7 +187,9 @@ def _added(model: PreTrainedModel) -> list[Tensor]:
     return list(found.values())
 
 
-def _set_gradient(parameter: Tensor, needed: bool, undo: Undo) -> None:
+def set_gradient(parameter: Tensor, needed: bool, undo: Undo) -> None:
+    """Let gradients be taken for a parameter, or not, until it is undone."""
+
     def restore() -> None:
         parameter.requires_grad_(not needed)
 

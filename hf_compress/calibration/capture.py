@@ -66,7 +66,7 @@ def _decoder_input(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
     config = model.config
     ids = inputs.get("input_ids")
     start = getattr(config, "decoder_start_token_id", None)
-    start = start if start is not None else (config.bos_token_id or 0)
+    start = start if start is not None else (getattr(config, "bos_token_id", None) or 0)
     if ids is None:
         first = next(iter(inputs.values()))
         return torch.full((len(first), 1), start, dtype=torch.long, device=first.device)

@@ -64,6 +64,11 @@ class Packing:
         """Bytes of all bits."""
         return sum(self.planes) * self.group_size // 8
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all buffers: bits, and of each group a step, how many bits it has and, if it is kept, its zero."""
+        return self.payload + self.groups * (3 if self.symmetric else 4)
+
     @staticmethod
     def of(shape: Sequence[int], bits: Tensor, group_size: int, symmetric: bool = True) -> Packing:
         """The packing of a weight (outputs, inputs) by the number of bits of every group, (groups,)."""
@@ -85,6 +90,7 @@ class PackedLinear(nn.Module):
     """What linear maps with packed weights have in common: the buffers.
 
     The packed weight goes by the name `weight`, with one dimension, and is no parameter: what is packed is not trained.
+    Its bytes are int8, for T5 casts what a linear map reads to the dtype of its weight, unless that is int8.
     Steps are bfloat16, kept as int16 so that a cast of the model leaves them alone. That they are coarse does no harm,
     since weights are rounded to multiples of what is kept; and they reach as far down as those of 16 bits need.
     """
@@ -102,7 +108,7 @@ class PackedLinear(nn.Module):
     def _hold(self, packing: Packing, device: str | torch.device | None) -> None:
         """Make the buffers of a packing."""
         self.packing = packing
-        self.register_buffer("weight", torch.zeros(packing.payload, dtype=torch.uint8, device=device))
+        self.register_buffer("weight", torch.zeros(packing.payload, dtype=torch.int8, device=device))
         self.register_buffer("bits", torch.zeros(packing.groups, dtype=torch.uint8, device=device))
         self.register_buffer("steps", torch.zeros(packing.groups, dtype=torch.int16, device=device))
         if not packing.symmetric:
@@ -110,15 +116,19 @@ class PackedLinear(nn.Module):
 
     def _values(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weights (packing.outputs, packing.inputs) that the packed bits stand for."""
-        packing = self.packing
-        if len(packing.planes) > 8 or dtype == torch.float16:
+        if len(self.packing.planes) > 8 or dtype == torch.float16:
             dtype = torch.float32  # numbers of more bits than a short float has, or steps smaller than it reaches
-        low = self._lanes(range(min(8, len(packing.planes)))).to(dtype)
-        high = self._lanes(range(8, len(packing.planes)))
-        values = low + 256 * high.to(dtype) if len(packing.planes) > 8 else low
-        zeros = 1 << (self.bits.int() - 1).clamp(min=0) if packing.symmetric else self.zeros
         steps = self.steps.view(torch.bfloat16).to(dtype)
-        return values.sub_(zeros[:, None].to(dtype)).mul_(steps[:, None]).view(packing.outputs, packing.inputs)
+        return self._multiples(dtype).mul_(steps[:, None]).view(self.packing.outputs, self.packing.inputs)
+
+    def _multiples(self, dtype: torch.dtype) -> Tensor:
+        """The weights as multiples of their group's step, q − zero, (groups, group_size)."""
+        planes = len(self.packing.planes)
+        values = self._lanes(range(min(8, planes))).to(dtype)
+        if planes > 8:
+            values += 256 * self._lanes(range(8, planes)).to(dtype)
+        zeros = 1 << (self.bits.int() - 1).clamp(min=0) if self.packing.symmetric else self.zeros
+        return values.sub_(zeros[:, None].to(dtype))
 
     def _lanes(self, planes: range) -> Tensor:
         """The numbers that up to eight planes of bits make up, (groups, group_size) uint8.
@@ -129,10 +139,11 @@ class PackedLinear(nn.Module):
         table = unpack_bits(torch.arange(256, device=self.weight.device).to(torch.uint8)[:, None])
         wide = table.to(torch.uint8).view(torch.int64)[:, 0]
         values = torch.zeros(packing.groups, packing.group_size // 8, dtype=torch.int64, device=self.weight.device)
+        packed = self.weight.view(torch.uint8)
         for plane in planes:
             start, count = sum(packing.planes[:plane]), packing.planes[plane]
             size = packing.group_size // 8
-            bits = wide[self.weight[start * size : (start + count) * size].view(count, size).int()] << plane - planes[0]
+            bits = wide[packed[start * size : (start + count) * size].view(count, size).int()] << plane - planes[0]
             if count == packing.groups:
                 values |= bits
             else:
@@ -169,6 +180,11 @@ class MixedPrecisionLinear(PackedLinear):
     def unpacked(self) -> Tensor:
         """The weight (outputs, inputs) that the packed bits stand for, float32."""
         return self._values()[:, : self.in_features]
+
+    def multiples(self) -> tuple[Tensor, Tensor]:
+        """The weight as whole multiples of steps: (outputs, packing.inputs) int32, and the steps, (outputs, groups)."""
+        steps = self.steps.view(torch.bfloat16).view(self.out_features, -1)
+        return self._multiples(torch.int32).view(self.out_features, -1), steps
 
     def forward(self, inputs: Tensor) -> Tensor:
         # Each product of a whole number and a step is rounded once, so the dtype of the computation does no harm.
@@ -231,7 +247,11 @@ def pack(
 def _packed(q: Tensor, grids: Grids, bits: Tensor, packing: Packing) -> dict[str, Tensor]:
     """The buffers of numbers q (groups, group_size) on grids."""
     planes = [pack_bits((q[bits > plane] >> plane) & 1) for plane in range(len(packing.planes))]
-    tensors = {"weight": torch.cat([plane.flatten() for plane in planes]), "bits": bits, "steps": grids.steps}
+    tensors = {
+        "weight": torch.cat([plane.flatten() for plane in planes]).view(torch.int8),
+        "bits": bits,
+        "steps": grids.steps,
+    }
     return tensors if packing.symmetric else {**tensors, "zeros": grids.zeros.to(torch.uint8)}
 
 

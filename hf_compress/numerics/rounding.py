@@ -7,6 +7,7 @@ inputs' Gram matrix says: E. Frantar et al., "GPTQ" (arXiv 2210.17323), algorith
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -130,6 +131,15 @@ def compensated(
     return work, q, _stacked(grids, outputs) if grids else None
 
 
+def unexplained(gram: Tensor) -> Tensor:
+    """What of each input's energy those after it cannot make up for, (inputs) float32.
+
+    An error e in the weight of input j costs e² times that, once `compensated` has gone on to the end.
+    """
+    left = 1 / _inverse_factor(gram).diagonal().square()
+    return torch.where(gram.diagonal() > 0, left, 0.0).float()
+
+
 def _inverse_factor(gram: Tensor) -> Tensor:
     """The upper Cholesky factor of the inverse of a damped Gram matrix, float64."""
     gram = gram.detach().double()
@@ -181,6 +191,23 @@ def spend_bits(errors: Tensor, choices: list[int], budget: float) -> Tensor:
     within = torch.arange(len(choices), device=errors.device) <= steps[:, None]
     best = torch.where(within, errors.double(), torch.inf).argmin(dim=1)  # no bits that make it worse, or no better
     return torch.tensor(choices, device=errors.device)[best]
+
+
+def spread_bits(groups: int, choices: Sequence[int], budget: float) -> Tensor:
+    """The same number of bits for all groups; where the budget lies between two, more for some, evenly spread.
+
+    Args:
+        choices: numbers of bits, rising.
+        budget: bits a weight in the mean, no fewer than the fewest.
+
+    Returns:
+        (groups) int64, entries of `choices`.
+    """
+    low = max(bits for bits in choices if bits <= budget)
+    high = min((bits for bits in choices if bits > budget), default=low + 1)
+    more = math.floor(groups * (budget - low) / (high - low) + 1e-6) if low < choices[-1] else 0
+    places = torch.arange(groups + 1) * more // groups  # how many of the groups before each have more
+    return torch.where(places.diff() > 0, high, low)
 
 
 def _convex(errors: Tensor, widths: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ def refused(model, data, error, message, **settings):
         (HALF | {"compensation": "magic"}, "compensation must be one of auto, none; got 'magic'"),
         (HALF | {"target": "magic"}, "target must be one of auto, label, predicted; got 'magic'"),
         (HALF | {"attention": "magic"}, "attention must be one of attnlrp, cp; got 'magic'"),
-        (FOUR | {"allocation": "magic"}, "allocation must be one of error, relevance, uniform; got 'magic'"),
+        (FOUR | {"allocation": "magic"}, "allocation must be one of error, fisher, relevance, uniform; got 'magic'"),
         (FOUR | {"rounding": "magic"}, "rounding must be one of compensated, nearest; got 'magic'"),
         *((HALF | {"tokens": bad}, "tokens must be a whole number of at least 1; got") for bad in (0, -1, 2.5, True)),
         *((FOUR | {"group_size": bad}, "group_size must be a whole number of at least 1") for bad in (0, -8, 8.0, "8")),
@@ -209,7 +209,7 @@ def test_models_without_heads():
 def test_models_that_there_are_no_rules_for(family):
     """What needs no relevance works for them."""
     message = "relevance is lost or made up|relevance has no rule"
-    for settings in (HALF, FOUR | {"group_size": 32}, PAPER):
+    for settings in (HALF, FOUR | {"group_size": 32, "allocation": "relevance"}, PAPER):
         refused(tiny_model(family), IDS, UnsupportedModelError, message, **settings)
     for score in ("magnitude", "wanda", "random"):
         model = tiny_model(family)

@@ -46,7 +46,7 @@ def packed(values, bits, group_size=GROUP, symmetric=True, bias=None):
 
 def read_bits(layer):
     """The integers of every group, bit by bit: the lowest bit of each group, the next of each that has more, ..."""
-    stored, bits = bytes(layer.weight.tolist()), layer.bits.tolist()
+    stored, bits = bytes(layer.weight.view(torch.uint8).tolist()), layer.bits.tolist()
     size = layer.packing.group_size
     integers = [[0] * size for _ in bits]
     place = 0

@@ -9,8 +9,10 @@ from bisect import bisect_left
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from hf_compress.numerics.rounding import Grids, compensated, spend_bits
+from hf_compress.numerics.rounding import Grids, compensated, spend_bits, spread_bits, unexplained
 
 BFLOATS = [struct.unpack("<f", struct.pack("<I", upper << 16))[0] for upper in range(0x7F80)]  # 0 and up, finite
 KINDS = [(bits, symmetric) for symmetric in (True, False) for bits in range(2 if symmetric else 1, 17)]
@@ -371,3 +373,104 @@ def test_enough_for_all_gives_all():
 def test_a_budget_below_the_fewest_bits_is_refused():
     with pytest.raises(ValueError, match=r"1\.9 bits a weight are fewer than the fewest of a group, 2"):
         spend_bits(convex(3, CHOICES, 0), list(CHOICES), 1.9)
+
+
+# --- the same bits for all --------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 60), st.floats(2, 9))
+def test_uniform_bits_differ_by_one_choice_and_spend_what_there_is(groups, budget):
+    found = spread_bits(groups, CHOICES, budget)
+    low = max(bits for bits in CHOICES if bits <= budget)
+    high = min([bits for bits in CHOICES if bits > budget], default=low)
+    assert set(found.tolist()) <= {low, high}
+    assert float(found.sum()) <= groups * budget + 1e-3
+    if high > low and not bool((found == high).all()):
+        assert float(found.sum()) + high - low > groups * budget - 1e-3
+
+
+def test_what_uniform_bits_leave_over_is_spread_evenly():
+    assert spread_bits(8, [3, 4], 3.25).tolist() == [3, 3, 3, 4, 3, 3, 3, 4]
+    halves = spread_bits(1000, [3, 4], 3.7).view(10, 100).double().mean(dim=1)
+    assert torch.allclose(halves, torch.full((10,), 3.7, dtype=torch.float64))
+
+
+# --- what later columns cannot make up for ----------------------------------------------------------------------------
+
+
+def damped(gram):
+    """As `compensated` takes it: 1% of the mean diagonal more, and 1 more for an input that is always 0."""
+    diagonal = gram.diagonal()
+    return gram.double() + torch.diag(0.01 * diagonal.mean() + (diagonal == 0).double())
+
+
+def correction(hessian, column):
+    """What each unit of error in a column changes in the later ones, by the normal equations of least squares."""
+    later = slice(column + 1, len(hessian))
+    return torch.linalg.solve(hessian[later, later], hessian[later, column])
+
+
+@pytest.mark.parametrize("tokens", [3, 40, 200])
+def test_unexplained_is_what_least_squares_leave(tokens):
+    """Of each column of x, with rows √λ under it for the damping, on all later ones."""
+    rows = normal(tokens, 8, seed=3).double() @ normal(8, 24, seed=4).double() + 0.3 * normal(tokens, 24, seed=5)
+    gram = rows.T @ rows
+    ridge = 0.01 * float(gram.diagonal().mean())
+    tall = torch.cat([rows, math.sqrt(ridge) * torch.eye(24)])
+    expected = []
+    for j in range(24):
+        gap = tall[:, j]
+        if j < 23:
+            gap = gap - tall[:, j + 1 :] @ torch.linalg.lstsq(tall[:, j + 1 :], tall[:, j : j + 1]).solution[:, 0]
+        expected.append(float(gap.square().sum()))
+    found = unexplained(gram)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), torch.tensor(expected).double(), rtol=1e-5, atol=0)
+    assert float(found[-1]) == pytest.approx(float(gram[-1, -1]) + ridge), "nothing comes after the last"
+    assert bool((found <= (gram.diagonal() + ridge) * (1 + 1e-6)).all())
+
+
+@pytest.mark.parametrize("group_size", [8, 16])
+@pytest.mark.parametrize("name", GRAMS)
+def test_errors_cost_what_is_unexplained(name, group_size):
+    """tr E (G + damping) Eᵀ of all that `compensated` did is the sum of e² · unexplained, e taken when it was made."""
+    weight, gram = normal(5, 24), GRAMS[name]
+    new, _, _ = compensated(weight, gram, bits=some_bits(5, 24, group_size), group_size=group_size)
+    hessian, work = damped(gram), weight.double().clone()
+    cost = torch.zeros(5).double()
+    for j in range(24):
+        e = work[:, j] - new[:, j].double()
+        work[:, j] = new[:, j].double()
+        work[:, j + 1 :] += torch.outer(e, correction(hessian, j))
+        cost += e.square() * float(unexplained(gram)[j])
+    gap = weight.double() - new.double()
+    gap[:, gram.diagonal() == 0] = 0  # these cost nothing
+    torch.testing.assert_close(cost, ((gap @ hessian) * gap).sum(dim=1), rtol=1e-3, atol=0)
+
+
+def test_unexplained_of_inputs_that_are_unlike_is_their_energy():
+    gram = torch.diag(torch.arange(1.0, 25))
+    torch.testing.assert_close(unexplained(gram), torch.arange(1.0, 25) + 0.125)
+
+
+def test_inputs_that_are_0_cost_nothing():
+    found = unexplained(GRAMS["an input that is 0"])
+    assert float(found[7]) == 0
+    assert int((found > 0).sum()) == 23
+    assert torch.equal(unexplained(torch.zeros(24, 24)), torch.zeros(24))
+
+
+def test_an_input_that_a_later_one_repeats_costs_the_damping_at_most():
+    """The earlier of two alike is made up for; the later is not."""
+    gram = correlated(24)
+    order = torch.tensor([*range(24), 5])
+    twice = gram[order][:, order]
+    ridge = 0.01 * float(twice.diagonal().mean())
+    found = unexplained(twice)
+    assert float(found[5]) <= 2 * ridge * (1 + 1e-6)
+    assert float(found[24]) == pytest.approx(float(gram[5, 5]) + ridge, rel=1e-6)
+
+
+def test_unexplained_needs_numbers():
+    with pytest.raises(ValueError, match="gram matrix holds NaN or infinity"):
+        unexplained(torch.full((3, 3), float("nan")))

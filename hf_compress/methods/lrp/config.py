@@ -15,7 +15,7 @@ STRUCTURED = ("neuron", "head", "block")
 SCORE_NAMES = ("relevance", "signed", "wanda", "magnitude", "random")
 SCOPES = ("row", "layer", "model")
 COMPENSATIONS = ("auto", "none")
-ALLOCATIONS = ("relevance", "error", "uniform")
+ALLOCATIONS = ("fisher", "relevance", "error", "uniform")
 ROUNDINGS = ("compensated", "nearest")
 BITS = (2, 3, 4, 5, 6, 8)  # what groups of weights may get
 PERS = ("group", "module")
@@ -31,7 +31,8 @@ class LRPConfig(CompressionConfig, method="lrp", paper="https://arxiv.org/abs/25
     leave smaller matrices; the others are stored as a mask and what is left.
 
     Mixed precision: `bits` a weight in the mean, or `target_bytes` for the linear maps of the blocks, all that is
-    stored counted: groups of `group_size` weights get 2 to 8 bits each, more where relevance and error are larger.
+    stored counted: groups of `group_size` weights get 2 to 8 bits each, more where an error moves the outputs
+    more, by their Fisher information.
     With per="module" all groups of a linear map get as many, 4 or 8, and so do maps that read the same input, such as
     queries, keys and values: what `save_compressed_tensors` can write for stock Transformers and vLLM.
 
@@ -74,7 +75,7 @@ class LRPConfig(CompressionConfig, method="lrp", paper="https://arxiv.org/abs/25
             "help": "lay grids evenly around 0, which needs no stored zeros; when not given, with per=module alone"
         },
     )
-    allocation: str = field(default="relevance", metadata={"help": f"of bits: {', '.join(ALLOCATIONS)}"})
+    allocation: str = field(default="fisher", metadata={"help": f"of bits: {', '.join(ALLOCATIONS)}"})
     rounding: str = field(
         default="compensated", metadata={"help": f"one of {', '.join(ROUNDINGS)}; of pruned maps always nearest"}
     )
@@ -84,7 +85,7 @@ class LRPConfig(CompressionConfig, method="lrp", paper="https://arxiv.org/abs/25
     )
     attention: AttentionRule = field(default="attnlrp", metadata={"help": "attnlrp, or cp: without queries and keys"})
     tokens: int = field(default=32768, metadata={"help": "calibration tokens that weights are scored and solved on"})
-    seed: int = field(default=0, metadata={"help": "of score=random"})
+    seed: int = field(default=0, metadata={"help": "of score=random, and of the outputs drawn for allocation=fisher"})
     stack: str | None = field(default=None, metadata={"help": "path of the residual stack; found when not given"})
 
     def __post_init__(self) -> None:

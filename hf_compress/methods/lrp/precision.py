@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_compress.modules.packed import fill_rows
-from hf_compress.numerics.rounding import Grids, spend_bits
+from hf_compress.numerics.rounding import Grids, spend_bits, spread_bits
 
 if TYPE_CHECKING:
     from hf_compress.methods.lrp.config import LRPConfig
@@ -45,13 +45,14 @@ def bits_of_groups(
         worth: what a squared error of each weight costs, of the weight's shape.
         budget: bits a weight that may be spent on the weights themselves, as many as the fewest at least.
     """
-    paths = list(weights)
-    errors = torch.cat([errors_of_groups(config, choices, weights[path], worth[path]) for path in paths])
-    if config.allocation == "uniform":  # all groups alike, however hard they are to round
-        errors = errors.mean(dim=0, keepdim=True).expand_as(errors)
-    found = spend_bits(errors, list(choices), budget)
-    parts = found.split([_groups(config, weights[path]).shape[0] for path in paths])
-    return {path: part.view(len(weights[path]), -1) for path, part in zip(paths, parts, strict=True)}
+    counts = [len(_groups(config, weight)) for weight in weights.values()]
+    if config.allocation == "uniform":
+        found = spread_bits(sum(counts), choices, budget)
+    else:
+        errors = [errors_of_groups(config, choices, weight, worth[path]) for path, weight in weights.items()]
+        found = spend_bits(torch.cat(errors), list(choices), budget)
+    parts = zip(weights.items(), found.split(counts), strict=True)
+    return {path: part.to(weight.device).view(len(weight), -1) for (path, weight), part in parts}
 
 
 def _groups(config: LRPConfig, weight: Tensor) -> Tensor:

@@ -14,14 +14,15 @@ from hf_compress.anatomy.parts import linear_map
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
 from hf_compress.apply import carry_out
-from hf_compress.calibration.walks import Walk, start_walks
+from hf_compress.calibration.walks import start_walks
 from hf_compress.drafts import pack_linear, sparsify_linear
-from hf_compress.errors import UnsupportedModelError
 from hf_compress.methods.lrp.config import BITS, MODULE_BITS
+from hf_compress.methods.lrp.grams import advance, grams_of
 from hf_compress.methods.lrp.masks import kept_weights
 from hf_compress.methods.lrp.precision import bits_of_groups, overhead
-from hf_compress.methods.lrp.scores import Scores, block_linears, score, some_batches, watch_rows, weights_of
+from hf_compress.methods.lrp.scores import Scores, block_linears, score, some_batches, weights_of
 from hf_compress.methods.lrp.whole import bits_of_modules, read_together
+from hf_compress.methods.lrp.worth import worth_of_errors
 from hf_compress.modules.packed import filled
 from hf_compress.numerics.masked import solve_masked
 from hf_compress.plan import Plan
@@ -48,7 +49,7 @@ def plan_weights(config: LRPConfig, bench: Workbench, stack: Stack, undo: Undo, 
         scores = score(config, bench, linears, {}, config.score_name) if prunes else Scores()
         kept = kept_weights(config, scores.weights) if prunes else {}
     with bench.stage("allocate bits"):
-        bits = _bits(config, bench, linears, scores.slopes, kept) if config.quantizes else {}
+        bits = _bits(config, bench, stack, linears, scores.slopes, kept) if config.quantizes else {}
     decisions = _Decisions(kept, bits)
     with bench.stage("solve weights"):
         solves = config.solves if prunes else config.rounding == "compensated"
@@ -56,13 +57,13 @@ def plan_weights(config: LRPConfig, bench: Workbench, stack: Stack, undo: Undo, 
         plan = Plan()
         for index in tqdm(range(len(stack)), desc="solving blocks", disable=None):
             paths = [path for path in linears if path.startswith(f"{stack.path}.{index}.")]
-            grams = _grams(stack, index, {path: linears[path] for path in paths}, walks)
+            grams = grams_of(stack, index, {path: linears[path] for path in paths}, walks)
             draft = Plan()
             for path in paths:
                 draft += _draft(config, bench, path, linears[path], grams.get(path), decisions)
             carry_out(draft, bench.model, undo)
             plan += draft
-            _advance(walks, index)
+            advance(walks, index)
     return Plan(plan.edits, plan.tensors, {"linears": _notes(linears, decisions)})
 
 
@@ -85,18 +86,6 @@ def _split(config: LRPConfig, bench: Workbench, linears: Mapping[str, nn.Module]
     return Plan(plan.edits, plan.tensors, {"split": list(config.split)})
 
 
-def _advance(walks: list[Walk], index: int) -> None:
-    """Take the compressed stream past a block."""
-    for walk in walks:
-        try:
-            walk.compressed = walk.runner.run(index, walk.compressed)
-        except RuntimeError as error:
-            raise UnsupportedModelError(
-                f"block {index} does not run with its linear maps in another form, since it reads their weights itself "
-                f"({error})"
-            ) from error
-
-
 def _draft(
     config: LRPConfig, bench: Workbench, path: str, linear: nn.Module, gram: Tensor | None, decisions: _Decisions
 ) -> Plan:
@@ -114,13 +103,14 @@ def _draft(
 def _bits(
     config: LRPConfig,
     bench: Workbench,
+    stack: Stack,
     linears: Mapping[str, nn.Module],
     slopes: Mapping[str, Tensor],
     kept: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """Bits of the groups of all linear maps; of pruned ones, of the groups of what is left."""
     weights = weights_of(linears)
-    worth = _worth(config, bench, linears, slopes)
+    worth = worth_of_errors(config, bench, stack, linears, slopes, config.rounding == "compensated" and not kept)
     total = sum(weight.numel() for weight in weights.values())
     asked = config.bits if config.bits is not None else 8 * (config.target_bytes or 0) / total
     if kept:  # a bit of every weight says whether it is there
@@ -144,34 +134,6 @@ def _bits(
         together = read_together(bench.model, some_batches(bench, 1)[0], linears)
         return bits_of_modules(config, weights, worth, together, int(asked * stored + 1e-6))
     return bits_of_groups(config, BITS, weights, worth, budget)
-
-
-def _worth(
-    config: LRPConfig, bench: Workbench, linears: Mapping[str, nn.Module], slopes: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """What a squared error of each weight costs, (outputs, inputs).
-
-    By relevance, (E |R| / |w|)²: R is w times the slope of the output explained, so an error e moves that by e times
-    the slope; `slopes` where they are known from the scores. By error alone, 1.
-    """
-    if config.allocation != "relevance":
-        return {path: torch.ones_like(weight) for path, weight in weights_of(linears).items()}
-    slopes = slopes or score(config, bench, linears, {}, "relevance").slopes
-    return {path: slope.square() for path, slope in slopes.items()}
-
-
-def _grams(stack: Stack, index: int, linears: Mapping[str, nn.Module], walks: list[Walk]) -> dict[str, Tensor]:
-    """Σ x xᵀ over what each linear map of a block reads, on the compressed stream, float64."""
-    sums: dict[str, Tensor] = {}
-
-    def add(path: str, rows: Tensor) -> None:
-        gram = rows.double().T @ rows.double()
-        sums[path] = sums[path] + gram if path in sums else gram
-
-    for walk in walks:
-        with watch_rows(stack, walk.runner.batch, linears, add):
-            walk.runner.run(index, walk.compressed)
-    return sums
 
 
 def _notes(linears: Mapping[str, nn.Module], decisions: _Decisions) -> list[dict[str, Any]]:

@@ -1,0 +1,143 @@
+"""What rounding errors cost: the Fisher information of the model's outputs, for each linear map.
+
+An error E of a weight moves what the linear map writes by E x, and the distribution of the model's outputs by a
+Kullback-Leibler divergence of about ½ E (gᵀ E x)², g being the gradient, there, of the log-probability of an output
+that is drawn from the model. With the entries of g taken as independent of each other and of x, as K-FAC has it
+(J. Martens and R. Grosse, arXiv 1503.05671), that is ½ Σ_i E g_i² · (E G Eᵀ)_ii.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from hf_compress.anatomy.stacks import Stack
+from hf_compress.anatomy.undo import Undo
+from hf_compress.attribution.passes import set_gradient
+from hf_compress.calibration.capture import forward, hooked, inference, real_tokens
+from hf_compress.calibration.data import Batch
+from hf_compress.calibration.objective import first_tensor
+from hf_compress.errors import CalibrationError, UnsupportedModelError
+from hf_compress.methods.lrp.scores import real_rows
+from hf_compress.parity import one_line
+
+
+@dataclass
+class Energies:
+    """Sums over tokens, float32, by the path of the linear map.
+
+    Attributes:
+        read: Σ x_j² over real tokens, (inputs).
+        gradients: Σ g_i² at what it writes, (outputs); 0 where nothing hangs on that. Over all tokens, for the outputs
+            of a classifier hang on its special ones; at padding it is 0 of itself.
+        rows: how many real tokens there were.
+    """
+
+    read: dict[str, Tensor] = field(default_factory=dict)
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict)
+
+    def of_outputs(self, path: str) -> Tensor:
+        """E g_i², (outputs)."""
+        return self.gradients[path] / max(1, self.rows[path])
+
+
+def energies(
+    model: PreTrainedModel, stack: Stack, batches: Sequence[Batch], linears: Mapping[str, nn.Module], seed: int
+) -> Energies:
+    """Energies of inputs and of gradients of drawn outputs, in a forward and a backward pass a batch.
+
+    Raises:
+        UnsupportedModelError: no gradients come through the model.
+        CalibrationError: NaN or infinite outputs or gradients.
+    """
+    found = Energies()
+    generator = torch.Generator().manual_seed(seed)
+    with inference(model), torch.enable_grad(), Undo() as undo:
+        for parameter in model.parameters():
+            set_gradient(parameter, False, undo)
+        for batch in tqdm(batches, desc="drawing outputs", disable=None):
+            with _watched(stack, batch, linears, found) as starts:
+                output = forward(model, batch)
+                _backward(first_tensor(output), _drawn(model, output, batch, generator), starts)
+    if not any(bool(sums.any()) for sums in found.gradients.values()):
+        raise _no_gradients("they are all 0")
+    for path, sums in found.gradients.items():
+        if not bool(torch.isfinite(sums).all()):
+            raise CalibrationError(f"gradients at {path} hold NaN or infinity: load the model in float32 or bfloat16")
+    return found
+
+
+@contextmanager
+def _watched(stack: Stack, batch: Batch, linears: Mapping[str, nn.Module], found: Energies) -> Iterator[list[Tensor]]:
+    """While a batch runs: the first outputs that gradients go back to, and all energies into `found`."""
+    starts: list[Tensor] = []
+
+    def hook(path: str) -> Callable[..., Tensor]:
+        def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            rows = real_rows(stack, batch, args[0].detach()).float()
+            _add(found.read, path, rows.square().sum(dim=0))
+            found.rows[path] = found.rows.get(path, 0) + len(rows)
+            found.gradients.setdefault(path, torch.zeros(output.shape[-1], device=output.device))
+            traced = output if output.requires_grad else output.detach().requires_grad_()
+            traced.register_hook(lambda g: _add(found.gradients, path, g.float().square().flatten(0, -2).sum(dim=0)))
+            if traced is output:
+                return output
+            starts.append(traced)
+            return traced.clone()  # some families write into it
+
+        return after
+
+    with hooked(module.register_forward_hook(hook(path)) for path, module in linears.items()):
+        yield starts
+
+
+def _drawn(model: PreTrainedModel, output: Any, batch: Batch, generator: torch.Generator) -> Tensor:
+    """The gradient, at a model's outputs, of the log-probability of an output that is drawn from them.
+
+    Of logits of classes or words: the class drawn less the probabilities of all, or of several labels each by itself.
+    Of anything else, which is taken for the mean of a Gaussian, noise. 0 at what is no real token.
+    """
+    value = first_tensor(output).detach()
+    logits = value.float().flatten(0, -2).cpu()
+    if not bool(torch.isfinite(logits).all()):
+        raise CalibrationError(f"{type(model).__name__} gives NaN or infinite outputs on this data")
+    problem = getattr(model.config, "problem_type", None)
+    if getattr(output, "logits", None) is None or logits.shape[-1] == 1 or problem == "regression":
+        start = torch.randn(logits.shape, generator=generator)
+    elif problem == "multi_label_classification":
+        start = torch.bernoulli(logits.sigmoid(), generator=generator) - logits.sigmoid()
+    else:
+        drawn = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
+        start = (-logits.softmax(dim=-1)).scatter_add(1, drawn, torch.ones(drawn.shape))
+    start = start.view(value.shape).to(value)
+    return start * real_tokens(batch, start)[..., None] if start.ndim == 3 else start
+
+
+def _backward(output: Tensor, start: Tensor, ends: list[Tensor]) -> None:
+    """Take a gradient from the outputs back to the first linear maps."""
+    if not output.requires_grad:
+        raise _no_gradients("its outputs have none; leave torch.inference_mode, if that is on")
+    try:
+        torch.autograd.grad(output, ends, start, allow_unused=True)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, AssertionError) as error:
+        raise _no_gradients(one_line(error)) from error
+
+
+def _no_gradients(why: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"gradients, which bits are given by, do not come through the model ({why}): take allocation='error'"
+    )
+
+
+def _add(table: dict[str, Tensor], path: str, value: Tensor) -> None:
+    table[path] = table[path] + value if path in table else value

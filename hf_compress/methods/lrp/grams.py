@@ -1,0 +1,42 @@
+"""What the linear maps of a block read, on the compressed stream."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from hf_compress.anatomy.stacks import Stack
+from hf_compress.calibration.walks import Walk
+from hf_compress.errors import UnsupportedModelError
+from hf_compress.methods.lrp.scores import watch_rows
+
+
+def grams_of(stack: Stack, index: int, linears: Mapping[str, nn.Module], walks: list[Walk]) -> dict[str, Tensor]:
+    """Σ x xᵀ over what each linear map of a block reads, float64."""
+    sums: dict[str, Tensor] = {}
+
+    def add(path: str, rows: Tensor) -> None:
+        gram = rows.double().T @ rows.double()
+        sums[path] = sums[path] + gram if path in sums else gram
+
+    for walk in walks:
+        with watch_rows(stack, walk.runner.batch, linears, add):
+            walk.runner.run(index, walk.compressed)
+    return sums
+
+
+def advance(walks: list[Walk], index: int) -> None:
+    """Take the compressed stream past a block.
+
+    Raises:
+        UnsupportedModelError: the block does not run with its linear maps in another form.
+    """
+    for walk in walks:
+        try:
+            walk.compressed = walk.runner.run(index, walk.compressed)
+        except RuntimeError as error:
+            raise UnsupportedModelError(
+                f"block {index} does not run with its linear maps in another form, since it reads their weights itself "
+                f"({error})"
+            ) from error

@@ -1,0 +1,117 @@
+"""Packed linear maps that PyTorch's kernel for four bits computes, on a CPU."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hf_compress.modules.packed import MixedPrecisionLinear, PackedLinear
+from hf_compress.numerics.four_bit import digit_product, digits_of, fits_kernel
+
+logger = logging.getLogger(__name__)
+
+
+class KernelLinear(PackedLinear):
+    """A packed linear map in the form that the kernel reads: half a byte a weight, or a whole one beyond four bits.
+
+    For inference on the processor that it was made on: without gradients, and not to be saved.
+
+    Args:
+        packed: what it computes the same as, on a CPU.
+        forms: of `digits_of`.
+    """
+
+    low_digits: Tensor
+    low_scales: Tensor
+    high_digits: Tensor
+    high_scales: Tensor
+
+    def __init__(self, packed: MixedPrecisionLinear, forms: list[tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.in_features, self.out_features = packed.in_features, packed.out_features
+        self.packing, self.bias = packed.packing, packed.bias
+        for name, (digits, scales) in zip(("low", "high"), forms, strict=False):
+            self.register_buffer(f"{name}_digits", digits, persistent=False)
+            self.register_buffer(f"{name}_scales", scales, persistent=False)
+        self.digits = len(forms)
+        self._stored = torch.empty(self.packing.stored_bytes, dtype=torch.int8, device="meta")
+
+    @property
+    def packed_weights(self) -> int:
+        return self.in_features * self.out_features
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """Bytes of the low digits, int8: whoever asks for a weight learns no more than that it is a packed one."""
+        return self.low_digits.view(torch.int8)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        rows = functional.pad(inputs.reshape(-1, inputs.shape[-1]), (0, self.packing.inputs - self.in_features))
+        product = digit_product(rows, self.low_digits, self.low_scales, self.out_features)
+        if self.digits > 1:
+            product = product + digit_product(rows, self.high_digits, self.high_scales, self.out_features)
+        if self.bias is not None:
+            product = product + self.bias
+        return product.reshape(*inputs.shape[:-1], self.out_features)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if not keep_vars:
+            raise RuntimeError(
+                f"{prefix.rstrip('.') or 'the linear map'} is in a form for this processor alone, which hf_compress."
+                "use_kernels gave it, and can be neither saved nor compressed: load the model again for that"
+            )
+        destination[f"{prefix}weight"] = self._stored  # of the packed weight there is no more than its size
+        if self.bias is not None:
+            destination[f"{prefix}bias"] = self.bias
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, digits={self.digits}"
+
+
+def use_kernels(model: nn.Module) -> list[str]:
+    """Let packed linear maps compute with PyTorch's kernel for four bits, for inference in bfloat16 on a CPU.
+
+    Decoding becomes many times faster, and long inputs slower. In memory a weight takes half a byte, or a whole one in
+    maps with groups of more than four bits. The model cannot be saved or trained any more: load it again for that.
+
+    Args:
+        model: changed in place.
+
+    Returns:
+        The paths of the linear maps that the kernel computes from now on. Those that it cannot do with, of groups that
+        are no multiple of 32 weights or have more than eight bits, stay as they are, and a warning says how many.
+
+    Raises:
+        ValueError: the model is not in bfloat16 on a CPU.
+    """
+    modules = model.named_modules(remove_duplicate=False)
+    packed = {path: part for path, part in modules if isinstance(part, MixedPrecisionLinear)}
+    for parameter in model.parameters() if packed else ():
+        if parameter.dtype != torch.bfloat16 or parameter.device.type != "cpu":
+            raise ValueError(
+                f"the kernel is fast in bfloat16 on a CPU alone, and the model has {parameter.dtype} on "
+                f"{parameter.device}: load it with dtype=torch.bfloat16, or go on without the kernel"
+            )
+    using: dict[str, KernelLinear] = {}
+    made: dict[int, KernelLinear] = {}  # of those that stand at several paths
+    count = len(packed)
+    for path in list(packed):
+        part = packed.pop(path)  # and so out of memory once it is replaced
+        multiples, steps = part.multiples()
+        if fits_kernel(multiples, part.packing.group_size):
+            if id(part) not in made:
+                made[id(part)] = KernelLinear(part, digits_of(multiples, steps)).train(part.training)
+            using[path] = made[id(part)]
+            model.set_submodule(path, using[path])
+    if len(using) < count:
+        logger.warning(
+            "%d of %d packed linear maps go on without the kernel, which is for groups of a multiple of 32 weights and "
+            "up to eight bits",
+            count - len(using),
+            count,
+        )
+    return list(using)
