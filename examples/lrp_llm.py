@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ PRECISION: Columns = {
     "uniform, compensated (GPTQ)": {"allocation": "uniform"},
     "uniform, to nearest": {"allocation": "uniform", "rounding": "nearest"},
 }
+WHOLE_BITS = "4.75 bits"
 WHOLE: Columns = {  # what save_compressed_tensors writes for others' kernels
     DEFAULT: {},
     "4 or 8 bits for each map": {"per": "module"},
@@ -103,13 +105,13 @@ def plot(scores: Scores, path: Path) -> None:
     """Perplexity against stored bytes, a line for each column."""
     figure = new_figure(8, 5)
     axes = figure.add_subplot()
-    markers = iter("osD^vP*Xph<>8d")
+    markers = cycle("osD^vP*Xph<>8d")
     for columns, kind in ((PRECISION, "bits"), (PRUNING, "pruned")):
         for name in columns:
             points = sorted(
                 (found.share, found.result.perplexity.value)
                 for (title, column), found in scores.all.items()
-                if column == name and title.endswith("bits" if kind == "bits" else "%")
+                if column == name and title.endswith("bits" if kind == "bits" else "%") and title != WHOLE_BITS
             )
             axes.plot(*zip(*points, strict=True), marker=next(markers), label=f"{kind}: {name}", linewidth=1)
     axes.axhline(scores.dense.result.perplexity.value, color="black", linewidth=0.8, linestyle=":")
@@ -134,7 +136,7 @@ def main() -> None:
             model = scores.add(f"{number:g} bits", name, settings | {"bits": number})
             saved = model if name == DEFAULT and number == 4.25 else saved
     for name, settings in WHOLE.items():
-        scores.add("4.75 bits", name, settings | {"bits": 4.75})
+        scores.add(WHOLE_BITS, name, settings | {"bits": 4.75})
     for share in shares:
         for name, settings in PRUNING.items():
             scores.add(f"{share:.0%}", name, settings | {"sparsity": share})
@@ -145,7 +147,7 @@ def main() -> None:
             f"uncompressed: {dense.perplexity}, cloze accuracy {accuracy(dense)}. Loss differences from the default in "
             "nats, paired by document; then cloze accuracy.\n",
             scores.table(PRECISION, [f"{number:g} bits" for number in bits]) + "\n",
-            scores.table(WHOLE, ["4.75 bits"]) + "\n",
+            scores.table(WHOLE, [WHOLE_BITS]) + "\n",
             scores.table(PRUNING, [f"{share:.0%}" for share in shares]) + "\n",
             scores.table(PAPER, ["paper"]),
         ]

@@ -15,6 +15,7 @@ from hf_compress.calibration.data import Calibration, DataOptions, prepare
 from hf_compress.config import CompressionConfig
 from hf_compress.errors import UnsupportedModelError
 from hf_compress.evaluation.size import parameter_count, stored_bytes
+from hf_compress.modules.kernels import check_no_kernels
 from hf_compress.parity import Probe
 from hf_compress.plan import Plan
 from hf_compress.report.report import CompressionReport, Size, Stage
@@ -92,6 +93,7 @@ def check_model(model: Any) -> None:
         raise TypeError("the model carries adapters: merge or delete them (model.delete_adapter) before compressing")
     if getattr(model, "hf_quantizer", None) is not None:
         raise UnsupportedModelError("the model is quantized: compress it first, quantize it afterwards")
+    check_no_kernels(model)
     if meta := [name for name, p in model.named_parameters() if p.device.type == "meta"]:
         raise UnsupportedModelError(
             f"{len(meta)} parameters, such as {meta[0]}, are on the meta device or offloaded: load the model without "

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_compress.errors import UnsupportedModelError
-from hf_compress.modules.packed import PackedLinear
+from hf_compress.modules.packed import CompactLinear
 
 # Counting fields, most specific first. `attribute_map` resolves names such as GPT-2's n_layer.
 _DECODER_COUNTS = ("decoder_layers", "num_decoder_layers", "n_decoder_layers", "decoder_num_hidden_layers")
@@ -72,7 +72,7 @@ def _holds_blocks(module: nn.Module) -> bool:
         and all(any(True for _ in child.children()) for child in module)
         and (
             any(parameter.ndim >= 2 for parameter in module.parameters())
-            or any(isinstance(part, PackedLinear) for part in module.modules())  # matrices, but stored as a row
+            or any(isinstance(part, CompactLinear) for part in module.modules())  # matrices, but stored as a row
         )
     )
 

@@ -22,6 +22,7 @@ from hf_compress.calibration.capture import forward, hooked, inference
 from hf_compress.calibration.data import Batch
 from hf_compress.calibration.objective import first_tensor
 from hf_compress.errors import CalibrationError, UnsupportedModelError
+from hf_compress.modules.kernels import check_no_kernels
 from hf_compress.parity import one_line
 
 _LEAK = 1e-3  # of the outputs' size: what rounding may lose in float32
@@ -48,6 +49,7 @@ def check_open(model: Any) -> None:
             f"model must be a transformers.PreTrainedModel that is not compiled; got {type(model).__name__}: rules are "
             "hooks, which compiled code passes by"
         )
+    check_no_kernels(model)
 
 
 @contextmanager

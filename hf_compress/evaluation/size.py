@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from hf_compress.calibration.capture import inference
 from hf_compress.calibration.data import position_limit
-from hf_compress.modules.packed import PackedLinear
+from hf_compress.modules.packed import CompactLinear
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -101,7 +101,7 @@ def _weight_files(directory: Path) -> list[Path]:
 
 def parameter_count(model: torch.nn.Module) -> int:
     """Number of parameters, tied ones counted once, and of packed weights, which are none but stand for some."""
-    packed = sum(module.packed_weights for module in model.modules() if isinstance(module, PackedLinear))
+    packed = sum(module.packed_weights for module in model.modules() if isinstance(module, CompactLinear))
     return packed + sum(parameter.numel() for parameter in model.parameters())
 
 

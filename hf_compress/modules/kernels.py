@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hf_compress.modules.packed import MixedPrecisionLinear, PackedLinear
+from hf_compress.errors import UnsupportedModelError
+from hf_compress.modules.packed import CompactLinear, MixedPrecisionLinear
 from hf_compress.numerics.four_bit import digit_product, digits_of, fits_kernel
 
 logger = logging.getLogger(__name__)
 
 
-class KernelLinear(PackedLinear):
+class KernelLinear(CompactLinear):
     """A packed linear map in the form that the kernel reads: half a byte a weight, or a whole one beyond four bits.
 
     For inference on the processor that it was made on: without gradients, and not to be saved.
@@ -36,7 +39,8 @@ class KernelLinear(PackedLinear):
         self.packing, self.bias = packed.packing, packed.bias
         for name, (digits, scales) in zip(("low", "high"), forms, strict=False):
             self.register_buffer(f"{name}_digits", digits, persistent=False)
-            self.register_buffer(f"{name}_scales", scales, persistent=False)
+            # As whole numbers, so that a cast of the model leaves them alone.
+            self.register_buffer(f"{name}_scales", scales.view(torch.int16), persistent=False)
         self.digits = len(forms)
         self._stored = torch.empty(self.packing.stored_bytes, dtype=torch.int8, device="meta")
 
@@ -51,19 +55,19 @@ class KernelLinear(PackedLinear):
 
     def forward(self, inputs: Tensor) -> Tensor:
         rows = functional.pad(inputs.reshape(-1, inputs.shape[-1]), (0, self.packing.inputs - self.in_features))
-        product = digit_product(rows, self.low_digits, self.low_scales, self.out_features)
+        product = self._product(rows, self.low_digits, self.low_scales)
         if self.digits > 1:
-            product = product + digit_product(rows, self.high_digits, self.high_scales, self.out_features)
+            product = product + self._product(rows, self.high_digits, self.high_scales)
         if self.bias is not None:
             product = product + self.bias
         return product.reshape(*inputs.shape[:-1], self.out_features)
 
+    def _product(self, rows: Tensor, digits: Tensor, scales: Tensor) -> Tensor:
+        return digit_product(rows, digits, scales.view(torch.bfloat16), self.out_features)
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if not keep_vars:
-            raise RuntimeError(
-                f"{prefix.rstrip('.') or 'the linear map'} is in a form for this processor alone, which hf_compress."
-                "use_kernels gave it, and can be neither saved nor compressed: load the model again for that"
-            )
+            raise _refusal(prefix.rstrip("."))
         destination[f"{prefix}weight"] = self._stored  # of the packed weight there is no more than its size
         if self.bias is not None:
             destination[f"{prefix}bias"] = self.bias
@@ -90,12 +94,7 @@ def use_kernels(model: nn.Module) -> list[str]:
     """
     modules = model.named_modules(remove_duplicate=False)
     packed = {path: part for path, part in modules if isinstance(part, MixedPrecisionLinear)}
-    for parameter in model.parameters() if packed else ():
-        if parameter.dtype != torch.bfloat16 or parameter.device.type != "cpu":
-            raise ValueError(
-                f"the kernel is fast in bfloat16 on a CPU alone, and the model has {parameter.dtype} on "
-                f"{parameter.device}: load it with dtype=torch.bfloat16, or go on without the kernel"
-            )
+    _check_fast(model, packed)
     using: dict[str, KernelLinear] = {}
     made: dict[int, KernelLinear] = {}  # of those that stand at several paths
     count = len(packed)
@@ -115,3 +114,31 @@ def use_kernels(model: nn.Module) -> list[str]:
             count,
         )
     return list(using)
+
+
+def check_no_kernels(model: nn.Module) -> None:
+    """Raise UnsupportedModelError where `use_kernels` has been at work: what was stored is no longer there."""
+    for path, part in model.named_modules():
+        if isinstance(part, KernelLinear):
+            raise _refusal(path)
+
+
+def _refusal(path: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{path or 'the linear map'} is in a form for this processor alone, which hf_compress.use_kernels gave it, and "
+        "can be neither saved, changed nor explained: load the model again for that"
+    )
+
+
+def _check_fast(model: nn.Module, packed: Mapping[str, MixedPrecisionLinear]) -> None:
+    """Raise ValueError unless the packed maps are on a CPU, and most of the other weights in bfloat16."""
+    counts: Counter[torch.dtype] = Counter()
+    for parameter in model.parameters():
+        counts[parameter.dtype] += parameter.numel()
+    dtype = counts.most_common(1)[0][0] if packed and counts else torch.bfloat16
+    devices = {part.weight.device for part in packed.values()}
+    if dtype != torch.bfloat16 or any(device.type != "cpu" for device in devices):
+        raise ValueError(
+            f"the kernel is fast in bfloat16 on a CPU alone, and the model is in {dtype} on "
+            f"{', '.join(map(str, devices))}: load it with dtype=torch.bfloat16, or go on without the kernel"
+        )

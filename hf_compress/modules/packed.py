@@ -86,8 +86,17 @@ def fill_rows(weight: Tensor, group_size: int) -> Tensor:
     return functional.pad(weight, (0, filled(weight.shape[1], group_size) - weight.shape[1]))
 
 
-class PackedLinear(nn.Module):
-    """What linear maps with packed weights have in common: the buffers.
+class CompactLinear(nn.Module):
+    """A linear map whose weights are no parameters."""
+
+    @property
+    def packed_weights(self) -> int:
+        """How many weights it has that are none."""
+        raise NotImplementedError
+
+
+class PackedLinear(CompactLinear):
+    """What linear maps that are stored packed have in common: the buffers.
 
     The packed weight goes by the name `weight`, with one dimension, and is no parameter: what is packed is not trained.
     Its bytes are int8, for T5 casts what a linear map reads to the dtype of its weight, unless that is int8.
@@ -99,11 +108,6 @@ class PackedLinear(nn.Module):
     bits: Tensor
     steps: Tensor
     zeros: Tensor
-
-    @property
-    def packed_weights(self) -> int:
-        """How many weights are packed; none of them is a parameter."""
-        raise NotImplementedError
 
     def _hold(self, packing: Packing, device: str | torch.device | None) -> None:
         """Make the buffers of a packing."""

@@ -18,6 +18,7 @@ from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.data import Batch
 from hf_compress.edits import PackLinear
 from hf_compress.errors import ParityError, UnsupportedModelError
+from hf_compress.modules.kernels import check_no_kernels
 from hf_compress.modules.packed import MixedPrecisionLinear
 from hf_compress.parity import Probe, one_line, outputs_on, quiet, same_outputs, same_tensor
 from hf_compress.plain import RECORD_FIELD, described
@@ -64,6 +65,7 @@ def save_compressed_tensors(
         FileExistsError, ParityError, ManifestError: as for `save`.
     """
     check_target(Path(directory), overwrite)
+    check_no_kernels(model)
     stock = _stock(model)
     packed = _packed(model, stock)
     inputs = Probe.of(model, probe)

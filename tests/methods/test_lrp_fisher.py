@@ -250,8 +250,10 @@ def test_the_model_is_as_it_was(name, fails):
 
 def worth(model, compensated=False, *batches, **settings):
     bench, stack = Workbench(model, Calibration(list(batches) or [batch_of(model)])), Anatomy(model).stack()
-    config = LRPConfig(bits=5, **settings)
-    return worth_of_errors(config, bench, stack, block_linears(stack), {}, compensated)
+    config = LRPConfig(bits=5, rounding="compensated" if compensated else "nearest", **settings)
+    linears = block_linears(stack)
+    costs = worth_of_errors(config, bench, stack, linears, slopes={}, kept={})
+    return {path: costs(path) for path in linears}
 
 
 @pytest.mark.parametrize("name", ["Llama", "GPT-2", "ViT", "Dense"])
@@ -358,3 +360,10 @@ def test_experts_that_some_batches_do_not_reach():
     config = LRPConfig(bits=5, group_size=32, stack=stack, tokens=12)
     compress(model, config, ids, options=DataOptions(batch_size=1))
     assert any(isinstance(module, MixedPrecisionLinear) for module in model.modules())
+
+
+def test_maps_that_gradients_do_not_reach_are_told_of(caplog):
+    model = dense(residual=True)
+    model.layers[0].register_forward_hook(lambda module, args, output: output.detach())
+    compress(model, LRPConfig(bits=7, group_size=8), FLOATS)
+    assert "no gradient reaches layers.0.mlp.up_proj and 1 other linear maps, which get the fewest bits" in caplog.text

@@ -15,7 +15,7 @@ from hf_compress.config import CompressionConfig
 from hf_compress.methods.lrp import LRPConfig
 from hf_compress.methods.lrp.whole import read_together
 from hf_compress.modules.packed import MixedPrecisionLinear, PackedLinear, pack
-from hf_compress.numerics.rounding import spend_on_items
+from hf_compress.numerics.budget import spend_on_items
 from hf_compress.pipeline import compress
 from hf_compress.storage.save import save
 from tests.conftest import leftovers

@@ -297,7 +297,7 @@ def test_weights_that_are_not_finite(value):
 
 @pytest.mark.parametrize(
     "settings",
-    [HALF, HALF | {"score": "wanda"}, HALF | {"score": "magnitude"}, NEURONS, FOUR | {"group_size": 8}],
+    [HALF, HALF | {"score": "wanda"}, HALF | {"score": "magnitude"}, NEURONS, {"bits": 7, "group_size": 8}],
     ids=str,
 )
 def test_activations_that_are_not_finite(settings):

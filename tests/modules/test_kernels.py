@@ -9,6 +9,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_compress as hfc
+from hf_compress.errors import UnsupportedModelError
 from hf_compress.evaluation.size import parameter_count, stored_bytes
 from hf_compress.modules.kernels import KernelLinear
 from hf_compress.modules.packed import MixedPrecisionLinear, pack
@@ -16,7 +17,7 @@ from hf_compress.numerics.four_bit import digits_of
 from tests.conftest import in_dtype
 
 IDS = torch.randint(4, 60, (12, 8), generator=torch.Generator().manual_seed(5))
-REMEDY = "can be neither saved nor compressed: load the model again for that"
+REMEDY = "can be neither saved, changed nor explained: load the model again for that"
 KINDS = {  # (bits of every group, or the fewest and the most; symmetric; inputs; bias)
     "four bits": (4, 4, True, 96, False),
     "a mixture": (2, 8, True, 96, True),
@@ -170,8 +171,11 @@ def test_saving_is_refused_and_leaves_nothing(model, tmp_path):
         lambda: model.state_dict(),
         lambda: model.save_pretrained(tmp_path / "plain"),
         lambda: hfc.save(model, tmp_path / "ours" / "model"),
+        lambda: hfc.save_compressed_tensors(model, tmp_path / "ours" / "model"),
+        lambda: hfc.compress(model, hfc.LRPConfig(bits=4), IDS),
+        lambda: hfc.relevance(model, {"input_ids": IDS}),
     ):
-        with pytest.raises(RuntimeError, match=f"^{path} is in a form for this processor alone, .*{REMEDY}$"):
+        with pytest.raises(UnsupportedModelError, match=f"^{path} is in a form for this processor alone, .*{REMEDY}$"):
             action()
     assert not any(tmp_path.glob("plain/*.safetensors"))
     assert list(tmp_path.glob("ours/*")) == list(tmp_path.glob("ours/.*")) == []
@@ -185,7 +189,7 @@ def test_saving_is_refused_and_leaves_nothing(model, tmp_path):
 def test_other_dtypes_are_refused(compressed, dtype):
     model = copy.deepcopy(compressed).to(dtype)
     before, parts = logits(model), dict(model.named_modules())
-    with pytest.raises(ValueError, match=rf"in bfloat16 on a CPU alone, and the model has {dtype} on cpu"):
+    with pytest.raises(ValueError, match=rf"in bfloat16 on a CPU alone, and the model is in {dtype} on cpu"):
         hfc.use_kernels(model)
     assert dict(model.named_modules()) == parts
     assert torch.equal(logits(model), before)

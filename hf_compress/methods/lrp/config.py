@@ -31,10 +31,10 @@ class LRPConfig(CompressionConfig, method="lrp", paper="https://arxiv.org/abs/25
     leave smaller matrices; the others are stored as a mask and what is left.
 
     Mixed precision: `bits` a weight in the mean, or `target_bytes` for the linear maps of the blocks, all that is
-    stored counted: groups of `group_size` weights get 2 to 8 bits each, more where an error moves the outputs
-    more, by their Fisher information.
-    With per="module" all groups of a linear map get as many, 4 or 8, and so do maps that read the same input, such as
-    queries, keys and values: what `save_compressed_tensors` can write for stock Transformers and vLLM.
+    stored counted: groups of `group_size` weights get 2 to 8 bits each, more where errors cost the outputs more, by
+    their Fisher information. With per="module" all groups of a linear map get as many, 4 or 8, and so do maps that read
+    the same input, such as queries, keys and values: what `save_compressed_tensors` can write for stock Transformers
+    and vLLM.
 
     variant="paper": what has a mean relevance of 0 or less goes, weights or neurons, and `split` gives the more
     relevant half of a layer's weights more bits than the other, at the cost of a bit a weight to tell them apart.
@@ -75,7 +75,10 @@ class LRPConfig(CompressionConfig, method="lrp", paper="https://arxiv.org/abs/25
             "help": "lay grids evenly around 0, which needs no stored zeros; when not given, with per=module alone"
         },
     )
-    allocation: str = field(default="fisher", metadata={"help": f"of bits: {', '.join(ALLOCATIONS)}"})
+    allocation: str = field(
+        default="fisher",
+        metadata={"help": "who gets bits: fisher (what the outputs feel), relevance, error, or uniform, all the same"},
+    )
     rounding: str = field(
         default="compensated", metadata={"help": f"one of {', '.join(ROUNDINGS)}; of pruned maps always nearest"}
     )

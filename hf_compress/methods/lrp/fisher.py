@@ -1,13 +1,14 @@
 """What rounding errors cost: the Fisher information of the model's outputs, for each linear map.
 
-An error E of a weight moves what the linear map writes by E x, and the distribution of the model's outputs by a
-Kullback-Leibler divergence of about ½ E (gᵀ E x)², g being the gradient, there, of the log-probability of an output
+An error Δ of a weight moves what the linear map writes by Δ x, and the distribution of the model's outputs by a
+Kullback-Leibler divergence of about ½ E (gᵀ Δ x)², g being the gradient, there, of the log-probability of an output
 that is drawn from the model. With the entries of g taken as independent of each other and of x, as K-FAC has it
-(J. Martens and R. Grosse, arXiv 1503.05671), that is ½ Σ_i E g_i² · (E G Eᵀ)_ii.
+(J. Martens and R. Grosse, arXiv 1503.05671), that is ½ Σ_i E g_i² · (Δ G Δᵀ)_ii, where G = E x xᵀ.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ from hf_compress.calibration.objective import first_tensor
 from hf_compress.errors import CalibrationError, UnsupportedModelError
 from hf_compress.methods.lrp.scores import real_rows
 from hf_compress.parity import one_line
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -67,8 +70,13 @@ def energies(
             with _watched(stack, batch, linears, found) as starts:
                 output = forward(model, batch)
                 _backward(first_tensor(output), _drawn(model, output, batch, generator), starts)
-    if not any(bool(sums.any()) for sums in found.gradients.values()):
+    blind = [path for path, sums in found.gradients.items() if not bool(sums.any())]
+    if len(blind) == len(found.gradients):
         raise _no_gradients("they are all 0")
+    if blind:
+        logger.warning(
+            "no gradient reaches %s and %d other linear maps, which get the fewest bits", blind[0], len(blind) - 1
+        )
     for path, sums in found.gradients.items():
         if not bool(torch.isfinite(sums).all()):
             raise CalibrationError(f"gradients at {path} hold NaN or infinity: load the model in float32 or bfloat16")
@@ -102,21 +110,25 @@ def _watched(stack: Stack, batch: Batch, linears: Mapping[str, nn.Module], found
 def _drawn(model: PreTrainedModel, output: Any, batch: Batch, generator: torch.Generator) -> Tensor:
     """The gradient, at a model's outputs, of the log-probability of an output that is drawn from them.
 
-    Of logits of classes or words: the class drawn less the probabilities of all, or of several labels each by itself.
-    Of anything else, which is taken for the mean of a Gaussian, noise. 0 at what is no real token.
+    Of logits of classes or words, for each sample or token: the class drawn less the probabilities of all, or of
+    several labels each by itself. Of anything else, which is taken for the mean of a Gaussian, noise. 0 at what is no
+    real token.
     """
     value = first_tensor(output).detach()
-    logits = value.float().flatten(0, -2).cpu()
+    logits = value.float().reshape(-1, value.shape[-1])
     if not bool(torch.isfinite(logits).all()):
         raise CalibrationError(f"{type(model).__name__} gives NaN or infinite outputs on this data")
     problem = getattr(model.config, "problem_type", None)
-    if getattr(output, "logits", None) is None or logits.shape[-1] == 1 or problem == "regression":
+    classes = getattr(output, "logits", None) is not None and value.ndim in (2, 3) and logits.shape[-1] > 1
+    if not classes or problem == "regression":
         start = torch.randn(logits.shape, generator=generator)
     elif problem == "multi_label_classification":
-        start = torch.bernoulli(logits.sigmoid(), generator=generator) - logits.sigmoid()
+        probabilities = logits.sigmoid().cpu()
+        start = torch.bernoulli(probabilities, generator=generator) - probabilities
     else:
-        drawn = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
-        start = (-logits.softmax(dim=-1)).scatter_add(1, drawn, torch.ones(drawn.shape))
+        probabilities = logits.softmax(dim=-1)
+        drawn = torch.multinomial(probabilities.cpu(), 1, generator=generator).to(logits.device)
+        start = probabilities.neg_().scatter_add_(1, drawn, torch.ones_like(drawn, dtype=probabilities.dtype))
     start = start.view(value.shape).to(value)
     return start * real_tokens(batch, start)[..., None] if start.ndim == 3 else start
 

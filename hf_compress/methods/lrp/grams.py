@@ -1,4 +1,4 @@
-"""What the linear maps of a block read, on the compressed stream."""
+"""What the linear maps of a block read, on the streams of walks."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ from torch import Tensor, nn
 
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.walks import Walk
-from hf_compress.errors import UnsupportedModelError
 from hf_compress.methods.lrp.scores import watch_rows
 
 
+def linears_of(stack: Stack, index: int, linears: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Those of a block."""
+    return {path: module for path, module in linears.items() if path.startswith(f"{stack.path}.{index}.")}
+
+
 def grams_of(stack: Stack, index: int, linears: Mapping[str, nn.Module], walks: list[Walk]) -> dict[str, Tensor]:
-    """Σ x xᵀ over what each linear map of a block reads, float64."""
+    """Σ x xᵀ over what each linear map of a block reads at real tokens, (inputs, inputs) float64."""
     sums: dict[str, Tensor] = {}
 
     def add(path: str, rows: Tensor) -> None:
@@ -27,16 +31,6 @@ def grams_of(stack: Stack, index: int, linears: Mapping[str, nn.Module], walks: 
 
 
 def advance(walks: list[Walk], index: int) -> None:
-    """Take the compressed stream past a block.
-
-    Raises:
-        UnsupportedModelError: the block does not run with its linear maps in another form.
-    """
+    """Take the compressed stream past a block."""
     for walk in walks:
-        try:
-            walk.compressed = walk.runner.run(index, walk.compressed)
-        except RuntimeError as error:
-            raise UnsupportedModelError(
-                f"block {index} does not run with its linear maps in another form, since it reads their weights itself "
-                f"({error})"
-            ) from error
+        walk.compressed = walk.runner.run(index, walk.compressed)

@@ -1,4 +1,4 @@
-"""The plan of LRP: leave out what carries no relevance, then round what is left."""
+"""The plan of LRP: leave out what carries little relevance, then round what is left."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ def plan_by_relevance(config: LRPConfig, bench: Workbench) -> Plan:
     """Decide what goes and how precisely the rest is kept.
 
     Raises:
-        UnsupportedModelError: there is no rule of relevance for a part of the model, or nothing that could go.
+        UnsupportedModelError: there is no rule of relevance for a part of the model, gradients do not come through it,
+            or there is nothing that could go.
         ValueError: nothing would be left, or a budget that does not suffice.
         CalibrationError: no data, or data that gives NaN.
     """

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from hf_compress.modules.packed import fill_rows
-from hf_compress.numerics.rounding import Grids, spend_bits, spread_bits
+from hf_compress.numerics.budget import spend_bits, spread_bits
+from hf_compress.numerics.rounding import Grids
 
 if TYPE_CHECKING:
     from hf_compress.methods.lrp.config import LRPConfig
+
+Worth = Callable[[str], Tensor]  # asked map by map, so that no two are in memory at once
 
 _STEP_BITS = 16
 _CLASS_BITS = 8  # a byte that says how many bits a group has
@@ -34,7 +37,7 @@ def bits_of_groups(
     config: LRPConfig,
     choices: tuple[int, ...],
     weights: Mapping[str, Tensor],
-    worth: Mapping[str, Tensor],
+    worth: Worth,
     budget: float,
 ) -> dict[str, Tensor]:
     """Numbers of bits of all groups, (outputs, groups of a row), by the path of the linear map.
@@ -42,14 +45,14 @@ def bits_of_groups(
     Args:
         choices: numbers of bits that there are, rising.
         weights: (outputs, inputs) float32.
-        worth: what a squared error of each weight costs, of the weight's shape.
+        worth: what a squared error of each weight costs, of the weight's shape, by path.
         budget: bits a weight that may be spent on the weights themselves, as many as the fewest at least.
     """
     counts = [len(_groups(config, weight)) for weight in weights.values()]
     if config.allocation == "uniform":
         found = spread_bits(sum(counts), choices, budget)
     else:
-        errors = [errors_of_groups(config, choices, weight, worth[path]) for path, weight in weights.items()]
+        errors = [errors_of_groups(config, choices, weight, worth(path)).cpu() for path, weight in weights.items()]
         found = spend_bits(torch.cat(errors), list(choices), budget)
     parts = zip(weights.items(), found.split(counts), strict=True)
     return {path: part.to(weight.device).view(len(weight), -1) for (path, weight), part in parts}
@@ -65,6 +68,6 @@ def errors_of_groups(config: LRPConfig, choices: tuple[int, ...], weight: Tensor
     groups, worths = _groups(config, weight), _groups(config, worth)
     errors = []
     for bits in choices:
-        grids = Grids.of(groups, torch.full((len(groups),), bits, dtype=torch.int32), config.is_symmetric(bits))
+        grids = Grids.of(groups, groups.new_full((len(groups),), bits, dtype=torch.int32), config.is_symmetric(bits))
         errors.append((worths * (grids.value(grids.round(groups)) - groups).square()).sum(dim=1).double())
     return torch.stack(errors, dim=1)

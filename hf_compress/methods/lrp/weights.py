@@ -14,10 +14,11 @@ from hf_compress.anatomy.parts import linear_map
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
 from hf_compress.apply import carry_out
-from hf_compress.calibration.walks import start_walks
+from hf_compress.calibration.walks import Walk, start_walks
 from hf_compress.drafts import pack_linear, sparsify_linear
+from hf_compress.errors import UnsupportedModelError
 from hf_compress.methods.lrp.config import BITS, MODULE_BITS
-from hf_compress.methods.lrp.grams import advance, grams_of
+from hf_compress.methods.lrp.grams import advance, grams_of, linears_of
 from hf_compress.methods.lrp.masks import kept_weights
 from hf_compress.methods.lrp.precision import bits_of_groups, overhead
 from hf_compress.methods.lrp.scores import Scores, block_linears, score, some_batches, weights_of
@@ -56,14 +57,14 @@ def plan_weights(config: LRPConfig, bench: Workbench, stack: Stack, undo: Undo, 
         walks = start_walks(bench.model, stack, bench.calibration, config.tokens) if solves else []
         plan = Plan()
         for index in tqdm(range(len(stack)), desc="solving blocks", disable=None):
-            paths = [path for path in linears if path.startswith(f"{stack.path}.{index}.")]
-            grams = grams_of(stack, index, {path: linears[path] for path in paths}, walks)
+            own = linears_of(stack, index, linears)
+            grams = grams_of(stack, index, own, walks)
             draft = Plan()
-            for path in paths:
+            for path in own:
                 draft += _draft(config, bench, path, linears[path], grams.get(path), decisions)
             carry_out(draft, bench.model, undo)
             plan += draft
-            advance(walks, index)
+            _advance(walks, index)
     return Plan(plan.edits, plan.tensors, {"linears": _notes(linears, decisions)})
 
 
@@ -84,6 +85,18 @@ def _split(config: LRPConfig, bench: Workbench, linears: Mapping[str, nn.Module]
         plan += sparsify_linear(bench.model, path, upper, None, bits, config.group_size, even, rest=True)
     carry_out(plan, bench.model, undo)
     return Plan(plan.edits, plan.tensors, {"split": list(config.split)})
+
+
+def _advance(walks: list[Walk], index: int) -> None:
+    try:
+        advance(walks, index)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise UnsupportedModelError(
+            f"block {index} does not run with its linear maps in another form, since it reads their weights itself "
+            f"({error})"
+        ) from error
 
 
 def _draft(
@@ -110,14 +123,12 @@ def _bits(
 ) -> dict[str, Tensor]:
     """Bits of the groups of all linear maps; of pruned ones, of the groups of what is left."""
     weights = weights_of(linears)
-    worth = worth_of_errors(config, bench, stack, linears, slopes, config.rounding == "compensated" and not kept)
     total = sum(weight.numel() for weight in weights.values())
     asked = config.bits if config.bits is not None else 8 * (config.target_bytes or 0) / total
     if kept:  # a bit of every weight says whether it is there
         left = sum(int(mask.sum()) for mask in kept.values())
         asked = (asked - 1) * total / left
         weights = {path: weight[kept[path]][None] for path, weight in weights.items()}
-        worth = {path: values[kept[path]][None] for path, values in worth.items()}
     padded = sum(len(weight) * filled(weight.shape[1], config.group_size) for weight in weights.values())
     stored = sum(weight.numel() for weight in weights.values())
     whole = config.per == "module"
@@ -130,6 +141,7 @@ def _bits(
             f"of groups of {config.group_size} are stored and rows filled up to whole groups: ask for more, or change "
             "group_size="
         )
+    worth = worth_of_errors(config, bench, stack, linears, slopes=slopes, kept=kept)
     if whole:
         together = read_together(bench.model, some_batches(bench, 1)[0], linears)
         return bits_of_modules(config, weights, worth, together, int(asked * stored + 1e-6))

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from hf_compress.calibration.capture import forward, hooked
 from hf_compress.calibration.data import Batch
 from hf_compress.methods.lrp.config import MODULE_BITS
-from hf_compress.methods.lrp.precision import errors_of_groups, stored_bits
-from hf_compress.numerics.rounding import spend_on_items
+from hf_compress.methods.lrp.precision import Worth, errors_of_groups, stored_bits
+from hf_compress.numerics.budget import spend_on_items
 
 if TYPE_CHECKING:
     from hf_compress.methods.lrp.config import LRPConfig
@@ -43,7 +43,7 @@ def read_together(model: PreTrainedModel, batch: Batch, linears: Mapping[str, nn
 def bits_of_modules(
     config: LRPConfig,
     weights: Mapping[str, Tensor],
-    worth: Mapping[str, Tensor],
+    worth: Worth,
     together: Iterable[Sequence[str]],
     budget: int,
 ) -> dict[str, Tensor]:
@@ -53,11 +53,11 @@ def bits_of_modules(
 
     Args:
         weights: (outputs, inputs) float32.
-        worth: what a squared error of each weight costs, of the weight's shape.
+        worth: what a squared error of each weight costs, of the weight's shape, by path.
         together: the maps that get the same number of bits, by their paths.
         budget: bits that all maps may take, with all that is stored, as many as at the fewest bits at least.
     """
-    errors = {path: errors_of_groups(config, MODULE_BITS, weights[path], worth[path]) for path in weights}
+    errors = {path: errors_of_groups(config, MODULE_BITS, weights[path], worth(path)).cpu() for path in weights}
     if config.allocation == "uniform":  # all groups alike, however hard they are to round
         mean = torch.cat(list(errors.values())).mean(dim=0, keepdim=True)
         errors = {path: mean.expand_as(own) for path, own in errors.items()}

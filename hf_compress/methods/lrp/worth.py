@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
+from hf_compress.anatomy.parts import linear_map
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.walks import start_walks
 from hf_compress.methods.lrp.fisher import energies
-from hf_compress.methods.lrp.grams import advance, grams_of
-from hf_compress.methods.lrp.scores import score, some_batches, weights_of
+from hf_compress.methods.lrp.grams import advance, grams_of, linears_of
+from hf_compress.methods.lrp.precision import Worth
+from hf_compress.methods.lrp.scores import score, some_batches
 from hf_compress.numerics.rounding import unexplained
 from hf_compress.workbench import Workbench
 
@@ -25,31 +28,50 @@ def worth_of_errors(
     bench: Workbench,
     stack: Stack,
     linears: Mapping[str, nn.Module],
+    *,
     slopes: Mapping[str, Tensor],
-    compensated: bool,
-) -> dict[str, Tensor]:
-    """What a squared error of each weight costs, (outputs, inputs), by the path of the linear map.
+    kept: Mapping[str, Tensor],
+) -> Worth:
+    """What a squared error of each weight costs, (outputs, inputs), for the path of its linear map.
 
     By Fisher information, E g_i² of the output times the energy of the input, or, where the rounding is compensated,
     what of that later inputs cannot make up for. By relevance, (E |R| / |w|)²: R is w times the slope of the output
-    explained, so an error e moves that by e times the slope. By error alone, 1.
+    explained, so an error e moves that by e times the slope. By error alone, and where all get the same bits, 1.
 
     Args:
         slopes: E |R| / |w|, where they are known from the scores.
-        compensated: whether the rounding is.
+        kept: bool, which weights stay, of pruned maps: then it is what errors of those cost, (1, kept), and their
+            rounding is not compensated.
     """
+    worth = _worth(config, bench, stack, linears, slopes, config.rounding == "compensated" and not kept)
+    return lambda path: worth(path)[kept[path]][None] if path in kept else worth(path)
+
+
+def _worth(
+    config: LRPConfig,
+    bench: Workbench,
+    stack: Stack,
+    linears: Mapping[str, nn.Module],
+    slopes: Mapping[str, Tensor],
+    compensated: bool,
+) -> Worth:
     if config.allocation == "fisher":
         found = energies(bench.model, stack, some_batches(bench, config.tokens), linears, config.seed)
         read = _unexplained(config, bench, stack, linears) if compensated else found.read
         used = found.rows.keys() & read.keys()
-        return {
-            path: found.of_outputs(path)[:, None] * read[path] if path in used else torch.zeros_like(weight)
-            for path, weight in weights_of(linears).items()
-        }
+        return lambda path: (
+            torch.outer(found.of_outputs(path), read[path]) if path in used else _full(linears[path], 0.0)
+        )
     if config.allocation == "relevance":
         slopes = slopes or score(config, bench, linears, {}, "relevance").slopes
-        return {path: slope.square() for path, slope in slopes.items()}
-    return {path: torch.ones_like(weight) for path, weight in weights_of(linears).items()}
+        return lambda path: slopes[path].square()
+    return lambda path: _full(linears[path], 1.0)
+
+
+def _full(linear: nn.Module, value: float) -> Tensor:
+    """A number for each weight, (outputs, inputs), that takes no memory."""
+    weight = linear_map(linear).T
+    return torch.tensor(value, device=weight.device).expand(weight.shape)
 
 
 def _unexplained(
@@ -58,8 +80,8 @@ def _unexplained(
     """Of the inputs of every linear map, block by block, so that there are never more Gram matrices than a block's."""
     walks = start_walks(bench.model, stack, bench.calibration, config.tokens)
     found: dict[str, Tensor] = {}
-    for index in range(len(stack)):
-        own = {path: module for path, module in linears.items() if path.startswith(f"{stack.path}.{index}.")}
-        found |= {path: unexplained(gram) for path, gram in grams_of(stack, index, own, walks).items()}
+    for index in tqdm(range(len(stack)), desc="weighing inputs", disable=None):
+        grams = grams_of(stack, index, linears_of(stack, index, linears), walks)
+        found |= {path: unexplained(gram) for path, gram in grams.items()}
         advance(walks, index)
     return found

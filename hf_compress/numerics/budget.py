@@ -1,0 +1,128 @@
+"""Numbers of bits for groups of weights, or for whole items of unequal size, under one budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_STEPS = 20_000  # that a budget is cut into at most, so that the table of what is left stays small
+
+
+def spend_bits(errors: Tensor, choices: list[int], budget: float) -> Tensor:
+    """The number of bits for each group that makes the sum of errors least, at so many bits a weight in the mean.
+
+    Bits are given where a further one takes away most. That is the best there is where errors fall ever more slowly.
+    Where they do not, several steps are taken as one, and the last group to get bits may be left without.
+
+    Args:
+        errors: of each group at each choice, (groups, choices); groups of one size.
+        choices: numbers of bits, rising.
+        budget: bits a weight.
+
+    Returns:
+        (groups) int64, entries of `choices`.
+
+    Raises:
+        ValueError: a budget below the smallest choice.
+    """
+    _check(budget, choices)
+    groups = len(errors)
+    widths = torch.tensor(choices, dtype=torch.float64, device=errors.device)
+    hull = _convex(errors.double(), widths)
+    gains = (hull[:, :-1] - hull[:, 1:]) / (widths[1:] - widths[:-1])  # falling, from left to right
+    costs = (widths[1:] - widths[:-1]).expand_as(gains)
+    order = gains.flatten().argsort(descending=True, stable=True)
+    spent = costs.flatten()[order].cumsum(0)
+    taken = torch.zeros(gains.numel(), dtype=torch.bool, device=errors.device)
+    taken[order[spent <= (budget - choices[0]) * groups + 1e-6]] = True
+    steps = taken.view_as(gains).long().cumprod(dim=1).sum(dim=1)
+    within = torch.arange(len(choices), device=errors.device) <= steps[:, None]
+    best = torch.where(within, errors.double(), torch.inf).argmin(dim=1)  # no bits that make it worse, or no better
+    return torch.tensor(choices, device=errors.device)[best]
+
+
+def spread_bits(groups: int, choices: Sequence[int], budget: float) -> Tensor:
+    """The same number of bits for all groups; where the budget lies between two, more for some, evenly spread.
+
+    Args:
+        choices: numbers of bits, rising.
+        budget: bits a weight in the mean.
+
+    Returns:
+        (groups) int64, entries of `choices`.
+
+    Raises:
+        ValueError: a budget below the smallest choice.
+    """
+    _check(budget, choices)
+    low = max(bits for bits in choices if bits <= budget)
+    high = min((bits for bits in choices if bits > budget), default=low + 1)
+    more = math.floor(groups * (budget - low) / (high - low) + 1e-6) if low < choices[-1] else 0
+    places = torch.arange(groups + 1) * more // groups  # how many of the groups before each have more
+    return torch.where(places.diff() > 0, high, low)
+
+
+def _check(budget: float, choices: Sequence[int]) -> None:
+    if budget < choices[0]:
+        raise ValueError(f"{budget} bits a weight are fewer than the fewest of a group, {choices[0]}")
+
+
+def _convex(errors: Tensor, widths: Tensor) -> Tensor:
+    """The largest convex sequences below the errors of each group."""
+    hull = errors.clone()
+    count = errors.shape[1]
+    for middle in range(1, count - 1):
+        for left in range(middle):
+            for right in range(middle + 1, count):
+                share = (widths[middle] - widths[left]) / (widths[right] - widths[left])
+                hull[:, middle] = hull[:, middle].minimum(errors[:, left] * (1 - share) + errors[:, right] * share)
+    return hull
+
+
+def spend_on_items(errors: Tensor, costs: Sequence[Sequence[int]], budget: int) -> list[int]:
+    """The choice for each item that makes the sum of errors least within a budget, where items differ in size.
+
+    A knapsack, by dynamic programming: the best there is, where budget and costs are whole multiples of a unit of which
+    the budget leaves no more than 20,000 to be spent; else costs above the lowest are rounded up to such a unit.
+
+    Args:
+        errors: of each item at each choice, (items, choices), finite.
+        costs: bits that each item takes at each choice, (items, choices).
+        budget: bits for all of them.
+
+    Returns:
+        The index of each item's choice; among equals, the cheaper.
+
+    Raises:
+        ValueError: a budget below what all items take at least.
+    """
+    bits = np.asarray(costs, dtype=np.int64)
+    least = bits.min(axis=1)
+    left = budget - int(least.sum())
+    if left < 0:
+        raise ValueError(f"{budget} bits are fewer than the {int(least.sum())} that all items take at least")
+    extra = bits - least[:, None]
+    spendable = min(left, int(extra.max(axis=1).sum()))
+    unit = max(int(np.gcd.reduce(extra, axis=None)), -(-spendable // _STEPS), 1)
+    extra = -(-extra // unit)
+    left = min(left // unit, int(extra.max(axis=1).sum()))
+    order = np.argsort(extra, axis=1, kind="stable")  # the cheaper first, for ties
+    ranked = np.take_along_axis(extra, order, axis=1)
+    values = np.take_along_axis(errors.detach().double().cpu().numpy(), order, axis=1)
+    best, taken = np.zeros(left + 1), []  # the least error of the items so far at no more than so many units
+    for own, steps in zip(values, ranked, strict=True):
+        table = np.full((len(steps), left + 1), np.inf)
+        for row, value, step in zip(table, own, steps, strict=True):
+            row[step:] = best[: max(0, left + 1 - step)] + value
+        taken.append(table.argmin(axis=0).astype(np.int8))
+        best = table.min(axis=0)
+    found: list[int] = []
+    for item in reversed(range(len(bits))):
+        place = taken[item][left]
+        found.append(int(order[item, place]))
+        left -= int(ranked[item, place])
+    return found[::-1]

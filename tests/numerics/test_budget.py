@@ -1,0 +1,137 @@
+"""Budgets of bits against all allocations there are."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_compress.numerics.budget import spend_bits, spread_bits
+
+CHOICES = (2, 3, 4, 5, 6, 8)
+
+
+def total(errors, choices, bits):
+    return sum(float(errors[group, choices.index(b)]) for group, b in enumerate(bits))
+
+
+def best_of_all(errors, choices, budget):
+    """The least error of all allocations within the budget."""
+    within = (
+        bits for bits in itertools.product(choices, repeat=len(errors)) if sum(bits) <= budget * len(errors) + 1e-6
+    )
+    return min(total(errors, choices, bits) for bits in within)
+
+
+def convex(groups, choices, seed):
+    """Errors that fall ever more slowly, as those of rounding do."""
+    scale = torch.rand(groups, generator=torch.Generator().manual_seed(seed)).double() * 10 + 0.1
+    rate = 1.5 + 3 * torch.rand(groups, generator=torch.Generator().manual_seed(seed + 1)).double()
+    return torch.stack([scale * rate ** -float(b) for b in choices], dim=1)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_neighbouring_bits_are_spent_as_well_as_can_be(seed):
+    """Steps of one bit each leave nothing over, so that taking the largest gains is the best there is."""
+    errors, choices = convex(5, (2, 3, 4, 5), seed), [2, 3, 4, 5]
+    for spare in range(16):
+        found = spend_bits(errors, choices, 2 + spare / 5).tolist()
+        assert sum(found) == 10 + spare
+        assert total(errors, choices, found) == pytest.approx(best_of_all(errors, choices, 2 + spare / 5), rel=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_uneven_choices_lose_no_more_than_one_step(seed):
+    """Where choices lie apart, a last step may not fit; what is lost is less than the largest step gains."""
+    errors, choices = convex(4, CHOICES, seed), list(CHOICES)
+    for budget in (2.0, 2.5, 3.25, 4.75, 6.1, 7.5, 8.0, 11.0):
+        found = spend_bits(errors, choices, budget).tolist()
+        assert sum(found) <= 4 * budget + 1e-6
+        assert set(found) <= set(choices)
+        best = best_of_all(errors, choices, budget)
+        gains = [total(errors, choices, found) - total(errors, choices, other) for other in _one_more(found, choices)]
+        assert total(errors, choices, found) <= best + max(gains, default=0.0) + 1e-12
+
+
+def _one_more(found, choices):
+    """Allocations with one group a step further."""
+    for group, bits in enumerate(found):
+        if bits < choices[-1]:
+            yield [*found[:group], choices[choices.index(bits) + 1], *found[group + 1 :]]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_errors_of_any_shape_stay_within_the_budget(seed):
+    generator = torch.Generator().manual_seed(seed)
+    errors, choices = torch.rand(30, len(CHOICES), generator=generator), list(CHOICES)
+    for budget in (2.0, 2.9, 4.0, 6.3, 8.0):
+        found = spend_bits(errors, choices, budget)
+        assert found.dtype == torch.int64
+        assert found.shape == (30,)
+        assert int(found.sum()) <= 30 * budget + 1e-6
+        assert set(found.tolist()) <= set(choices)
+
+
+def test_steps_that_pay_only_together_are_taken_together():
+    """The first step alone takes nothing away; both take away more a bit than the other group's."""
+    errors = torch.tensor([[10.0, 10.0, 0.0], [3.0, 2.0, 1.5]])
+    assert spend_bits(errors, [2, 3, 4], 3.0).tolist() == [4, 2]
+
+
+def test_no_half_of_steps_that_pay_only_together():
+    """Where the budget ends between them, no bits are wasted on the first."""
+    errors = torch.tensor([[10.0, 10.0, 0.0], [3.0, 2.9, 2.85]])
+    assert spend_bits(errors, [2, 3, 4], 2.5).tolist() == [2, 2]
+    assert spend_bits(errors, [2, 3, 4], 3.0).tolist() == [4, 2]
+
+
+def test_bits_that_make_it_worse_are_not_spent():
+    """A group whose weights lie on the grid of 2 bits has errors at more, by the rounding of the step."""
+    assert spend_bits(torch.tensor([[0.0, 0.5, 0.25], [4.0, 2.0, 1.0]]), [2, 3, 4], 4.0).tolist() == [2, 4]
+
+
+def test_a_group_with_larger_errors_gets_no_fewer():
+    errors = convex(1, CHOICES, 0) * torch.tensor([[100.0], [10.0], [1.0], [0.1]])
+    for budget in (3.0, 4.0, 5.0):
+        found = spend_bits(errors, list(CHOICES), budget).tolist()
+        assert found == sorted(found, reverse=True)
+        assert found[0] > found[-1]
+
+
+def test_enough_for_all_gives_all():
+    errors = convex(6, CHOICES, 3)
+    assert spend_bits(errors, list(CHOICES), 8.0).tolist() == [8] * 6
+    assert spend_bits(errors, list(CHOICES), math.inf).tolist() == [8] * 6
+    assert spend_bits(errors, list(CHOICES), 2.0).tolist() == [2] * 6
+
+
+def test_a_budget_below_the_fewest_bits_is_refused():
+    with pytest.raises(ValueError, match=r"1\.9 bits a weight are fewer than the fewest of a group, 2"):
+        spend_bits(convex(3, CHOICES, 0), list(CHOICES), 1.9)
+
+
+# --- the same bits for all --------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 60), st.floats(2, 9))
+def test_uniform_bits_differ_by_one_choice_and_spend_what_there_is(groups, budget):
+    found = spread_bits(groups, CHOICES, budget)
+    low = max(bits for bits in CHOICES if bits <= budget)
+    high = min([bits for bits in CHOICES if bits > budget], default=low)
+    assert set(found.tolist()) <= {low, high}
+    assert float(found.sum()) <= groups * budget + 1e-3
+    if high > low and not bool((found == high).all()):
+        assert float(found.sum()) + high - low > groups * budget - 1e-3
+
+
+def test_what_uniform_bits_leave_over_is_spread_evenly():
+    assert spread_bits(8, [3, 4], 3.25).tolist() == [3, 3, 3, 4, 3, 3, 3, 4]
+    halves = spread_bits(1000, [3, 4], 3.7).view(10, 100).double().mean(dim=1)
+    assert torch.allclose(halves, torch.full((10,), 3.7, dtype=torch.float64))
+
+
+def test_no_budget_is_below_the_fewest():
+    with pytest.raises(ValueError, match=r"1\.5 bits a weight are fewer than the fewest of a group, 2"):
+        spread_bits(4, CHOICES, 1.5)
