@@ -3,6 +3,7 @@
     python examples/relevance_heatmap.py                    # the bundled language model; seconds
     python examples/relevance_heatmap.py --model gpt2 --texts "The capital of France is"
     python examples/relevance_heatmap.py --mrpc             # and MiniLM, fine-tuned here on paraphrases; ten minutes
+    python examples/relevance_heatmap.py --mrpc DIRECTORY   # or fine-tuned before
 
 Pages and pictures go to --output (benchmarks/results/ by default).
 """
@@ -13,7 +14,7 @@ import argparse
 from pathlib import Path
 
 from llm import REFERENCE
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
 import hf_compress as hfc
@@ -36,12 +37,12 @@ def language_model(name: str, texts: list[str]) -> hfc.Relevance:
     return found
 
 
-def paraphrases(count: int) -> hfc.Relevance:
-    """The class that a fine-tuned MiniLM gives pairs of sentences of MRPC's test part."""
+def paraphrases(count: int, trained: str) -> hfc.Relevance:
+    """The class that a MiniLM gives pairs of sentences of MRPC; fine-tuned here, where it is not `trained` before."""
     from layer_collapse_bert import SHARED, default_model, mrpc_task
 
     task = mrpc_task(default_model(), SHARED if SHARED.is_dir() else None)
-    model = task.dense(0)
+    model = AutoModelForSequenceClassification.from_pretrained(trained) if trained else task.dense(0)
     rows = [{name: value for name, value in row.items() if name != "labels"} for row in list(task.test)[:count]]
     batch = task.collate([{**row, "labels": 0} for row in rows])
     batch.pop("labels")
@@ -52,13 +53,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(REFERENCE / "manuals-llama-12l"))
     parser.add_argument("--texts", nargs="+", default=TEXTS)
-    parser.add_argument("--mrpc", action="store_true")
+    parser.add_argument("--mrpc", nargs="?", const="", metavar="DIRECTORY")
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
     logging.set_verbosity_error()
     found = {"relevance_llm": language_model(args.model, args.texts)}
-    if args.mrpc:
-        found["relevance_mrpc"] = paraphrases(3)
+    if args.mrpc is not None:
+        found["relevance_mrpc"] = paraphrases(3, args.mrpc)
     for name, relevance in found.items():
         for suffix in (".html", ".png"):
             print(hfc.heatmap(relevance, args.output / f"{name}{suffix}"))
