@@ -1,7 +1,9 @@
 """LRP on an encoder fine-tuned on MRPC: accuracy and outputs against stored bytes, beside every control.
 
-    python examples/lrp_mrpc.py              # one seed; some 25 minutes on two cores, half of them training
-    python examples/lrp_mrpc.py --full       # three seeds, more sizes
+    python examples/lrp_mrpc.py                          # one seed; some 25 minutes on two cores, a third training
+    python examples/lrp_mrpc.py --trained DIRECTORY      # of a model trained before
+    python examples/lrp_mrpc.py --sizes paper "50%"      # some of the table; printed alone
+    python examples/lrp_mrpc.py --full                   # three seeds, more sizes
 
 Model and task are those of layer_collapse_bert.py, which says where its data come from. Nothing is trained after the
 compression. In each cell: accuracy; the mean squared distance of the class probabilities from the dense model's, on the
@@ -19,6 +21,7 @@ from collapse_columns import save_table
 from illc_classifiers import TASKS, probabilities
 from lrp_llm import PAPER, PRECISION, PRUNING
 from tqdm import tqdm
+from transformers import AutoModelForSequenceClassification
 
 import hf_compress as hfc
 from hf_compress.evaluation.faithfulness import input_output_unfaithfulness
@@ -38,15 +41,16 @@ def groups(full: bool) -> dict[str, dict[str, dict[str, Any]]]:
     }
 
 
-def run(seed: int, full: bool) -> dict[tuple[str, str], Row]:
+def run(seed: int, args: argparse.Namespace) -> dict[tuple[str, str], Row]:
     """Every column for one trained model."""
     task = TASKS["mrpc"]()
-    dense = task.dense(seed)
+    trained = args.trained and AutoModelForSequenceClassification.from_pretrained(args.trained)
+    dense = trained or task.dense(seed)
     expected, size = probabilities(task, dense), stored_bytes(dense)
     rows: dict[tuple[str, str], Row] = {("", "dense"): (task.score(dense)["accuracy"], 0.0, 1.0)}
     options = hfc.DataOptions(batch_size=64)
-    for title, columns in tqdm(groups(full).items(), desc="sizes", disable=None):
-        for name, settings in columns.items():
+    for title, columns in tqdm(groups(args.full).items(), desc="sizes", disable=None):
+        for name, settings in columns.items() if not args.sizes or title in args.sizes else ():
             config = hfc.LRPConfig(**settings)
             model = hfc.compress(copy.deepcopy(dense), config, task.calibration, task.tokenizer, options)
             gap = input_output_unfaithfulness(probabilities(task, model), expected)
@@ -59,14 +63,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, help="1 by default, 3 with --full")
     parser.add_argument("--full", action="store_true")
+    parser.add_argument("--trained", metavar="DIRECTORY")
+    parser.add_argument("--sizes", nargs="+", help="such as paper, 4.25 bits, 50%%")
     args = parser.parse_args()
-    runs = [run(seed, args.full) for seed in range(args.seeds or (3 if args.full else 1))]
+    if args.trained and (args.full or (args.seeds or 1) > 1):
+        parser.error("--trained gives one model: leave out --full and --seeds")
+    runs = [run(seed, args) for seed in range(args.seeds or (3 if args.full else 1))]
     lines = ["| | accuracy | unfaithfulness | bytes |", "|---|---|---|---|"]
     for key in runs[0]:
         cells = [mean(one[key][place] for one in runs) for place in range(3)]
         title = ": ".join(part for part in key if part)
         lines.append(f"| {title} | {cells[0]:.3f} | {cells[1]:.4f} | {cells[2]:.3f} |")
+    if args.sizes:
+        return print("\n".join(lines))
     save_table("lrp_mrpc", f"{len(runs)} seeds.\n\n" + "\n".join(lines), "lrp_llm.py")
+    return None
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -75,6 +75,10 @@ class Calibration:
     def some(self, samples: int, least: int = 1) -> list[Batch]:
         """Batches that hold about `samples` samples, evenly spread over the data, `least` at least."""
         return self.spread(max(least, -(-samples * len(self) // self.samples)))
+
+    def with_special_tokens(self) -> Calibration:
+        """The same, but that all tokens count which the model attends to."""
+        return replace(self, batches=[_attended(batch) for batch in self.batches])
 
     def describe(self) -> dict[str, int]:
         """What a report says of the data."""
@@ -298,6 +302,13 @@ def _shape(item: Any) -> tuple[int, int]:
     """Samples and positions of a batch as the user gave it; no positions where it holds no token ids."""
     ids = item.get("input_ids") if isinstance(item, Mapping) else item
     return (ids.shape[0], ids.shape[1]) if isinstance(ids, Tensor) and ids.ndim == 2 else (0, 0)
+
+
+def _attended(batch: Batch) -> Batch:
+    if batch.real is None:
+        return batch
+    mask = batch.inputs.get("attention_mask", torch.ones_like(batch.real))
+    return replace(batch, real=mask.bool()) if mask.shape == batch.real.shape else batch
 
 
 def _batch(item: Any, special: Tensor, length: int, model: PreTrainedModel) -> Batch:

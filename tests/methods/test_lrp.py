@@ -11,13 +11,14 @@ from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.parts import is_linear, linear_map
 from hf_compress.apply import apply
 from hf_compress.calibration.capture import hooked
-from hf_compress.calibration.data import DataOptions
+from hf_compress.calibration.data import DataOptions, special_ids
 from hf_compress.config import CompressionConfig, config_class
 from hf_compress.evaluation.size import parameter_count
 from hf_compress.methods.lrp import LRPConfig
 from hf_compress.modules.packed import MixedPrecisionLinear
 from hf_compress.modules.sparse import SparseLinear
 from hf_compress.pipeline import compress, make_plan
+from hf_compress.plan import Plan
 from hf_compress.storage.save import save
 from tests.architectures.changes import Trace, forward
 from tests.architectures.tiny import randomise, tiny_seq2seq_model
@@ -790,3 +791,24 @@ def test_packed_weights_count_as_parameters():
         model = compress(build("Llama"), LRPConfig(group_size=32, **settings), IDS, options=DataOptions(batch_size=8))
         assert parameter_count(model) == dense - (1 - share) * linear
         assert model.compression_report.after.parameters == parameter_count(model)
+
+
+# --- special tokens ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["BERT", "Llama"])
+def test_special_tokens_count_where_a_head_reads_them(name, monkeypatch):
+    """Of an encoder all that it attends to enters statistics, of a decoder what is no special token."""
+    model, ids, seen = build(name), IDS.clone(), []
+    special = special_ids(model.config, None)[0]
+    ids[:, 0], mask = special, torch.ones_like(ids)
+    mask[:, -2:] = 0
+    monkeypatch.setattr(
+        "hf_compress.methods.lrp.plan.plan_weights",
+        lambda config, bench, *_: seen.extend(batch.real for batch in bench.calibration) or Plan(),
+    )
+    make_plan(model, LRPConfig(bits=5, group_size=32), [{"input_ids": ids, "attention_mask": mask}])
+    expected = mask.bool()
+    if name == "Llama":
+        expected = expected & (ids != special)
+    assert torch.equal(seen[0], expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from hf_compress.calibration.capture import inference
@@ -24,6 +25,7 @@ def plan_by_relevance(config: LRPConfig, bench: Workbench) -> Plan:
         ValueError: nothing would be left, or a budget that does not suffice.
         CalibrationError: no data, or data that gives NaN.
     """
+    bench = _counting_what_is_read(bench)
     structured = config.prunes and config.granularity in STRUCTURED
     if structured and config.granularity == "block" and config.quantizes:
         raise ValueError("leave blocks out in a compress() of its own, and then give bits= to what is left")
@@ -37,3 +39,14 @@ def plan_by_relevance(config: LRPConfig, bench: Workbench) -> Plan:
             part = plan_weights(config, bench, bench.stack(config.stack), undo, config.prunes and not structured)
             plan, notes = plan.then(part), notes | part.notes
     return Plan(plan.edits, plan.tensors, notes)
+
+
+def _counting_what_is_read(bench: Workbench) -> Workbench:
+    """The workbench; of an encoder, with data of which special tokens count.
+
+    Elsewhere they are kept out of statistics, since what decoders have there is huge and tells nothing. The head of an
+    encoder reads nothing else, often: solved for all other tokens alone, weights take its outputs off.
+    """
+    model = bench.model
+    causal = model.can_generate() or any(getattr(part, "is_causal", False) for part in model.modules())
+    return bench if causal or bench.data is None else replace(bench, data=bench.data.with_special_tokens())
