@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -106,6 +108,8 @@ def use_kernels(model: nn.Module) -> list[str]:
                 made[id(part)] = KernelLinear(part, digits_of(multiples, steps)).train(part.training)
             using[path] = made[id(part)]
             model.set_submodule(path, using[path])
+    if using:
+        _hand_back_memory()
     if len(using) < count:
         logger.warning(
             "%d of %d packed linear maps go on without the kernel, which is for groups of a multiple of 32 weights and "
@@ -114,6 +118,13 @@ def use_kernels(model: nn.Module) -> list[str]:
             count,
         )
     return list(using)
+
+
+def _hand_back_memory() -> None:
+    """What was only needed to make the digits goes back to the system: glibc would keep more of it than they take."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def check_no_kernels(model: nn.Module) -> None:
