@@ -81,8 +81,9 @@ class KernelLinear(CompactLinear):
 def use_kernels(model: nn.Module) -> list[str]:
     """Let packed linear maps compute with PyTorch's kernel for four bits, for inference in bfloat16 on a CPU.
 
-    Decoding becomes faster than with dense weights, and long inputs slower. In memory a weight takes half a byte, or a whole one in
-    maps with groups of more than four bits. The model cannot be saved or trained any more: load it again for that.
+    Decoding becomes faster than with dense weights, and long inputs slower. In memory a weight takes half a byte, or a
+    whole one in maps with groups of more than four bits. The model cannot be saved or trained any more: load it again
+    for that.
 
     Args:
         model: changed in place.
