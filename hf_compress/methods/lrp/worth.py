@@ -43,29 +43,26 @@ def worth_of_errors(
         kept: bool, which weights stay, of pruned maps: then it is what errors of those cost, (1, kept), and their
             rounding is not compensated.
     """
-    worth = _worth(config, bench, stack, linears, slopes, config.rounding == "compensated" and not kept)
+    if config.allocation == "fisher":
+        compensated = config.rounding == "compensated" and not kept
+        return _of_kept(kept, _fisher(config, bench, stack, linears, compensated))
+    if config.allocation == "relevance":
+        known = slopes or score(config, bench, linears, {}, "relevance").slopes
+        return _of_kept(kept, lambda path: known[path].square())
+    return _of_kept(kept, lambda path: _full(linears[path], 1.0))
+
+
+def _of_kept(kept: Mapping[str, Tensor], worth: Worth) -> Worth:
     return lambda path: worth(path)[kept[path]][None] if path in kept else worth(path)
 
 
-def _worth(
-    config: LRPConfig,
-    bench: Workbench,
-    stack: Stack,
-    linears: Mapping[str, nn.Module],
-    slopes: Mapping[str, Tensor],
-    compensated: bool,
+def _fisher(
+    config: LRPConfig, bench: Workbench, stack: Stack, linears: Mapping[str, nn.Module], compensated: bool
 ) -> Worth:
-    if config.allocation == "fisher":
-        found = energies(bench.model, stack, some_batches(bench, config.tokens), linears, config.seed)
-        read = _unexplained(config, bench, stack, linears) if compensated else found.read
-        used = found.rows.keys() & read.keys()
-        return lambda path: (
-            torch.outer(found.of_outputs(path), read[path]) if path in used else _full(linears[path], 0.0)
-        )
-    if config.allocation == "relevance":
-        slopes = slopes or score(config, bench, linears, {}, "relevance").slopes
-        return lambda path: slopes[path].square()
-    return lambda path: _full(linears[path], 1.0)
+    found = energies(bench.model, stack, some_batches(bench, config.tokens), linears, config.seed)
+    read = _unexplained(config, bench, stack, linears) if compensated else found.read
+    used = found.rows.keys() & read.keys()
+    return lambda path: torch.outer(found.of_outputs(path), read[path]) if path in used else _full(linears[path], 0.0)
 
 
 def _full(linear: nn.Module, value: float) -> Tensor:
