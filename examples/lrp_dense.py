@@ -1,7 +1,7 @@
 """LRP on dense ReLU networks: pruning against its controls at the same sparsity, mixed precision at the same bytes.
 
     python examples/lrp_dense.py            # 3 × 300 hidden units, ten seeds; about five minutes on two cores
-    python examples/lrp_dense.py --full     # and the paper's 3 × 1,000; twenty seeds
+    python examples/lrp_dense.py --full     # and the paper's 3 × 1,000; an hour and a half more
 
 Data: scikit-learn's digits, and `make_classification` (6 classes, 40 features of which 20 tell something, seeded): the
 paper's "multi" set is not public. Accuracies are on a held-out part, differences from the default's in pairs. "Bytes"
@@ -179,15 +179,14 @@ def _error(values: list[float]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, help="10 by default, 20 with --full")
+    parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--full", action="store_true", help="3 × 1,000 hidden units too")
     args = parser.parse_args()
-    seeds = args.seeds or (20 if args.full else 10)
     parts = []
     for width in (300, 1000) if args.full else (300,):
         for name in ("digits", "multi"):
-            runs = [run(name, width, seed) for seed in tqdm(range(seeds), desc=f"{name}, 3 × {width}", disable=None)]
-            parts += [f"\n## {name}, 3 × {width}, {seeds} seeds\n", table(runs)]
+            seeds = tqdm(range(args.seeds), desc=f"{name}, 3 × {width}", disable=None)
+            parts += [f"\n## {name}, 3 × {width}, {args.seeds} seeds\n", table([run(name, width, s) for s in seeds])]
             print("\n".join(parts[-2:]), flush=True)
     save_table("lrp_dense", "\n".join(parts), "lrp_dense.py")
 
