@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.experts import check_experts, expert_tables
 from hf_compress.anatomy.heads import Heads, attention_heads, check_distances
 from hf_compress.anatomy.parts import FFN, ExpertAxes, expert_axes, linear_map
 from hf_compress.anatomy.stacks import Stack
@@ -28,6 +29,7 @@ from hf_compress.edits import (
     PackLinear,
     ReplaceActivation,
     SparsifyLinear,
+    SplitExperts,
 )
 from hf_compress.errors import UnsupportedModelError
 from hf_compress.modules.activation import Blend
@@ -197,6 +199,22 @@ def _entries(units: Tensor, times: int, axes: ExpertAxes) -> Tensor:
     if axes.interleaved:
         return (units[..., None] * times + shifts).flatten(1)
     return (units[:, None] + shifts[:, None] * axes.width).flatten(1)
+
+
+def split_experts(model: PreTrainedModel, path: str) -> Plan:
+    """Give every expert of the mixture at `path` linear maps of its own; their tensors are not copied.
+
+    Raises:
+        UnsupportedModelError: experts that do not say how they compute.
+    """
+    experts = model.get_submodule(path)
+    check_experts(experts, path)
+    tensors = {
+        f"{path}.{number}.{name}": table[number].detach()
+        for name, table in expert_tables(experts).items()
+        for number in range(len(table))
+    }
+    return Plan((SplitExperts(path),), tensors)
 
 
 def linear_ffn(

@@ -184,6 +184,14 @@ class NarrowExperts(ModuleEdit):
 
 
 @dataclass(frozen=True)
+class SplitExperts(ModuleEdit):
+    """Every expert of a mixture has linear maps of its own; see `SeparateExperts`. `experts` held their tensors."""
+
+    experts: str
+    path_fields: ClassVar = ("experts",)
+
+
+@dataclass(frozen=True)
 class LinearFFN(ModuleEdit):
     """An FFN is one linear map.
 

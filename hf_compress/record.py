@@ -65,7 +65,8 @@ def rebuild_structure(model: PreTrainedModel, edits: Sequence[ModuleEdit]) -> fr
     Raises:
         PlanError: the model has no such modules, sizes do not fit, or tied weights would be changed.
     """
-    if len(edits) > _EDITS_PER_MODULE * sum(1 for _ in model.modules()):
+    apart = sum(len(parameter) for parameter in model.parameters() if parameter.ndim == 3)  # maps in tensors of experts
+    if len(edits) > _EDITS_PER_MODULE * (apart + sum(1 for _ in model.modules())):
         raise PlanError(
             f"the record has {len(edits):,} edits; {type(model).__name__} has not as many modules to change"
         )

@@ -20,6 +20,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from hf_compress.anatomy.experts import check_experts, expert_tables
 from hf_compress.anatomy.parts import expert_axes, is_linear, linear_widths
 from hf_compress.anatomy.undo import Undo
 from hf_compress.edits import (
@@ -33,10 +34,12 @@ from hf_compress.edits import (
     ReplaceActivation,
     Seal,
     SparsifyLinear,
+    SplitExperts,
 )
-from hf_compress.errors import PlanError
+from hf_compress.errors import PlanError, UnsupportedModelError
 from hf_compress.modules.activation import BlendedActivation
 from hf_compress.modules.bottleneck import Bottleneck
+from hf_compress.modules.experts import SeparateExperts
 from hf_compress.modules.packed import MixedPrecisionLinear, Packing, filled
 from hf_compress.modules.sealed import Sealed
 from hf_compress.modules.sparse import SparseLinear, row_length
@@ -179,6 +182,24 @@ def _(edit: NarrowExperts, site: Site) -> None:
         new._parameters[name] = _empty(shape, tables[name])
     site.replace(edit.experts, new)
     _set_width(site, edit.experts, axes.width, edit.width)
+
+
+@restructure.register
+def _(edit: SplitExperts, site: Site) -> None:
+    experts = site.module(edit.experts)
+    try:
+        check_experts(experts, edit.experts)
+        tables = expert_tables(experts)
+    except UnsupportedModelError as error:
+        raise PlanError(f"{edit.experts}: {error}") from None
+    up, down = tables["up.weight"], tables["down.weight"]
+    count, units, hidden = up.shape
+    sizes = (hidden, units, down.shape[2], "up.bias" in tables)
+    new = SeparateExperts(experts, count, sizes, device="meta", dtype=up.dtype)
+    for expert in new.experts:
+        for name, table in tables.items():
+            expert.get_parameter(name).requires_grad_(table.requires_grad)
+    site.replace(edit.experts, new)
 
 
 @restructure.register

@@ -19,6 +19,7 @@ from hf_compress.edits import (
     RemoveBlocks,
     ReplaceActivation,
     Seal,
+    SplitExperts,
     StackEdit,
     edit_from_dict,
 )
@@ -35,6 +36,7 @@ WRITTEN = {
     MergeBlocks: {"stack": "model.layers", "kept": 0, "absorbed": [1, 2]},
     NarrowFFN: {"inputs": list(GATED), "output": DOWN, "width": 48, "bias": True},
     NarrowExperts: {"experts": f"{MLP}.experts", "width": 24},
+    SplitExperts: {"experts": f"{MLP}.experts"},
     LinearFFN: {"inputs": list(GATED), "output": DOWN, "rank": 8, "bias": False, "activation": f"{MLP}.act_fn"},
     InsertBottleneck: {
         "block": "model.layers.0",
@@ -57,6 +59,7 @@ MODULE_KINDS = [kind for kind in KINDS if issubclass(kind, ModuleEdit)]
 PATHS = {
     NarrowFFN: {"inputs": "several", "output": "one"},
     NarrowExperts: {"experts": "one"},
+    SplitExperts: {"experts": "one"},
     LinearFFN: {"inputs": "several", "output": "one", "activation": "perhaps"},
     InsertBottleneck: {"block": "one"},
     PackLinear: {"module": "one"},
@@ -122,6 +125,7 @@ def activations(draw):
 module_edits = st.one_of(
     st.builds(NarrowFFN, several, paths, sizes, st.booleans()),
     st.builds(NarrowExperts, paths, sizes),
+    st.builds(SplitExperts, paths),
     st.builds(LinearFFN, several, paths, st.none() | sizes, st.booleans(), st.none() | paths),
     bottlenecks(),
     st.builds(PackLinear, paths, sizes, st.lists(sizes, min_size=1, max_size=16).map(tuple), st.booleans()),

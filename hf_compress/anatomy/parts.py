@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_compress.errors import UnsupportedModelError
 from hf_compress.modules.activation import BlendedActivation
+from hf_compress.modules.experts import SeparateExperts
 
 # The last word of the projections from the residual stream to queries, keys and values.
 _QKV = re.compile(
@@ -182,6 +183,8 @@ def _experts(block: nn.Module, hidden: int) -> FFN | None:
     for path, module in block.named_modules():
         if not path.rpartition(".")[2].endswith("experts"):
             continue
+        if isinstance(module, SeparateExperts):
+            return FFN("experts", (), None, module.width, experts=path)
         if isinstance(module, nn.ModuleList):
             shapes = [linear_widths(m) for m in module.modules() if is_linear(m)]
             return FFN("experts", (), None, _other_width(shapes[-1], hidden), experts=path) if shapes else None

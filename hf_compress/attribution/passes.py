@@ -23,6 +23,7 @@ from hf_compress.calibration.data import Batch
 from hf_compress.calibration.objective import first_tensor
 from hf_compress.errors import CalibrationError, UnsupportedModelError
 from hf_compress.modules.kernels import check_no_kernels
+from hf_compress.modules.packed import CompactLinear
 from hf_compress.parity import one_line
 
 _LEAK = 1e-3  # of the outputs' size: what rounding may lose in float32
@@ -180,7 +181,7 @@ def _added(model: PreTrainedModel) -> list[Tensor]:
     """Parameters that are added to something: biases, and tokens and positions that are no embedding's."""
     found: dict[int, Tensor] = {}  # tied ones once
     for module in model.modules():
-        scales = is_linear(module) or normalises(module) or isinstance(module, (_ConvNd, nn.Embedding))
+        scales = is_linear(module) or normalises(module) or isinstance(module, (_ConvNd, nn.Embedding, CompactLinear))
         for name, parameter in module._parameters.items():
             if parameter is None or (scales and name != "bias"):
                 continue

@@ -32,6 +32,7 @@ from hf_compress.anatomy.undo import Undo
 from hf_compress.attribution.gradients import NormRule, scale_gradient, through_origin
 from hf_compress.calibration.capture import hooked
 from hf_compress.errors import CalibrationError, UnsupportedModelError
+from hf_compress.modules.experts import SeparateExperts
 
 AttentionRule = Literal["attnlrp", "cp"]
 ATTENTION_RULES: tuple[AttentionRule, ...] = get_args(AttentionRule)
@@ -74,7 +75,10 @@ def _gate_hooks(model: PreTrainedModel) -> Iterator[RemovableHandle]:
         for index, block in enumerate(stack.blocks):
             ffn = Anatomy(model).parts(stack, index).ffn
             if ffn is not None and ffn.experts is not None:
-                yield block.get_submodule(ffn.experts).register_forward_pre_hook(_experts_hook, with_kwargs=True)
+                experts = block.get_submodule(ffn.experts)
+                yield experts.register_forward_pre_hook(_experts_hook, with_kwargs=True)
+                for expert in experts.experts if isinstance(experts, SeparateExperts) and experts.gated else ():
+                    yield expert.up.register_forward_hook(partial(_scale_hook, 0.5))
 
 
 def _gated_inputs(module: nn.Module) -> list[nn.Module]:
@@ -136,12 +140,12 @@ def _scale_hook(factor: float, module: nn.Module, args: tuple[Any, ...], output:
 
 
 def _experts_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
-    """Experts read halved states, if they are gated; the router's weights count as constants."""
+    """Experts in one tensor read halved states, if they are gated; the router's weights count as constants."""
     values = [*args, *kwargs.values()]
     if len(values) != 3 or not isinstance(values[0], Tensor):
         raise UnsupportedModelError(f"{type(module).__name__} is not given states, experts and weights")
     states, index, weights = values
-    if getattr(module, "has_gate", True):
+    if not isinstance(module, SeparateExperts) and getattr(module, "has_gate", True):
         states = scale_gradient(states, 0.5)
     new = (states, index, weights.detach())
     return new[: len(args)], dict(zip(kwargs, new[len(args) :], strict=True))

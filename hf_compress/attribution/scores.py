@@ -17,6 +17,7 @@ from hf_compress.attribution.rules import AttentionRule
 from hf_compress.attribution.targets import Target
 from hf_compress.attribution.watch import watch_inputs, watch_linears
 from hf_compress.calibration.data import Batch
+from hf_compress.calibration.routing import Route, watch_routes
 from hf_compress.errors import CalibrationError
 
 
@@ -44,22 +45,38 @@ class RelevanceSums:
 
 
 class _Sums:
-    """Sums of x · g products of every linear map, before they are multiplied by the weight."""
+    """Sums of x · g products of every linear map, before they are multiplied by the weight.
 
-    def __init__(self, signed: bool, absolute: bool) -> None:
+    Attributes:
+        samples: how many the batch has that is running.
+        routes: of what experts read in it.
+    """
+
+    samples = 0
+    routes: Mapping[nn.Module, Route] = {}
+
+    def __init__(self, linears: Mapping[str, nn.Module], signed: bool, absolute: bool) -> None:
+        self.linears = linears
         self.wanted = {"signed": signed, "absolute": absolute}
         self.weights: dict[str, dict[str, Tensor]] = {"signed": {}, "absolute": {}}
         self.units: dict[str, dict[str, Tensor]] = {"signed": {}, "absolute": {}}
 
     def take_weights(self, name: str, given: Tensor, gradient: Tensor) -> None:
-        given, gradient = (t.reshape(len(t), -1, t.shape[-1]) for t in (given, gradient))  # samples, tokens, features
         if self.wanted["signed"]:
-            _add(self.weights["signed"], name, gradient.flatten(0, 1).T @ given.flatten(0, 1))
-        if self.wanted["absolute"] and given.shape[1] == 1:  # |g x| = |g| |x|, of all samples at once
-            _add(self.weights["absolute"], name, gradient[:, 0].abs().T @ given[:, 0].abs())
-        elif self.wanted["absolute"]:
-            for read, slope in zip(given, gradient, strict=True):
-                _add(self.weights["absolute"], name, (slope.T @ read).abs_())
+            _add(self.weights["signed"], name, gradient.flatten(0, -2).T @ given.flatten(0, -2))
+        if not self.wanted["absolute"]:
+            return
+        route = self.routes.get(self.linears[name])
+        if route is not None:
+            owners = route.samples(self.samples)
+            parts = [(given[owners == one], gradient[owners == one]) for one in owners.unique()]
+        else:
+            given, gradient = (t.reshape(len(t), -1, t.shape[-1]) for t in (given, gradient))
+            parts = list(zip(given, gradient, strict=True))
+            if given.shape[1] == 1:  # |g x| = |g| |x|, of all samples at once
+                parts = [(given[:, 0].abs(), gradient[:, 0].abs())]
+        for read, slope in parts:
+            _add(self.weights["absolute"], name, (slope.T @ read).abs_())
 
     def take_units(self, name: str, given: Tensor, gradient: Tensor) -> None:
         found = (given.float() * gradient.float()).flatten(0, -2)
@@ -86,7 +103,7 @@ def relevance_sums(
         UnsupportedModelError: the model has a part that there is no rule for.
         CalibrationError: NaN or infinite relevances; no labels where the target is one.
     """
-    sums = _Sums(signed, absolute)
+    sums = _Sums(linears, signed, absolute)
     result = RelevanceSums()
     with ExitStack() as stack:
         sources = None
@@ -94,8 +111,10 @@ def relevance_sums(
             if sources is None:
                 check_conserved(model, batch)
                 sources = stack.enter_context(explaining(model, attention))
+                sums.routes = stack.enter_context(watch_routes([model]))
                 stack.enter_context(watch_linears(linears, sums.take_weights))
                 stack.enter_context(watch_inputs(writers or {}, sums.take_units))
+            sums.samples = batch.samples
             explain(model, batch, sources, target)
             result.samples += batch.samples
     for kind, found in sums.weights.items():

@@ -19,9 +19,9 @@ def watch_inputs(modules: Mapping[str, nn.Module], consume: Consumer) -> Iterato
 
     def hook(name: str) -> Callable[..., None]:
         def before(module: nn.Module, args: tuple[Any, ...]) -> None:
-            given = args[0]
-            if given.requires_grad:
-                given.register_hook(lambda gradient: consume(name, given.detach(), gradient))
+            given = args[0].detach()  # a hook that held the tensor itself would keep itself alive
+            if args[0].requires_grad:
+                args[0].register_hook(lambda gradient: consume(name, given, gradient))
 
         return before
 
@@ -38,8 +38,9 @@ def watch_linears(modules: Mapping[str, nn.Module], consume: Consumer) -> Iterat
 
     def hook(name: str) -> Callable[..., None]:
         def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            given = args[0].detach()
             if output.requires_grad:
-                output.register_hook(lambda gradient: consume(name, args[0].detach(), gradient))
+                output.register_hook(lambda gradient: consume(name, given, gradient))
 
         return after
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from hf_compress.anatomy.anatomy import Anatomy
-from hf_compress.anatomy.experts import check_experts, expert_hidden, expert_writes, routed
+from hf_compress.anatomy.experts import check_experts, expert_hidden, expert_writes
 from hf_compress.errors import UnsupportedModelError
+from hf_compress.modules.experts import routed
 from tests.architectures.tiny import tiny_model
 from tests.ffns import HIDDEN, noise
 
@@ -38,7 +39,7 @@ def test_a_mixture_is_the_weighted_sum_of_its_experts(name):
         expected = experts(states, index, weights)
         total = torch.zeros_like(states)
         for number in range(count):
-            token, weight = routed(experts, index, weights, number)
+            token, weight = routed(index, weights, number)
             hidden = expert_hidden(experts, number, states[token])
             assert hidden.shape == (len(token), width)
             written = hidden @ expert_writes(experts)[number]

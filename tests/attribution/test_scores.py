@@ -1,5 +1,7 @@
 """Sums of relevances over data against loops over samples, tokens and weights, by plain autograd under the rules."""
 
+import gc
+import weakref
 from functools import partial
 
 import pytest
@@ -15,6 +17,7 @@ from hf_compress.attribution.scores import relevance_sums
 from hf_compress.attribution.targets import explained
 from hf_compress.calibration.data import Batch, DataOptions, prepare
 from hf_compress.errors import CalibrationError, UnsupportedModelError
+from hf_compress.modules.packed import CompactLinear
 from tests.architectures.changes import Trace
 from tests.architectures.tiny import randomise
 from tests.conftest import leftovers
@@ -318,3 +321,28 @@ def test_outputs_that_are_no_logits():
 def test_no_data_is_no_relevance():
     found = relevance_sums(make("Dense"), [], {})
     assert (found.samples, found.signed, found.absolute) == (0, {}, {})
+
+
+def test_nothing_of_a_pass_is_kept():
+    """A hook on a tensor that held the tensor would keep it, and the sums, for good."""
+    model, read = make("Llama"), []
+    maps, ends = linears(model), writers(model)
+    for module in (*maps.values(), *ends.values()):
+        module.register_forward_pre_hook(lambda module, args: read.append(weakref.ref(args[0])))
+    relevance_sums(model, batches_of(model), maps, ends)
+    gc.collect()
+    assert read
+    assert all(tensor() is None for tensor in read)
+
+
+@pytest.mark.parametrize("settings", [{"sparsity": 0.5}, {"bits": 5, "group_size": 16}])
+def test_what_is_compressed_is_explained_as_a_dense_model_with_its_weights(settings):
+    """Where FFNs are not gated: those the rules know by the kind of their projections."""
+    model, dense = make("GPT-2"), make("GPT-2")
+    hfc.compress(model, hfc.LRPConfig(**settings), IDS)
+    for path, module in model.named_modules():
+        if isinstance(module, CompactLinear):
+            dense.get_submodule(path).weight.data = module.unpacked().T.contiguous()
+            dense.get_submodule(path).bias.data = module.bias.data
+    found, expected = hfc.relevance(model, IDS), hfc.relevance(dense, IDS)
+    torch.testing.assert_close(found.tokens, expected.tokens, rtol=1e-3, atol=1e-4)

@@ -23,6 +23,7 @@ from hf_compress.storage.save import save
 from tests.architectures.changes import Trace, forward
 from tests.architectures.tiny import randomise, tiny_seq2seq_model
 from tests.conftest import in_dtype, leftovers
+from tests.linears import linears
 
 IDS = torch.randint(4, 90, (32, 12), generator=torch.Generator().manual_seed(7))
 PIXELS = torch.randn(32, 3, 16, 16, generator=torch.Generator().manual_seed(7))
@@ -61,12 +62,6 @@ def output(model):
 
 def blocks(model):
     return Anatomy(model).stack().blocks
-
-
-def linears(model):
-    """The plain linear maps in the blocks, by path."""
-    path = Anatomy(model).stack().path
-    return {name: m for name, m in model.named_modules() if name.startswith(f"{path}.") and is_linear(m)}
 
 
 def stored(model, kind):

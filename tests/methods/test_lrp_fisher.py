@@ -13,7 +13,7 @@ from hf_compress.calibration.data import Batch, Calibration, DataOptions
 from hf_compress.errors import CalibrationError, UnsupportedModelError
 from hf_compress.methods.lrp import LRPConfig
 from hf_compress.methods.lrp.fisher import energies
-from hf_compress.methods.lrp.scores import block_linears
+from hf_compress.methods.lrp.linears import block_linears
 from hf_compress.methods.lrp.worth import worth_of_errors
 from hf_compress.modules.packed import MixedPrecisionLinear
 from hf_compress.numerics.rounding import unexplained

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from examples.round_trip import build
-from hf_compress.anatomy.anatomy import Anatomy
-from hf_compress.anatomy.parts import is_linear, linear_map
+from hf_compress.anatomy.parts import linear_map
 from hf_compress.calibration.data import Batch, DataOptions
 from hf_compress.config import CompressionConfig
 from hf_compress.methods.lrp import LRPConfig
@@ -19,6 +18,7 @@ from hf_compress.numerics.budget import spend_on_items
 from hf_compress.pipeline import compress
 from hf_compress.storage.save import save
 from tests.conftest import leftovers
+from tests.linears import linears
 
 IDS = torch.randint(4, 90, (32, 12), generator=torch.Generator().manual_seed(7))
 SIZE = 32
@@ -28,11 +28,6 @@ def run(model, **settings):
     return compress(
         model, LRPConfig(per="module", **{"group_size": SIZE} | settings), IDS, options=DataOptions(batch_size=8)
     )
-
-
-def linears(model):
-    path = Anatomy(model).stack().path
-    return {name: m for name, m in model.named_modules() if name.startswith(f"{path}.") and is_linear(m)}
 
 
 def packed(model):

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import hf_compress as hfc
 from examples.round_trip import build, logits
@@ -11,6 +12,7 @@ from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.calibration.data import DataOptions
 from hf_compress.errors import CalibrationError, PlanError, UnsupportedModelError
 from hf_compress.methods.lrp import LRPConfig, weights
+from hf_compress.modules.packed import MixedPrecisionLinear
 from hf_compress.modules.sparse import SparseLinear
 from hf_compress.pipeline import compress
 from hf_compress.storage.save import save
@@ -223,8 +225,35 @@ def test_models_that_there_are_no_rules_for(family):
     "settings", [HALF | {"score": "magnitude"}, {"bits": 5, "group_size": 32, "allocation": "error"}]
 )
 def test_weights_that_another_module_reads(settings):
-    """Mamba's mixer multiplies by its dt_proj's weight itself, which is no matrix once it is packed."""
-    refused(tiny_model("mamba"), IDS, UnsupportedModelError, "mixer|dt_proj|does not run", **settings)
+    """Which is no matrix once it is packed."""
+
+    class Reader(LlamaMLP):
+        def forward(self, x):
+            assert torch.isfinite(self.up_proj.weight @ x.mT).all()
+            return super().forward(x)
+
+    model = build("Llama")
+    model.model.layers[1].mlp.__class__ = Reader
+    refused(model, IDS, UnsupportedModelError, "block 1 does not run", **settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "left"),
+    [("mamba", r"mixer\.dt_proj"), ("phimoe", r"mlp\.router"), ("llama4_text", r"feed_forward\.router")],
+)
+def test_what_runs_otherwise_stays_as_it_is(name, left, caplog, tmp_path):
+    """Mamba's mixer multiplies by dt_proj's weight itself; the routers' classes are linear maps, but choose experts."""
+    model = tiny_model(name)
+    before = {path: m for path, m in model.named_modules() if re.search(f"layers.*{left}$", path)}
+    weights = {path: m.weight.detach().clone() for path, m in before.items()}
+    compress(model, LRPConfig(bits=5, group_size=32), IDS, options=DataOptions(batch_size=8))
+    assert re.search(rf"{left} and {len(before) - 1} others do not run as linear maps: they stay", caplog.text)
+    assert before
+    assert all(model.get_submodule(path) is module for path, module in before.items())
+    assert all(torch.equal(module.weight, weights[path]) for path, module in before.items())
+    assert any(isinstance(module, MixedPrecisionLinear) for module in model.modules())
+    again = type(model).from_pretrained(save(model, tmp_path / "out"))
+    assert torch.equal(logits(again), logits(model))
 
 
 @pytest.mark.parametrize("settings", [HALF, FOUR | {"group_size": 32}, NEURONS], ids=str)

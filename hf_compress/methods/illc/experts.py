@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_compress.anatomy.anatomy import Anatomy
-from hf_compress.anatomy.experts import check_experts, expert_hidden, expert_writes, routed
+from hf_compress.anatomy.experts import check_experts, expert_hidden, expert_writes
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.capture import hooked, stream_tokens
 from hf_compress.calibration.runner import BlockRunner
@@ -24,6 +24,7 @@ from hf_compress.drafts import narrow_experts
 from hf_compress.errors import CalibrationError, UnsupportedModelError
 from hf_compress.methods.illc.reductions import REDUCTIONS
 from hf_compress.methods.illc.units import UnitStatistics
+from hf_compress.modules.experts import routed
 from hf_compress.numerics.ridge import LeastSquares, is_held_out
 from hf_compress.plan import Plan
 
@@ -107,7 +108,7 @@ class ExpertNarrowing:
         for batch, (runner, stream) in enumerate(runs):
             states, index, weights = self._routing(runner, stream)
             for place, number in enumerate(numbers):
-                token, weight = routed(self.experts, index, weights, number)
+                token, weight = routed(index, weights, number)
                 activations = expert_hidden(self.experts, number, states[token])
                 if not bool(torch.isfinite(activations).all()):
                     raise CalibrationError(f"expert {number} of {self.name} has NaN or infinite activations")

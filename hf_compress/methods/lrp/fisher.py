@@ -25,6 +25,7 @@ from hf_compress.attribution.passes import set_gradient
 from hf_compress.calibration.capture import forward, hooked, inference, real_tokens
 from hf_compress.calibration.data import Batch
 from hf_compress.calibration.objective import first_tensor
+from hf_compress.calibration.routing import watch_routes
 from hf_compress.errors import CalibrationError, UnsupportedModelError
 from hf_compress.methods.lrp.scores import real_rows
 from hf_compress.parity import one_line
@@ -90,7 +91,7 @@ def _watched(stack: Stack, batch: Batch, linears: Mapping[str, nn.Module], found
 
     def hook(path: str) -> Callable[..., Tensor]:
         def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            rows = real_rows(stack, batch, args[0].detach()).float()
+            rows = real_rows(stack, batch, args[0].detach(), routes.get(module)).float()
             _add(found.read, path, rows.square().sum(dim=0))
             found.rows[path] = found.rows.get(path, 0) + len(rows)
             found.gradients.setdefault(path, torch.zeros(output.shape[-1], device=output.device))
@@ -103,7 +104,8 @@ def _watched(stack: Stack, batch: Batch, linears: Mapping[str, nn.Module], found
 
         return after
 
-    with hooked(module.register_forward_hook(hook(path)) for path, module in linears.items()):
+    hooks = (module.register_forward_hook(hook(path)) for path, module in linears.items())
+    with watch_routes(stack.blocks) as routes, hooked(hooks):
         yield starts
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,18 +10,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from hf_compress.anatomy.parts import is_linear, linear_map
+from hf_compress.anatomy.parts import linear_map
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.attribution.scores import RelevanceSums, relevance_sums
 from hf_compress.calibration.capture import forward, hooked, inference, stream_tokens
 from hf_compress.calibration.data import Batch
-from hf_compress.errors import UnsupportedModelError
+from hf_compress.calibration.routing import Route, watch_routes
+from hf_compress.methods.lrp.linears import weights_of
 from hf_compress.workbench import Workbench
 
 if TYPE_CHECKING:
     from hf_compress.methods.lrp.config import LRPConfig
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -39,30 +37,6 @@ class Scores:
     slopes: dict[str, Tensor] = field(default_factory=dict)
 
 
-def block_linears(stack: Stack) -> dict[str, nn.Module]:
-    """The linear maps in the blocks of a stack, by their paths in the model.
-
-    Raises:
-        UnsupportedModelError: there are none.
-    """
-    found = {
-        f"{stack.path}.{index}.{path}": module
-        for index, block in enumerate(stack.blocks)
-        for path, module in block.named_modules()
-        if is_linear(module)
-    }
-    if not found:
-        raise UnsupportedModelError(f"the blocks of {stack.path} have no linear maps to prune or to store in few bits")
-    if any(parameter.ndim > 2 for parameter in stack.blocks.parameters()):
-        logger.warning("what %s keeps in tensors of experts stays as it is: ILLCConfig narrows experts", stack.path)
-    return found
-
-
-def weights_of(linears: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Their weights, (outputs, inputs) float32."""
-    return {path: linear_map(module).T.detach().float() for path, module in linears.items()}
-
-
 def some_batches(bench: Workbench, tokens: int) -> Sequence[Batch]:
     """Batches of about so many tokens (or samples), spread over the calibration data."""
     data = bench.calibration
@@ -73,7 +47,22 @@ def some_batches(bench: Workbench, tokens: int) -> Sequence[Batch]:
 def score(
     config: LRPConfig, bench: Workbench, linears: Mapping[str, nn.Module], writers: Mapping[str, nn.Module], name: str
 ) -> Scores:
-    """The scores called `name` of the weights of `linears` and of what `writers` read."""
+    """The scores called `name` of the weights of `linears` and of what `writers` read.
+
+    Of a linear map that they tell nothing of, such as that of an expert which no token was given to, they are the
+    weights' sizes; but 0 where weights are compared across maps.
+    """
+    found = _scores(config, bench, linears, writers, name)
+    if config.scope != "model":
+        for path, values in found.weights.items():
+            if not bool(values.any()):
+                found.weights[path] = linear_map(linears[path]).T.detach().float().abs()
+    return found
+
+
+def _scores(
+    config: LRPConfig, bench: Workbench, linears: Mapping[str, nn.Module], writers: Mapping[str, nn.Module], name: str
+) -> Scores:
     weights = weights_of(linears)
     if name == "random":
         return _random(config.seed, weights, writers)
@@ -137,7 +126,8 @@ def input_norms(
         for batch in batches:
             with watch_rows(stack, batch, modules, add):
                 forward(bench.model, batch)
-    return {path: (total / max(1, counts[path])).sqrt() for path, total in sums.items()}
+    unread = {path: linear_map(module).new_zeros(len(linear_map(module))) for path, module in modules.items()}
+    return unread | {path: (total / max(1, counts[path])).sqrt() for path, total in sums.items()}
 
 
 @contextmanager
@@ -146,15 +136,24 @@ def watch_rows(
 ) -> Iterator[None]:
     """While a batch runs, `consume(path, rows)` with what each module reads at real tokens, (tokens, inputs)."""
 
-    def keep(path: str) -> Callable[..., None]:
-        return lambda module, args: consume(path, real_rows(stack, batch, args[0]))
+    with watch_routes(stack.blocks) as routes:
 
-    with hooked(module.register_forward_pre_hook(keep(path)) for path, module in modules.items()):
-        yield
+        def keep(path: str) -> Callable[..., None]:
+            return lambda module, args: consume(path, real_rows(stack, batch, args[0], routes.get(module)))
+
+        with hooked(module.register_forward_pre_hook(keep(path)) for path, module in modules.items()):
+            yield
 
 
-def real_rows(stack: Stack, batch: Batch, given: Tensor) -> Tensor:
-    """What a module of a stack reads at real tokens, (tokens, inputs); all where it does not read one row a token."""
+def real_rows(stack: Stack, batch: Batch, given: Tensor, route: Route | None = None) -> Tensor:
+    """What a module of a stack reads at real tokens, (tokens, inputs); all where it does not read one row a token.
+
+    Args:
+        route: of what an expert reads.
+    """
+    if route is not None:
+        stream = given.new_empty(batch.samples, route.everywhere // batch.samples, 0)
+        return given[stream_tokens(stack, batch, stream).flatten()[route.tokens]]
     if given.ndim != 3:
         return given.flatten(0, -2)
     return given[stream_tokens(stack, batch, given)]

@@ -18,10 +18,12 @@ from hf_compress.calibration.walks import Walk, start_walks
 from hf_compress.drafts import pack_linear, sparsify_linear
 from hf_compress.errors import UnsupportedModelError
 from hf_compress.methods.lrp.config import BITS, MODULE_BITS
+from hf_compress.methods.lrp.experts import plan_separation
 from hf_compress.methods.lrp.grams import advance, grams_of, linears_of
+from hf_compress.methods.lrp.linears import changeable_linears, weights_of
 from hf_compress.methods.lrp.masks import kept_weights
 from hf_compress.methods.lrp.precision import bits_of_groups, overhead
-from hf_compress.methods.lrp.scores import Scores, block_linears, score, some_batches, weights_of
+from hf_compress.methods.lrp.scores import Scores, score, some_batches
 from hf_compress.methods.lrp.whole import bits_of_modules, read_together
 from hf_compress.methods.lrp.worth import worth_of_errors
 from hf_compress.modules.packed import filled
@@ -43,7 +45,13 @@ class _Decisions:
 
 def plan_weights(config: LRPConfig, bench: Workbench, stack: Stack, undo: Undo, prunes: bool) -> Plan:
     """Leave weights out, round the rest, or both; the model stays changed until `undo` is rolled back."""
-    linears = block_linears(stack)
+    with bench.stage("separate experts"):
+        apart = plan_separation(bench, stack, undo)
+    return apart.then(_plan_linears(config, bench, stack, undo, prunes))
+
+
+def _plan_linears(config: LRPConfig, bench: Workbench, stack: Stack, undo: Undo, prunes: bool) -> Plan:
+    linears = changeable_linears(bench, stack)
     if config.split is not None:
         return _split(config, bench, linears, undo)
     with bench.stage("score weights"):
