@@ -76,7 +76,7 @@ def main() -> None:
         lines.append(f"| {title} | {cells[0]:.3f} | {cells[1]:.4f} | {cells[2]:.3f} |")
     if args.sizes:
         return print("\n".join(lines))
-    save_table("lrp_mrpc", f"{len(runs)} seeds.\n\n" + "\n".join(lines), "lrp_llm.py")
+    save_table("lrp_mrpc", f"Seeds: {len(runs)}.\n\n" + "\n".join(lines), "lrp_llm.py")
     return None
 
 
