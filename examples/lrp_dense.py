@@ -12,7 +12,11 @@ from __future__ import annotations
 
 import argparse
 import copy
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from statistics import mean, stdev
 from typing import Any
 
@@ -153,6 +157,15 @@ def run(name: str, width: int, seed: int) -> dict[tuple[str, str], Row]:
     return rows
 
 
+def runs(name: str, width: int, args: argparse.Namespace) -> list[dict[tuple[str, str], Row]]:
+    """One for each seed, several at once, each with its share of the cores."""
+    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.jobs, spawn, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+        found = pool.map(partial(run, name, width), range(args.seeds))
+        return list(tqdm(found, total=args.seeds, desc=f"{name}, 3 × {width}", disable=None))
+
+
 def table(runs: list[dict[tuple[str, str], Row]]) -> str:
     def column(key: tuple[str, str], place: int) -> list[float]:
         return [one[key][place] for one in runs]
@@ -180,13 +193,13 @@ def _error(values: list[float]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="seeds at once; as many as cores")
     parser.add_argument("--full", action="store_true", help="3 × 1,000 hidden units too")
     args = parser.parse_args()
     parts = []
     for width in (300, 1000) if args.full else (300,):
         for name in ("digits", "multi"):
-            seeds = tqdm(range(args.seeds), desc=f"{name}, 3 × {width}", disable=None)
-            parts += [f"\n## {name}, 3 × {width}, {args.seeds} seeds\n", table([run(name, width, s) for s in seeds])]
+            parts += [f"\n## {name}, 3 × {width}, {args.seeds} seeds\n", table(runs(name, width, args))]
             print("\n".join(parts[-2:]), flush=True)
     save_table("lrp_dense", "\n".join(parts), "lrp_dense.py")
 
