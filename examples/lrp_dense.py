@@ -33,6 +33,7 @@ from hf_compress.evaluation.size import stored_bytes
 Config = dict[str, Any]
 Row = tuple[float, float]  # accuracy, bytes
 SHARES = (0.5, 0.7, 0.8, 0.9)
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 UNIFORM = {"allocation": "uniform", "rounding": "nearest"}
 
 
@@ -159,21 +160,21 @@ def run(name: str, width: int, seed: int) -> dict[tuple[str, str], Row]:
 
 def runs(name: str, width: int, args: argparse.Namespace) -> list[dict[tuple[str, str], Row]]:
     """One for each seed, several at once, each with its share of the cores."""
-    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    threads = max(1, CORES // args.jobs)
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.jobs, spawn, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
         found = pool.map(partial(run, name, width), range(args.seeds))
         return list(tqdm(found, total=args.seeds, desc=f"{name}, 3 × {width}", disable=None))
 
 
-def table(runs: list[dict[tuple[str, str], Row]]) -> str:
+def table(rows: list[dict[tuple[str, str], Row]]) -> str:
     def column(key: tuple[str, str], place: int) -> list[float]:
-        return [one[key][place] for one in runs]
+        return [one[key][place] for one in rows]
 
     dense = column(("", "dense"), 0)
     lines = [f"Dense: {mean(dense):.4f} ± {_error(dense):.4f}", ""]
     lines += ["| | accuracy | from dense | from the default | bytes |", "|---|---|---|---|---|"]
-    for title, label in list(runs[0])[1:]:
+    for title, label in list(rows[0])[1:]:
         own = column((title, label), 0)
         cells = [f"{mean(own):.4f}", _difference(own, dense)]
         cells.append(_difference(own, column((title, "default"), 0)) if "default" in GROUPS[title] else "")
@@ -193,9 +194,11 @@ def _error(values: list[float]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="seeds at once; as many as cores")
+    parser.add_argument("--jobs", type=int, default=CORES, help="seeds at once; as many as cores")
     parser.add_argument("--full", action="store_true", help="3 × 1,000 hidden units too")
     args = parser.parse_args()
+    if args.jobs < 1 or args.seeds < 1:
+        parser.error(f"--jobs and --seeds must be 1 or more; got {args.jobs} and {args.seeds}")
     parts = []
     for width in (300, 1000) if args.full else (300,):
         for name in ("digits", "multi"):

@@ -202,7 +202,7 @@ def _entries(units: Tensor, times: int, axes: ExpertAxes) -> Tensor:
 
 
 def split_experts(model: PreTrainedModel, path: str) -> Plan:
-    """Give every expert of the mixture at `path` linear maps of its own; their tensors are not copied.
+    """Give every expert of the mixture at `path` linear maps of its own; the plan's tensors are views of theirs.
 
     Raises:
         UnsupportedModelError: experts that do not say how they compute.

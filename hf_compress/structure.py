@@ -191,10 +191,10 @@ def _(edit: SplitExperts, site: Site) -> None:
         check_experts(experts, edit.experts)
         tables = expert_tables(experts)
     except UnsupportedModelError as error:
-        raise PlanError(f"{edit.experts}: {error}") from None
+        raise PlanError(f"the plan takes {edit.experts} apart: {error}") from None
     up, down = tables["up.weight"], tables["down.weight"]
-    count, units, hidden = up.shape
-    sizes = (hidden, units, down.shape[2], "up.bias" in tables)
+    count, up_width, hidden = up.shape
+    sizes = (hidden, up_width, down.shape[2], "up.bias" in tables)
     new = SeparateExperts(experts, count, sizes, device="meta", dtype=up.dtype)
     for expert in new.experts:
         for name, table in tables.items():

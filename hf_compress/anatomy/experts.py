@@ -8,13 +8,15 @@ from torch import Tensor, nn
 
 from hf_compress.anatomy.parts import expert_axes
 from hf_compress.errors import UnsupportedModelError
-from hf_compress.modules.experts import between
+from hf_compress.modules.experts import SeparateExperts, hidden_activations
 
 _TELLING = ("has_gate", "has_bias", "is_transposed", "is_concatenated")  # what Transformers says of such a module
 
 
 def check_experts(experts: nn.Module, name: str) -> None:
-    """Raise where a module of experts does not say how it computes."""
+    """Raise where a module of experts does not say how it computes, or has them apart already."""
+    if isinstance(experts, SeparateExperts):
+        raise UnsupportedModelError(f"{name}: its experts are taken apart already; narrow them before LRPConfig")
     silent = [attribute for attribute in _TELLING if not isinstance(getattr(experts, attribute, None), bool)]
     if silent or getattr(experts, "has_post_expert_norm", False):
         raise UnsupportedModelError(
@@ -30,7 +32,7 @@ def expert_hidden(experts: Any, expert: int, states: Tensor) -> Tensor:
     read = states.to(table.dtype) @ (table if experts.is_transposed else table.T)
     if experts.has_bias:
         read = read + getattr(experts, f"{name}_bias")[expert]
-    return between(experts, read)
+    return hidden_activations(experts, read)
 
 
 def _reader(experts: Any) -> str:
@@ -50,7 +52,8 @@ def expert_tables(experts: nn.Module) -> dict[str, Tensor]:
     own = {name: table for name, table in experts._parameters.items() if table is not None}
     if set(wanted.values()) != own.keys() or experts._buffers:
         raise UnsupportedModelError(
-            f"{type(experts).__name__} holds {', '.join(own)}, not {', '.join(wanted.values())}"
+            f"{type(experts).__name__} holds {', '.join(own)}; only mixtures with {', '.join(wanted.values())} and "
+            "nothing else are taken apart"
         )
     turned = bool(experts.is_transposed)
     return {

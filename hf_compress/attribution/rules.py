@@ -130,7 +130,9 @@ class _NormHook:
         )
 
 
-def _epsilon_hook(epsilon: float, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+def _epsilon_hook(epsilon: float, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    if not isinstance(output, Tensor):  # a router, which is a linear map by class alone
+        return output
     size = output.detach().abs()
     return scale_gradient(output, size / (size + epsilon))
 

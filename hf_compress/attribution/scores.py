@@ -71,7 +71,9 @@ class _Sums:
             owners = route.samples(self.samples)
             parts = [(given[owners == one], gradient[owners == one]) for one in owners.unique()]
         else:
-            given, gradient = (t.reshape(len(t), -1, t.shape[-1]) for t in (given, gradient))
+            flat = given.ndim == 2 and len(given) % self.samples == 0  # tokens of all samples in one dimension
+            count = self.samples if flat else len(given)
+            given, gradient = (t.reshape(count, -1, t.shape[-1]) for t in (given, gradient))
             parts = list(zip(given, gradient, strict=True))
             if given.shape[1] == 1:  # |g x| = |g| |x|, of all samples at once
                 parts = [(given[:, 0].abs(), gradient[:, 0].abs())]

@@ -37,9 +37,9 @@ def watch_linears(modules: Mapping[str, nn.Module], consume: Consumer) -> Iterat
     """
 
     def hook(name: str) -> Callable[..., None]:
-        def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             given = args[0].detach()
-            if output.requires_grad:
+            if isinstance(output, Tensor) and output.requires_grad:  # routers that are linear maps by class give more
                 output.register_hook(lambda gradient: consume(name, given, gradient))
 
         return after

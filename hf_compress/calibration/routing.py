@@ -15,13 +15,15 @@ from hf_compress.modules.experts import Expert
 
 @dataclass(frozen=True)
 class Route:
-    """Where rows come from: their numbers (rows) among `everywhere` tokens, sample by sample."""
+    """Where rows come from: their numbers (rows) among `everywhere` tokens, as a rule those of all samples in turn."""
 
     tokens: Tensor
     everywhere: int
 
     def samples(self, count: int) -> Tensor:
-        """The sample that each row is of, (rows), in a batch of so many."""
+        """The sample that each row is of, (rows), in a batch of so many; one for all where that cannot be told."""
+        if self.everywhere % count:
+            return torch.zeros_like(self.tokens)
         return torch.div(self.tokens, self.everywhere // count, rounding_mode="floor")
 
 

@@ -14,7 +14,7 @@ class Expert(nn.Module):
 
     Args:
         hidden: width of the residual stream.
-        units: what `up` gives, twice the hidden units where they are gated.
+        up_width: what `up` gives, twice the hidden units where they are gated.
         width: hidden units.
         bias: whether both maps have one.
     """
@@ -22,19 +22,19 @@ class Expert(nn.Module):
     def __init__(
         self,
         hidden: int,
-        units: int,
+        up_width: int,
         width: int,
         bias: bool,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.up = nn.Linear(hidden, units, bias, device, dtype)
+        self.up = nn.Linear(hidden, up_width, bias, device, dtype)
         self.down = nn.Linear(width, hidden, bias, device, dtype)
 
     def forward(self, states: Tensor, tokens: Tensor, mixture: Any) -> Tensor:
         """What it writes for the rows `tokens` of `states` (all tokens, hidden)."""
-        return self.down(between(mixture, self.up(states[tokens])))
+        return self.down(hidden_activations(mixture, self.up(states[tokens])))
 
 
 class SeparateExperts(nn.Module):
@@ -44,7 +44,7 @@ class SeparateExperts(nn.Module):
         experts: a module of Transformers that holds their tensors and says how it computes. Without the tensors it is
             kept, for what it does between the two maps.
         count: of experts.
-        sizes: of an `Expert`: hidden, units, width, bias.
+        sizes: of an `Expert`: hidden, up_width, width, bias.
     """
 
     mixture: nn.Module
@@ -60,10 +60,10 @@ class SeparateExperts(nn.Module):
         super().__init__()
         self.count, self.width = count, sizes[2]
         mixture: Any = copy.copy(experts)
-        for name, module in experts.named_children():  # the activation
+        for name, module in experts._modules.items():  # the activation
             self.add_module(name, module)
-        mixture._parameters, mixture._modules = {}, self._modules  # one table, so that it may be replaced
-        vars(self)["mixture"] = mixture  # no child, which Transformers would look for tensors in
+        mixture._parameters, mixture._modules = {}, self._modules  # one table, so that an activation can be replaced
+        vars(self)["mixture"] = mixture  # not registered: it has the same children, and no tensors to initialise
         self.gated = bool(mixture.has_gate)
         for number in range(count):
             self.add_module(str(number), Expert(*sizes, device=device, dtype=dtype))
@@ -90,7 +90,7 @@ class SeparateExperts(nn.Module):
         return written
 
 
-def between(mixture: Any, read: Tensor) -> Tensor:
+def hidden_activations(mixture: Any, read: Tensor) -> Tensor:
     """The hidden units' activations, (tokens, width), of what an expert's first map gives."""
     return mixture._apply_gate(read) if mixture.has_gate else mixture.act_fn(read)
 

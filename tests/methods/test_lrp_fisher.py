@@ -8,7 +8,7 @@ from transformers import AutoModelForSequenceClassification
 
 from examples.round_trip import build
 from hf_compress.anatomy.anatomy import Anatomy
-from hf_compress.anatomy.parts import linear_map
+from hf_compress.anatomy.parts import is_linear, linear_map
 from hf_compress.calibration.data import Batch, Calibration, DataOptions
 from hf_compress.errors import CalibrationError, UnsupportedModelError
 from hf_compress.methods.lrp import LRPConfig
@@ -359,7 +359,11 @@ def test_experts_that_some_batches_do_not_reach():
     ids = torch.randint(8, 90, (24, 4), generator=torch.Generator().manual_seed(3))
     config = LRPConfig(bits=5, group_size=32, stack=stack, tokens=12)
     compress(model, config, ids, options=DataOptions(batch_size=1))
-    assert any(isinstance(module, MixedPrecisionLinear) for module in model.modules())
+    fresh = tiny_seq2seq_model("switch_transformers")
+    maps = [path for path, module in fresh.named_modules() if path.startswith(stack) and is_linear(module)]
+    experts = [path for path in maps if "experts." in path]
+    assert len(experts) > 16
+    assert all(isinstance(model.get_submodule(path), MixedPrecisionLinear) for path in experts)
 
 
 def test_maps_that_gradients_do_not_reach_are_told_of(caplog):

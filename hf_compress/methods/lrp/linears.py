@@ -7,18 +7,19 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from hf_compress.anatomy.parts import is_linear, linear_map
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.capture import forward, hooked, inference
 from hf_compress.calibration.data import Batch
 from hf_compress.errors import UnsupportedModelError
-from hf_compress.modules.experts import Expert
 from hf_compress.parity import Probe
 from hf_compress.workbench import Workbench
 
 logger = logging.getLogger(__name__)
 _TOLERANCE = 0.05  # of what is written; half precision is far from it, and another map farther
+_BATCHES = 8  # to see what runs
 
 
 def block_linears(stack: Stack) -> dict[str, nn.Module]:
@@ -35,39 +36,55 @@ def changeable_linears(bench: Workbench, stack: Stack) -> dict[str, nn.Module]:
     """Those of them that may be stored in another form.
 
     Left out, and a warning says so, are those that do something else when they run, such as routers, which choose
-    experts, and those that do not run, because the block reads their weights itself.
+    experts, and those that do not run, because the block reads their weights itself or the data has nothing for them.
+    Of experts, which seldom all get some of the data, those that do not run are in.
 
     Raises:
         UnsupportedModelError: there are none.
     """
     found = block_linears(stack)
-    if others := found.keys() - _plain(bench, found):
-        logger.warning("%s and %d others do not run as linear maps: they stay", min(others), len(others) - 1)
-    found = {path: module for path, module in found.items() if path not in others}
+    plain, other = _kinds(bench, found)
+    unread = found.keys() - plain - other
+    spared = {path for path in unread if "experts." in path and type(found[path]) in (nn.Linear, Conv1D)}
+    _tell("something else than linear maps when they run", other)
+    _tell("not run on the calibration data, or their weights are read otherwise", unread - spared)
+    found = {path: module for path, module in found.items() if path in plain | spared}
     if not found:
         raise UnsupportedModelError(f"the blocks of {stack.path} have no linear maps to prune or to store in few bits")
     return found
 
 
-def _plain(bench: Workbench, linears: Mapping[str, nn.Module]) -> set[str]:
-    """Which of them compute x Wᵀ + b on a batch; those of experts do, which seldom all get some of it."""
-    experts = {id(map_) for module in bench.model.modules() if isinstance(module, Expert) for map_ in module.children()}
-    plain = {path for path, module in linears.items() if id(module) in experts}
+def _tell(what: str, paths: set[str]) -> None:
+    if paths:
+        logger.warning("%d linear maps stay dense, %s among them: they are %s", len(paths), min(paths), what)
+
+
+def _kinds(bench: Workbench, linears: Mapping[str, nn.Module]) -> tuple[set[str], set[str]]:
+    """Which of them compute x Wᵀ + b on the data, and which compute something else."""
+    plain: set[str] = set()
+    other: set[str] = set()
 
     def watch(path: str) -> Callable[..., None]:
-        def after(module: Any, args: tuple[Any, ...], output: Any) -> None:
-            if isinstance(output, Tensor) and args and isinstance(args[0], Tensor):
-                expected = args[0] @ linear_map(module) + (0 if module.bias is None else module.bias)
-                if output.shape != expected.shape:
-                    return
-                if not float((output - expected).norm()) > _TOLERANCE * float(expected.norm()):  # NaN is found later
-                    plain.add(path)
+        return lambda module, args, output: (plain if _is_plain(module, args, output) else other).add(path)
 
-        return after
-
+    batches = [some_batch(bench)] if bench.data is None else bench.data.spread(min(_BATCHES, len(bench.data)))
     with inference(bench.model), hooked(m.register_forward_hook(watch(path)) for path, m in linears.items()):
-        forward(bench.model, some_batch(bench))
-    return plain
+        for batch in batches:
+            forward(bench.model, batch)
+            if linears.keys() == plain | other:
+                break
+    return plain - other, other
+
+
+def _is_plain(module: Any, args: tuple[Any, ...], output: Any) -> bool:
+    if not (isinstance(output, Tensor) and args and isinstance(args[0], Tensor)):
+        return False
+    weight = linear_map(module).float()
+    if args[0].shape[-1] != len(weight) or output.shape != (*args[0].shape[:-1], weight.shape[1]):
+        return False
+    expected = args[0].float() @ weight + (0 if module.bias is None else module.bias.float())
+    gap = float((output.float() - expected).norm())
+    return not gap > _TOLERANCE * float(expected.norm())  # NaN is found later, and told of in its own words
 
 
 def some_batch(bench: Workbench) -> Batch:

@@ -126,7 +126,7 @@ def input_norms(
         for batch in batches:
             with watch_rows(stack, batch, modules, add):
                 forward(bench.model, batch)
-    unread = {path: linear_map(module).new_zeros(len(linear_map(module))) for path, module in modules.items()}
+    unread = {path: torch.zeros(len(map_ := linear_map(m)), device=map_.device) for path, m in modules.items()}
     return unread | {path: (total / max(1, counts[path])).sqrt() for path, total in sums.items()}
 
 
@@ -151,12 +151,14 @@ def real_rows(stack: Stack, batch: Batch, given: Tensor, route: Route | None = N
     Args:
         route: of what an expert reads.
     """
-    if route is not None:
-        stream = given.new_empty(batch.samples, route.everywhere // batch.samples, 0)
-        return given[stream_tokens(stack, batch, stream).flatten()[route.tokens]]
-    if given.ndim != 3:
-        return given.flatten(0, -2)
-    return given[stream_tokens(stack, batch, given)]
+    if given.ndim == 3:
+        return given[stream_tokens(stack, batch, given)]
+    rows = given.flatten(0, -2)
+    everywhere = len(rows) if route is None else route.everywhere
+    if batch.real is None or everywhere != batch.real.numel():
+        return rows
+    real = stream_tokens(stack, batch, rows.new_empty(*batch.real.shape, 0)).flatten()  # tokens in one dimension
+    return rows[real if route is None else real[route.tokens]]
 
 
 def _random(seed: int, weights: Mapping[str, Tensor], writers: Mapping[str, nn.Module]) -> Scores:

@@ -19,7 +19,7 @@ from hf_compress.drafts import pack_linear, sparsify_linear
 from hf_compress.errors import UnsupportedModelError
 from hf_compress.methods.lrp.config import BITS, MODULE_BITS
 from hf_compress.methods.lrp.experts import plan_separation
-from hf_compress.methods.lrp.grams import advance, grams_of, linears_of
+from hf_compress.methods.lrp.grams import advance, few_at_once, grams_of, linears_of
 from hf_compress.methods.lrp.linears import changeable_linears, weights_of
 from hf_compress.methods.lrp.masks import kept_weights
 from hf_compress.methods.lrp.precision import bits_of_groups, overhead
@@ -65,11 +65,11 @@ def _plan_linears(config: LRPConfig, bench: Workbench, stack: Stack, undo: Undo,
         walks = start_walks(bench.model, stack, bench.calibration, config.tokens) if solves else []
         plan = Plan()
         for index in tqdm(range(len(stack)), desc="solving blocks", disable=None):
-            own = linears_of(stack, index, linears)
-            grams = grams_of(stack, index, own, walks)
             draft = Plan()
-            for path in own:
-                draft += _draft(config, bench, path, linears[path], grams.get(path), decisions)
+            for own in few_at_once(linears_of(stack, index, linears)):
+                grams = grams_of(stack, index, own, walks)
+                for path in own:
+                    draft += _draft(config, bench, path, linears[path], grams.get(path), decisions)
             carry_out(draft, bench.model, undo)
             plan += draft
             _advance(walks, index)

@@ -13,7 +13,7 @@ from hf_compress.anatomy.parts import linear_map
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.walks import start_walks
 from hf_compress.methods.lrp.fisher import energies
-from hf_compress.methods.lrp.grams import advance, grams_of, linears_of
+from hf_compress.methods.lrp.grams import advance, few_at_once, grams_of, linears_of
 from hf_compress.methods.lrp.precision import Worth
 from hf_compress.methods.lrp.scores import score, some_batches
 from hf_compress.numerics.rounding import unexplained
@@ -78,7 +78,7 @@ def _unexplained(
     walks = start_walks(bench.model, stack, bench.calibration, config.tokens)
     found: dict[str, Tensor] = {}
     for index in tqdm(range(len(stack)), desc="weighing inputs", disable=None):
-        grams = grams_of(stack, index, linears_of(stack, index, linears), walks)
-        found |= {path: unexplained(gram) for path, gram in grams.items()}
+        for own in few_at_once(linears_of(stack, index, linears)):
+            found |= {path: unexplained(gram) for path, gram in grams_of(stack, index, own, walks).items()}
         advance(walks, index)
     return found

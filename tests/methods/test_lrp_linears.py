@@ -1,0 +1,72 @@
+"""Linear maps that read tokens of all samples in one dimension, as shared experts do, and Gram matrices in parts."""
+
+import pytest
+import torch
+
+from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.parts import is_linear
+from hf_compress.attribution.scores import _Sums
+from hf_compress.calibration.capture import forward, inference
+from hf_compress.calibration.data import DataOptions, prepare
+from hf_compress.methods.lrp import LRPConfig, grams
+from hf_compress.methods.lrp.scores import watch_rows
+from hf_compress.pipeline import compress
+from tests.architectures.tiny import tiny_model
+
+SHARED = "model.layers.0.mlp.shared_expert.up_proj"
+IDS = torch.randint(8, 90, (3, 7), generator=torch.Generator().manual_seed(1))
+LENGTHS = torch.tensor([7, 4, 2])
+MASK = (torch.arange(7) < LENGTHS[:, None]).long()
+
+
+def batch_of(model, ids=IDS, mask=MASK):
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    (batch,) = prepare(inputs, model, None, DataOptions(batch_size=8)).batches
+    return batch
+
+
+def rows_of(model, batch):
+    """What the shared expert of the first block reads at real tokens."""
+    seen = []
+    maps = {SHARED: model.get_submodule(SHARED)}
+    with inference(model), watch_rows(Anatomy(model).stack(), batch, maps, lambda path, rows: seen.append(rows)):
+        forward(model, batch)
+    (rows,) = seen
+    return rows
+
+
+def test_padding_is_left_out_where_tokens_are_in_one_dimension():
+    model = tiny_model("qwen2_moe")
+    given = []
+    model.get_submodule(SHARED).register_forward_pre_hook(lambda module, args: given.append(args[0].shape))
+    rows = rows_of(model, batch_of(model))
+    assert given == [(21, 64)], "or the family has changed, and this tests nothing"
+    alone = [rows_of(model, batch_of(model, IDS[i : i + 1, :n], MASK[i : i + 1, :n])) for i, n in enumerate(LENGTHS)]
+    torch.testing.assert_close(rows, torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+
+def test_relevances_are_summed_over_the_tokens_of_a_sample_first():
+    """No family with such maps has rules for all that it does, so this looks at the sums alone."""
+    given, gradient = (torch.randn(3, 7, n, generator=torch.Generator().manual_seed(n)) for n in (4, 5))
+    found = []
+    for shape in ((3, 7), (21,)):
+        sums = _Sums({"map": torch.nn.Linear(4, 5)}, signed=True, absolute=True)
+        sums.samples = 3
+        sums.take_weights("map", given.view(*shape, 4), gradient.view(*shape, 5))
+        found.append((sums.weights["signed"]["map"], sums.weights["absolute"]["map"]))
+    expected = torch.einsum("sto,sti->soi", gradient, given)
+    for signed, absolute in found:
+        torch.testing.assert_close(signed, expected.sum(dim=0))
+        torch.testing.assert_close(absolute, expected.abs().sum(dim=0))
+
+
+@pytest.mark.parametrize("settings", [{"bits": 5, "group_size": 16}, {"sparsity": 0.5}])
+def test_gram_matrices_in_parts(settings, monkeypatch):
+    whole = compress(tiny_model("mixtral"), LRPConfig(**settings), IDS).state_dict()
+    monkeypatch.setattr(grams, "_MEMORY", 3 * 8 * 64**2)
+    linears = {path: m for path, m in tiny_model("mixtral").named_modules() if is_linear(m) and "layers.0" in path}
+    assert [len(part) for part in grams.few_at_once(linears)] == [3, 1], (
+        "queries, keys and values; what attention writes"
+    )
+    for name, tensor in compress(tiny_model("mixtral"), LRPConfig(**settings), IDS).state_dict().items():
+        assert torch.equal(tensor, whole[name])
