@@ -74,10 +74,11 @@ def main() -> None:
         cells = [mean(one[key][place] for one in runs) for place in range(3)]
         title = ": ".join(part for part in key if part)
         lines.append(f"| {title} | {cells[0]:.3f} | {cells[1]:.4f} | {cells[2]:.3f} |")
+    text = "\n".join(lines)
     if args.sizes:
-        return print("\n".join(lines))
-    save_table("lrp_mrpc", f"Seeds: {len(runs)}.\n\n" + "\n".join(lines), "lrp_llm.py")
-    return None
+        print(text)
+    else:
+        save_table("lrp_mrpc", f"Seeds: {len(runs)}.\n\n{text}", "lrp_llm.py")
 
 
 if __name__ == "__main__":

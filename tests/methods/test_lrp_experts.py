@@ -1,8 +1,6 @@
 """LRP on mixtures of experts taken apart: rows, energies and relevances by loops, and what becomes of whole models."""
 
 import copy
-import json
-import subprocess
 import sys
 
 import pytest
@@ -41,6 +39,7 @@ from tests.architectures.changes import Trace, forward, generate
 from tests.architectures.tiny import randomise, tiny_model
 from tests.conftest import in_dtype, leftovers
 from tests.methods.test_lrp import buffer_bytes, mask_of, masks, stored, weight_of
+from tests.stock import stock_outcomes
 
 HIDDEN, WIDTH, BLOCKS, SPECIAL = 32, 48, 2, 1
 LENGTHS = (9, 3, 7, 1, 5, 8)  # none as long as the batch of another
@@ -776,31 +775,11 @@ def test_training_goes_on_and_keeps_zeros_zero(tmp_path):
 
 # --- without the plugin -----------------------------------------------------------------------------------------------
 
-STOCK = """
-import json, sys
-import transformers
-outcomes = {}
-for folder in sys.argv[1:]:
-    for kind in (transformers.AutoModel, transformers.AutoModelForCausalLM):
-        try:
-            kind.from_pretrained(folder)
-            outcome = "loaded"
-        except RuntimeError as error:
-            outcome = "size mismatch" if "ignore_mismatched_sizes" in str(error) else f"RuntimeError {error}"
-        outcomes.setdefault(folder, []).append(outcome)
-assert "hf_compress" not in sys.modules
-print(json.dumps(outcomes))
-"""
-
 
 def test_stock_transformers_stops(compressed, tmp_path):
     cases = [("mixtral", case) for case in ("bits", "sparse", "both", "rows", "paper", "heads and bits")]
     folders = {str(compressed(*case)[1]): case for case in [*cases, ("gpt_oss", "bits"), ("gpt_oss", "rows")]}
-    done = subprocess.run(
-        [sys.executable, "-c", STOCK, *folders], capture_output=True, text=True, timeout=300, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.strip().splitlines()[-1])
+    found = stock_outcomes(folders, tmp_path)
     assert {folders[f]: outcome for f, outcome in found.items()} == dict.fromkeys(
         folders.values(), 2 * ["size mismatch"]
     )

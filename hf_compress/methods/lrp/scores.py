@@ -56,7 +56,7 @@ def score(
     if config.scope != "model":
         for path, values in found.weights.items():
             if not bool(values.any()):
-                found.weights[path] = linear_map(linears[path]).T.detach().float().abs()
+                found.weights[path] = weights_of({path: linears[path]})[path].abs()
     return found
 
 
