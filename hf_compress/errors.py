@@ -25,3 +25,8 @@ class HubError(RuntimeError):
 
 class PlanError(ValueError):
     """A plan is malformed, of a newer version, or does not fit the model."""
+
+
+def one_line(error: BaseException) -> str:
+    """The class of an error and the beginning of what it says, for messages of ours that pass it on."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -24,7 +24,7 @@ from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.layout import position_fields
 from hf_compress.calibration.capture import forward, inference
 from hf_compress.calibration.data import Batch, special_ids
-from hf_compress.errors import ParityError, UnsupportedModelError
+from hf_compress.errors import ParityError, UnsupportedModelError, one_line
 
 _NEW_TOKENS = 3
 _TRAINING_ONLY = re.compile("DropPath|StochasticDepth")  # their rates rise with the depth, and count in training alone
@@ -278,10 +278,6 @@ def _position_hint(model: PreTrainedModel) -> str:
         name if isinstance(value, (list, tuple, str)) else f"{name}={value}" for name, value in fields.items()
     )
     return f" (the config places blocks by {listed})" if listed else ""
-
-
-def one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 @contextmanager

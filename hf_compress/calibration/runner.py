@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -17,6 +18,7 @@ from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.capture import StopForward, check_stream, forward, stream_of, stream_of_output, with_stream
 from hf_compress.calibration.data import Batch
+from hf_compress.errors import CalibrationError, UnsupportedModelError, one_line
 
 # (the block's own forward, its arguments) -> what the block returns
 BlockForward = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -27,7 +29,8 @@ def replaced_forwards(stack: Stack, replacements: dict[int, BlockForward]) -> It
     """Give single blocks, not their class, another forward for a while."""
     with Undo() as undo:
         for index, replacement in replacements.items():
-            undo.set(stack.blocks[index], "forward", _wrapped(stack.blocks[index].forward, replacement))
+            own = _running(stack.blocks[index].forward, f"{stack.path}.{index}")
+            undo.set(stack.blocks[index], "forward", _wrapped(own, replacement))
         yield
 
 
@@ -36,6 +39,23 @@ def _wrapped(own: Callable[..., Any], new: BlockForward) -> Callable[..., Any]:
         return new(own, args, kwargs)
 
     return forward
+
+
+def _running(own: Callable[..., Any], path: str) -> Callable[..., Any]:
+    """A block's forward that names the block when it fails: methods run blocks whose parts they have changed."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return own(*args, **kwargs)
+        except (StopForward, UnsupportedModelError, CalibrationError, torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:
+            raise UnsupportedModelError(
+                f"block {path} does not run ({one_line(error)}): either it reads sizes or weights of its parts itself, "
+                "and a change of those does not reach it, or it does not take this data; leave this method out here"
+            ) from error
+
+    return run
 
 
 class BlockRunner:

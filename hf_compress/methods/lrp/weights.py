@@ -14,9 +14,8 @@ from hf_compress.anatomy.parts import linear_map
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
 from hf_compress.apply import carry_out
-from hf_compress.calibration.walks import Walk, start_walks
+from hf_compress.calibration.walks import start_walks
 from hf_compress.drafts import pack_linear, sparsify_linear
-from hf_compress.errors import UnsupportedModelError
 from hf_compress.methods.lrp.config import BITS, MODULE_BITS
 from hf_compress.methods.lrp.experts import plan_separation
 from hf_compress.methods.lrp.grams import advance, few_at_once, grams_of, linears_of
@@ -72,7 +71,7 @@ def _plan_linears(config: LRPConfig, bench: Workbench, stack: Stack, undo: Undo,
                     draft += _draft(config, bench, path, linears[path], grams.get(path), decisions)
             carry_out(draft, bench.model, undo)
             plan += draft
-            _advance(walks, index)
+            advance(walks, index)
     return Plan(plan.edits, plan.tensors, {"linears": _notes(linears, decisions)})
 
 
@@ -93,18 +92,6 @@ def _split(config: LRPConfig, bench: Workbench, linears: Mapping[str, nn.Module]
         plan += sparsify_linear(bench.model, path, upper, None, bits, config.group_size, even, rest=True)
     carry_out(plan, bench.model, undo)
     return Plan(plan.edits, plan.tensors, {"split": list(config.split)})
-
-
-def _advance(walks: list[Walk], index: int) -> None:
-    try:
-        advance(walks, index)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        raise UnsupportedModelError(
-            f"block {index} does not run with its linear maps in another form, since it reads their weights itself "
-            f"({error})"
-        ) from error
 
 
 def _draft(
