@@ -26,7 +26,7 @@ from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.attribution.passes import check_conserved
 from hf_compress.attribution.scores import relevance_sums
 from hf_compress.calibration.data import Batch, prepare
-from hf_compress.methods.lrp.scores import block_linears
+from hf_compress.methods.lrp.linears import block_linears
 
 MEBIBYTE = 2**20
 

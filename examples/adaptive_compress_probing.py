@@ -31,7 +31,7 @@ import hf_compress as hfc
 from hf_compress.evaluation.probing import ProbeScores, pca_features, probe_side_by_side, random_features
 from hf_compress.report.report import environment
 
-SHARED = Path(__file__).parents[2] / "shared" / "data" / "tasks"
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "tasks"
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "adaptive_compress_probing.md"
 KS = (1, 5, 50)
 CODES: dict[str, dict[str, Any]] = {

@@ -26,7 +26,7 @@ from huggingface_hub import constants
 from sklearn.metrics import accuracy_score, f1_score
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
-SHARED = Path(__file__).parents[2] / "shared" / "data" / "tasks" / "mrpc"
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "tasks" / "mrpc"
 LENGTH = 128  # tokens of a pair; 2 in 1,000 are longer
 
 

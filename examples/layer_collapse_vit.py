@@ -25,7 +25,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from hf_compress.report.canvas import new_figure
 
-SHARED = Path(__file__).parents[2] / "shared" / "data" / "vision" / "cifar10_subset.npz"
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "vision" / "cifar10_subset.npz"
 BLOCKS = 6
 
 

@@ -9,6 +9,7 @@ loaded model is not the saved one, bit for bit.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -190,6 +191,7 @@ def round_trip(model: PreTrainedModel, edit: str, folder: Path) -> Outcome:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     logging.set_verbosity_error()
     table = Table("family", "change", "kept in", "stored bytes", "loads the same", "and after training")
     failed = False

@@ -86,7 +86,7 @@ def _compress(
     seed: int,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     quiet_libraries()
-    from transformers import set_seed
+    from accelerate.utils import set_seed  # Transformers' own comes with its Trainer, PEFT and bitsandbytes
 
     from hf_compress.cli.loading import load_model, load_tokenizer
     from hf_compress.pipeline import compress
