@@ -37,6 +37,7 @@ from hf_compress.modules.bottleneck import Bottleneck
 from hf_compress.modules.packed import pack
 from hf_compress.modules.sparse import GROUP, pack_mask, pack_row
 from hf_compress.plan import Plan
+from hf_compress.record import missing
 from hf_compress.structure import BOTTLENECK, Site, linear_ffn_paths
 
 Affine = tuple[Tensor, Tensor | None]  # a matrix that multiplies from the right, and a bias
@@ -143,9 +144,11 @@ def narrow_attention(
 
 def heads_of(model: PreTrainedModel, stack: Stack, index: int) -> Heads:
     """The heads of a block's attention; UnsupportedModelError where they cannot be told apart."""
-    parts = Anatomy(model).parts(stack, index)
-    heads = attention_heads(stack.blocks[index], parts.attention_output, f"{stack.path}.{index}")
-    check_distances(model, heads, f"{stack.path}.{index}")
+    path, parts = f"{stack.path}.{index}", Anatomy(model).parts(stack, index)
+    if parts.attention_output is None:
+        raise missing(f"found no attention in {path} with projections whose heads could be told apart", model, path)
+    heads = attention_heads(stack.blocks[index], parts.attention_output, path)
+    check_distances(model, heads, path)
     return heads
 
 
@@ -339,7 +342,7 @@ def _ffn(model: PreTrainedModel, stack: Stack, index: int) -> tuple[FFN, str]:
     path = _block(stack, index)
     ffn = Anatomy(model).parts(stack, index).ffn
     if ffn is None:
-        raise UnsupportedModelError(f"found no FFN in block {index} of {stack.path}")
+        raise missing(f"found no FFN in block {index} of {stack.path}", model, path, ffn=True)
     return ffn, path
 
 

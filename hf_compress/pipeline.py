@@ -52,7 +52,7 @@ def compress(
     data = _prepare(calibration, model, tokenizer, options)
     bench = Workbench(model, data, {"prepare calibration data": perf_counter() - start} if data else {})
     before = model_size(model)
-    plan = config.plan(bench)
+    plan = _plan(config, bench)
     with bench.stage("apply and check"):
         apply(plan, model, Probe.of(model, data.batches[0] if data else None))
     model.compression_report = report_of(config, plan, bench, before, model_size(model))  # type: ignore[assignment]
@@ -68,7 +68,12 @@ def make_plan(
 ) -> Plan:
     """What `compress` would do to `model`, without doing it. Arguments and errors are those of `compress`."""
     _check_arguments(model, config)
-    return config.plan(Workbench(model, _prepare(calibration, model, tokenizer, options)))
+    return _plan(config, Workbench(model, _prepare(calibration, model, tokenizer, options)))
+
+
+def _plan(config: CompressionConfig, bench: Workbench) -> Plan:
+    with bench.naming_failures():
+        return config.plan(bench)
 
 
 def _prepare(

@@ -16,14 +16,17 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.undo import Undo
-from hf_compress.edits import LinearFFN, ModuleEdit, Seal
-from hf_compress.errors import PlanError
+from hf_compress.edits import LinearFFN, ModuleEdit, PackLinear, Seal, SparsifyLinear
+from hf_compress.errors import PlanError, UnsupportedModelError
 from hf_compress.modules.sealed import Sealed
 from hf_compress.plain import RECORD_FIELD, described, into_config, shapes
 from hf_compress.plan import METHOD, PLAN_VERSION, Plan, edits_from_list
 from hf_compress.structure import Site, restructure
 
 _EDITS_PER_MODULE = 2  # narrowed and packed, say
+# After which edits nobody finds a linear map, or an FFN, where there was one, and what is there instead.
+_NO_LINEAR: dict[type[ModuleEdit], str] = {PackLinear: "packed", SparsifyLinear: "sparse"}
+_NO_FFN = _NO_LINEAR | {LinearFFN: "one linear map"}
 
 
 def recorded(config: PreTrainedConfig) -> tuple[ModuleEdit, ...]:
@@ -34,6 +37,25 @@ def recorded(config: PreTrainedConfig) -> tuple[ModuleEdit, ...]:
     """
     entry = _entry(config)
     return () if entry is None else edits_of(entry)
+
+
+def missing(what: str, model: PreTrainedModel, within: str, ffn: bool = False) -> UnsupportedModelError:
+    """The error that a method does not find what it changes, and which earlier change has left it in another form.
+
+    Args:
+        what: the beginning of the message.
+        within: path of the block or stack where it was looked for.
+        ffn: whether that was an FFN.
+    """
+    forms = _NO_FFN if ffn else _NO_LINEAR
+    for edit in recorded(model.config):
+        path = next((path for path in edit.paths if path.startswith(f"{within}.")), None)
+        if path is not None and type(edit) in forms:
+            return UnsupportedModelError(
+                f"{what}: an earlier change has left {path} {forms[type(edit)]}; do this before that one, on the model "
+                "as it was then"
+            )
+    return UnsupportedModelError(what)
 
 
 def _entry(config: PreTrainedConfig) -> dict[str, Any] | None:

@@ -6,14 +6,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
+from traceback import walk_tb
 
+import torch
 from transformers import PreTrainedModel
 
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.data import Calibration
-from hf_compress.errors import CalibrationError
+from hf_compress.errors import CalibrationError, PlanError, UnsupportedModelError, one_line
 
 
 @dataclass
@@ -41,7 +43,7 @@ class Workbench:
     def calibration(self) -> Calibration:
         """The calibration data; CalibrationError where there is none."""
         if self.data is None:
-            raise CalibrationError("this method needs calibration data: pass calibration=, say texts, with tokenizer=")
+            raise CalibrationError("this method needs calibration data: give calibration=, such as texts")
         return self.data
 
     def stack(self, path: str | None) -> Stack:
@@ -53,6 +55,25 @@ class Workbench:
         return Undo()
 
     @contextmanager
+    def naming_failures(self) -> Iterator[None]:
+        """Let errors out of the model's own code name the part: it may not run on the data, or as a method tries it.
+
+        Raises:
+            UnsupportedModelError: in the place of any other error that comes from a module of the model.
+        """
+        try:
+            yield
+        except (UnsupportedModelError, CalibrationError, PlanError, torch.OutOfMemoryError, MemoryError, ImportError):
+            raise
+        except Exception as error:
+            if (path := _failing(self.model, error)) is None:
+                raise
+            raise UnsupportedModelError(
+                f"{path} does not run ({one_line(error)}): either it reads sizes or weights of its parts itself, where "
+                "a change of those does not reach it, or it does not take this data; take another method, or other data"
+            ) from error
+
+    @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Time a stage of planning."""
         start = perf_counter()
@@ -60,3 +81,13 @@ class Workbench:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - start
+
+
+def _failing(model: PreTrainedModel, error: Exception) -> str | None:
+    """The path of the innermost module that an error comes from; None where our own code has raised it."""
+    frames = [frame for frame, _ in walk_tb(error.__traceback__)]
+    if frames[-1].f_globals.get("__name__", "").startswith("hf_compress."):
+        return None
+    paths = {id(module): path or type(model).__name__ for path, module in model.named_modules()}
+    callers = (paths.get(id(frame.f_locals.get("self"))) for frame in reversed(frames))
+    return next((path for path in callers if path is not None), None)

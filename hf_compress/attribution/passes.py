@@ -125,8 +125,8 @@ def check_conserved(model: PreTrainedModel, batch: Batch) -> None:
     if leak > (_LEAK if next(model.parameters()).dtype in (torch.float32, torch.float64) else _LEAK_HALF):
         raise UnsupportedModelError(
             f"relevance is lost or made up on its way through {type(model).__name__} ({leak:.1%} of the outputs' "
-            "size): it has a part that there is no rule for, such as an attention of its own, or an activation that is "
-            "a function and no module"
+            "size): it has a part that there is no rule for, such as an attention of its own, a bottleneck, or an "
+            "activation that is a function and no module"
         )
 
 

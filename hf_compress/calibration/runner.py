@@ -10,7 +10,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -18,7 +17,7 @@ from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.capture import StopForward, check_stream, forward, stream_of, stream_of_output, with_stream
 from hf_compress.calibration.data import Batch
-from hf_compress.errors import CalibrationError, UnsupportedModelError, one_line
+from hf_compress.errors import CalibrationError
 
 # (the block's own forward, its arguments) -> what the block returns
 BlockForward = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -29,8 +28,7 @@ def replaced_forwards(stack: Stack, replacements: dict[int, BlockForward]) -> It
     """Give single blocks, not their class, another forward for a while."""
     with Undo() as undo:
         for index, replacement in replacements.items():
-            own = _running(stack.blocks[index].forward, f"{stack.path}.{index}")
-            undo.set(stack.blocks[index], "forward", _wrapped(own, replacement))
+            undo.set(stack.blocks[index], "forward", _wrapped(stack.blocks[index].forward, replacement))
         yield
 
 
@@ -39,23 +37,6 @@ def _wrapped(own: Callable[..., Any], new: BlockForward) -> Callable[..., Any]:
         return new(own, args, kwargs)
 
     return forward
-
-
-def _running(own: Callable[..., Any], path: str) -> Callable[..., Any]:
-    """A block's forward that names the block when it fails: methods run blocks whose parts they have changed."""
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return own(*args, **kwargs)
-        except (StopForward, UnsupportedModelError, CalibrationError, torch.OutOfMemoryError, MemoryError):
-            raise
-        except Exception as error:
-            raise UnsupportedModelError(
-                f"block {path} does not run ({one_line(error)}): either it reads sizes or weights of its parts itself, "
-                "and a change of those does not reach it, or it does not take this data; leave this method out here"
-            ) from error
-
-    return run
 
 
 class BlockRunner:
@@ -104,7 +85,7 @@ class BlockRunner:
 
         with replaced_forwards(self.stack, {0: stop}):
             forward(self.model, self.batch)
-        return seen[0]
+        return self._seen(0, seen)
 
     def run(self, index: int, stream: Tensor) -> Tensor:
         """What block `index` makes of `stream`."""
@@ -118,7 +99,17 @@ class BlockRunner:
 
         with replaced_forwards(self.stack, {**self.handing(range(index), stream), index: wanted}):
             forward(self.model, self.batch)
-        check_stream(self.stack, index, stream, seen[0])
+        after = self._seen(index, seen)
+        check_stream(self.stack, index, stream, after)
+        return after
+
+    def _seen(self, index: int, seen: list[Tensor]) -> Tensor:
+        """The stream that was seen at a block; CalibrationError where the model has passed the block by."""
+        if not seen:
+            raise CalibrationError(
+                f"block {self.stack.path}.{index} does not run on the calibration data, as one that reads images does "
+                "not on text alone: give data that all blocks run on"
+            )
         return seen[0]
 
     def finish(self, start: int, stream: Tensor, skipped: Collection[int]) -> Any:

@@ -117,7 +117,7 @@ class CompressionCallback(ObjectiveCallback):
         bench = Workbench(model, self._data, self._seconds)
         self._before = model_size(model)
         if self.every is None:
-            self._change(model, lambda: self.regimen.prepare(bench))
+            self._change(bench, self.regimen.prepare)
         else:
             self._steps = self.config.in_steps(bench)
         self._model = model
@@ -212,7 +212,7 @@ class CompressionCallback(ObjectiveCallback):
         model = kwargs["model"]
         bench = Workbench(model, self._data, self._seconds)
         with following(model, kwargs["optimizer"]):
-            self._change(model, lambda: self._steps[self._done].plan(bench))
+            self._change(bench, self._steps[self._done].plan)
         self._done += 1
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -242,7 +242,7 @@ class CompressionCallback(ObjectiveCallback):
             batches = list(islice(kwargs["train_dataloader"], _BATCHES))
             self._data = prepare(batches, model, self.tokenizer or kwargs.get("processing_class"), self.options)
         bench = Workbench(model, self._data, self._seconds)
-        self._change(model, lambda: self.regimen.finish(bench))
+        self._change(bench, self.regimen.finish)
         done = Plan(tuple(self._changes.edits), notes={**self._changes.notes, "trained_steps": state.global_step})
         report = report_of(self.config, done, bench, self._before, model_size(model))
         model.compression_report = report  # type: ignore[assignment]
@@ -250,10 +250,13 @@ class CompressionCallback(ObjectiveCallback):
         figures = {**self.regimen.logs(), "parameters": report.after.parameters, "parameters_share": share}
         calling_trainer().log({f"compression/{name}": value for name, value in figures.items()})
 
-    def _change(self, model: PreTrainedModel, make: Callable[[], Plan | None]) -> None:
+    def _change(self, bench: Workbench, make: Callable[[Workbench], Plan | None]) -> None:
         """Have a plan made and carried out: in every process the first one's, whatever the others have found."""
+        model = bench.model
         with torch.random.fork_rng():
-            plan: Plan | None = broadcast_object_list([make()])[0]
+            with bench.naming_failures():
+                made = make(bench)
+            plan: Plan | None = broadcast_object_list([made])[0]
             if plan is None:
                 return
             self._changes.add(plan, model)

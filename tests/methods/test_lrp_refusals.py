@@ -234,7 +234,7 @@ def test_weights_that_another_module_reads(settings):
 
     model = build("Llama")
     model.model.layers[1].mlp.__class__ = Reader
-    refused(model, IDS, UnsupportedModelError, r"block model\.layers\.1 does not run", **settings)
+    refused(model, IDS, UnsupportedModelError, r"model\.layers\.1\.mlp does not run", **settings)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from hf_compress.methods.illc.allocation import adaptive_widths
 from hf_compress.methods.illc.narrowing import Narrowing
 from hf_compress.methods.sizing import share_of
 from hf_compress.plan import Plan
-from hf_compress.record import record, recorded
+from hf_compress.record import missing, record, recorded
 from hf_compress.workbench import Workbench
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def _widths(config: ILLCConfig, bench: Workbench, stack: Stack) -> dict[int, int
         step = _EXPERT_STEP if ffn.kind == "experts" and ffn.width % _EXPERT_STEP == 0 else 1
         widths[index] = config.width or step * share_of(ffn.width // step, config.gamma or 1)
     if not widths:
-        raise UnsupportedModelError(f"no FFN of {stack.path} can be narrowed: none was found in its blocks")
+        raise missing(f"no FFN of {stack.path} can be narrowed, since none was found", bench.model, stack.path, ffn=True)
     return widths
 
 

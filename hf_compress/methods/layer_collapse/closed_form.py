@@ -16,12 +16,14 @@ from hf_compress.methods.layer_collapse.linear import LinearFit, fit_ffns
 from hf_compress.methods.layer_collapse.trial import Trial
 from hf_compress.methods.sizing import share_of
 from hf_compress.plan import Plan
+from hf_compress.record import missing
 from hf_compress.workbench import Workbench
 
 if TYPE_CHECKING:
     from hf_compress.methods.layer_collapse.config import LayerCollapseConfig
 
 CRITERIA = ("stream", "loss", "linearity")
+_NO_FFN = "has no FFN with an activation"
 
 
 def plan_closed_form(config: LayerCollapseConfig, bench: Workbench) -> Plan:
@@ -66,7 +68,7 @@ def collapsible(bench: Workbench, stack: Stack, rank: int | None) -> list[int]:
         ffn = Anatomy(bench.model).parts(stack, index).ffn
         maps = [block.get_submodule(path) for path in projections(ffn)]
         if not maps:
-            reasons[index] = "has experts" if ffn is not None and ffn.experts else "has no FFN with an activation"
+            reasons[index] = "has experts" if ffn is not None and ffn.experts else _NO_FFN
             continue
         hidden = linear_widths(maps[-1])[1]
         before = sum(p.numel() for module in maps for p in module.parameters())
@@ -74,10 +76,10 @@ def collapsible(bench: Workbench, stack: Stack, rank: int | None) -> list[int]:
         if after >= before:
             reasons[index] = f"has an FFN of {before:,} parameters, and the map would have {after:,}"
     if len(reasons) == len(stack):
-        raise UnsupportedModelError(
-            f"no FFN of {stack.path} can be made one linear map: block 0 {reasons[0]}"
-            + ("; give a rank" if "would have" in reasons[0] else "")
-        )
+        no_ffn = f"no FFN of {stack.path} can be made one linear map: block 0 {reasons[0]}"
+        if reasons[0] == _NO_FFN:
+            raise missing(no_ffn, bench.model, stack.path, ffn=True)
+        raise UnsupportedModelError(no_ffn + ("; give a rank" if "would have" in reasons[0] else ""))
     return [index for index in range(len(stack)) if index not in reasons]
 
 

@@ -12,6 +12,7 @@ from hf_compress.anatomy.stacks import Stack
 from hf_compress.drafts import linear_ffn
 from hf_compress.errors import NotLinearError
 from hf_compress.methods.layer_collapse.blend import absorbed, blended
+from hf_compress.methods.layer_collapse.closed_form import collapsible
 from hf_compress.plan import Plan
 from hf_compress.workbench import Workbench
 
@@ -31,6 +32,7 @@ def plan_by_product(config: LayerCollapseConfig, bench: Workbench) -> Plan:
     stack = bench.stack(config.stack)
     alphas = {index: module.alpha.item() for index, module in blended(bench.model, stack).items()}
     if not alphas:
+        collapsible(bench, stack, config.rank)  # which says so where there is no FFN at all, as of packed weights
         raise ValueError(
             "variant='paper' collapses FFNs whose activation was trained to be linear, and this model has none: train "
             "it with Trainer(..., callbacks=[CompressionCallback(config)]), or use the closed form, which needs no "

@@ -13,8 +13,8 @@ from hf_compress.anatomy.parts import is_linear, linear_map
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.capture import forward, hooked, inference
 from hf_compress.calibration.data import Batch
-from hf_compress.errors import UnsupportedModelError
 from hf_compress.parity import Probe
+from hf_compress.record import missing
 from hf_compress.workbench import Workbench
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,8 @@ def changeable_linears(bench: Workbench, stack: Stack) -> dict[str, nn.Module]:
     _tell("not run on the calibration data, or their weights are read otherwise", unread - spared)
     found = {path: module for path, module in found.items() if path in plain | spared}
     if not found:
-        raise UnsupportedModelError(f"the blocks of {stack.path} have no linear maps to prune or to store in few bits")
+        what = f"the blocks of {stack.path} have no linear maps to prune or to store in few bits"
+        raise missing(what, bench.model, stack.path)
     return found
 
 

@@ -21,6 +21,7 @@ from hf_compress.methods.illc.units import BlockUnits, UnitStatistics
 from hf_compress.methods.lrp.scores import score
 from hf_compress.methods.sizing import blocks_to_remove, share_of
 from hf_compress.plan import Plan
+from hf_compress.record import missing
 from hf_compress.workbench import Workbench
 
 if TYPE_CHECKING:
@@ -86,7 +87,9 @@ def _writers(config: LRPConfig, bench: Workbench, stack: Stack) -> list[_Writer]
         names = [f"{stack.path}.{index}.{path}" for path in own if path]
         found += [(index, name, bench.model.get_submodule(name)) for name in names]
     if not found:
-        raise UnsupportedModelError(f"the blocks of {stack.path} have no {config.granularity}s that could be left out")
+        what = "parts that write to the stream" if config.granularity == "block" else f"{config.granularity}s"
+        what = f"the blocks of {stack.path} have no {what} that could be left out"
+        raise missing(what, bench.model, stack.path, ffn=config.granularity == "neuron")
     return found
 
 

@@ -13,9 +13,11 @@ from hf_compress.config import (
     check_share,
 )
 from hf_compress.methods.sizing import blocks_to_remove, check_amount
+from hf_compress.modules.packed import CompactLinear
 from hf_compress.numerics.manifold import MANIFOLDS
 from hf_compress.numerics.similarity import SIMILARITIES
 from hf_compress.plan import Plan
+from hf_compress.record import missing
 from hf_compress.workbench import Workbench
 
 VARIANTS = ("refit", "paper")
@@ -88,6 +90,10 @@ class MKAConfig(CompressionConfig, method="mka", paper="https://arxiv.org/abs/24
         from hf_compress.methods.mka.average import plan_by_averaging
         from hf_compress.methods.mka.refit import plan_by_refitting
 
+        stack = bench.stack(self.stack)
+        if any(isinstance(part, CompactLinear) for part in stack.blocks.modules()):
+            what = f"the weights of {stack.path} are in no form that can be averaged or solved for"
+            raise missing(what, bench.model, stack.path)
         return plan_by_averaging(self, bench) if self.variant == "paper" else plan_by_refitting(self, bench)
 
     def in_steps(self, bench: Workbench) -> list[CompressionConfig]:
