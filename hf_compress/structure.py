@@ -288,7 +288,8 @@ def _(edit: PackLinear, site: Site) -> None:
     except ValueError as error:
         raise PlanError(f"{edit.module}: {error}") from None
     bias, dtype = linear.bias is not None, next(linear.parameters()).dtype
-    site.replace(edit.module, MixedPrecisionLinear(packing, bias, inputs, device="meta", dtype=dtype))
+    new = MixedPrecisionLinear(packing, bias, inputs, device="meta", dtype=dtype)
+    site.replace(edit.module, _trained_as(linear, new))
 
 
 @restructure.register
@@ -303,7 +304,7 @@ def _(edit: SparsifyLinear, site: Site) -> None:
         new = SparseLinear(inputs, outputs, edit.kept, bias, packing, edit.rest, device="meta", dtype=dtype)
     except ValueError as error:
         raise PlanError(f"{edit.module}: {error}") from None
-    site.replace(edit.module, new)
+    site.replace(edit.module, _trained_as(linear, new))
 
 
 @restructure.register
@@ -340,6 +341,13 @@ def resized(linear: nn.Module, inputs: int, outputs: int, bias: bool | None = No
 def _empty(shape: list[int], like: Tensor) -> nn.Parameter:
     """A parameter without memory, of the dtype of another and trained if that one is."""
     return nn.Parameter(torch.empty(shape, dtype=like.dtype, device="meta"), requires_grad=like.requires_grad)
+
+
+def _trained_as(linear: nn.Module, new: nn.Module) -> nn.Module:
+    """What takes the place of a linear map, with its parameters trained where those of the map are."""
+    for name, parameter in new.named_parameters():
+        parameter.requires_grad_(linear.get_parameter(name).requires_grad)
+    return new
 
 
 def _name(path: str) -> str:

@@ -31,7 +31,7 @@ from hf_compress.training.changes import Changes
 from hf_compress.training.checkpoint import TrainingState, read_state, take_structure, write_state
 from hf_compress.training.distillation import Distillation, check_teacher
 from hf_compress.training.objective import Objective, ObjectiveCallback
-from hf_compress.training.optimizer import following
+from hf_compress.training.optimizer import check_trainable, following
 from hf_compress.training.trainer import calling_trainer, resumed_checkpoint
 from hf_compress.workbench import Workbench
 
@@ -104,11 +104,13 @@ class CompressionCallback(ObjectiveCallback):
         if self._model is not None or self._finished:
             self._refusal = "this callback has served a Trainer already: make a new one for every run"
             return
-        self._refusal = _refusal(args, calling_trainer(), self._adds_to_loss, self.every)
+        trainer, model = calling_trainer(), kwargs["model"]
+        self._refusal = _refusal(args, trainer, self._adds_to_loss, self.every)
         if self._refusal is not None:
             return
-        model = kwargs["model"]
         check_model(model)
+        if type(self.regimen).penalty is Regimen.penalty:  # with one there is something to train in any case
+            check_trainable(model)
         if self.teacher is not None:
             check_teacher(model, self.teacher)
         if self.calibration is not None:
@@ -117,7 +119,8 @@ class CompressionCallback(ObjectiveCallback):
         bench = Workbench(model, self._data, self._seconds)
         self._before = model_size(model)
         if self.every is None:
-            self._change(bench, self.regimen.prepare)
+            with following(model, trainer.optimizer):  # one that was given to the Trainer
+                self._change(bench, self.regimen.prepare)
         else:
             self._steps = self.config.in_steps(bench)
         self._model = model
@@ -127,7 +130,8 @@ class CompressionCallback(ObjectiveCallback):
         """Before a resumed run makes its optimizer, the model gets the blocks that the checkpoint has."""
         folder = resumed_checkpoint()
         if self.every is not None and folder is not None and folder != self._structure_of:
-            take_structure(model, folder)
+            with following(model, calling_trainer().optimizer):
+                take_structure(model, folder)
             self._structure_of = folder  # sharded weights are read one shard after another
 
     # When training begins.
@@ -168,8 +172,11 @@ class CompressionCallback(ObjectiveCallback):
                 "lower every=, or train longer"
             )
         own = {id(parameter) for parameter in model.parameters()}
-        if any(id(p) not in own for group in optimizer.param_groups for p in group["params"]):
-            raise ValueError("the Trainer's optimizer is of a model with other blocks: make a new Trainer to resume")
+        if gone := sum(id(p) not in own for group in optimizer.param_groups for p in group["params"]):
+            raise ValueError(
+                f"the Trainer's optimizer has {gone} parameters that are none of the model's: make it from this model, "
+                "for a new Trainer, or leave it to the Trainer"
+            )
         return model
 
     def _resume(self, saved: TrainingState) -> None:

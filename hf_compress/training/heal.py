@@ -28,6 +28,7 @@ from hf_compress.config import check_not_negative, check_positive, check_share
 from hf_compress.pipeline import check_model
 from hf_compress.training.distillation import Distillation, check_teacher, corresponding_blocks
 from hf_compress.training.objective import Objective, ObjectiveCallback, Terms
+from hf_compress.training.optimizer import check_trainable
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,8 @@ def _adapters(model: PreTrainedModel, lora: LoraConfig | str | None) -> Iterator
         lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
     elif not (lora is None or isinstance(lora, LoraConfig)):
         raise TypeError(f"lora must be a peft.LoraConfig, 'default', or None for all weights; got {lora!r}")
+    if lora is None:
+        check_trainable(model)
     student: Any = model if lora is None else get_peft_model(model, lora)
     try:
         yield student

@@ -807,3 +807,19 @@ def test_special_tokens_count_where_a_head_reads_them(name, monkeypatch):
     if name == "Llama":
         expected = expected & (ids != special)
     assert torch.equal(seen[0], expected)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"bits": 10, "group_size": 32}, {"sparsity": 0.5}, {"sparsity": 0.5, "granularity": "neuron"}],
+    ids=["bits", "weights", "neurons"],
+)
+def test_a_frozen_model_is_scored_and_stays_frozen(settings):
+    """By relevance and by gradients, which come through what is not trained."""
+    ids = torch.randint(4, 60, (32, 12), generator=torch.Generator().manual_seed(7))
+    frozen, trained = build("Llama").requires_grad_(False), build("Llama")
+    for model in (frozen, trained):
+        compress(model, LRPConfig(**settings), ids, options=DataOptions(batch_size=8))
+    assert all(torch.equal(value, trained.state_dict()[name]) for name, value in frozen.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+    assert all(parameter.requires_grad for parameter in trained.parameters())

@@ -98,6 +98,17 @@ def test_stopped_in_the_middle(error, place, monkeypatch):
     assert leftovers(model) == leftovers(teacher) == []
 
 
+def test_a_frozen_model_learns_by_adapters_alone():
+    teacher, model = tiny_llama(4), compressed().requires_grad_(False)
+    before = Snapshot(model)
+    with pytest.raises(ValueError, match=r"no parameter of LlamaForCausalLM requires a gradient.*requires_grad_"):
+        heal(model, teacher, TEACHING, lora=None)
+    assert before.matches(model)
+    heal(model, teacher, TEACHING)
+    assert not same(before.weights, state_of(model))
+    assert before.facts == before._facts(model)
+
+
 def test_adapters_that_fit_nothing():
     model = compressed()
     before = Snapshot(model)

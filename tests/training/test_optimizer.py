@@ -108,3 +108,49 @@ def test_new_parameters_go_where_their_like_are():
     assert optimizer.state[model.embedding.weight] is kept
     assert set(optimizer.state) < set(named.values())
     assert model.layers[1].mlp.weight not in optimizer.state
+
+
+def own_run(config, folder, every=None, resume=None, learns=lambda name: True):
+    """A run with an optimizer of the user's own, made before the Trainer is."""
+    model = tiny_llama(5)
+    optimizer = torch.optim.AdamW([p for name, p in model.named_parameters() if learns(name)], lr=1e-2)
+    args = arguments(folder, max_steps=6, save_strategy="steps", save_steps=3)
+    callback = CompressionCallback(config, CALIBRATION, every=every)
+    trainer = Trainer(model, args, train_dataset=ROWS, callbacks=[callback], optimizers=(optimizer, None))
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer.train(resume_from_checkpoint=resume)
+    assert {id(p) for group in optimizer.param_groups for p in group["params"]} <= {id(p) for p in model.parameters()}
+    return model, start, figures(trainer)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_optimizer_of_ones_own_follows_from_the_beginning(case, tmp_path):
+    model, start, _ = own_run(CASES[case], tmp_path)
+    assert all(not torch.equal(start[name], p) for name, p in model.named_parameters() if "embed" not in name)
+
+
+@pytest.mark.parametrize("every", [None, 2])
+def test_it_can_be_resumed_with(every, tmp_path):
+    model, _, losses = own_run(CASES["dropping"], tmp_path, every)
+    again, _, resumed = own_run(CASES["dropping"], tmp_path, every, str(tmp_path / "checkpoint-3"))
+    assert [entry["loss"] for entry in resumed] == [entry["loss"] for entry in losses]
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("every", [None, 1])
+def test_it_learns_no_more_than_it_was_given(every, tmp_path):
+    """Here no projection of an FFN, though collapsing makes new ones in their places."""
+    model, start, _ = own_run(CASES["factors"], tmp_path, every, learns=lambda name: "mlp" not in name)
+    for name, parameter in model.named_parameters():
+        if "embed" not in name and ("mlp" not in name or every is None):  # else they change once on the way
+            assert torch.equal(start[name], parameter) == ("mlp" in name), name
+
+
+def test_an_optimizer_of_another_model_is_refused(tmp_path):
+    optimizer = torch.optim.AdamW(tiny_llama(5).parameters())
+    callback = CompressionCallback(CASES["dropping"])
+    trainer = Trainer(
+        tiny_llama(5), arguments(tmp_path), train_dataset=ROWS, callbacks=[callback], optimizers=(optimizer, None)
+    )
+    with pytest.raises(ValueError, match=r"has \d+ parameters that are none of the model's: make it from this model"):
+        trainer.train()

@@ -7,7 +7,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer
 
-from hf_compress import CompressionCallback, DropBlocksConfig, LayerCollapseConfig, MKAConfig, UnsupportedModelError
+from hf_compress import (
+    AdaptiveCompressConfig,
+    CompressionCallback,
+    DropBlocksConfig,
+    LayerCollapseConfig,
+    MKAConfig,
+    UnsupportedModelError,
+)
 from tests.architectures.tiny import tiny_model
 from tests.conftest import leftovers
 from tests.evaluation.conftest import tiny_llama
@@ -174,6 +181,21 @@ def test_frozen_ffns_cannot_learn(tmp_path):
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj is frozen"):
         trainer_of(model, CompressionCallback(LEARNED, CALIBRATION), tmp_path).train()
     assert before.matches(model)
+
+
+@pytest.mark.parametrize("config", [DROP, MERGE, LayerCollapseConfig(num_layers=1)], ids=lambda config: config.method)
+@pytest.mark.parametrize("every", [None, 1])
+def test_a_frozen_model_has_nothing_to_train(config, every, tmp_path):
+    model = tiny_llama(4).requires_grad_(False)
+    before = Snapshot(model)
+    with pytest.raises(ValueError, match=r"no parameter of LlamaForCausalLM requires a gradient.*requires_grad_"):
+        trainer_of(model, CompressionCallback(config, CALIBRATION, every=every), tmp_path)
+    assert before.matches(model)
+    bottlenecks = CompressionCallback(AdaptiveCompressConfig(variant="paper"), CALIBRATION)  # which are trained then
+    trainer_of(model, bottlenecks, tmp_path).train()
+    after = state_of(model)
+    sealed = {name for name, value in after.items() if not value.numel()}
+    assert all(torch.equal(after[name], value) for name, value in before.weights.items() if name not in sealed)
 
 
 def test_nothing_that_can_collapse(tmp_path):

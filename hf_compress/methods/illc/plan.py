@@ -102,7 +102,8 @@ def _widths(config: ILLCConfig, bench: Workbench, stack: Stack) -> dict[int, int
         step = _EXPERT_STEP if ffn.kind == "experts" and ffn.width % _EXPERT_STEP == 0 else 1
         widths[index] = config.width or step * share_of(ffn.width // step, config.gamma or 1)
     if not widths:
-        raise missing(f"no FFN of {stack.path} can be narrowed, since none was found", bench.model, stack.path, ffn=True)
+        none = f"no FFN of {stack.path} can be narrowed, since none was found"
+        raise missing(none, bench.model, stack.path, ffn=True)
     return widths
 
 
