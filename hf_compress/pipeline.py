@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_compress.anatomy.adapters import check_no_adapters
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.apply import apply
 from hf_compress.calibration.data import Calibration, DataOptions, prepare
@@ -90,12 +91,10 @@ def _check_arguments(model: Any, config: Any) -> None:
 
 def check_model(model: Any) -> None:
     """Raise unless `model` is a plain Transformers model with all of its weights in one place."""
-    if hasattr(model, "peft_config") and hasattr(model, "merge_and_unload"):
-        raise TypeError("the model is a PeftModel: call model.merge_and_unload() and compress what it returns")
+    if isinstance(model, torch.nn.Module):
+        check_no_adapters(model)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers.PreTrainedModel; got {type(model).__name__}")
-    if getattr(model, "peft_config", None):
-        raise TypeError("the model carries adapters: merge or delete them (model.delete_adapter) before compressing")
     if getattr(model, "hf_quantizer", None) is not None:
         raise UnsupportedModelError("the model is quantized: compress it first, quantize it afterwards")
     check_no_kernels(model)

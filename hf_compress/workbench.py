@@ -43,7 +43,7 @@ class Workbench:
     def calibration(self) -> Calibration:
         """The calibration data; CalibrationError where there is none."""
         if self.data is None:
-            raise CalibrationError("this method needs calibration data: give calibration=, such as texts")
+            raise CalibrationError("this method needs calibration data: pass calibration=, such as texts")
         return self.data
 
     def stack(self, path: str | None) -> Stack:

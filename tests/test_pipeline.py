@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from hf_compress.anatomy.anatomy import Anatomy
@@ -251,22 +250,6 @@ def test_a_model_cast_whole_would_load_with_other_buffers(model):
     with pytest.raises(ParityError, match=r"the buffer model\.rotary_emb\.inv_freq would have other values"):
         compress(model, DropBlocksConfig(num_blocks=1, criterion="last"))
     assert before.difference(model) is None
-
-
-def test_a_peft_model_must_be_merged_first(model):
-    wrapped = get_peft_model(model, LoraConfig(target_modules=["q_proj"], r=2))
-    with pytest.raises(TypeError, match=r"PeftModel: call model\.merge_and_unload\(\) and compress what it returns"):
-        compress(wrapped, DROP)
-    with pytest.raises(TypeError, match="the model carries adapters: merge or delete"):
-        compress(wrapped.get_base_model(), DROP)
-    merged = wrapped.merge_and_unload()
-    assert len(compress(merged, DropBlocksConfig(num_blocks=1, criterion="last")).model.layers) == 4
-
-
-def test_an_adapter_added_by_transformers_must_go_first(model):
-    model.add_adapter(LoraConfig(target_modules=["q_proj"], r=2))
-    with pytest.raises(TypeError, match="the model carries adapters: merge or delete"):
-        compress(model, DROP)
 
 
 def test_weights_on_the_meta_device(model):

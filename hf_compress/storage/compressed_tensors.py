@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_compress.anatomy.adapters import check_no_adapters
 from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.data import Batch
 from hf_compress.edits import PackLinear
@@ -65,6 +66,7 @@ def save_compressed_tensors(
         FileExistsError, ParityError, ManifestError: as for `save`.
     """
     check_target(Path(directory), overwrite)
+    check_no_adapters(model)
     check_no_kernels(model)
     stock = _stock(model)
     packed = _packed(model, stock)

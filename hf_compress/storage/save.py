@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_compress.anatomy.adapters import check_no_adapters
 from hf_compress.calibration.data import Batch
 from hf_compress.errors import ParityError
 from hf_compress.parity import Probe, one_line, outputs_on, quiet, same_outputs, same_tensor
@@ -54,12 +55,14 @@ def save(
 
     Raises:
         FileExistsError: the directory exists and holds something, and `overwrite` is false.
+        TypeError: the model carries adapters, or wrappers of theirs.
         UnsupportedModelError: the model does not run on the probe.
         ParityError: what was written does not load as the model in memory; nothing is left behind.
         ManifestError: a file changed between being written and being put in place; nothing is left behind.
         ValueError: `portable`, and the model's class is none of Transformers.
     """
     check_target(Path(directory), overwrite)
+    check_no_adapters(model)
     inputs = Probe.of(model, probe)
 
     def write(folder: Path) -> None:
