@@ -109,15 +109,24 @@ def method_names() -> list[str]:
     return sorted(_REGISTRY)
 
 
+def setting_names() -> set[str]:
+    """The names of the settings of all methods that have been imported so far."""
+    return {field.name for cls in _REGISTRY.values() for field in fields(cls)}
+
+
 def read_recipe(path: str | Path) -> dict[str, Any]:
     """The settings in a recipe file.
 
     Raises:
-        ValueError: it is no YAML, or no mapping.
+        ValueError: it is no YAML, or no mapping of words.
     """
-    values = parse_yaml(Path(path).read_text(encoding="utf-8"), str(path))
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: a recipe is a mapping, 'method' and its fields; got {type(values).__name__}")
+    try:
+        values = parse_yaml(Path(path).read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error})") from None
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        found = type(values).__name__ if not isinstance(values, dict) else f"the fields {[*values]}"
+        raise ValueError(f"{path}: a recipe is a mapping, 'method' and its fields; got {found}")
     return {name: as_number(value) for name, value in values.items()}
 
 

@@ -35,6 +35,8 @@ def load_texts(source: str | Path, text_column: str | None = None, limit: int | 
     if limit is not None and limit < 1:
         raise ValueError(f"the number of texts must be at least 1; got {limit}")
     path = Path(source)
+    if not str(source):
+        raise FileNotFoundError("texts come from a file, a folder or a dataset on the Hub; got ''")
     if path.is_file() and path.suffix == ".txt":
         texts = [part.strip() for part in re.split(r"\n\s*\n", _read(path))]
     else:
@@ -65,7 +67,10 @@ def _rows(source: str, limit: int | None) -> Iterable[Mapping[str, Any]]:
         if path.suffix not in _BUILDERS:
             known = ", ".join([".txt", *_BUILDERS])
             raise CalibrationError(f"{source}: texts are read from {known} files and folders; not from {path.suffix!r}")
-        return _one_split(load_dataset(_BUILDERS[path.suffix], data_files=source, streaming=True), source)
+        try:
+            return _one_split(load_dataset(_BUILDERS[path.suffix], data_files=source, streaming=True), source)
+        except StopIteration:  # it asks for the first row, and there is none
+            return []
     try:
         if path.is_dir():
             saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
@@ -137,7 +142,7 @@ def _column(row: Mapping[str, Any], source: str, column: str | None) -> str:
         column = "text" if "text" in row else strings[0] if len(strings) == 1 else None
     if column not in row:
         raise CalibrationError(
-            f"{source} has the columns {', '.join(row)}: name the one with the texts (text_column=, or --text-column)"
+            f"{source} has the columns {', '.join(row)}: name the one with the texts by text_column="
             + (f"; there is no {column!r}" if column else "")
         )
     return str(column)

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from typer.core import TyperGroup
 
 from hf_compress import __version__
 from hf_compress.cli.output import errors
-from hf_compress.errors import HubError
+from hf_compress.cli.words import in_its_words, unloadable
+from hf_compress.errors import HubError, one_line
 
-# What a wrong argument, a file, or a missing package leads to. Anything else is a bug, and shows where it comes from.
+# What a wrong argument, a file, or a missing package leads to. Anything else is a bug, and shows where it comes from,
+# unless it comes from loading a model: then the model is.
 _EXPECTED = (ValueError, TypeError, OSError, ImportError, MemoryError, HubError)
+_UsageError: Any = typer.BadParameter.__base__  # click's; late versions of typer bring one of their own
 
 
 class _Commands(TyperGroup):
     """Prints errors in one line, with exit code 2; an interruption ends with 130."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().make_context(*args, **kwargs)
+        except _UsageError as error:
+            raise _refused(error) from None
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -24,12 +33,34 @@ class _Commands(TyperGroup):
         except KeyboardInterrupt:
             errors().print("\nInterrupted: nothing was left half-written.")
             raise typer.Exit(130) from None
-        except _EXPECTED as error:
+        except _UsageError as error:
+            raise _refused(error) from None
+        except Exception as error:
+            name = unloadable(error)
             if ctx.params.get("debug") or isinstance(error, BrokenPipeError):
                 raise
-            message = " ".join(str(error).split()) or type(error).__name__
-            errors().print(f"Error: {message}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+            if not isinstance(error, _EXPECTED) and name is None:
+                raise
+            message = str(error) or type(error).__name__
+            if name is not None:
+                message = f"{name} does not load: {one_line(error)}"
+            command = self.get_command(ctx, ctx.invoked_subcommand or "") or self
+            _print(in_its_words(message, command))
             raise typer.Exit(2) from None
+
+
+def _refused(error: Any) -> Exception:
+    """What ends the program after a mistake in how it was called: that in one line, or the help that was asked for."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        return cast(Exception, error)
+    command = error.ctx.command_path if error.ctx is not None else "hf-compress"
+    _print(f"{error.format_message()} See `{command} --help`.")
+    return typer.Exit(2)
+
+
+def _print(message: str) -> None:
+    text = " ".join(message.split())
+    errors().print(f"Error: {text}", style="bold red", markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 app = typer.Typer(

@@ -50,7 +50,7 @@ def compress(  # noqa: PLR0913 (each of them is an option of the command)
     dry_run: Annotated[bool, typer.Option(help="Show the plan and the sizes; write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace the output directory, if it exists.")] = False,
     portable: Annotated[bool, typer.Option(help="For trust_remote_code=True where the plugin is needed.")] = False,
-    seed: Annotated[int, typer.Option(help="Of whatever is random.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of whatever is random.", min=0, max=2**32 - 1)] = 0,
 ) -> None:
     """Make a model smaller and save it.
 
@@ -66,6 +66,7 @@ def compress(  # noqa: PLR0913 (each of them is an option of the command)
         raise ValueError("say where the model goes: --output DIR, or --dry-run to see what would be done")
     if output is not None:
         check_target(output, overwrite)  # before any work is done
+    quiet_libraries()
     texts = load_texts(calibration, text_column, samples) if calibration else None
     small, tokenizer = _compress(model, config, texts, options, dtype, device, seed)
     out = console()
@@ -85,14 +86,13 @@ def _compress(
     device: str | None,
     seed: int,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    quiet_libraries()
     from accelerate.utils import set_seed  # Transformers' own comes with its Trainer, PEFT and bitsandbytes
 
     from hf_compress.cli.loading import load_model, load_tokenizer
     from hf_compress.pipeline import compress
 
     set_seed(seed)
-    tokenizer = load_tokenizer(name)
+    tokenizer = load_tokenizer(name, needed=texts is not None)
     return compress(load_model(name, dtype, device), config, texts, tokenizer, options), tokenizer
 
 

@@ -19,7 +19,8 @@ def evaluate(
     texts: Annotated[str | None, typer.Option(help="Texts for perplexity; kinds as for `compress`.")] = None,
     text_column: TextColumn = None,
     limit: Annotated[
-        float | None, typer.Option(help="Documents of each task and texts; below 1, a share of each task.")
+        float | None,
+        typer.Option(help="Documents of each task and texts; below 1, a share of each task.", min=0, max=1e9),
     ] = None,
     batch_size: BatchSize = 8,
     output: Annotated[Path | None, typer.Option(help="Folder for evaluation.json and lm-eval's files.")] = None,

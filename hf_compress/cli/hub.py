@@ -19,8 +19,8 @@ def push(
     repo_id: Annotated[str, typer.Argument(help='"name" or "namespace/name".', show_default=False)],
     private: Annotated[bool | None, typer.Option(help="Of a new repository.", show_default=False)] = None,
     revision: Annotated[str | None, typer.Option(help="A branch; made where it does not exist.")] = None,
-    message: Annotated[str | None, typer.Option(help="Title of the commit.")] = None,
-    pull_request: Annotated[bool, typer.Option("--pull-request", help="Open one instead of committing.")] = False,
+    commit_message: Annotated[str | None, typer.Option("--message", help="Title of the commit.")] = None,
+    create_pr: Annotated[bool, typer.Option("--pull-request", help="Open one instead of committing.")] = False,
     portable: Annotated[bool, typer.Option(help="For trust_remote_code=True where the plugin is needed.")] = False,
 ) -> None:
     """Put a saved model on the Hub, in one commit.
@@ -45,8 +45,8 @@ def push(
         portable=portable,
         private=private,
         revision=revision,
-        commit_message=message,
-        create_pr=pull_request,
+        commit_message=commit_message,
+        create_pr=create_pr,
     )
     console().print(f"Pushed to {commit.pr_url or commit.commit_url}", markup=False)
 

@@ -56,13 +56,19 @@ def check_folder(name: str) -> None:
         raise FileNotFoundError(f"{name}: no such directory")
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
-    """The tokenizer beside a model; None where there is none, as with vision models."""
+def load_tokenizer(name: str, needed: bool = False) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside a model; None where there is none, as with vision models, unless it is needed for texts."""
     from transformers import AutoTokenizer
+
+    from hf_compress.errors import one_line
 
     try:
         return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError) as error:
+        if needed:
+            raise ValueError(
+                f"{name} has no tokenizer that loads, and texts need one: save the model's own there ({one_line(error)})"
+            ) from error
         return None
 
 

@@ -59,7 +59,9 @@ def analyze(  # noqa: PLR0913 (each of them is an option of the command)
     config = MKAConfig(ratio=0.5, similarity=similarity)
     options = DataOptions(batch_size, max_length, text_column)
     texts = load_texts(calibration, text_column, samples)
-    found = analyze(load_model(model, dtype, device), texts, load_tokenizer(model), config=config, options=options)
+    found = analyze(
+        load_model(model, dtype, device), texts, load_tokenizer(model, needed=True), config=config, options=options
+    )
     out = console()
     out.print(found.table(), found.removals_table())
     if output is not None:

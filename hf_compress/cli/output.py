@@ -11,6 +11,22 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
+
+def _checked_device(name: str | None) -> str | None:
+    """A device that can compute here; ValueError for any other."""
+    if name is None:
+        return None
+    import torch
+
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        raise ValueError(
+            f"--device must be one that PyTorch computes on here, such as cpu; got {name!r}: {error}"
+        ) from None
+    return name
+
+
 Model = Annotated[
     str, typer.Argument(help="A directory with a model, or a model's name on the Hub.", show_default=False)
 ]
@@ -27,14 +43,17 @@ MaxLength = Annotated[int | None, typer.Option(help="Tokens to keep of a text; a
 BatchSize = Annotated[int, typer.Option(help="Texts that go through the model at once.")]
 TextColumn = Annotated[str | None, typer.Option(help="The column with the texts, where there are several.")]
 Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, …; a CUDA device where there is one.", show_default=False)]
+Device = Annotated[
+    str | None,
+    typer.Option(callback=_checked_device, help="cpu, cuda, …; a CUDA device where there is one.", show_default=False),
+]
 
 
 def console() -> Console:
     """Standard output, for results; as wide as the tables need where it is no terminal."""
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    return Console(width=None if sys.stdout.isatty() else 160, highlight=False, emoji=False)
 
 
 def errors() -> Console:
@@ -55,12 +74,13 @@ def human_bytes(count: int) -> str:
 
 
 def quiet_libraries() -> None:
-    """Keep Transformers and datasets from flooding the terminal: errors alone, and bars on terminals alone."""
+    """Keep Transformers and datasets from flooding the terminal: bars on terminals alone, and errors of theirs once."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import datasets
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it raises is told
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()

@@ -61,7 +61,7 @@ _TOKENIZER = (
 )
 
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
-_LOG_IN = "log in with `hf auth login`, set HF_TOKEN, or pass token= (https://huggingface.co/settings/tokens)"
+_LOG_IN = "log in with `hf auth login`, or set HF_TOKEN (https://huggingface.co/settings/tokens)"
 _MEANWHILE = "somebody else pushed meanwhile", "look at what is there now, and push again"
 _ANSWERS = {
     401: ("the Hub does not accept the token", _LOG_IN),

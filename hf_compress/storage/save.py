@@ -97,9 +97,7 @@ def save_staged(
 def check_target(directory: Path, overwrite: bool) -> None:
     """Raise FileExistsError where the directory holds something and may not be replaced."""
     if directory.exists() and not overwrite and (directory.is_file() or any(directory.iterdir())):
-        raise FileExistsError(
-            f"{directory} exists and is not empty: choose another, or pass overwrite=True (--overwrite)"
-        )
+        raise FileExistsError(f"{directory} exists and is not empty: choose another, or pass overwrite=True")
 
 
 def _write(

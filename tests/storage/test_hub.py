@@ -176,7 +176,7 @@ def test_what_shall_be_private_does_not_go_to_a_public_repository(hub, small):
 
 NOBODY = "the Hub does not accept the token"
 ERRORS = [
-    ("info", 401, rf"{NOBODY} \(401: injected\); log in with `hf auth login`, set HF_TOKEN, or pass token="),
+    ("info", 401, rf"{NOBODY} \(401: injected\); log in with `hf auth login`, or set HF_TOKEN"),
     ("info", 503, r"the Hub has a problem \(503: injected\); push again later"),
     ("create_repo", 500, r"the Hub has a problem \(500: injected\)"),
     ("tree", 404, r"no such repository or revision, or the token may not see it \(404: injected\); check repo_id"),
