@@ -16,8 +16,8 @@ from hf_compress.config import CompressionConfig
 from hf_compress.errors import UnsupportedModelError
 from hf_compress.evaluation.size import parameter_count, stored_bytes
 from hf_compress.modules.kernels import check_no_kernels
-from hf_compress.parity import Probe
 from hf_compress.plan import Plan
+from hf_compress.probe import Probe
 from hf_compress.report.report import CompressionReport, Size, Stage
 from hf_compress.workbench import Workbench
 

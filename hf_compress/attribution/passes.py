@@ -24,7 +24,7 @@ from hf_compress.calibration.objective import first_tensor
 from hf_compress.errors import CalibrationError, UnsupportedModelError
 from hf_compress.modules.kernels import check_no_kernels
 from hf_compress.modules.packed import CompactLinear
-from hf_compress.parity import one_line
+from hf_compress.probe import one_line
 
 _LEAK = 1e-3  # of the outputs' size: what rounding may lose in float32
 _LEAK_HALF = 0.1

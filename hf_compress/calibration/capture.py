@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from hf_compress.anatomy.stacks import Stack
+from hf_compress.anatomy.state import State
 from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.data import Batch
 from hf_compress.errors import CalibrationError, UnsupportedModelError
@@ -28,8 +29,11 @@ class StopForward(Exception):
 
 @contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients, in the model's own dtype; every module's own mode comes back at the end."""
-    training = {module: module.training for module in model.modules()}
+    """Evaluation mode without gradients, in the model's own dtype; afterwards every module is as it was.
+
+    See `State` for what a pass may change besides a module's mode.
+    """
+    state = State(model)
     model.eval()
     try:
         with torch.no_grad(), Undo() as undo:
@@ -37,8 +41,7 @@ def inference(model: nn.Module) -> Iterator[None]:
                 undo.unset(model, "forward")
             yield
     finally:
-        for module, mode in training.items():
-            module.training = mode
+        state.restore()
 
 
 def forward(model: PreTrainedModel, batch: Batch) -> Any:
@@ -143,6 +146,16 @@ def with_stream(output: Any, stream: Tensor | None) -> Any:
         return stream
     make: Any = getattr(type(output), "_make", type(output))  # the first where the tuple is a named one
     return make((stream, *output[1:]))
+
+
+def streams_beside(output: Any, kwargs: dict[str, Any], stream: Tensor) -> dict[str, Tensor]:
+    """What came in for the other streams of a block that has several (Reformer's two), by their names in its output."""
+    found: dict[str, Tensor] = {}
+    for field in getattr(output, "_fields", ())[1:]:
+        for name, value in kwargs.items():
+            if name.endswith(field) and isinstance(value, Tensor) and value.shape == stream.shape:
+                found[field] = value
+    return found
 
 
 def real_tokens(batch: Batch, stream: Tensor) -> Tensor:

@@ -142,8 +142,9 @@ def _check(model: PreTrainedModel, report: CompressionReport | None) -> None:
         UnsupportedModelError: what differs.
     """
     from hf_compress.errors import ParityError
-    from hf_compress.parity import Probe, check_parity
+    from hf_compress.parity import check_parity
     from hf_compress.pipeline import model_size
+    from hf_compress.probe import Probe
 
     if report is not None:
         size = model_size(model)

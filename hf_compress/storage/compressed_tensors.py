@@ -20,8 +20,8 @@ from hf_compress.edits import PackLinear
 from hf_compress.errors import ParityError, UnsupportedModelError
 from hf_compress.modules.kernels import check_no_kernels
 from hf_compress.modules.packed import MixedPrecisionLinear
-from hf_compress.parity import Probe, one_line, outputs_on, quiet, same_outputs, same_tensor
 from hf_compress.plain import RECORD_FIELD, described
+from hf_compress.probe import Probe, one_line, outputs_on, quiet, same_outputs, same_tensor
 from hf_compress.record import recorded
 from hf_compress.storage.pack_quantized import BITS, PARTS, Packed, decode, encode, quantization_of
 from hf_compress.storage.save import check_target, own_memory, save_staged, tensor_differences, write_beside
@@ -38,7 +38,7 @@ def save_compressed_tensors(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     overwrite: bool = False,
-    probe: Batch | None = None,
+    probe: Batch | Mapping[str, Any] | None = None,
     card: ModelCard | None = None,
 ) -> Path:
     """Write a model with packed linear maps so that whoever has compressed-tensors installed loads it, without us.

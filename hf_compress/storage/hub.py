@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -84,7 +84,7 @@ def push_to_hub(  # noqa: PLR0913 (they are those of save, and of Transformers' 
     report: CompressionReport | None = None,
     card: ModelCard | None = None,
     portable: bool = False,
-    probe: Batch | None = None,
+    probe: Batch | Mapping[str, Any] | None = None,
     private: bool | None = None,
     token: bool | str | None = None,
     revision: str | None = None,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import ModelCard
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.calibration.data import Batch
 from hf_compress.errors import ParityError
-from hf_compress.parity import Probe, one_line, outputs_on, quiet, same_outputs, same_tensor
+from hf_compress.probe import Probe, one_line, outputs_on, quiet, same_outputs, same_tensor
 from hf_compress.report.card import CardDetails, model_card
 from hf_compress.report.report import REPORT_FILE, CompressionReport
 from hf_compress.storage.manifest import CARD_FILE, describe, verify_files, write_manifest
@@ -26,7 +27,7 @@ def save(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     overwrite: bool = False,
-    probe: Batch | None = None,
+    probe: Batch | Mapping[str, Any] | None = None,
     portable: bool = False,
     card: ModelCard | None = None,
 ) -> Path:
@@ -44,7 +45,8 @@ def save(
         directory: where it goes; its parents are made. Of a link, what it points to is replaced.
         tokenizer: saved beside the model.
         overwrite: whether a directory that exists may be replaced. It is replaced whole, not written into.
-        probe: inputs for the comparison; made up when None.
+        probe: inputs for the comparison: a batch, or keyword arguments of the model's forward. When None, those that
+            `compress` checked with, or else made up.
         portable: whether a checkpoint that needs the plugin brings a file that imports it under
             `trust_remote_code=True`. A plain checkpoint needs none, and gets none.
         card: the README.md; made of the compression report when None, if there is one.

@@ -23,9 +23,9 @@ from transformers import (
 from hf_compress.apply import apply
 from hf_compress.calibration.data import Calibration, DataOptions, prepare
 from hf_compress.config import CompressionConfig, check_at_least, check_ratio
-from hf_compress.parity import Probe
 from hf_compress.pipeline import check_model, model_size, report_of
 from hf_compress.plan import Plan
+from hf_compress.probe import Probe
 from hf_compress.regimen import Regimen
 from hf_compress.training.changes import Changes
 from hf_compress.training.checkpoint import TrainingState, read_state, take_structure, write_state

@@ -28,7 +28,7 @@ from hf_compress.calibration.objective import first_tensor
 from hf_compress.calibration.routing import watch_routes
 from hf_compress.errors import CalibrationError, UnsupportedModelError
 from hf_compress.methods.lrp.scores import real_rows
-from hf_compress.parity import one_line
+from hf_compress.probe import one_line
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.capture import forward, hooked, inference
 from hf_compress.calibration.data import Batch
 from hf_compress.errors import UnsupportedModelError
-from hf_compress.parity import Probe
+from hf_compress.probe import Probe
 from hf_compress.workbench import Workbench
 
 logger = logging.getLogger(__name__)
