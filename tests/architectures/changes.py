@@ -17,8 +17,8 @@ from hf_compress.apply import apply
 from hf_compress.calibration.data import Batch
 from hf_compress.edits import MergeBlocks, RemoveBlocks
 from hf_compress.errors import UnsupportedModelError
-from hf_compress.parity import Probe
 from hf_compress.plan import Plan
+from hf_compress.probe import Probe
 from tests.architectures.tiny import tiny_inputs
 
 NEW_TOKENS = 5

@@ -35,7 +35,7 @@ PLAIN_WORDS = {
     r"^a model rebuilt from the config would have missing keys: ": "by the config, there would have to be ",
     r"^a model rebuilt from the config would have unexpected keys: ": "by the config, there is no place for ",
     r"^a model rebuilt from the config would have mismatched keys: ": "by the config, of another shape: ",
-    r"^the model does not run after the change: ": "does not run: ",
+    r"^the model does not run after the change( with .* left out)?: ": "does not run: ",
     r"\b(?!KeyError|IndexError)\w+Error: ": "",
     r"`get_seq_length` can only be called on Attention layers.*": "the cache needs at least one block with attention",
     r"There is an issue with your definition of `tie_weights_keys`.*": "blocks share weights, by their indices",
