@@ -113,13 +113,14 @@ def _refuse_fed_blocks(model: PreTrainedModel, stack: Stack, kept: Sequence[int]
     """
     if not any(config is model.config.get_text_config() for config, _ in stack.configs):
         return
-    for config in reachable_configs(model.config):
-        places = vars(config).get("deepstack_visual_indexes") or ()
-        if gone := sorted(set(range(min(len(places), len(stack)))) - set(kept)):
-            raise UnsupportedModelError(
-                f"what deepstack_visual_indexes={list(places)} reads of a picture enters behind the blocks 0 to "
-                f"{len(places) - 1} of {stack.path}, so these have to stay; the plan takes {gone} out"
-            )
+    for other in find_stacks(model):
+        for config, _ in other.configs:
+            places = [place for place in vars(config).get("deepstack_visual_indexes") or () if place < len(other)]
+            if gone := sorted(set(range(min(len(places), len(stack)))) - set(kept)):
+                raise UnsupportedModelError(
+                    f"what deepstack_visual_indexes={places} reads of a picture enters behind the blocks 0 to "
+                    f"{len(places) - 1} of {stack.path}, so these have to stay; the plan takes {gone} out"
+                )
 
 
 def _cache_slots(stack: Stack) -> int:

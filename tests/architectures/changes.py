@@ -69,11 +69,35 @@ def merge_plan(anatomy: Anatomy, stack: Stack) -> Plan | None:
     return Plan((MergeBlocks(stack.path, first, (second,)),), tensors)
 
 
+def left_out(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
+    """A copy with the plan's tensors, in which its blocks return what they are given; made without the package."""
+    twin = copy.deepcopy(model)
+    twin.load_state_dict(plan.tensors, strict=False)
+    for path in plan.stacks:
+        for index in plan.removed(path):
+            block = twin.get_submodule(path)[index]
+            block.forward = _handing_through(block.forward)
+    return twin
+
+
+def _handing_through(own: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        stream = (args[0] if args else next(iter(kwargs.values()))).clone()
+        if "hidden_states" in kwargs:
+            stream = kwargs["hidden_states"].clone()
+        output = own(*args, **kwargs)
+        if "prev_attn_output" in kwargs:  # Reformer, of which a block has two streams
+            return output._replace(hidden_states=stream, attn_output=kwargs["prev_attn_output"])
+        return type(output)([stream, *output[1:]]) if isinstance(output, (tuple, list)) else stream
+
+    return forward
+
+
 # --- what must hold ---------------------------------------------------------------------------------------------------
 
 
-def outcomes(build: Build, path: str | None) -> Iterator[Outcome]:
-    """Try every change on a fresh model each; `path` as in `Anatomy.stack`.
+def outcomes(build: Build, path: str) -> Iterator[Outcome]:
+    """Try every change of the stack at `path` on a fresh model each.
 
     Raises:
         MatrixFailure: the model neither survived nor was refused as it should be.
@@ -82,12 +106,7 @@ def outcomes(build: Build, path: str | None) -> Iterator[Outcome]:
     inputs = tiny_inputs(model)
     generates = can_generate(model, inputs)
     anatomy = Anatomy(model)
-    try:
-        stack = anatomy.stack(path)
-    except UnsupportedModelError as error:
-        check_message(str(error), model)
-        yield Outcome("finding its blocks", str(error))
-        return
+    stack = anatomy.stack(path)
     plans: dict[str, Plan | None] = {
         name: Plan((RemoveBlocks(stack.path, blocks),)) for name, blocks in removals(len(stack)).items()
     }
@@ -105,7 +124,7 @@ def try_change(model: PreTrainedModel, plan: Plan, inputs: dict[str, Tensor], ge
     """Carry a plan out on `model` and check what comes of it. The message where it is refused."""
     forward(model, inputs)  # some models (RWKV) change themselves when they first run
     before = Trace.of(model)
-    reference = forward(model, inputs)
+    reference, twin = forward(model, inputs), left_out(model, plan)
     try:
         apply(plan, model, Probe.of(model, Batch(inputs, None)))
     except UnsupportedModelError as error:
@@ -116,6 +135,8 @@ def try_change(model: PreTrainedModel, plan: Plan, inputs: dict[str, Tensor], ge
         if not same(reference, forward(model, inputs)):
             raise MatrixFailure(f"refused ({message}), but gives other outputs than before") from error
         return message
+    if not same(forward(model, inputs), forward(twin, inputs)):
+        raise MatrixFailure("it gives other outputs than the original with those blocks left out")
     check_reloads(model, inputs, generates)
     return None
 
