@@ -20,7 +20,8 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from tests.architectures.overrides import CANNOT, DEPTH, OVERRIDES, PARTS, SIZES, VOCABULARY
+from tests.architectures.overrides import CANNOT, DEPTH, OVERRIDES, PARTS, SIZES, TOWERS, VOCABULARY
+from tests.architectures.pictures import with_pictures
 
 CAUSAL_LM_TYPES: list[str] = list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
@@ -71,6 +72,7 @@ def _shrink(kind: type[PreTrainedConfig], ids: dict[int, int]) -> PreTrainedConf
             kwargs[field.name] = _inside(value, ids)
         elif (size := _size(field, default)) is not None:
             kwargs[field.name] = size
+    kwargs |= {name: _shrink(CONFIG_MAPPING[part], ids) for name, part in TOWERS.get(kind.model_type, {}).items()}
     kwargs = exceptions | kwargs  # some exceptions are no fields: arguments from which the class derives others
     config = kind(**kwargs)
     if patterns := {k: v for k, v in _patterns(default, config).items() if k not in exceptions}:
@@ -229,7 +231,7 @@ BATCH, LENGTH = 2, 8
 
 
 def tiny_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
-    """What the forward pass needs for two sequences of eight tokens, or two small pictures or sounds."""
+    """What the forward pass needs for two texts of eight tokens, with pictures and sounds where it reads those too."""
     config, wanted = model.config, inspect.signature(model.forward).parameters
     generator = torch.Generator().manual_seed(0)
 
@@ -249,8 +251,7 @@ def tiny_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
         inputs["input_ids"] = _usual_ids(config, BATCH * books, generator)
         if "attention_mask" in wanted:
             inputs["attention_mask"] = torch.ones(BATCH, LENGTH, dtype=torch.long)
-    if config.model_type.startswith("mllama"):  # without them, Mllama leaves its cross-attention layers out
-        inputs["cross_attention_states"] = noise(BATCH, 4, config.get_text_config().hidden_size)
+        inputs = with_pictures(model, inputs, noise)
     if config.is_encoder_decoder and "decoder_input_ids" in wanted:
         inputs["decoder_input_ids"] = _usual_ids(config, BATCH, generator)
     return inputs
