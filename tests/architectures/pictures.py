@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 Inputs = dict[str, Tensor]
 Noise = Callable[..., Tensor]
@@ -25,6 +25,13 @@ def with_pictures(model: PreTrainedModel, inputs: Inputs, noise: Noise) -> Input
             pictures, tokens = form(model, rows, noise)
             return _inserted(model, inputs, tokens) | pictures
     return inputs
+
+
+def placeholder_ids(config: PreTrainedConfig) -> list[int]:
+    """The tokens that stand for pictures and sounds, named by a configuration or by its parts."""
+    parts = [config, *(part for part in vars(config).values() if isinstance(part, PreTrainedConfig))]
+    named = (getattr(part, f"{kind}_token_id", None) for part in parts for kind in ("image", "video", "audio"))
+    return sorted({token for token in named if isinstance(token, int)})
 
 
 def _arguments(model: PreTrainedModel) -> set[str]:
