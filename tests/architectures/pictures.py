@@ -23,7 +23,7 @@ def with_pictures(model: PreTrainedModel, inputs: Inputs, noise: Noise) -> Input
     for argument, form in FORMS.items():
         if argument in arguments:
             pictures, tokens = form(model, rows, noise)
-            return _inserted(model, inputs, tokens) | pictures
+            return _inserted(model, inputs, tokens) | pictures if pictures else inputs
     return inputs
 
 
@@ -151,7 +151,9 @@ def _tiles(model: PreTrainedModel, rows: int, noise: Noise) -> tuple[Inputs, dic
 
 def _states(model: PreTrainedModel, rows: int, noise: Noise) -> tuple[Inputs, dict[int, int]]:
     """What the tower of pictures would give, for the text tower alone, which leaves blocks out without it (Mllama)."""
-    return {"cross_attention_states": noise(rows, 4, model.config.get_text_config().hidden_size)}, {}
+    if not hasattr(model.config, "cross_attention_layers"):
+        return {}, {}
+    return {"cross_attention_states": noise(rows, 4, model.config.hidden_size)}, {}
 
 
 def _crops_and_sound(model: PreTrainedModel, rows: int, noise: Noise) -> tuple[Inputs, dict[int, int]]:
