@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.layout import position_fields
+from hf_compress.calibration.capture import forward, inference
 from hf_compress.errors import ParityError, UnsupportedModelError
 from hf_compress.probe import Outputs, Probe, one_line, outputs_on, quiet, same_outputs, same_tensor
 
@@ -88,8 +89,7 @@ def check_parity(model: PreTrainedModel, probe: Probe) -> Outputs:
         ParityError: it runs, but its rebuilt copy is another model; the message names what differs.
     """
     rebuilt = rebuild(model)
-    difference = next(module_differences(model, rebuilt), None) or next(_buffer_differences(model, rebuilt), None)
-    if difference:
+    if difference := _difference(model, rebuilt, probe):
         raise ParityError(f"the config cannot express what is left of the model: {difference}{_position_hint(model)}")
     try:
         expected = outputs_on(model, probe)
@@ -102,11 +102,26 @@ def check_parity(model: PreTrainedModel, probe: Probe) -> Outputs:
     return expected
 
 
-def module_differences(model: PreTrainedModel, rebuilt: PreTrainedModel) -> Iterator[str]:
+def _difference(model: PreTrainedModel, rebuilt: PreTrainedModel, probe: Probe) -> str | None:
+    """What tells the modules and buffers of two models apart, in words."""
+    difference = next(module_differences(model, rebuilt, unset=False), None) or next(
+        _buffer_differences(model, rebuilt), None
+    )
+    if difference or (difference := next(module_differences(model, rebuilt), None)) is None:
+        return difference
+    try:  # a module may find out when it first runs (Gemma 4, how much to pad)
+        with inference(rebuilt):
+            forward(rebuilt, probe.batch)
+            return next(module_differences(model, rebuilt), None)
+    except Exception:  # it does not run, being another model
+        return difference
+
+
+def module_differences(model: PreTrainedModel, rebuilt: PreTrainedModel, unset: bool = True) -> Iterator[str]:
     """What tells the modules of a rebuilt model from the live one's, in words: classes and settings.
 
     Outside of the blocks, what only the live model has does no harm: a table for a kind of block of which none is left,
-    or its name in a list.
+    or its name in a list. `unset`: whether to count settings that are still None in the rebuilt one.
     """
     stacks = tuple(stack.path for stack in Anatomy(model).stacks)
     others = dict(rebuilt.named_modules())
@@ -124,6 +139,8 @@ def module_differences(model: PreTrainedModel, rebuilt: PreTrainedModel) -> Iter
             if name not in vars(other) and not path.startswith(stacks):
                 continue
             theirs = vars(other).get(name)
+            if theirs is None and not unset:
+                continue
             if not path.startswith(stacks) and isinstance(value, list) and isinstance(theirs, list):
                 value = [kind for kind in value if kind in theirs]
             if _listed(theirs) != _listed(value) and value == value:
