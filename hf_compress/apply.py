@@ -13,6 +13,7 @@ from hf_compress.anatomy.undo import Undo
 from hf_compress.edits import ModuleEdit, Seal
 from hf_compress.errors import PlanError
 from hf_compress.guard import check_left_out, outputs_without
+from hf_compress.numerics.defaults import torch_defaults
 from hf_compress.parity import check_parity
 from hf_compress.plan import Plan
 from hf_compress.probe import Probe
@@ -20,6 +21,7 @@ from hf_compress.record import after_removal, record, recorded, unsealed
 from hf_compress.structure import Site, restructure
 
 
+@torch_defaults()
 def apply(plan: Plan, model: PreTrainedModel, probe: Probe | None = None) -> None:
     """Change `model` as `plan` says, and prove that it is what it should be and can be saved and loaded.
 

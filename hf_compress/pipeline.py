@@ -16,12 +16,14 @@ from hf_compress.config import CompressionConfig
 from hf_compress.errors import UnsupportedModelError
 from hf_compress.evaluation.size import parameter_count, stored_bytes
 from hf_compress.modules.kernels import check_no_kernels
+from hf_compress.numerics.defaults import check_not_inference, torch_defaults
 from hf_compress.plan import Plan
 from hf_compress.probe import Probe
 from hf_compress.report.report import CompressionReport, Size, Stage
 from hf_compress.workbench import Workbench
 
 
+@torch_defaults()
 def compress(
     model: PreTrainedModel,
     config: CompressionConfig,
@@ -59,6 +61,7 @@ def compress(
     return model
 
 
+@torch_defaults()
 def make_plan(
     model: PreTrainedModel,
     config: CompressionConfig,
@@ -94,6 +97,7 @@ def check_model(model: Any) -> None:
     if getattr(model, "hf_quantizer", None) is not None:
         raise UnsupportedModelError("the model is quantized: compress it first, quantize it afterwards")
     check_no_kernels(model)
+    check_not_inference(model)
     if meta := [name for name, p in model.named_parameters() if p.device.type == "meta"]:
         raise UnsupportedModelError(
             f"{len(meta)} parameters, such as {meta[0]}, are on the meta device or offloaded: load the model without "

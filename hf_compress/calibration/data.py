@@ -341,7 +341,7 @@ def _batch(item: Any, special: Tensor, length: int, model: PreTrainedModel) -> B
 
 def _classes(labels: Any) -> Tensor | None:
     """The class of each sample; None where the labels are something else, or there are none."""
-    labels = None if labels is None else torch.as_tensor(labels)
+    labels = None if labels is None else _own(labels)
     return labels if labels is not None and labels.ndim == 1 and not labels.is_floating_point() else None
 
 
@@ -362,13 +362,19 @@ def _input_name(values: Tensor, model: PreTrainedModel) -> str:
 def _accepted(item: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Tensor]:
     """The entries of a batch that the model's forward knows by name, as tensors; labels are not among its inputs."""
     known = inspect.signature(model.forward).parameters
-    inputs = {n: torch.as_tensor(v) for n, v in item.items() if n in known and n != "labels" and v is not None}
+    inputs = {n: _own(v) for n, v in item.items() if n in known and n != "labels" and v is not None}
     if not any(name in inputs for name in _INPUTS):
         raise CalibrationError(
             f"{type(model).__name__} takes none of {', '.join(sorted(map(str, item)))}; its main input is "
             f"{model.main_input_name}"
         )
     return inputs
+
+
+def _own(values: Any) -> Tensor:
+    """A tensor of ours: the user's gets no gradient, and autograd refuses one that was made under inference_mode."""
+    tensor = torch.as_tensor(values)
+    return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
 def _check_dimensions(values: Tensor) -> None:

@@ -23,6 +23,7 @@ from transformers import (
 from hf_compress.apply import apply
 from hf_compress.calibration.data import Calibration, DataOptions, prepare
 from hf_compress.config import CompressionConfig, check_at_least, check_ratio
+from hf_compress.numerics.defaults import torch_defaults
 from hf_compress.pipeline import check_model, model_size, report_of
 from hf_compress.plan import Plan
 from hf_compress.probe import Probe
@@ -100,6 +101,7 @@ class CompressionCallback(ObjectiveCallback):
 
     # When the Trainer is made: there is no optimizer yet, no DDP around the model, and no checkpoint has been read.
 
+    @torch_defaults()
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._model is not None or self._finished:
             self._refusal = "this callback has served a Trainer already: make a new one for every run"
@@ -132,6 +134,7 @@ class CompressionCallback(ObjectiveCallback):
 
     # When training begins.
 
+    @torch_defaults()
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -206,6 +209,7 @@ class CompressionCallback(ObjectiveCallback):
         scale = scaler.get_scale() if scaler is not None else 1.0
         self.regimen.step((state.global_step + 1) / state.max_steps, scale)
 
+    @torch_defaults()
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.every is None or self._done == len(self._steps) or state.global_step % self.every:
             return
@@ -228,6 +232,7 @@ class CompressionCallback(ObjectiveCallback):
 
     # When training ends.
 
+    @torch_defaults()
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

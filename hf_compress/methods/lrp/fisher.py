@@ -68,9 +68,9 @@ def energies(
         for parameter in model.parameters():
             set_gradient(parameter, False, undo)
         for batch in tqdm(batches, desc="drawing outputs", disable=None):
-            with _watched(stack, batch, linears, found) as starts:
+            with _watched(stack, batch, linears, found):
                 output = forward(model, batch)
-                _backward(first_tensor(output), _drawn(model, output, batch, generator), starts)
+                _backward(first_tensor(output), _drawn(model, output, batch, generator))
     blind = [path for path, sums in found.gradients.items() if not bool(sums.any())]
     if len(blind) == len(found.gradients):
         raise _no_gradients("they are all 0")
@@ -85,28 +85,24 @@ def energies(
 
 
 @contextmanager
-def _watched(stack: Stack, batch: Batch, linears: Mapping[str, nn.Module], found: Energies) -> Iterator[list[Tensor]]:
-    """While a batch runs: the first outputs that gradients go back to, and all energies into `found`."""
-    starts: list[Tensor] = []
+def _watched(stack: Stack, batch: Batch, linears: Mapping[str, nn.Module], found: Energies) -> Iterator[None]:
+    """While a batch runs, forward and backward, all energies go into `found`."""
 
     def hook(path: str) -> Callable[..., Tensor]:
         def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
             rows = real_rows(stack, batch, args[0].detach(), routes.get(module)).float()
             _add(found.read, path, rows.square().sum(dim=0))
             found.rows[path] = found.rows.get(path, 0) + len(rows)
-            found.gradients.setdefault(path, torch.zeros(output.shape[-1], device=output.device))
+            found.gradients.setdefault(path, torch.zeros(output.shape[-1], dtype=torch.float32, device=output.device))
             traced = output if output.requires_grad else output.detach().requires_grad_()
             traced.register_hook(lambda g: _add(found.gradients, path, g.float().square().flatten(0, -2).sum(dim=0)))
-            if traced is output:
-                return output
-            starts.append(traced)
-            return traced.clone()  # some families write into it
+            return output if traced is output else traced.clone()  # some families write into it
 
         return after
 
     hooks = (module.register_forward_hook(hook(path)) for path, module in linears.items())
     with watch_routes(stack.blocks) as routes, hooked(hooks):
-        yield starts
+        yield
 
 
 def _drawn(model: PreTrainedModel, output: Any, batch: Batch, generator: torch.Generator) -> Tensor:
@@ -123,7 +119,7 @@ def _drawn(model: PreTrainedModel, output: Any, batch: Batch, generator: torch.G
     problem = getattr(model.config, "problem_type", None)
     classes = getattr(output, "logits", None) is not None and value.ndim in (2, 3) and logits.shape[-1] > 1
     if not classes or problem == "regression":
-        start = torch.randn(logits.shape, generator=generator)
+        start = torch.randn(logits.shape, dtype=torch.float32, generator=generator)
     elif problem == "multi_label_classification":
         probabilities = logits.sigmoid().cpu()
         start = torch.bernoulli(probabilities, generator=generator) - probabilities
@@ -135,12 +131,12 @@ def _drawn(model: PreTrainedModel, output: Any, batch: Batch, generator: torch.G
     return start * real_tokens(batch, start)[..., None] if start.ndim == 3 else start
 
 
-def _backward(output: Tensor, start: Tensor, ends: list[Tensor]) -> None:
-    """Take a gradient from the outputs back to the first linear maps."""
+def _backward(output: Tensor, start: Tensor) -> None:
+    """Take a gradient from the outputs back to the first linear maps, or to embeddings that were made to require it."""
     if not output.requires_grad:
-        raise _no_gradients("its outputs have none; leave torch.inference_mode, if that is on")
+        raise _no_gradients("its outputs have none")
     try:
-        torch.autograd.grad(output, ends, start, allow_unused=True)
+        torch.autograd.backward(output, start)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, AssertionError) as error:
