@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
@@ -25,6 +26,8 @@ from transformers import (
 
 from hf_compress.calibration.data import Calibration, DataOptions, prepare
 from hf_compress.config import check_not_negative, check_positive, check_share
+from hf_compress.modules.packed import CompactLinear
+from hf_compress.numerics.defaults import torch_defaults
 from hf_compress.pipeline import check_model
 from hf_compress.training.distillation import Distillation, check_teacher, corresponding_blocks
 from hf_compress.training.objective import Objective, ObjectiveCallback, Terms
@@ -50,6 +53,7 @@ class Lesson:
         check_positive("temperature", self.temperature)
 
 
+@torch_defaults()
 def heal(
     model: PreTrainedModel,
     teacher: PreTrainedModel,
@@ -71,7 +75,8 @@ def heal(
             `datasets.Dataset` or a list of mappings, whose text is tokenized.
         tokenizer: for texts, and to pad rows of a dataset.
         lora: adapters to train, merged into the weights at the end: all linear maps with rank 16 by default; None
-            trains all weights.
+            trains all weights. Packed and sparse linear maps cannot take in an adapter without loss, so where there are
+            any, the default is None: the sparse ones learn, and of a packed model what is not packed.
         lesson: what the loss is made of.
         args: of the Trainer; one epoch over the dataset when not given, 8 samples a step, at a learning rate of 1e-3
             with adapters and 1e-4 without.
@@ -81,12 +86,12 @@ def heal(
         `model`. Its `compression_report`, where it has one, notes the healing.
 
     Raises:
-        ValueError, TypeError: bad settings, data or models. Errors and interruptions leave the model as it was with
-            adapters, and half trained without.
+        ValueError, TypeError: bad settings, data or models; adapters on packed or sparse linear maps. Errors and
+            interruptions leave the model as it was with adapters, and half trained without.
     """
     check_model(model)
     check_teacher(model, teacher)
-    lesson = lesson or Lesson()
+    lesson, lora = lesson or Lesson(), _fitting(model, lora)
     rows, collator = _training_data(dataset, model, tokenizer, options)
     with TemporaryDirectory() as folder:
         args = args or _default_arguments(folder, 1e-4 if lora is None else 1e-3)
@@ -123,17 +128,36 @@ def _terms(distillation: Distillation, lesson: Lesson) -> Terms:
     return terms
 
 
+def _fitting(model: PreTrainedModel, lora: Any) -> LoraConfig | None:
+    """The adapters to train; by default on all linear maps, where every one of them can take in what was learned."""
+    if lora is None or isinstance(lora, LoraConfig):
+        return lora
+    if lora != "default":
+        raise TypeError(f"lora must be a peft.LoraConfig, 'default', or None for all weights; got {lora!r}")
+    compact = any(isinstance(module, CompactLinear) for module in model.modules())
+    return None if compact else LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
+
+
+def _check_mergeable(student: Any) -> None:
+    """Raise ValueError where an adapter stands beside weights that cannot take it in."""
+    for path, layer in student.named_modules():
+        if isinstance(layer, BaseTunerLayer) and isinstance(layer.get_base_layer(), CompactLinear):
+            raise ValueError(
+                f"the linear map {path} is packed or sparse, and an adapter cannot be merged into it without loss: "
+                "leave lora out, name other target_modules, or train adapters of your own with peft.get_peft_model "
+                "and keep them beside the model"
+            )
+
+
 @contextmanager
-def _adapters(model: PreTrainedModel, lora: LoraConfig | str | None) -> Iterator[Any]:
+def _adapters(model: PreTrainedModel, lora: LoraConfig | None) -> Iterator[Any]:
     """What to train: the model itself, or adapters on it, which are merged at the end and taken off on errors."""
     trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     mode, cached = model.training, vars(model.config).get("use_cache")  # a Trainer switches the cache off
-    if lora == "default":
-        lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
-    elif not (lora is None or isinstance(lora, LoraConfig)):
-        raise TypeError(f"lora must be a peft.LoraConfig, 'default', or None for all weights; got {lora!r}")
     student: Any = model if lora is None else get_peft_model(model, lora)
     try:
+        if lora is not None:
+            _check_mergeable(student)
         yield student
         if lora is not None:
             student.merge_and_unload()

@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, Trainer, ViTConfig, ViTForImageClassification
 
-from hf_compress import DataOptions, DropBlocksConfig, LayerCollapseConfig, Lesson, MKAConfig, compress, heal
+from hf_compress import DataOptions, DropBlocksConfig, LayerCollapseConfig, Lesson, LRPConfig, MKAConfig, compress, heal
 from hf_compress.storage.save import save
 from tests.architectures.tiny import tiny_seq2seq_model
 from tests.conftest import leftovers
@@ -56,6 +56,37 @@ def test_nearer_to_the_teacher_and_else_as_it_was(kind, lora, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(save(model, tmp_path / "out"))
     with torch.no_grad():
         assert torch.equal(loaded(HELD_OUT).logits, model(HELD_OUT).logits)
+
+
+@pytest.mark.parametrize(
+    "config", [LRPConfig(bits=4, group_size=16), LRPConfig(sparsity=0.7)], ids=["packed", "sparse"]
+)
+def test_packed_and_sparse_maps_learn_without_adapters(config, tmp_path):
+    teacher = tiny_llama(4)
+    model = compress(copy.deepcopy(teacher), config, TEACHING)
+    before, fixed = distance(model, teacher), dict(model.named_buffers())
+    fixed = {name: buffer.clone() for name, buffer in fixed.items()}
+    args = arguments(tmp_path, max_steps=30, per_device_train_batch_size=16, learning_rate=5e-3)
+    heal(model, teacher, TEACHING, args=args)
+    assert distance(model, teacher) < 0.97 * before
+    assert all(torch.equal(buffer, fixed[name]) for name, buffer in model.named_buffers())
+    assert model.compression_report.notes["healing"]["lora"] is False
+    loaded = AutoModelForCausalLM.from_pretrained(save(model, tmp_path / "out"))
+    with torch.no_grad():
+        assert torch.equal(loaded(HELD_OUT).logits, model(HELD_OUT).logits)
+
+
+def test_adapters_that_could_not_be_merged_are_refused_before_training():
+    teacher = tiny_llama(4)
+    model = compress(copy.deepcopy(teacher), LRPConfig(bits=7, group_size=8), TEACHING)
+    before = Snapshot(model)
+    for targets in (["q_proj"], "all-linear"):
+        with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj is packed or sparse"):
+            heal(model, teacher, TEACHING, lora=LoraConfig(target_modules=targets))
+    assert before.matches(model)
+    assert not hasattr(model, "peft_config")
+    heal(model, teacher, TEACHING, lora=LoraConfig(target_modules=["lm_head"]))
+    assert model.compression_report.notes["healing"]["lora"] is True
 
 
 def test_twice(tmp_path):
