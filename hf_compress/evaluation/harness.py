@@ -24,6 +24,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.calibration.capture import inference
+from hf_compress.evaluation.kinds import check_predicts_text
 
 TASK_PACK = Path(__file__).parent / "tasks"  # the tasks that ship with this package: always found, by their names
 
@@ -70,9 +71,11 @@ def run_tasks(  # noqa: PLR0913 (each of them is an argument of lm-eval's own)
 
     Raises:
         ImportError: lm-eval is not installed.
+        UnsupportedModelError: a model that does not predict the next token.
         ValueError: an unknown task, a folder that is not there, or a number out of its range.
         OSError: lm-eval could not write its files.
     """
+    check_predicts_text(model, "scoring on lm-eval tasks")
     _require_lm_eval()
     names = [tasks] if isinstance(tasks, str) else list(tasks)
     _check(names, batch_size, limit)

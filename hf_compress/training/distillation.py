@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.calibration.capture import inference, watch_blocks
 from hf_compress.calibration.objective import first_tensor
+from hf_compress.report.history import history_of
 from hf_compress.training.objective import shifts_labels
 
 _NOT_FOR_THE_TEACHER = ("shift_labels", "num_items_in_batch")
@@ -169,19 +170,19 @@ def _gap(student: Tensor, teacher: Tensor) -> Tensor:
 def corresponding_blocks(student: PreTrainedModel, teacher: PreTrainedModel) -> list[tuple[int, int]]:
     """Which blocks of two models stand for each other.
 
-    All, where they have as many; else those that the student's `compression_report` says have stayed; where it says
-    nothing, the last ones, whose streams the heads read.
+    All, where they have as many; else those that have stayed, by the student's history, since it had as many as the
+    teacher; where that tells of no such time, the last ones, whose streams the heads read.
     """
     own, other = Anatomy(student).stack(), Anatomy(teacher).stack()
     if len(own) == len(other):
         return [(index, index) for index in range(len(own))]
-    report = getattr(student, "compression_report", None)
-    edits = [e for e in (report.edits if report is not None else ()) if e.get("stack") == own.path]
-    gone = {index for edit in edits for index in edit.get("blocks", edit.get("absorbed", ()))}
-    last = {index: index for index in range(len(other)) if index not in gone}  # of the blocks that a block stands for
-    for edit in edits:
-        if edit["edit"] == "MergeBlocks":
-            last[edit["kept"]] = max(edit["kept"], *edit["absorbed"])
-    if len(last) != len(own):
-        return [(len(own) - 1, len(other) - 1)]
-    return list(enumerate(last.values()))
+    history = history_of(student)
+    last = list(range(len(own)))  # of the blocks that each stands for, counted as before the stages gone through
+    for stage in reversed(history.stages if history else ()):
+        stands_for = list(stage.survivors(own.path).values())
+        if max(last) >= len(stands_for):
+            break
+        last = [stands_for[index] for index in last]
+        if stage.before.blocks.get(own.path) == len(other):
+            return list(enumerate(last))
+    return [(len(own) - 1, len(other) - 1)]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from tempfile import TemporaryDirectory
+from time import perf_counter
 from typing import Any, Literal
 
 import torch
@@ -29,6 +30,8 @@ from hf_compress.config import check_not_negative, check_positive, check_share
 from hf_compress.modules.packed import CompactLinear
 from hf_compress.numerics.defaults import torch_defaults
 from hf_compress.pipeline import check_model
+from hf_compress.report.history import add_stage, history_of, model_size
+from hf_compress.report.report import HEAL, Stage, Step
 from hf_compress.training.distillation import Distillation, check_teacher, corresponding_blocks
 from hf_compress.training.objective import Objective, ObjectiveCallback, Terms
 
@@ -83,7 +86,7 @@ def heal(
         options: length and column of texts.
 
     Returns:
-        `model`. Its `compression_report`, where it has one, notes the healing.
+        `model`. The healing is the last stage of its `compression_report`.
 
     Raises:
         ValueError, TypeError: bad settings, data or models; adapters on packed or sparse linear maps. Errors and
@@ -92,6 +95,8 @@ def heal(
     check_model(model)
     check_teacher(model, teacher)
     lesson, lora = lesson or Lesson(), _fitting(model, lora)
+    lesson = lesson or Lesson()
+    history, size, start = history_of(model), model_size(model), perf_counter()
     rows, collator = _training_data(dataset, model, tokenizer, options)
     with TemporaryDirectory() as folder:
         args = args or _default_arguments(folder, 1e-4 if lora is None else 1e-3)
@@ -106,8 +111,18 @@ def heal(
             callback.objective = Objective(student, _terms(distillation, lesson))
             with distillation.watching():
                 result = trainer.train()
-    if (report := getattr(model, "compression_report", None)) is not None:
-        report.notes["healing"] = {"steps": result.global_step, "loss": result.training_loss, "lora": lora is not None}
+    stage = Stage(
+        method=HEAL,
+        config={**asdict(lesson), "lora": lora is not None},
+        before=size,
+        after=model_size(model),
+        edits=[],
+        notes={"steps": result.global_step, "loss": result.training_loss},
+        steps=[Step("train", perf_counter() - start)],
+        calibration={},
+        parity=None,
+    )
+    add_stage(model, stage, history)
     return model
 
 

@@ -52,7 +52,10 @@ def test_nearer_to_the_teacher_and_else_as_it_was(kind, lora, tmp_path):
     assert not model.training
     assert not frozen.requires_grad
     assert not hasattr(model, "peft_config")
-    assert model.compression_report.notes["healing"]["lora"] is (lora is not None)
+    stages = model.compression_report.stages
+    assert [stage.method for stage in stages] == [CONFIGS[kind].method, "heal"]
+    assert (stages[1].config["lora"], stages[1].notes["steps"]) == (lora is not None, 60)
+    assert stages[1].before == stages[1].after == stages[0].after
     loaded = AutoModelForCausalLM.from_pretrained(save(model, tmp_path / "out"))
     with torch.no_grad():
         assert torch.equal(loaded(HELD_OUT).logits, model(HELD_OUT).logits)
