@@ -91,6 +91,6 @@ def _beside(model: PreTrainedModel) -> Path | None:
 
 def _read(path: Path) -> CompressionReport:
     try:
-        return CompressionReport.from_json(path.read_text(encoding="utf-8"))
+        return CompressionReport.from_json(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is {error}: move it away") from error

@@ -147,8 +147,8 @@ class CompressionReport:
         return text
 
     @staticmethod
-    def from_json(text: str) -> CompressionReport:
-        """The inverse of `to_json`.
+    def from_json(text: str | bytes) -> CompressionReport:
+        """The inverse of `to_json`; takes a file's bytes, too.
 
         Raises:
             ValueError: the text is no report, or one of another version.

@@ -56,7 +56,7 @@ def test_a_head_whose_weights_are_missing_is_not_made_up(kind, tmp_path):
     del weights[gone]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     for load in (load_saved, evaluate):
-        with pytest.raises(UnsupportedModelError, match="are missing there .* they would be random"):
+        with pytest.raises(UnsupportedModelError, match=r"are missing there .* they would be random"):
             load(str(tmp_path))
 
 
