@@ -69,13 +69,8 @@ def save(
     check_target(Path(directory), overwrite)
     inputs = Probe.of(model, probe)
 
-    target = Path(directory).resolve()
-
     def write(folder: Path) -> None:
-        with quiet():
-            model.save_pretrained(folder)
-        details = CardDetails(name=target.name, tokenizer=tokenizer is not None, portable=portable)
-        write_beside(model, folder, target, tokenizer, card, lambda: model_card(model, details=details))
+        _write(model, folder, Path(directory).resolve(), tokenizer, card, portable)
         if portable:
             make_portable(model, folder)
 
@@ -108,6 +103,20 @@ def check_target(directory: Path, overwrite: bool) -> None:
         raise FileExistsError(
             f"{directory} exists and is not empty: choose another, or pass overwrite=True (--overwrite)"
         )
+
+
+def _write(
+    model: PreTrainedModel,
+    folder: Path,
+    target: Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    card: ModelCard | None,
+    portable: bool,
+) -> None:
+    with quiet():
+        model.save_pretrained(folder)
+    details = CardDetails(name=target.name, tokenizer=tokenizer is not None, portable=portable)
+    write_beside(model, folder, target, tokenizer, card, lambda: model_card(model, details=details))
 
 
 def _share(folder: Path) -> None:
