@@ -354,7 +354,7 @@ def test_a_second_change_on_the_command_line_tells_the_first(small: Path, tmp_pa
     assert result.exit_code == 0, result.output
     assert "1. drop_blocks" in result.stdout
     assert "2. drop_blocks" in result.stdout
-    assert "2\\. drop_blocks" in (small / "README.md").read_text()
+    assert "2. drop_blocks" in (small / "README.md").read_text()
     shown = run("info", small)
     assert shown.exit_code == 0, shown.output
     for part in ("left out: 4–5", "left out: 3", "original"):

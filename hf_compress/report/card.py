@@ -35,7 +35,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _IN_HUB_CACHE = re.compile(r"models--(?:([\w.-]+?)--)?([\w.-]+)[/\\]snapshots", re.ASCII)
 
 _SOMEWHERE = "path/to/"  # stands for the folders above a model's own, which a card does not tell
-_HERE = "  # the folder that holds this card"
+_REPLACE = "# Replace the path by that of the folder that holds this card."
 
 # The Auto class that loads a model, its table in Transformers, and the Hub's task where the class leaves no doubt.
 # In this order: a class that takes images and text stands in the table of language models, too.
@@ -189,9 +189,8 @@ def _check(model: Any, result: Any, controls: Mapping[str, Any]) -> None:
 
 def for_the_hub(card: ModelCard, name: str, repo_id: str) -> ModelCard:
     """A card that `save` made for a folder called `name`, with an example that loads the model from the Hub."""
-    here = _quoted(f"{_SOMEWHERE}{name}")
-    text = str(card).replace(f"({here}){_HERE}", f"({here})")
-    return ModelCard(text.replace(f".from_pretrained({here})", f".from_pretrained({_quoted(repo_id)})"))
+    here, there = (f".from_pretrained({_quoted(place)})" for place in (f"{_SOMEWHERE}{name}", repo_id))
+    return ModelCard(str(card).replace(f"{_REPLACE}\n", "").replace(here, there))
 
 
 def _quoted(text: str) -> str:
@@ -263,7 +262,6 @@ def _loading(facts: _Facts) -> str:
     cls = type(facts.model).__name__
     auto = _auto_class(facts.model)[0] or cls
     place = _quoted(facts.details.repo_id or f"{_SOMEWHERE}{facts.name}")
-    note = "" if facts.details.repo_id else _HERE
     tokenizer = ["AutoTokenizer"] if facts.details.tokenizer and facts.model.main_input_name == "input_ids" else []
     lines = ["import hf_compress  # teaches Transformers the model's structure"] if facts.needs_plugin else []
     if hasattr(transformers, auto):
@@ -271,7 +269,8 @@ def _loading(facts: _Facts) -> str:
     else:
         lines += [f"# {cls} is no part of Transformers: import it from where it is defined."]
         lines += ["from transformers import AutoTokenizer"] if tokenizer else []
-    lines += ["", f"model = {auto}.from_pretrained({place}){note}"]
+    lines += ["", *([] if facts.details.repo_id else [_REPLACE])]
+    lines += [f"model = {auto}.from_pretrained({place})"]
     lines += [f"tokenizer = AutoTokenizer.from_pretrained({place})"] if tokenizer else []
     text = "It is a plain checkpoint: stock Transformers loads it, without hf_compress."
     if facts.needs_plugin:

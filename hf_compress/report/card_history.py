@@ -33,7 +33,7 @@ def _by_stage(report: CompressionReport, parts: list[str]) -> str:
     """A text for each stage, under headings where there are several."""
     if len(parts) == 1:
         return parts[0]
-    titles = [f"### {number}\\. {escape(stage.method)}" for number, stage in enumerate(report.stages, 1)]
+    titles = [f"### {number}. {escape(stage.method)}" for number, stage in enumerate(report.stages, 1)]
     return "\n\n".join(f"{title}\n\n{part}" for title, part in zip(titles, parts, strict=True))
 
 
@@ -45,7 +45,7 @@ def changes(report: CompressionReport) -> str:
         text = edits_table(stage.edits) if stage.edits else _unedited(stage)
         if stage.edits:
             text += f"\n\nBlocks are counted from 0, in the {'model before this change' if several else 'base model'}."
-        if several:
+        if several and stage.before != stage.after:
             text += f"\n\n{_left(stage.before, stage.after)}"
         parts.append(text)
     return f"## What was changed\n\n{_by_stage(report, parts)}"

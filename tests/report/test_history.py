@@ -222,9 +222,9 @@ def test_the_card_tells_all_stages(changed_twice):
     assert sizes["blocks in model.layers"] == ["5", "3"]
     changed = card.text.partition("## What was changed")[2].partition("## Size")[0]
     assert [line for line in changed.splitlines() if line.startswith("###")] == [
-        "### 1\\. drop_blocks",
-        "### 2\\. illc",
-        "### 3\\. heal",
+        "### 1. drop_blocks",
+        "### 2. illc",
+        "### 3. heal",
     ]
     assert changed.count("in the model before this change") == 2
     assert f"Parameters: {before.parameters:,} → {between.parameters:,};" in changed

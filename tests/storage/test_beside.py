@@ -54,7 +54,7 @@ def test_a_change_gets_a_new_card_and_says_so(folder, caplog):
     with caplog.at_level(logging.WARNING):
         over_itself(folder, lambda model: compress(model, DROP))
     assert "README.md is replaced by a new card" in caplog.text
-    assert "2\\. drop_blocks" in (folder / "README.md").read_text()
+    assert "2. drop_blocks" in (folder / "README.md").read_text()
 
 
 def test_a_model_of_another_size_than_the_card_says_gets_a_new_one(folder):
