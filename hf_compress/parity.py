@@ -24,7 +24,8 @@ from hf_compress.probe import Outputs, Probe, one_line, outputs_on, quiet, same_
 
 _TRAINING_ONLY = re.compile("DropPath|StochasticDepth")  # their rates rise with the depth, and count in training alone
 _PLAIN = (bool, int, float, str)
-_NOT_STRUCTURE = frozenset({"training", "name_or_path", "gradient_checkpointing"})
+# What tells nothing of the structure. Transformers leaves `vocab_size` as it was when embeddings are resized.
+_NOT_STRUCTURE = frozenset({"training", "name_or_path", "gradient_checkpointing", "vocab_size"})
 
 
 def rebuild(model: PreTrainedModel) -> PreTrainedModel:

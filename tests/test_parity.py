@@ -112,3 +112,9 @@ def test_same_means_the_same_bits():
     assert same_outputs({"logits": nan}, {"logits": nan})
     assert not same_outputs({"logits": one}, {"logits": one, "more": one})
     assert not same_outputs({"logits": one, "more": one}, {"logits": one})
+
+
+def test_a_model_with_added_tokens_is_itself():
+    model = tiny_model("llama")
+    model.resize_token_embeddings(model.config.vocab_size + 6)
+    check(model)
