@@ -141,7 +141,8 @@ PLACES = [
     (vitdet, "encoder.layer", [0, 2], "window_block_indices", (1,), [0, 1]),
     (vitdet, "encoder.layer", [0, 2], "window_block_indices", (2,), [0]),
     (clipseg, "clip.vision_model.encoder.layers", [0, 2], "extract_layers", (1,), [0, 1]),
-    (clipseg, "clip.vision_model.encoder.layers", [1, 2], "extract_layers", (2,), None),
+    (clipseg, "clip.vision_model.encoder.layers", [1, 2], "extract_layers", (2,), [1, 1]),
+    (clipseg, "clip.vision_model.encoder.layers", [0, 2], "extract_layers", (0,), None),
 ]
 
 
@@ -202,7 +203,7 @@ def test_places_of_blocks_move_with_the_blocks(build, stack, setting, name, bloc
 )
 def test_a_field_that_nobody_renumbers_is_refused_by_name(build, stack, setting, name, monkeypatch):
     """As with a field that is not known here: config and module stay alike, and only the original tells."""
-    monkeypatch.setattr(layout, "_READ_AT", {})
+    monkeypatch.setattr(layout, "_PLACES", {})
     torch.manual_seed(0)
     model, inputs = build(setting)
     probe = Probe.of(model, Batch(inputs, None))

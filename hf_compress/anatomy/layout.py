@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import GenerationConfig, PreTrainedConfig
 
@@ -41,21 +41,34 @@ INDEX_LISTS: dict[str, int] = {
     "window_block_indices": 0,
 }
 
-# Places where the stream is read for another use, as indices of hidden states (0 is what the embeddings give, negative
-# ones count from the last) or of the blocks behind which they are. Field -> (the names by which the config that has the
-# field knows the one that counts the blocks, "" where that is itself; the hidden state that index 0 means).
-_READ_AT: dict[str, tuple[tuple[str, ...], int]] = {
-    "backbone_out_indices": (("",), 1),
-    "cat_hidden_layers": (("",), 0),
-    "deepstack_visual_indexes": (("",), 1),
-    "extract_layers": (("vision_config",), 1),
-    "feature_layer": (("",), 0),
-    "insert_layer_id": (("", "vision_config"), 1),
-    "intermediate_hidden_state_indices": (("",), 1),
-    "intermediate_hook_ids": (("patch_model_config",), 1),
-    "intermediate_layers_indices": (("",), 0),
-    "spatial_vision_layer": (("vision_config",), 0),
-    "vision_feature_layer": (("vision_config",), 0),
+
+class _Place(NamedTuple):
+    """What a field means that says behind which blocks the stream is read for another use.
+
+    Attributes:
+        first: the hidden state that index 0 means: that before the first block (0) or behind it (1). Negative indices
+            count from the last.
+        once: whether a block may stand there once only, since the model asks of every block whether it does.
+        counts: what the config that has the field calls the one that counts the blocks; "" where that is itself.
+    """
+
+    first: int
+    once: bool = False
+    counts: tuple[str, ...] = ("",)
+
+
+_PLACES: dict[str, _Place] = {
+    "backbone_out_indices": _Place(1, once=True),
+    "cat_hidden_layers": _Place(0, once=True),
+    "deepstack_visual_indexes": _Place(1, once=True),
+    "extract_layers": _Place(1, counts=("vision_config",)),
+    "feature_layer": _Place(0),
+    "insert_layer_id": _Place(1, counts=("", "vision_config")),
+    "intermediate_hidden_state_indices": _Place(1, once=True),
+    "intermediate_hook_ids": _Place(1, counts=("patch_model_config",)),
+    "intermediate_layers_indices": _Place(1),
+    "spatial_vision_layer": _Place(0, counts=("vision_config",)),
+    "vision_feature_layer": _Place(0, counts=("vision_config",)),
 }
 
 # Words in the names of fields that may say something of single blocks, be it not known here what.
@@ -102,7 +115,7 @@ def per_block_fields(config: PreTrainedConfig, length: int) -> list[str]:
         and len(value) == length
         and name not in INDEX_LISTS
         and name not in _SHORT_FORMS
-        and name not in _READ_AT
+        and name not in _PLACES
         and not name.startswith("mtp_")  # of blocks for predicting several tokens, which are no part of the stack
         and (name in PER_BLOCK_LISTS or any(word in name for word in _PER_BLOCK_WORDS))
         and (not isinstance(value, str) or "pattern" in name)
@@ -182,18 +195,18 @@ def cut_places(config: PreTrainedConfig, counts: str, length: int, kept: Sequenc
     Raises:
         UnsupportedModelError: a place was behind the first block, and that is gone, or two places would be one.
     """
-    for name, (about, first) in _READ_AT.items():
+    for name, place in _PLACES.items():
         value = vars(config).get(name)
-        if counts not in about or isinstance(value, bool) or not isinstance(value, (int, list, tuple)):
+        if counts not in place.counts or isinstance(value, bool) or not isinstance(value, (int, list, tuple)):
             continue
         old = [value] if isinstance(value, int) else list(value)
-        states = [index + first if index >= 0 else index + length + 1 for index in old]
+        states = [index + place.first if index >= 0 else index + length + 1 for index in old]
         if not all(0 <= state <= length for state in states):
             continue  # left from a deeper model, and of no use in this one
         after = [sum(block < state for block in kept) for state in states]
-        new = [a - first if index >= 0 else a - len(kept) - 1 for a, index in zip(after, old, strict=True)]
-        least = 1 if isinstance(value, int) and not first else 0  # Transformers takes a hidden state 0 for none
-        if any(a < least <= b for a, b in zip(new, old, strict=True)) or (first and len(set(new)) < len(set(old))):
+        new = [a - place.first if index >= 0 else a - len(kept) - 1 for a, index in zip(after, old, strict=True)]
+        least = 1 if isinstance(value, int) and not place.first else 0  # Transformers takes a hidden state 0 for none
+        if any(a < least <= b for a, b in zip(new, old, strict=True)) or (place.once and len(set(new)) < len(set(old))):
             raise UnsupportedModelError(
                 f"the config field {name}={value} has the stream read behind blocks, each for a use of its own, and "
                 f"of the blocks {sorted(set(range(length)) - set(kept))} one is needed for that: leave it in"
