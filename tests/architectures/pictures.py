@@ -109,14 +109,18 @@ def _of_sizes(model: PreTrainedModel, rows: int, noise: Noise) -> tuple[Inputs, 
 
 def _several(model: PreTrainedModel, rows: int, noise: Noise) -> tuple[Inputs, dict[int, int]]:
     """One of the several pictures that a text may have (Idefics)."""
-    return _counted(model, rows, {"pixel_values": _pixels(model.config.vision_config, noise, rows, 1)})
+    pixels = _pixels(model.config.vision_config, noise, rows, 1)
+    seen = torch.ones(rows, 1, *pixels.shape[-2:], dtype=torch.bool)
+    return _counted(model, rows, {"pixel_values": pixels, "pixel_attention_mask": seen})
 
 
 def _grids(model: PreTrainedModel, rows: int, noise: Noise) -> tuple[Inputs, dict[int, int]]:
     """Patches of all pictures in one list, and how many of them each has in time, height and width (Qwen-VL, GLM-V)."""
     vision = model.config.vision_config
     height, width = 2 * vision.spatial_merge_size, 4 * vision.spatial_merge_size
-    channels = getattr(vision, "in_channels", None) or vision.in_chans
+    channels = next(
+        getattr(vision, name) for name in ("in_channels", "in_chans", "num_channels") if hasattr(vision, name)
+    )
     patch = channels * vision.temporal_patch_size * vision.patch_size**2
     grid = torch.tensor([[1, height, width]]).repeat(rows, 1)
     return _counted(model, rows, {"pixel_values": noise(rows * height * width, patch), "image_grid_thw": grid})

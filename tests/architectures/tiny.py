@@ -51,28 +51,33 @@ class CannotBuild(Exception):
 # --- configurations ---------------------------------------------------------------------------------------------------
 
 
-def tiny_config(model_type: str) -> PreTrainedConfig:
-    """The default configuration of a model type, shrunk."""
+# Fields of a configuration and of its parts, by their model types: {"qwen2": {"use_sliding_window": True}}.
+Settings = dict[str, dict[str, Any]]
+
+
+def tiny_config(model_type: str, settings: Settings | None = None) -> PreTrainedConfig:
+    """The default configuration of a model type, shrunk, with these settings of it and of its parts."""
     if model_type in CANNOT:
         raise CannotBuild(CANNOT[model_type])
-    return _shrink(CONFIG_MAPPING[model_type], {})
+    return _shrink(CONFIG_MAPPING[model_type], {}, settings or {})
 
 
-def _shrink(kind: type[PreTrainedConfig], ids: dict[int, int]) -> PreTrainedConfig:
-    exceptions = copy.deepcopy(OVERRIDES.get(kind.model_type, {}))
+def _shrink(kind: type[PreTrainedConfig], ids: dict[int, int], settings: Settings) -> PreTrainedConfig:
+    exceptions = copy.deepcopy(OVERRIDES.get(kind.model_type, {}) | settings.get(kind.model_type, {}))
     default = kind()
     kwargs: dict[str, Any] = {}
     for field in dataclasses.fields(kind):
         value = default.__dict__.get(field.name)
         if isinstance(value, PreTrainedConfig):
-            kwargs[field.name] = exceptions.get(field.name) or _shrink(type(value), ids)
+            kwargs[field.name] = exceptions.get(field.name) or _shrink(type(value), ids, settings)
         elif field.name in exceptions:
             kwargs[field.name] = exceptions[field.name]
         elif _is_token_id(field.name):
             kwargs[field.name] = _inside(value, ids)
         elif (size := _size(field, default)) is not None:
             kwargs[field.name] = size
-    kwargs |= {name: _shrink(CONFIG_MAPPING[part], ids) for name, part in TOWERS.get(kind.model_type, {}).items()}
+    for name, part in TOWERS.get(kind.model_type, {}).items():
+        kwargs[name] = _shrink(CONFIG_MAPPING[part], ids, settings)
     kwargs = exceptions | kwargs  # some exceptions are no fields: arguments from which the class derives others
     config = kind(**kwargs)
     if patterns := {k: v for k, v in _patterns(default, config).items() if k not in exceptions}:
@@ -182,8 +187,9 @@ def tiny_vision_language_model(model_type: str, seed: int = 0) -> PreTrainedMode
     return _build(AutoModelForImageTextToText, model_type, seed)
 
 
-def _build(auto: Any, model_type: str, seed: int) -> PreTrainedModel:
-    config = tiny_config(model_type)
+def _build(auto: Any, model_type: str, seed: int, settings: Settings | None = None) -> PreTrainedModel:
+    """The same by the auto class that knows it, with other settings than the default ones."""
+    config = tiny_config(model_type, settings)
     if auto is AutoModelForCausalLM and getattr(config, "is_decoder", True) is False:
         config.is_decoder = True  # else BERT and its kin read both ways and keep no cache
     with torch.random.fork_rng(devices=[]):
@@ -193,7 +199,8 @@ def _build(auto: Any, model_type: str, seed: int) -> PreTrainedModel:
         except ImportError as missing:
             raise CannotBuild(f"needs a package: {' '.join(str(missing).split())[:120]}") from missing
     randomise(model, seed)
-    if written := placeholder_ids(config):  # Phi-4 would look for a picture where it writes such a token
+    if model.can_generate() and (written := placeholder_ids(config)):
+        # Phi-4 would look for a picture where it writes such a token
         model.generation_config.suppress_tokens = written
     return model.eval()
 
@@ -246,6 +253,9 @@ def tiny_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
         spectral = hasattr(config, "num_mel_bins")
         return {"input_values": noise(BATCH, *((config.max_length, config.num_mel_bins) if spectral else (4000,)))}
     inputs: dict[str, Tensor] = {}
+    if "input_features_mask" in wanted and "input_ids" not in wanted:
+        mask = torch.ones(BATCH, LENGTH, dtype=torch.long)
+        return {"input_features": noise(BATCH, LENGTH, config.input_size), "input_features_mask": mask}
     if model.main_input_name == "input_features":
         inputs["input_features"] = noise(BATCH, config.num_mel_bins, 2 * config.max_source_positions)
     else:
