@@ -42,8 +42,11 @@ def _arguments(model: PreTrainedModel) -> set[str]:
 
 def _tower(model: PreTrainedModel, kind: str) -> Callable[..., Any] | None:
     """The method that gives a picture's or a sound's place in the text its vectors."""
-    name = f"get_{kind}_features"
-    return getattr(model, name, None) or getattr(getattr(model, "model", None), name, None)
+    for owner in (model, getattr(model, "model", None)):
+        run = getattr(owner, f"get_{kind}_features", None)
+        if run is not None and "args" not in inspect.signature(run).parameters:  # else it hands all on to the next
+            return run
+    return None
 
 
 def _inserted(model: PreTrainedModel, inputs: Inputs, tokens: dict[int, int]) -> Inputs:
@@ -77,6 +80,7 @@ def _counted(model: PreTrainedModel, rows: int, pictures: Inputs, kind: str = "i
         output = run(**pictures)
     vectors = getattr(output, "pooler_output", None)
     vectors = output.last_hidden_state if vectors is None else vectors
+    vectors = output.deepstack_features[0][1] if vectors is None else vectors  # Granite 4: for inner blocks alone
     parts = vectors if isinstance(vectors, (list, tuple)) else [vectors]
     count = sum(part.numel() // part.shape[-1] for part in parts)
     return pictures, {getattr(model.config, f"{kind}_token_id"): count // rows}
@@ -108,10 +112,38 @@ def _of_sizes(model: PreTrainedModel, rows: int, noise: Noise) -> tuple[Inputs, 
 
 
 def _several(model: PreTrainedModel, rows: int, noise: Noise) -> tuple[Inputs, dict[int, int]]:
-    """One of the several pictures that a text may have (Idefics)."""
-    pixels = _pixels(model.config.vision_config, noise, rows, 1)
-    seen = torch.ones(rows, 1, *pixels.shape[-2:], dtype=torch.bool)
-    return _counted(model, rows, {"pixel_values": pixels, "pixel_attention_mask": seen})
+    """One of the several pictures that a text may have (Idefics); or one tile of it, and that it is there (Docling)."""
+    pictures = {"pixel_values": _pixels(model.config.vision_config, noise, rows, 1)}
+    run = _tower(model, "image")
+    assert run is not None
+    if inspect.signature(run).parameters["pixel_attention_mask"].default is inspect.Parameter.empty:
+        pictures["pixel_attention_mask"] = torch.ones(rows, 1, dtype=torch.bool)
+    return _counted(model, rows, pictures)
+
+
+def _strip(model: PreTrainedModel, rows: int, noise: Noise) -> tuple[Inputs, dict[int, int]]:
+    """Patches of all pictures, side by side in one strip, and each picture's height and width (MiniCPM-V)."""
+    vision = model.config.vision_config
+    side = 4
+    pixels = noise(1, vision.num_channels, vision.patch_size, rows * side**2 * vision.patch_size)
+    sizes = torch.full((rows, 2), side, dtype=torch.int32)
+    return _counted(model, rows, {"pixel_values": pixels, "target_sizes": sizes})
+
+
+def _pooled(model: PreTrainedModel, rows: int, noise: Noise) -> tuple[Inputs, dict[int, int]]:
+    """Patches of each picture, and which of them become one token (Molmo)."""
+    vision = model.config.vision_config
+    patches, tokens = vision.num_position_embeddings, 4
+    grid = torch.tensor([[2, 2, 0, 0]]).repeat(rows, 1)
+    return _counted(
+        model,
+        rows,
+        {
+            "pixel_values": noise(rows, patches, vision.num_channels * vision.patch_size**2),
+            "image_token_pooling": torch.arange(rows * patches).view(rows * tokens, -1),
+            "image_grids": grid,
+        },
+    )
 
 
 def _grids(model: PreTrainedModel, rows: int, noise: Noise) -> tuple[Inputs, dict[int, int]]:
@@ -195,6 +227,8 @@ FORMS: dict[str, Form] = {
     "aspect_ratio_ids": _tiles,
     "cross_attention_states": _states,
     "image_grid_thw": _grids,
+    "target_sizes": _strip,
+    "image_token_pooling": _pooled,
     "pixel_attention_mask": _several,
     "image_sizes": _of_sizes,
     "pixel_values": _whole,

@@ -4,7 +4,7 @@ Found by reading every `configuration_*.py` of Transformers for lists of block i
 entry a block, and every `modeling_*.py` for what it computes from a block's index.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import (
@@ -29,22 +29,20 @@ class Variant:
     Attributes:
         auto: the auto class that builds it.
         model_type: of the whole model.
-        settings: fields of its configuration, or of a part's where `part` names one.
-        part: the model type of that part.
+        settings: fields of its configuration and of its parts, by their model types.
     """
 
     auto: Any
     model_type: str
-    settings: dict[str, Any] = field(default_factory=dict)
-    part: str = ""
+    settings: tiny.Settings
 
     def build(self, seed: int = 0) -> PreTrainedModel:
         """The tiny model, as those of :mod:`tests.architectures.tiny`."""
-        return tiny._build(self.auto, self.model_type, seed, {self.part or self.model_type: self.settings})
+        return tiny._build(self.auto, self.model_type, seed, self.settings)
 
     def __str__(self) -> str:
-        words = ",".join(f"{name}={value}" for name, value in self.settings.items())
-        return f"{self.model_type}[{words}]".replace(" ", "")
+        fields = [f"{name}={value}" for part in self.settings.values() for name, value in part.items()]
+        return f"{self.model_type}[{','.join(fields)}]".replace(" ", "")
 
 
 _FULL, _SLIDING, _LINEAR = "full_attention", "sliding_attention", "linear_attention"
@@ -55,7 +53,8 @@ _SLIDES = {"use_sliding_window": True, "max_window_layers": 1}
 
 
 def _of(auto: Any, table: dict[str, list[dict[str, Any]]], part: str = "") -> list[Variant]:
-    return [Variant(auto, name, settings, part) for name, several in table.items() for settings in several]
+    """A variant for each of several settings of each model type; of its part of this model type, where one is named."""
+    return [Variant(auto, name, {part or name: fields}) for name, several in table.items() for fields in several]
 
 
 CAUSAL = _of(
@@ -199,16 +198,16 @@ SEQ2SEQ = _of(
     },
 )
 
-_TAPS = [{"vision_feature_layer": layer} for layer in (2, -1, -3, -5)]
-_SEVERAL_TAPS = [{"vision_feature_layer": [-2, 1]}, {"vision_feature_layer": [0, 1, 2, 4]}]
+_TAPS = [{"vision_feature_layer": layer} for layer in (2, -3, -5)]
+_SEVERAL_TAPS = [{"vision_feature_layer": [-1, 1]}, {"vision_feature_layer": [0, 1, 2, 4]}]
 _DEEPSTACK = [{"deepstack_visual_indexes": taps} for taps in ([1, 2, 3], [3], [1, 2])]
 
 VISION_LANGUAGE = [
     *_of(
         AutoModelForImageTextToText,
         {
-            **{name: _TAPS + _SEVERAL_TAPS for name in ("llava", "llava_next", "vipllava", "llava_onevision")},
-            **{name: _TAPS for name in ("aya_vision", "internvl", "mistral3", "qianfan_ocr")},
+            **dict.fromkeys(("llava", "llava_next", "vipllava", "llava_onevision"), _TAPS + _SEVERAL_TAPS),
+            **dict.fromkeys(("aya_vision", "internvl", "mistral3", "qianfan_ocr"), _TAPS),
         },
     ),
     *_of(AutoModelForImageTextToText, {"qwen3_vl": _DEEPSTACK}, "qwen3_vl_vision"),
@@ -262,14 +261,48 @@ VISION_LANGUAGE = [
         {"exaone4_5": [{"window_size": 32, "fullatt_block_indexes": [0, 2]}]},
         "exaone4_5_vision",
     ),
-    *_of(
+    Variant(
         AutoModelForImageTextToText,
-        {"granite4_vision": [{"deepstack_layer_map": [[1, 0], [-2, 2]], "spatial_target_layers": [1, 3, 1, 3]}]},
+        "granite4_vision",
+        {
+            "granite4_vision": {
+                "downsample_rate": "1/2",
+                "image_grid_pinpoints": [[16, 32]],
+                "deepstack_layer_map": [[1, 0], [-2, 2]],
+                "spatial_target_layers": [1, 3, 4, 5],
+            },
+            "granite4_vision_text": {"num_hidden_layers": 6},
+        },
     ),
     *_of(
         AutoModelForImageTextToText,
-        {"granite_docling": [{"deepstack_visual_indexes": [0, 2]}, {"deepstack_visual_indexes": [1, 2, 3]}]},
+        {
+            "granite_docling": [
+                {"image_size": 32, "scale_factor": 2, "deepstack_visual_indexes": taps} for taps in ([0, 2], [1, 2, 3])
+            ]
+        },
         "granite_docling_vision",
+    ),
+    *_of(
+        AutoModelForImageTextToText,
+        {
+            "minicpmv4_6": [{"image_token_id": 120, "insert_layer_id": place} for place in (0, 1, 2)],
+            "minicpmv4_7": [{"image_token_id": 120, "insert_layer_id": 1}],
+        },
+    ),
+    *(
+        Variant(
+            AutoModelForImageTextToText,
+            "molmo2",
+            {
+                "molmo2": {"image_patch_id": 120},
+                "molmo2_vision": {"image_size": [32, 32], "num_position_embeddings": 16},
+                "molmo2_adapter": {"vision_feature_layer": taps, "text_hidden_size": 64},
+                "molmo2_text": scaled,
+            },
+        )
+        for taps in ([2, 1], [-1, 0])
+        for scaled in ({}, {"rope_scaling_layers": [0, 2]})
     ),
     *_of(AutoModelForImageTextToText, {"aria": [{"projector_patch_to_query_dict": {4: 2}, **taps} for taps in _TAPS]}),
     *_of(
