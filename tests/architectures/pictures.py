@@ -113,10 +113,9 @@ def _of_sizes(model: PreTrainedModel, rows: int, noise: Noise) -> tuple[Inputs, 
 
 def _several(model: PreTrainedModel, rows: int, noise: Noise) -> tuple[Inputs, dict[int, int]]:
     """One of the several pictures that a text may have (Idefics); or one tile of it, and that it is there (Docling)."""
-    pictures = {"pixel_values": _pixels(model.config.vision_config, noise, rows, 1)}
-    run = _tower(model, "image")
-    assert run is not None
-    if inspect.signature(run).parameters["pixel_attention_mask"].default is inspect.Parameter.empty:
+    vision = model.config.vision_config
+    pictures = {"pixel_values": _pixels(vision, noise, rows, 1)}
+    if vision.model_type == "granite_docling_vision":
         pictures["pixel_attention_mask"] = torch.ones(rows, 1, dtype=torch.bool)
     return _counted(model, rows, pictures)
 
