@@ -123,7 +123,7 @@ def clipseg(places):
 
 # model, the stack, the setting, where it stands, the blocks to go -> the setting afterwards, None where it is refused
 VISUAL, TOWER = "model.visual.blocks", "model.vision_tower.encoder.layers"
-PLACES = [
+SETTINGS = [
     (qwen3_vl, VISUAL, [1, 3], "vision_config.deepstack_visual_indexes", (0,), [0, 2]),
     (qwen3_vl, VISUAL, [1, 3], "vision_config.deepstack_visual_indexes", (1,), [0, 2]),
     (qwen3_vl, VISUAL, [1, 3], "vision_config.deepstack_visual_indexes", (3,), [1, 2]),
@@ -174,7 +174,7 @@ def logits(model, inputs):
         return model(**inputs)[0]
 
 
-@pytest.mark.parametrize(("build", "stack", "setting", "name", "blocks", "expected"), PLACES)
+@pytest.mark.parametrize(("build", "stack", "setting", "name", "blocks", "expected"), SETTINGS)
 def test_places_of_blocks_move_with_the_blocks(build, stack, setting, name, blocks, expected, tmp_path):
     torch.manual_seed(0)
     model, inputs = build(setting)
@@ -203,7 +203,7 @@ def test_places_of_blocks_move_with_the_blocks(build, stack, setting, name, bloc
 )
 def test_a_field_that_nobody_renumbers_is_refused_by_name(build, stack, setting, name, monkeypatch):
     """As with a field that is not known here: config and module stay alike, and only the original tells."""
-    monkeypatch.setattr(layout, "_PLACES", {})
+    monkeypatch.setattr(layout, "_TAPS", {})
     torch.manual_seed(0)
     model, inputs = build(setting)
     probe = Probe.of(model, Batch(inputs, None))

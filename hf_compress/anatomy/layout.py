@@ -1,7 +1,7 @@
 """What a config says of single blocks, and how it has to change when blocks are taken out.
 
 Six kinds of field speak of single blocks: lists with an entry a block (cut), lists of the blocks of some kind
-(renumbered, without those that are gone), places behind blocks where the stream is read (moved to the block before),
+(renumbered, without those that are gone), taps, behind which the stream is read (moved to the block before),
 numbers that end or begin a run of blocks (counted anew), short forms of a list with an entry a block (spelled out, then
 cut), and numbers that mean a period or an offset. The last stay, and whether the result is still right is checked: the
 model is rebuilt, and compared with the original that has the blocks left out.
@@ -42,8 +42,8 @@ INDEX_LISTS: dict[str, int] = {
 }
 
 
-class _Place(NamedTuple):
-    """What a field means that says behind which blocks the stream is read for another use.
+class _Tap(NamedTuple):
+    """What a field means that says where in a stack the stream is read for another use.
 
     Attributes:
         first: the hidden state that index 0 means: that before the first block (0) or behind it (1). Negative indices
@@ -57,18 +57,18 @@ class _Place(NamedTuple):
     counts: tuple[str, ...] = ("",)
 
 
-_PLACES: dict[str, _Place] = {
-    "backbone_out_indices": _Place(1, once=True),
-    "cat_hidden_layers": _Place(0, once=True),
-    "deepstack_visual_indexes": _Place(1, once=True),
-    "extract_layers": _Place(1, counts=("vision_config",)),
-    "feature_layer": _Place(0),
-    "insert_layer_id": _Place(1, counts=("", "vision_config")),
-    "intermediate_hidden_state_indices": _Place(1, once=True),
-    "intermediate_hook_ids": _Place(1, counts=("patch_model_config",)),
-    "intermediate_layers_indices": _Place(1),
-    "spatial_vision_layer": _Place(0, counts=("vision_config",)),
-    "vision_feature_layer": _Place(0, counts=("vision_config",)),
+_TAPS: dict[str, _Tap] = {
+    "backbone_out_indices": _Tap(1, once=True),
+    "cat_hidden_layers": _Tap(0, once=True),
+    "deepstack_visual_indexes": _Tap(1, once=True),
+    "extract_layers": _Tap(1, counts=("vision_config",)),
+    "feature_layer": _Tap(0),
+    "insert_layer_id": _Tap(1, counts=("", "vision_config")),
+    "intermediate_hidden_state_indices": _Tap(1, once=True),
+    "intermediate_hook_ids": _Tap(1, counts=("patch_model_config",)),
+    "intermediate_layers_indices": _Tap(1),
+    "spatial_vision_layer": _Tap(0, counts=("vision_config",)),
+    "vision_feature_layer": _Tap(0, counts=("vision_config",)),
 }
 
 # Words in the names of fields that may say something of single blocks, be it not known here what.
@@ -115,7 +115,7 @@ def per_block_fields(config: PreTrainedConfig, length: int) -> list[str]:
         and len(value) == length
         and name not in INDEX_LISTS
         and name not in _SHORT_FORMS
-        and name not in _PLACES
+        and name not in _TAPS
         and not name.startswith("mtp_")  # of blocks for predicting several tokens, which are no part of the stack
         and (name in PER_BLOCK_LISTS or any(word in name for word in _PER_BLOCK_WORDS))
         and (not isinstance(value, str) or "pattern" in name)
@@ -186,27 +186,27 @@ def _cut_lists(config: PreTrainedConfig, length: int, kept: Sequence[int], undo:
     for name, first in INDEX_LISTS.items():
         if value := vars(config).get(name):
             undo.set(config, name, _renumber(name, value, range(first, first + length), kept))
-    cut_places(config, "", length, kept, undo)
+    move_taps(config, "", length, kept, undo)
 
 
-def cut_places(config: PreTrainedConfig, counts: str, length: int, kept: Sequence[int], undo: Undo) -> None:
-    """Move the places in a stack that `config` has the stream read at; `counts` is what it calls the stack's config.
+def move_taps(config: PreTrainedConfig, counts: str, length: int, kept: Sequence[int], undo: Undo) -> None:
+    """Move the places where `config` has the stream of a stack read; `counts` is what it calls the stack's config.
 
     Raises:
         UnsupportedModelError: a place was behind the first block, and that is gone, or two places would be one.
     """
-    for name, place in _PLACES.items():
+    for name, tap in _TAPS.items():
         value = vars(config).get(name)
-        if counts not in place.counts or isinstance(value, bool) or not isinstance(value, (int, list, tuple)):
+        if counts not in tap.counts or isinstance(value, bool) or not isinstance(value, (int, list, tuple)):
             continue
         old = [value] if isinstance(value, int) else list(value)
-        states = [index + place.first if index >= 0 else index + length + 1 for index in old]
+        states = [index + tap.first if index >= 0 else index + length + 1 for index in old]
         if not all(0 <= state <= length for state in states):
             continue  # left from a deeper model, and of no use in this one
         after = [sum(block < state for block in kept) for state in states]
-        new = [a - place.first if index >= 0 else a - len(kept) - 1 for a, index in zip(after, old, strict=True)]
-        least = 1 if isinstance(value, int) and not place.first else 0  # Transformers takes a hidden state 0 for none
-        if any(a < least <= b for a, b in zip(new, old, strict=True)) or (place.once and len(set(new)) < len(set(old))):
+        new = [a - tap.first if index >= 0 else a - len(kept) - 1 for a, index in zip(after, old, strict=True)]
+        least = 1 if isinstance(value, int) and not tap.first else 0  # Transformers takes a hidden state 0 for none
+        if any(a < least <= b for a, b in zip(new, old, strict=True)) or (tap.once and len(set(new)) < len(set(old))):
             raise UnsupportedModelError(
                 f"the config field {name}={value} has the stream read behind blocks, each for a use of its own, and "
                 f"of the blocks {sorted(set(range(length)) - set(kept))} one is needed for that: leave it in"

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.kinds import INDEX_ATTRIBUTE
-from hf_compress.anatomy.layout import cut_config, cut_generation, cut_places
+from hf_compress.anatomy.layout import cut_config, cut_generation, move_taps
 from hf_compress.anatomy.stacks import COUNT_NAMES, Stack, find_stacks, nearest_config, reachable_configs
 from hf_compress.anatomy.undo import Undo
 from hf_compress.errors import UnsupportedModelError
@@ -41,6 +41,7 @@ def remove_blocks(model: PreTrainedModel, stack: Stack, removed: Sequence[int], 
         cut_config(config, fields, length, kept, undo)
     for config, said in before:
         _tell_modules(model, config, said, undo)
+    _cut_features(model, stack, kept, undo)
     blocks = [stack.blocks[i] for i in kept]
     undo.replace_children(stack.blocks, blocks)
     for new, (old, block) in enumerate(zip(kept, blocks, strict=True)):
@@ -71,7 +72,7 @@ def _cut_around(model: PreTrainedModel, stack: Stack, kept: Sequence[int], undo:
     for config in reachable_configs(model.config):
         for name, inner in list(vars(config).items()):
             if any(inner is one for one in counting):
-                cut_places(config, name, len(stack), kept, undo)
+                move_taps(config, name, len(stack), kept, undo)
     generation = getattr(model, "generation_config", None)
     if generation is not None and stack.path == Anatomy(model).stack().path:
         cut_generation(generation, kept, undo)
@@ -87,6 +88,16 @@ def _tell_modules(model: PreTrainedModel, config: PreTrainedConfig, old: dict[st
             copied = _is_same_list(vars(module)[name], old.get(name))
             if copied and nearest_config(model, path) is config:
                 undo.set(module, name, changed[name])
+
+
+def _cut_features(model: PreTrainedModel, stack: Stack, kept: Sequence[int], undo: Undo) -> None:
+    """Cut a backbone's list of widths: that of the stem, and behind every block."""
+    counting = [config for config, _ in stack.configs]
+    for path, module in model.named_modules():
+        widths = vars(module).get("num_features")
+        counted = isinstance(widths, list) and len(widths) == len(stack) + 1
+        if counted and any(nearest_config(model, path) is config for config in counting):
+            undo.set(module, "num_features", [widths[0], *(widths[i + 1] for i in kept)])
 
 
 def _is_same_list(first: Any, second: Any) -> bool:

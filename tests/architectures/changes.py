@@ -145,7 +145,7 @@ def check_reloads(model: PreTrainedModel, inputs: dict[str, Tensor], generates: 
     """Save, load with stock Transformers, and compare outputs and continuations bit for bit."""
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        loaded = type(model).from_pretrained(folder)
+        loaded = type(model).from_pretrained(folder, attn_implementation=model.config._attn_implementation)
         own_memory(loaded)
     if not same(forward(model, inputs), forward(loaded, inputs)):
         raise MatrixFailure("the loaded model gives other outputs")
@@ -169,10 +169,14 @@ def own_memory(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def forward(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
-    """The first output: logits, or the last hidden states. A random generator that a model may use starts anew."""
+    """The first output: logits, the last hidden states, or a backbone's maps of features in one row.
+
+    A random generator that a model may use starts anew.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return model(**inputs)[0]
+        first = model(**inputs)[0]
+        return first if isinstance(first, Tensor) else torch.cat([part.flatten() for part in first])
 
 
 @torch.no_grad()
@@ -241,10 +245,12 @@ def check_message(message: str, model: PreTrainedModel) -> None:
     """A refusal is one line, and names a field of the config, or a part of the model by its path."""
     if "\n" in message or len(message) > LONGEST_MESSAGE:
         raise MatrixFailure(f"the refusal is no line that one can read: {message!r}")
-    names = {name for name in _fields(model.config) if "_" in name}
+    names = {name.lstrip("_") for name in _fields(model.config) if "_" in name}
     for path, module in model.named_modules():
-        names |= {_any_block(f"{path}.{name}") for name in (*vars(module), *dict(module.named_parameters()))}
-    words = {_any_block(word.strip(".")) for word in re.findall(r"[\w.]+", message)}
+        names |= {
+            _any_block(f"{path}.{name}").lstrip(".") for name in (*vars(module), *dict(module.named_parameters()))
+        }
+    words = {_any_block(word.strip(".").removeprefix("config.")) for word in re.findall(r"[\w.]+", message)}
     if not any(word in names or any(name.startswith(f"{word}.") for name in names if "." in word) for word in words):
         raise MatrixFailure(f"the refusal names no field and no part of the model: {message!r}")
 

@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.errors import UnsupportedModelError
-from tests.architectures import tiny
+from tests.architectures import tiny, variants
 from tests.architectures.changes import Outcome, check_message, outcomes
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "architectures.md"
@@ -58,6 +58,11 @@ FAMILIES: dict[str, Family] = {
     "encoder": Family("Encoders of text, pictures and sound", tuple(tiny.ENCODER_TYPES), tiny.tiny_base_model),
     "seq2seq": Family("Encoder-decoders", tuple(tiny.SEQ2SEQ_TYPES), tiny.tiny_seq2seq_model),
     "vlm": Family("Vision-language models", tuple(tiny.VISION_LANGUAGE_TYPES), tiny.tiny_vision_language_model),
+    "settings": Family(
+        "Settings other than the defaults, by which the place of a block matters",
+        tuple(variants.BY_NAME),
+        lambda name: variants.BY_NAME[name].build(),
+    ),
 }
 
 

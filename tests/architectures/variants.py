@@ -21,6 +21,8 @@ from transformers import (
 
 from tests.architectures import tiny
 
+_USUAL = (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM)
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -42,7 +44,8 @@ class Variant:
 
     def __str__(self) -> str:
         fields = [f"{name}={value}" for part in self.settings.values() for name, value in part.items()]
-        return f"{self.model_type}[{','.join(fields)}]".replace(" ", "")
+        head = "" if self.auto in _USUAL else f"({self.auto.__name__})"
+        return f"{self.model_type}{head}[{','.join(fields)}]".replace(" ", "")
 
 
 _FULL, _SLIDING, _LINEAR = "full_attention", "sliding_attention", "linear_attention"
@@ -312,3 +315,4 @@ VISION_LANGUAGE = [
 ]
 
 VARIANTS: list[Variant] = [*CAUSAL, *ENCODERS, *SEQ2SEQ, *VISION_LANGUAGE]
+BY_NAME: dict[str, Variant] = {str(variant): variant for variant in VARIANTS}
