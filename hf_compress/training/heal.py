@@ -12,18 +12,18 @@ from typing import Any, Literal
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import (
-    DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
     TrainingArguments,
-    default_data_collator,
 )
 
 from hf_compress.calibration.data import Calibration, DataOptions, prepare
+from hf_compress.calibration.padding import pad_id, padded
+from hf_compress.calibration.reading import has_length, take
+from hf_compress.calibration.tables import dimensions
 from hf_compress.config import check_not_negative, check_positive, check_share
 from hf_compress.pipeline import check_model
 from hf_compress.training.distillation import Distillation, check_teacher, corresponding_blocks
@@ -87,7 +87,8 @@ def heal(
     check_model(model)
     check_teacher(model, teacher)
     lesson = lesson or Lesson()
-    rows, collator = _training_data(dataset, model, tokenizer, options)
+    endless = args is not None and args.max_steps > 0  # then a stream may be
+    rows, collator = _training_data(dataset, model, tokenizer, options, bounded=not endless)
     with TemporaryDirectory() as folder:
         args = args or _default_arguments(folder, 1e-4 if lora is None else 1e-3)
         if args.label_smoothing_factor:
@@ -166,41 +167,48 @@ def _default_arguments(folder: str, learning_rate: float) -> TrainingArguments:
 
 
 def _training_data(
-    data: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, options: DataOptions | None
-) -> tuple[Any, Any]:
+    data: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    options: DataOptions | None,
+    bounded: bool,
+) -> tuple[Any, _Collator]:
     """A dataset for a Trainer, and what makes batches of its rows."""
-    columns = getattr(data, "column_names", None)
+    collator = _Collator(pad_id(model.config, tokenizer))
+    if bounded and not isinstance(data, Mapping) and not has_length(data):
+        data = take(data, options.max_samples if options is not None else None)
     example = data[0] if isinstance(data, list) and data else None
-    labelled = columns is not None and {"label", "labels"} & set(columns)
-    if labelled or isinstance(example, Mapping):
-        return data, DataCollatorWithPadding(tokenizer) if tokenizer is not None else default_data_collator
-    rows = list(_rows(prepare(data, model, tokenizer, options)))
-    return rows, _Padding(labels=model.can_generate()) if "input_ids" in rows[0] else default_data_collator
+    names = set(example) if isinstance(example, Mapping) else set(getattr(data, "column_names", None) or ())
+    if names & {"label", "labels"} and dimensions((example or {}).get("input_ids")) < 2:
+        return data, collator
+    return list(_rows(prepare(data, model, tokenizer, options), model)), collator
 
 
-def _rows(data: Calibration) -> Iterator[dict[str, Tensor]]:
-    """The samples, one by one; texts without their padding."""
+def _rows(data: Calibration, model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
+    """The samples, one by one; texts without their padding. A text without labels is its own."""
     for batch in data:
+        labels = batch.labels if batch.targets is None else batch.targets
         mask = batch.inputs.get("attention_mask")
         for index in range(batch.samples):
             row = {name: value[index] for name, value in batch.inputs.items()}
-            if mask is not None and "input_ids" in row:
-                row = {"input_ids": row["input_ids"][mask[index].bool()].long()}
-            yield row
+            own = None if labels is None else labels[index].long()
+            if mask is not None and "input_ids" in row and own is None:
+                row = {"input_ids": row["input_ids"][mask[index].bool()]}
+            if own is None and "input_ids" in row and model.can_generate():
+                own = row["input_ids"].long()
+            row = {name: value if value.is_floating_point() else value.long() for name, value in row.items()}
+            yield row if own is None else {**row, "labels": own}
 
 
-class _Padding:
-    """Pads token ids to the longest of a batch, on the right; labels are the tokens themselves."""
+class _Collator:
+    """Makes a batch of rows, which may be of different lengths (see `padded`); text beside them is left out."""
 
-    def __init__(self, labels: bool) -> None:
-        self.labels = labels
+    def __init__(self, pad: int) -> None:
+        self.pad = pad
 
-    def __call__(self, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        ids = [row["input_ids"] for row in rows]
-        batch = {
-            "input_ids": pad_sequence(ids, batch_first=True),
-            "attention_mask": pad_sequence([torch.ones_like(one) for one in ids], batch_first=True),
-        }
-        if self.labels:
-            batch["labels"] = pad_sequence(ids, batch_first=True, padding_value=-100)
-        return batch
+    def __call__(self, rows: list[Mapping[str, Any]]) -> dict[str, Tensor]:
+        return padded([self._named(row) for row in rows], self.pad)
+
+    def _named(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        kept = {name: value for name, value in row.items() if value is not None and not isinstance(value, str)}
+        return {"labels" if name in ("label", "label_ids") else name: value for name, value in kept.items()}
