@@ -66,9 +66,7 @@ def _chosen(logits: Tensor, batch: Batch, target: Any) -> Tensor:
 def _of_words(model: PreTrainedModel, logits: Tensor, batch: Batch, target: Target) -> Tensor:
     if isinstance(target, str) and target == "label":
         if not speaks(model, batch):
-            raise CalibrationError(
-                "target='label' explains what is to be said, and the data has no text: give 'labels'"
-            )
+            raise CalibrationError("target='label' explains what is to be said, and the data has no text: give labels")
         said = next_tokens(model, batch, logits)
         counts = said != -100
         if batch.targets is None and not has_decoder(model):

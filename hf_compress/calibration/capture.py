@@ -174,10 +174,9 @@ def stream_tokens(stack: Stack, batch: Batch, stream: Tensor) -> Tensor:
 
 def tokens_of(stack: Stack, batch: Batch) -> Tensor | None:
     """Mask (samples, positions) of the tokens that a stack reads and that count; None where all do."""
-    second = any(
-        config.is_encoder_decoder or getattr(config, "add_cross_attention", False) for config, _ in stack.configs
-    )
-    return _decoded(batch) if stack.side == "decoder" and second else batch.real
+    configs = [config for config, _ in stack.configs]
+    crosses = any(config.is_encoder_decoder or getattr(config, "add_cross_attention", False) for config in configs)
+    return _decoded(batch) if stack.side == "decoder" and crosses else batch.real
 
 
 def _decoded(batch: Batch) -> Tensor | None:

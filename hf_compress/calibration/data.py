@@ -234,11 +234,15 @@ def _too_long(length: int, item: Any) -> int:
 
 
 def _attended(batch: Batch) -> Batch:
-    for name, mask_name in (("real", "attention_mask"), ("decoded", "decoder_attention_mask")):
-        if (real := getattr(batch, name)) is not None:
-            mask = batch.inputs.get(mask_name, torch.ones_like(real))
-            batch = replace(batch, **{name: mask.bool() if mask.shape == real.shape else real})
-    return batch
+    masks = batch.inputs.get("attention_mask"), batch.inputs.get("decoder_attention_mask")
+    return replace(batch, real=_all_of(batch.real, masks[0]), decoded=_all_of(batch.decoded, masks[1]))
+
+
+def _all_of(real: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """What the model attends to, of tokens of which some are special."""
+    if real is None or (mask is not None and mask.shape != real.shape):
+        return real
+    return torch.ones_like(real) if mask is None else mask.bool()
 
 
 def _batch(item: Any, special: Tensor, length: int, model: PreTrainedModel) -> Batch:
@@ -317,7 +321,7 @@ def _with_decoder(batch: Batch, special: Tensor, length: int, model: PreTrainedM
 
 def _labels(labels: Any, model: PreTrainedModel) -> tuple[Tensor | None, Tensor | None]:
     """The class of each sample, or the labels of a language model's tokens; neither where labels are something else."""
-    labels = None if labels is None else torch.as_tensor(labels)
+    labels = None if labels is None else torch.as_tensor(labels).cpu()
     if labels is None or labels.is_floating_point():
         return None, None
     return labels if labels.ndim == 1 else None, labels if labels.ndim == 2 and model.can_generate() else None
@@ -340,7 +344,7 @@ def _input_name(values: Tensor, model: PreTrainedModel) -> str:
 def _accepted(item: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Tensor]:
     """The entries of a batch that the model's forward knows by name, as tensors; labels are not among its inputs."""
     known = inspect.signature(model.forward).parameters
-    inputs = {n: torch.as_tensor(v) for n, v in item.items() if n in known and n != "labels" and v is not None}
+    inputs = {n: torch.as_tensor(v).cpu() for n, v in item.items() if n in known and n != "labels" and v is not None}
     if not any(name in inputs for name in _INPUTS):
         raise CalibrationError(
             f"{type(model).__name__} takes none of {', '.join(sorted(map(str, item)))}; its main input is "

@@ -36,7 +36,7 @@ def read_before(model: PreTrainedModel, labels: Tensor) -> Tensor:
 
 
 def default_input(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
-    """The text itself, one place to the right, as when an encoder-decoder learns to repeat its input; else the start."""
+    """The text, one place to the right, as when an encoder-decoder learns to repeat it; without one, the start."""
     ids = inputs.get("input_ids")
     if ids is not None:
         return _shifted(ids, start_id(model))

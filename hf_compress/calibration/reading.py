@@ -149,10 +149,8 @@ def _batches(data: Mapping[str, Any], batch_size: int, max_samples: int | None) 
     if len(tensors) < len(data) or len(sizes) != 1:
         return [data]
     samples = min(sizes.pop(), max_samples or 2**63)
-    starts = range(0, samples, batch_size)
-    return [
-        {name: value[start : min(start + batch_size, samples)] for name, value in tensors.items()} for start in starts
-    ]
+    parts = [value[:samples].split(batch_size) for value in tensors.values()]
+    return [dict(zip(tensors, part, strict=True)) for part in zip(*parts, strict=True)] if samples else []
 
 
 def check_dimensions(values: Tensor) -> None:

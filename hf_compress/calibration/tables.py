@@ -33,13 +33,18 @@ class Table:
     def content(self, text_column: str | None = None) -> list[Any] | dict[str, Tensor]:
         """The texts; or rows of token ids, with the labels of tokens; or pixel or other values in one tensor."""
         if text_column is None and "input_ids" in self.names:
-            return self._rows()
+            return self._token_rows()
         for name in VALUES:
             if text_column is None and name in self.names:
                 return {name: _stacked(name, list(self.column(name)))} | self._labels()
         return list(self.column(self._text_column(text_column)))
 
-    def _rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[dict[str, Any]]:
+        """The samples, with all there is of them."""
+        columns = [self.column(name) for name in self.names]
+        return [dict(zip(self.names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+    def _token_rows(self) -> list[dict[str, Any]]:
         columns = {name: _lists(self.column(name)) for name in ("input_ids", "attention_mask") if name in self.names}
         for name in PER_TOKEN:
             if name in self.names and dimensions(values := _lists(self.column(name))) == 2:

@@ -23,7 +23,7 @@ from transformers import (
 from hf_compress.calibration.data import Calibration, DataOptions, prepare
 from hf_compress.calibration.padding import pad_id, padded
 from hf_compress.calibration.reading import has_length, take
-from hf_compress.calibration.tables import dimensions
+from hf_compress.calibration.tables import dimensions, table_of
 from hf_compress.config import check_not_negative, check_positive, check_share
 from hf_compress.pipeline import check_model
 from hf_compress.training.distillation import Distillation, check_teacher, corresponding_blocks
@@ -175,11 +175,13 @@ def _training_data(
 ) -> tuple[Any, _Collator]:
     """A dataset for a Trainer, and what makes batches of its rows."""
     collator = _Collator(pad_id(model.config, tokenizer))
-    if bounded and not isinstance(data, Mapping) and not has_length(data):
+    if bounded and not has_length(data):
         data = take(data, options.max_samples if options is not None else None)
+    named = {"label", "labels"}
+    if not isinstance(data, Mapping) and (table := table_of(data)) is not None and named & set(table.names):
+        return data if hasattr(data, "features") else table.rows(), collator
     example = data[0] if isinstance(data, list) and data else None
-    names = set(example) if isinstance(example, Mapping) else set(getattr(data, "column_names", None) or ())
-    if names & {"label", "labels"} and dimensions((example or {}).get("input_ids")) < 2:
+    if isinstance(example, Mapping) and named & set(example) and dimensions(example.get("input_ids")) < 2:
         return data, collator
     return list(_rows(prepare(data, model, tokenizer, options), model)), collator
 
