@@ -16,19 +16,21 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hf_compress.anatomy.stacks import Stack, reachable_configs
 from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.data import Batch
-from hf_compress.calibration.decoder import default_input, has_decoder
+from hf_compress.calibration.decoder import default_input, has_decoder, one_later
 from hf_compress.errors import CalibrationError, UnsupportedModelError
 
 # index of the block, its input and its output, each (samples, positions, width)
 BlockWatcher = Callable[[int, Tensor, Tensor], None]
 
 
-# Fields of a config that say what an output holds, and in what form. Router logits of blocks that are left out for a
-# while, for instance, could not be given.
+# Fields of configs, also that for generating, that say what an output holds, and in what form. Router logits of blocks
+# that are left out for a while, for instance, could not be given.
 _OUTPUTS = {
     "return_dict": True,
+    "return_dict_in_generate": False,
     "output_hidden_states": False,
     "_output_attentions": False,
+    "output_attentions": False,
     "output_router_logits": False,
 }
 
@@ -59,11 +61,13 @@ def inference(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _configs(model: nn.Module) -> Iterator[PreTrainedConfig]:
-    """Those of a model and of its parts, which have copies of their own in some families."""
+def _configs(model: nn.Module) -> Iterator[object]:
+    """Those of a model, for generating too, and of its parts, which have copies of their own in some families."""
     for module in model.modules():
-        if isinstance(config := getattr(module, "config", None), PreTrainedConfig):
+        if isinstance(config := vars(module).get("config"), PreTrainedConfig):
             yield from reachable_configs(config)
+        if (generation := vars(module).get("generation_config")) is not None:
+            yield generation
 
 
 def forward(model: PreTrainedModel, batch: Batch) -> Any:
@@ -175,14 +179,16 @@ def stream_tokens(stack: Stack, batch: Batch, stream: Tensor) -> Tensor:
 def tokens_of(stack: Stack, batch: Batch) -> Tensor | None:
     """Mask (samples, positions) of the tokens that a stack reads and that count; None where all do."""
     configs = [config for config, _ in stack.configs]
-    crosses = any(config.is_encoder_decoder or getattr(config, "add_cross_attention", False) for config in configs)
-    return _decoded(batch) if stack.side == "decoder" and crosses else batch.real
+    if any(getattr(config, "add_cross_attention", False) for config in configs):  # made a decoder, such as BERT
+        return batch.real if batch.decoded is None else batch.decoded
+    two_sides = any(config.is_encoder_decoder for config in configs)
+    return _decoded(batch) if stack.side == "decoder" and two_sides else batch.real
 
 
 def _decoded(batch: Batch) -> Tensor | None:
     if batch.decoded is not None or batch.real is None or "decoder_input_ids" in batch.inputs:
         return batch.decoded
-    return torch.cat([torch.zeros_like(batch.real[:, :1]), batch.real[:, :-1]], dim=1)  # as `default_input` has it
+    return one_later(batch.real)
 
 
 def _fitting(real: Tensor | None, stream: Tensor) -> Tensor:
@@ -201,8 +207,7 @@ def watch_encoded(stack: Stack) -> Iterator[list[Tensor]]:
         given = [one for one in (*args, *kwargs.values()) if isinstance(one, Tensor) and one is not own]
         found[:] = [one for one in given if one.ndim == 3 and one.is_floating_point()]
 
-    blocks = stack.blocks if stack.side == "decoder" else ()
-    with hooked(block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks):
+    with hooked(block.register_forward_pre_hook(note, with_kwargs=True) for block in stack.blocks):
         yield found
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_compress.calibration.decoder import has_decoder, read_before, start_id
+from hf_compress.calibration.decoder import has_decoder, one_later, read_before, start_id
 from hf_compress.calibration.padding import pad_id, padded
 from hf_compress.calibration.reading import check_dimensions, read
 from hf_compress.calibration.tables import PER_TOKEN, dimensions
@@ -42,8 +42,7 @@ class Batch:
         labels: the class of each sample, (samples), where the data says it.
         targets: the labels of a language model's tokens, (samples, positions), where the data has any: -100 for what
             is not to be learned. Losses and what relevance explains are of them alone; statistics of all real tokens.
-        decoded: `real` of what the decoder of an encoder-decoder reads; None where that is the text itself, one place
-            to the right.
+        decoded: `real` of what the decoder of an encoder-decoder reads, (samples, positions of the decoder).
     """
 
     inputs: dict[str, Tensor]
@@ -234,8 +233,10 @@ def _too_long(length: int, item: Any) -> int:
 
 
 def _attended(batch: Batch) -> Batch:
-    masks = batch.inputs.get("attention_mask"), batch.inputs.get("decoder_attention_mask")
-    return replace(batch, real=_all_of(batch.real, masks[0]), decoded=_all_of(batch.decoded, masks[1]))
+    real = _all_of(batch.real, batch.inputs.get("attention_mask"))
+    if batch.decoded is None or "decoder_input_ids" in batch.inputs:
+        return replace(batch, real=real, decoded=_all_of(batch.decoded, batch.inputs.get("decoder_attention_mask")))
+    return replace(batch, real=real, decoded=None if real is None else one_later(real))
 
 
 def _all_of(real: Tensor | None, mask: Tensor | None) -> Tensor | None:
@@ -298,6 +299,8 @@ def _with_decoder(batch: Batch, special: Tensor, length: int, model: PreTrainedM
     if "decoder_input_ids" not in inputs and targets is not None:
         inputs["decoder_input_ids"] = read_before(model, targets)
     ids = inputs.get("decoder_input_ids")
+    if ids is None and batch.real is not None:
+        return replace(batch, decoded=one_later(batch.real))
     if ids is None or ids.ndim != 2:
         return batch
     mask = inputs.get("decoder_attention_mask", torch.ones_like(ids)).bool()

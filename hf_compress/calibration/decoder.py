@@ -44,6 +44,11 @@ def default_input(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tenso
     return torch.full((len(first), 1), start_id(model), dtype=torch.long, device=first.device)
 
 
+def one_later(real: Tensor) -> Tensor:
+    """The mask of a text (samples, positions) as it fits `default_input`; the start does not count."""
+    return torch.cat([torch.zeros_like(real[:, :1]), real[:, :-1]], dim=1)
+
+
 def start_id(model: PreTrainedModel) -> int:
     """The token that a decoder begins with."""
     config = model.config
