@@ -68,7 +68,8 @@ def heal(
         model: compressed, say, by `compress`.
         teacher: the model as it was before, with the same vocabulary or labels.
         dataset: texts, token ids or pixel values as for `compress`; or anything with labels that a Trainer takes: a
-            `datasets.Dataset` or a list of mappings, whose text is tokenized.
+            `datasets.Dataset` or a list of mappings, whose text is tokenized. Labels of tokens may be of any lengths.
+            Of what has no length the first 4,096 samples are read, unless `args` say how many steps there are.
         tokenizer: for texts, and to pad rows of a dataset.
         lora: adapters to train, merged into the weights at the end: all linear maps with rank 16 by default; None
             trains all weights.
@@ -177,13 +178,18 @@ def _training_data(
     collator = _Collator(pad_id(model.config, tokenizer))
     if bounded and not has_length(data):
         data = take(data, options.max_samples if options is not None else None)
-    named = {"label", "labels"}
-    if not isinstance(data, Mapping) and (table := table_of(data)) is not None and named & set(table.names):
-        return data if hasattr(data, "features") else table.rows(), collator
-    example = data[0] if isinstance(data, list) and data else None
-    if isinstance(example, Mapping) and named & set(example) and dimensions(example.get("input_ids")) < 2:
+    if not isinstance(data, Mapping) and not hasattr(data, "features") and (table := table_of(data)) is not None:
+        data = table.rows()
+    if _names(data) & {"label", "labels"}:
         return data, collator
     return list(_rows(prepare(data, model, tokenizer, options), model)), collator
+
+
+def _names(data: Any) -> set[str]:
+    """What the rows hold of a dataset for a Trainer; nothing where the data is of another kind."""
+    if isinstance(data, list) and data and isinstance(data[0], Mapping):
+        return set(data[0]) if dimensions(data[0].get("input_ids")) < 2 else set()  # else it is a batch
+    return set(getattr(data, "column_names", None) or ())
 
 
 def _rows(data: Calibration, model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
