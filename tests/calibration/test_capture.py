@@ -24,8 +24,6 @@ SIZES = {
 FLAGS = {
     "tuples": {"return_dict": False},
     "router logits": {"output_router_logits": True},
-    "hidden states": {"output_hidden_states": True},
-    "attentions": {"output_attentions": True},
     "all": {
         "return_dict": False,
         "output_router_logits": True,
