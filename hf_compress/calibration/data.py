@@ -163,6 +163,11 @@ def prepare(
         raise CalibrationError(
             "the calibration data has no token that counts: all are padding or special tokens; pass longer texts"
         )
+    labelled = [batch.targets for batch in batches if batch.targets is not None]
+    if labelled and not any(bool((targets != -100).any()) for targets in labelled):
+        raise CalibrationError(
+            "the labels of all tokens are -100, so nothing is to be learned: give some, or leave them out"
+        )
     if truncated:
         logger.warning("%d calibration samples are longer than %d positions and were truncated", truncated, length)
     return Calibration(batches, truncated)
@@ -290,6 +295,7 @@ def _with_text(batch: Batch, special: Tensor, length: int, model: PreTrainedMode
                 f"labels of tokens must be of the shape of the token ids, {tuple(shape)}; got {tuple(targets.shape)}"
             )
         targets = targets[:, :length].masked_fill(~mask, -100)
+        _check_ids(targets.masked_fill(targets == -100, 0), model.config.get_text_config())
     return replace(batch, inputs=inputs, real=mask & ~torch.isin(ids.long(), special), targets=targets)
 
 
@@ -318,6 +324,7 @@ def _with_decoder(batch: Batch, special: Tensor, length: int, model: PreTrainedM
         targets = targets[:, :length].masked_fill(~mask, -100)
         if pad is not None and pad != getattr(model.config, "eos_token_id", None):
             targets = targets.masked_fill(targets == pad, -100)  # of whom did not put -100 there
+        _check_ids(targets.masked_fill(targets == -100, 0), model.config.get_text_config(decoder=True))
     decoded = mask & ~torch.isin(ids.long(), torch.cat([special, own]))
     return replace(batch, inputs=inputs | cut, targets=targets, decoded=decoded)
 

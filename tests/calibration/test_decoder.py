@@ -17,7 +17,7 @@ from hf_compress.calibration.objective import batch_loss, first_tensor, output_t
 from hf_compress.errors import CalibrationError
 from hf_compress.methods.lrp.scores import watch_rows
 from hf_compress.pipeline import make_plan
-from tests.architectures.tiny import tiny_base_model, tiny_config, tiny_inputs, tiny_seq2seq_model
+from tests.architectures.tiny import tiny_base_model, tiny_config, tiny_inputs, tiny_model, tiny_seq2seq_model
 from tests.evaluation.conftest import POSITIONS
 
 TYPES = (
@@ -179,6 +179,19 @@ def test_long_texts_are_cut_with_their_labels(model):
 def test_labels_of_another_length_than_the_text(model, ids):
     with pytest.raises(CalibrationError, match=r"of the shape of the token ids, \(12, 8\); got \(12, 7\)"):
         prepare([{"input_ids": ids, "labels": ids[:, :7]}], model, None)
+
+
+@pytest.mark.parametrize("make_model", [lambda: make("t5"), lambda: make("whisper"), lambda: tiny_model("llama")])
+def test_labels_that_cannot_be_learned(make_model):
+    model = make_model()
+    inputs = inputs_of(model)
+    for labels, message in (
+        (-100, "labels of all tokens are -100"),
+        (10**6, "to 1000000, but"),
+        (-5, "from -5"),
+    ):
+        with pytest.raises(CalibrationError, match=message):
+            prepare([{**inputs, "labels": torch.full((3, 9), labels)}], model, None)
 
 
 # --- which tokens count -----------------------------------------------------------------------------------------------
