@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.calibration.capture import inference, watch_blocks
+from hf_compress.calibration.decoder import has_decoder
 from hf_compress.calibration.objective import first_tensor
 from hf_compress.report.history import history_of
 from hf_compress.training.objective import shifts_labels
@@ -138,12 +139,14 @@ def _counted(student: PreTrainedModel, kwargs: dict[str, Any], logits: Tensor) -
         if shifts_labels(student) and "shift_labels" not in kwargs:
             counted = F.pad(counted[..., 1:], (0, 1), value=False)
         return counted
-    return _real(kwargs, logits) if len(shape) == 2 else torch.ones(shape, dtype=torch.bool, device=logits.device)
+    if len(shape) != 2:
+        return torch.ones(shape, dtype=torch.bool, device=logits.device)
+    return _real(kwargs, logits, "decoder_attention_mask" if has_decoder(student) else "attention_mask")
 
 
-def _real(kwargs: dict[str, Any], stream: Tensor) -> Tensor:
+def _real(kwargs: dict[str, Any], stream: Tensor, name: str = "attention_mask") -> Tensor:
     """Mask of the positions of `stream` that are no padding."""
-    mask = kwargs.get("attention_mask")
+    mask = kwargs.get(name)
     if isinstance(mask, Tensor) and mask.shape == stream.shape[:2]:
         return mask.bool()
     return torch.ones(stream.shape[:2], dtype=torch.bool, device=stream.device)

@@ -14,18 +14,18 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import (
-    DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
     TrainingArguments,
-    default_data_collator,
 )
 
 from hf_compress.calibration.data import Calibration, DataOptions, prepare
+from hf_compress.calibration.padding import pad_id, padded
+from hf_compress.calibration.reading import has_length, take
+from hf_compress.calibration.tables import dimensions, table_of
 from hf_compress.config import check_not_negative, check_positive, check_share
 from hf_compress.modules.packed import CompactLinear
 from hf_compress.numerics.defaults import torch_defaults
@@ -75,7 +75,8 @@ def heal(
         model: compressed, say, by `compress`.
         teacher: the model as it was before, with the same vocabulary or labels.
         dataset: texts, token ids or pixel values as for `compress`; or anything with labels that a Trainer takes: a
-            `datasets.Dataset` or a list of mappings, whose text is tokenized.
+            `datasets.Dataset` or a list of mappings, whose text is tokenized. Labels of tokens may be of any lengths.
+            Of what has no length the first 4,096 samples are read, unless `args` say how many steps there are.
         tokenizer: for texts, and to pad rows of a dataset.
         lora: adapters to train, merged into the weights at the end: all linear maps with rank 16 by default; None
             trains all weights. Packed and sparse linear maps cannot take in an adapter without loss, so where there are
@@ -97,7 +98,8 @@ def heal(
     lesson, lora = lesson or Lesson(), _fitting(model, lora)
     lesson = lesson or Lesson()
     history, size, start = history_of(model), model_size(model), perf_counter()
-    rows, collator = _training_data(dataset, model, tokenizer, options)
+    endless = args is not None and args.max_steps > 0  # then a stream may be
+    rows, collator = _training_data(dataset, model, tokenizer, options, bounded=not endless)
     with TemporaryDirectory() as folder:
         args = args or _default_arguments(folder, 1e-4 if lora is None else 1e-3)
         if args.label_smoothing_factor:
@@ -205,41 +207,55 @@ def _default_arguments(folder: str, learning_rate: float) -> TrainingArguments:
 
 
 def _training_data(
-    data: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, options: DataOptions | None
-) -> tuple[Any, Any]:
+    data: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    options: DataOptions | None,
+    bounded: bool,
+) -> tuple[Any, _Collator]:
     """A dataset for a Trainer, and what makes batches of its rows."""
-    columns = getattr(data, "column_names", None)
-    example = data[0] if isinstance(data, list) and data else None
-    labelled = columns is not None and {"label", "labels"} & set(columns)
-    if labelled or isinstance(example, Mapping):
-        return data, DataCollatorWithPadding(tokenizer) if tokenizer is not None else default_data_collator
-    rows = list(_rows(prepare(data, model, tokenizer, options)))
-    return rows, _Padding(labels=model.can_generate()) if "input_ids" in rows[0] else default_data_collator
+    collator = _Collator(pad_id(model.config, tokenizer))
+    if bounded and not has_length(data):
+        data = take(data, options.max_samples if options is not None else None)
+    if not isinstance(data, Mapping) and not hasattr(data, "features") and (table := table_of(data)) is not None:
+        data = table.rows()
+    if _names(data) & {"label", "labels"}:
+        return data, collator
+    return list(_rows(prepare(data, model, tokenizer, options), model)), collator
 
 
-def _rows(data: Calibration) -> Iterator[dict[str, Tensor]]:
-    """The samples, one by one; texts without their padding."""
+def _names(data: Any) -> set[str]:
+    """What the rows hold of a dataset for a Trainer; nothing where the data is of another kind."""
+    if isinstance(data, list) and data and isinstance(data[0], Mapping):
+        return set(data[0]) if dimensions(data[0].get("input_ids")) < 2 else set()  # else it is a batch
+    return set(getattr(data, "column_names", None) or ())
+
+
+def _rows(data: Calibration, model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
+    """The samples, one by one; texts without their padding. A text without labels is its own."""
     for batch in data:
+        labels = batch.labels if batch.targets is None else batch.targets
         mask = batch.inputs.get("attention_mask")
         for index in range(batch.samples):
             row = {name: value[index] for name, value in batch.inputs.items()}
-            if mask is not None and "input_ids" in row:
-                row = {"input_ids": row["input_ids"][mask[index].bool()].long()}
-            yield row
+            own = None if labels is None else labels[index].long()
+            if mask is not None and "input_ids" in row and own is None:
+                row = {"input_ids": row["input_ids"][mask[index].bool()]}
+            if own is None and "input_ids" in row and model.can_generate():
+                own = row["input_ids"].long()
+            row = {name: value if value.is_floating_point() else value.long() for name, value in row.items()}
+            yield row if own is None else {**row, "labels": own}
 
 
-class _Padding:
-    """Pads token ids to the longest of a batch, on the right; labels are the tokens themselves."""
+class _Collator:
+    """Makes a batch of rows, which may be of different lengths (see `padded`); text beside them is left out."""
 
-    def __init__(self, labels: bool) -> None:
-        self.labels = labels
+    def __init__(self, pad: int) -> None:
+        self.pad = pad
 
-    def __call__(self, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        ids = [row["input_ids"] for row in rows]
-        batch = {
-            "input_ids": pad_sequence(ids, batch_first=True),
-            "attention_mask": pad_sequence([torch.ones_like(one) for one in ids], batch_first=True),
-        }
-        if self.labels:
-            batch["labels"] = pad_sequence(ids, batch_first=True, padding_value=-100)
-        return batch
+    def __call__(self, rows: list[Mapping[str, Any]]) -> dict[str, Tensor]:
+        return padded([self._named(row) for row in rows], self.pad)
+
+    def _named(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        kept = {name: value for name, value in row.items() if value is not None and not isinstance(value, str)}
+        return {"labels" if name in ("label", "label_ids") else name: value for name, value in kept.items()}

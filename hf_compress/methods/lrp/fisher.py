@@ -22,9 +22,9 @@ from transformers import PreTrainedModel
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
 from hf_compress.attribution.passes import set_gradient
-from hf_compress.calibration.capture import forward, hooked, inference, real_tokens
+from hf_compress.calibration.capture import forward, hooked, inference, watch_encoded
 from hf_compress.calibration.data import Batch
-from hf_compress.calibration.objective import first_tensor
+from hf_compress.calibration.objective import first_tensor, output_tokens
 from hf_compress.calibration.routing import watch_routes
 from hf_compress.errors import CalibrationError, UnsupportedModelError
 from hf_compress.methods.lrp.scores import real_rows
@@ -90,7 +90,7 @@ def _watched(stack: Stack, batch: Batch, linears: Mapping[str, nn.Module], found
 
     def hook(path: str) -> Callable[..., Tensor]:
         def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            rows = real_rows(stack, batch, args[0].detach(), routes.get(module)).float()
+            rows = real_rows(stack, batch, args[0], routes.get(module), encoded).detach().float()
             _add(found.read, path, rows.square().sum(dim=0))
             found.rows[path] = found.rows.get(path, 0) + len(rows)
             found.gradients.setdefault(path, torch.zeros(output.shape[-1], dtype=torch.float32, device=output.device))
@@ -101,7 +101,7 @@ def _watched(stack: Stack, batch: Batch, linears: Mapping[str, nn.Module], found
         return after
 
     hooks = (module.register_forward_hook(hook(path)) for path, module in linears.items())
-    with watch_routes(stack.blocks) as routes, hooked(hooks):
+    with watch_routes(stack.blocks) as routes, watch_encoded(stack) as encoded, hooked(hooks):
         yield
 
 
@@ -109,8 +109,8 @@ def _drawn(model: PreTrainedModel, output: Any, batch: Batch, generator: torch.G
     """The gradient, at a model's outputs, of the log-probability of an output that is drawn from them.
 
     Of logits of classes or words, for each sample or token: the class drawn less the probabilities of all, or of
-    several labels each by itself. Of anything else, which is taken for the mean of a Gaussian, noise. 0 at what is no
-    real token.
+    several labels each by itself. Of anything else, which is taken for the mean of a Gaussian, noise. 0 where
+    nothing counts (see `output_tokens`).
     """
     value = first_tensor(output).detach()
     logits = value.float().reshape(-1, value.shape[-1])
@@ -128,7 +128,7 @@ def _drawn(model: PreTrainedModel, output: Any, batch: Batch, generator: torch.G
         drawn = torch.multinomial(probabilities.cpu(), 1, generator=generator).to(logits.device)
         start = probabilities.neg_().scatter_add_(1, drawn, torch.ones_like(drawn, dtype=probabilities.dtype))
     start = start.view(value.shape).to(value)
-    return start * real_tokens(batch, start)[..., None] if start.ndim == 3 else start
+    return start * output_tokens(model, batch, start)[..., None] if start.ndim == 3 else start
 
 
 def _backward(output: Tensor, start: Tensor) -> None:
