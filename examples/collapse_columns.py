@@ -47,7 +47,7 @@ from hf_compress.drafts import narrow_ffn, replace_activation
 from hf_compress.evaluation.size import parameter_count
 from hf_compress.methods.layer_collapse.blend import fitting_blend, mean_gates
 from hf_compress.methods.layer_collapse.product import product
-from hf_compress.parity import Probe
+from hf_compress.probe import Probe
 
 UNTRAINED = ("naive", "closed")
 COLUMNS = (*UNTRAINED, "paper", "gradual", "healed", "student")

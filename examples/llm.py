@@ -97,7 +97,6 @@ def publish(
     """Save a model, load it again, score that beside its controls, and write and print the card."""
     folder = hfc.save(model, args.output, task.tokenizer, overwrite=True)
     loaded = AutoModelForCausalLM.from_pretrained(folder)
-    loaded.compression_report = model.compression_report
     bundled = all(value == parser.get_default(key) for key, value in vars(args).items() if key in DATA)
     card = model_card(
         loaded,

@@ -45,6 +45,7 @@ _PUBLIC = {
     "feature_report": "hf_compress.report.features",
     "fit": "hf_compress.methods.adaptive_compress.fit",
     "heal": "hf_compress.training.heal",
+    "history_of": "hf_compress.report.history",
     "heatmap": "hf_compress.report.heatmap",
     "make_plan": "hf_compress.pipeline",
     "model_card": "hf_compress.report.card",

@@ -23,6 +23,7 @@ from hf_compress.methods.layer_collapse.linear import fit_ffns
 from hf_compress.methods.mka.config import MKAConfig
 from hf_compress.methods.mka.similarity import check_samples, similarity_of
 from hf_compress.methods.sizing import blocks_to_remove
+from hf_compress.numerics.defaults import torch_defaults
 from hf_compress.pipeline import check_model
 
 if TYPE_CHECKING:
@@ -151,6 +152,7 @@ class Analysis:
         return plot_similarity(self.similarity, path, f"{name}: {self.measure} similarity of the blocks' outputs")
 
 
+@torch_defaults()
 def analyze(
     model: PreTrainedModel,
     calibration: Any,

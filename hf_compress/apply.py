@@ -7,23 +7,31 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_compress.anatomy.anatomy import Anatomy
-from hf_compress.anatomy.surgery import remove_blocks
+from hf_compress.anatomy.stacks import Stack
+from hf_compress.anatomy.surgery import kept_blocks, remove_blocks
 from hf_compress.anatomy.undo import Undo
 from hf_compress.edits import ModuleEdit, Seal
 from hf_compress.errors import PlanError
-from hf_compress.parity import Probe, check_parity
+from hf_compress.guard import check_left_out, outputs_without
+from hf_compress.numerics.defaults import torch_defaults
+from hf_compress.parity import check_parity
 from hf_compress.plan import Plan
+from hf_compress.probe import Probe
 from hf_compress.record import after_removal, record, recorded, unsealed
 from hf_compress.structure import Site, restructure
 
 
+@torch_defaults()
 def apply(plan: Plan, model: PreTrainedModel, probe: Probe | None = None) -> None:
-    """Change `model` as `plan` says, and prove that the result can be saved and loaded.
+    """Change `model` as `plan` says, and prove that it is what it should be and can be saved and loaded.
+
+    That is: with its blocks gone it gives what it gives while they are there and hand their stream through (see
+    `guard`), and so does a model rebuilt from its config (see `parity`).
 
     Args:
         plan: made for this very model.
         model: changed in place. Its config says afterwards what it has become, by its own fields where they can.
-        probe: inputs on which the changed model and its rebuilt copy have to agree; made up when None.
+        probe: inputs on which they have to agree, kept with the model for when it is saved; made up when None.
 
     Raises:
         PlanError: the plan names blocks, modules or parameters that the model does not have, or sizes that do not fit.
@@ -34,12 +42,16 @@ def apply(plan: Plan, model: PreTrainedModel, probe: Probe | None = None) -> Non
     undo = Undo()
     try:
         edits: list[ModuleEdit] = [edit for edit in recorded(model.config) if not isinstance(edit, Seal)]
-        lengths = {stack: len(Anatomy(model).stack(stack)) for stack in plan.stacks}
-        edits += carry_out(plan, model, undo).module_edits
-        for stack, length in lengths.items():
-            edits = after_removal(edits, stack, length, plan.removed(stack))
+        plan = change_modules(plan, model, undo)
+        edits += plan.module_edits
+        removed = removed_blocks(plan, model)
+        whole = outputs_without(model, removed, probe)
+        for stack, blocks in removed.items():
+            edits = after_removal(edits, stack.path, len(stack), blocks)
+            remove_blocks(model, stack, blocks, undo)
         record(model, edits, undo)
-        check_parity(model, probe)
+        check_left_out(model, removed, whole, check_parity(model, probe))
+        probe.keep(model)
     except BaseException:
         undo.rollback()
         raise
@@ -47,6 +59,18 @@ def apply(plan: Plan, model: PreTrainedModel, probe: Probe | None = None) -> Non
 
 def carry_out(plan: Plan, model: PreTrainedModel, undo: Undo) -> Plan:
     """Change modules, write the plan's tensors, and take its blocks out, recording each step in `undo`.
+
+    Returns:
+        As `change_modules`.
+    """
+    plan = change_modules(plan, model, undo)
+    for stack, blocks in removed_blocks(plan, model).items():
+        remove_blocks(model, stack, blocks, undo)
+    return plan
+
+
+def change_modules(plan: Plan, model: PreTrainedModel, undo: Undo) -> Plan:
+    """Change modules and write the plan's tensors, all blocks still there, recording each step in `undo`.
 
     Returns:
         The plan as it was carried out, with the paths of modules that a seal had hidden.
@@ -57,11 +81,16 @@ def carry_out(plan: Plan, model: PreTrainedModel, undo: Undo) -> Plan:
     for edit in plan.module_edits:
         restructure(edit, site)
     _write(plan.tensors, model, device, undo)
-    anatomy = Anatomy(model)
-    stacks = {path: anatomy.stack(path) for path in plan.stacks}
-    for path, stack in stacks.items():
-        remove_blocks(model, stack, plan.removed(path), undo)
     return plan
+
+
+def removed_blocks(plan: Plan, model: PreTrainedModel) -> dict[Stack, tuple[int, ...]]:
+    """The stacks that a plan takes blocks out of, and which; ValueError where a stack does not have them."""
+    anatomy = Anatomy(model)
+    removed = {anatomy.stack(path): plan.removed(path) for path in plan.stacks}
+    for stack, blocks in removed.items():
+        kept_blocks(stack, blocks)
+    return removed
 
 
 def _write(tensors: dict[str, Tensor], model: PreTrainedModel, device: torch.device, undo: Undo) -> None:

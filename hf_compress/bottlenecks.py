@@ -22,6 +22,7 @@ from hf_compress.calibration.capture import (
     inference,
     stream_of_output,
     stream_tokens,
+    watch_blocks,
     with_stream,
 )
 from hf_compress.calibration.data import Calibration, DataOptions, prepare
@@ -32,6 +33,7 @@ from hf_compress.modules.bottleneck import Bottleneck, Form
 from hf_compress.modules.packed import unpack_bits
 from hf_compress.modules.sparse import pack_mask
 from hf_compress.plan import Plan
+from hf_compress.structure import BOTTLENECK
 from hf_compress.tensor_file import read_tensors, write_tensors
 
 _FILE = "bottlenecks.safetensors"
@@ -106,17 +108,15 @@ class Bottlenecks:
         stack, last = Anatomy(model).stack(self.stack), self.layers[-1]
         found: list[tuple[int, Tensor]] = []
 
-        def keep(index: int) -> Callable[[Tensor], None]:
-            def seen(stream: Tensor) -> None:
-                found.append((index, stream.float()))
-                if index == last:
-                    raise StopForward
-
-            return seen
+        def keep(index: int, before: Tensor, after: Tensor) -> None:
+            if index in self.places:
+                found.append((index, after.float()))
+            if index == last:
+                raise StopForward
 
         for batch in data:
             found.clear()
-            with inference(model), replaced_streams(stack, {index: keep(index) for index in self.layers}):
+            with inference(model), watch_blocks(stack, keep):
                 forward(model, batch)
             for index, stream in found:
                 yield index, stream, stream_tokens(stack, batch, stream)
@@ -180,7 +180,7 @@ class Bottlenecks:
             own = {n.partition(".")[2]: t for n, t in tensors.items() if n.partition(".")[0] == index}
             importance, mask = own.pop("importance"), own.pop("kept")
             hidden, width = own["encoder"].shape
-            module = Bottleneck(hidden, width, Form(**facts["form"]))
+            module = Bottleneck(hidden, width, Form(**facts["form"]), dtype=own["encoder"].dtype)
             module.load_state_dict(own)
             module.requires_grad_(False)
             kept = unpack_bits(mask[None])[0, : len(importance)].nonzero()[:, 0]
@@ -189,15 +189,16 @@ class Bottlenecks:
 
 
 @contextmanager
-def replaced_streams(stack: Stack, changes: Mapping[int, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
-    """Have what leaves blocks be seen, and replaced where a tensor comes back."""
+def replaced_streams(stack: Stack, changes: Mapping[int, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Have what leaves blocks replaced: behind a bottleneck that stands there, and before anyone collects it."""
 
     def hook(index: int) -> RemovableHandle:
-        def change(block: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
-            changed = changes[index](stream_of_output(output))
-            return None if changed is None else with_stream(output, changed)
+        def change(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+            return with_stream(output, changes[index](stream_of_output(output)))
 
-        return stack.blocks[index].register_forward_hook(change)
+        block = stack.blocks[index]
+        last: Any = block._modules.get(BOTTLENECK, block)
+        return last.register_forward_hook(change, prepend=True)
 
     with hooked(hook(index) for index in changes):
         yield

@@ -269,7 +269,9 @@ def replace_activation(
         )
     name = f"{path}.{ffn.activation}"
     width = None if constant is None else len(constant)
-    tensors = {f"{name}.alpha": torch.tensor([alpha])} | ({} if constant is None else {f"{name}.constant": constant})
+    tensors = {f"{name}.alpha": torch.tensor([alpha], dtype=torch.float32)} | (
+        {} if constant is None else {f"{name}.constant": constant}
+    )
     return Plan((ReplaceActivation(name, blend, width),), tensors)
 
 

@@ -9,93 +9,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.layout import position_fields
 from hf_compress.calibration.capture import forward, inference
-from hf_compress.calibration.data import Batch, special_ids
 from hf_compress.errors import ParityError, UnsupportedModelError, one_line
+from hf_compress.probe import Outputs, Probe, outputs_on, quiet, same_outputs, same_tensor
 
-_NEW_TOKENS = 3
 _TRAINING_ONLY = re.compile("DropPath|StochasticDepth")  # their rates rise with the depth, and count in training alone
-_NOT_STRUCTURE = frozenset({"training", "name_or_path", "gradient_checkpointing"})
-
-
-@dataclass(frozen=True)
-class Probe:
-    """Inputs that tell two models apart.
-
-    Attributes:
-        batch: inputs of a forward pass.
-        generates: whether the model, before any change, could continue these inputs with its cache.
-    """
-
-    batch: Batch
-    generates: bool
-
-    @staticmethod
-    def of(model: PreTrainedModel, batch: Batch | None = None) -> Probe:
-        """A probe for `model` from a calibration batch (its first eight samples, 16 positions), or made up.
-
-        Raises:
-            UnsupportedModelError: no inputs can be made up for a model of this kind.
-        """
-        batch = _shorten(batch) if batch is not None else Batch(_made_up_inputs(model), None)
-        try:
-            with inference(model):
-                forward(model, batch)
-        except Exception as error:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} does not run on the inputs it would be checked with; pass calibration data "
-                f"that it runs on ({one_line(error)})"
-            ) from error
-        try:
-            _generate(model, batch)
-        except Exception:  # whatever keeps the whole model from generating is no fault of compression
-            return Probe(batch, generates=False)
-        return Probe(batch, generates=True)
-
-
-def _shorten(batch: Batch) -> Batch:
-    ids = batch.inputs.get("input_ids")
-    positions = None if ids is None else ids.shape[1]
-    inputs = {
-        name: value[:8, :16] if value.ndim >= 2 and value.shape[1] == positions else value[:8]
-        for name, value in batch.inputs.items()
-    }
-    return Batch(inputs, None if batch.real is None else batch.real[:8, :16])
-
-
-def _made_up_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Two random texts of eight tokens or two random images, from a generator of their own, or what a model offers."""
-    generator = torch.Generator().manual_seed(0)
-    config = model.config
-    if model.main_input_name == "pixel_values":
-        vision = getattr(config, "vision_config", config)
-        size = getattr(vision, "image_size", 224)
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        channels = getattr(vision, "num_channels", 3)
-        return {"pixel_values": torch.randn((2, channels, height, width), generator=generator)}
-    vocabulary = getattr(config.get_text_config(), "vocab_size", None)
-    if model.main_input_name != "input_ids" and model.main_input_name in model.dummy_inputs:
-        return dict(model.dummy_inputs)
-    if model.main_input_name != "input_ids" or not isinstance(vocabulary, int):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} takes {model.main_input_name}: pass calibration data, so that it can be checked"
-        )
-    special = set(special_ids(config, None).tolist())
-    ids = torch.tensor([i for i in range(min(vocabulary, 1000)) if i not in special])
-    return {"input_ids": ids[torch.randint(len(ids), (2, 8), generator=generator)]}
+_PLAIN = (bool, int, float, str)
+# What tells nothing of the structure. Transformers leaves `vocab_size` as it was when embeddings are resized.
+_NOT_STRUCTURE = frozenset({"training", "name_or_path", "gradient_checkpointing", "vocab_size"})
 
 
 def rebuild(model: PreTrainedModel) -> PreTrainedModel:
@@ -149,16 +79,18 @@ def _key(entry: Any) -> str:
     return f"{name} ({' instead of '.join(str(tuple(shape)) for shape in reversed(shapes))})"
 
 
-def check_parity(model: PreTrainedModel, probe: Probe) -> None:
+def check_parity(model: PreTrainedModel, probe: Probe) -> Outputs:
     """Raise unless `model` and its rebuilt copy are the same model.
+
+    Returns:
+        The outputs of both on the probe.
 
     Raises:
         UnsupportedModelError: the model itself does not run.
         ParityError: it runs, but its rebuilt copy is another model; the message names what differs.
     """
     rebuilt = rebuild(model)
-    difference = next(module_differences(model, rebuilt), None) or next(_buffer_differences(model, rebuilt), None)
-    if difference:
+    if difference := _difference(model, rebuilt, probe):
         raise ParityError(f"the config cannot express what is left of the model: {difference}{_position_hint(model)}")
     try:
         expected = outputs_on(model, probe)
@@ -168,12 +100,29 @@ def check_parity(model: PreTrainedModel, probe: Probe) -> None:
         ) from error
     if not same_outputs(expected, outputs_on(rebuilt, probe)):
         raise ParityError(f"a model rebuilt from the config gives other outputs{_position_hint(model)}")
+    return expected
 
 
-def module_differences(model: PreTrainedModel, rebuilt: PreTrainedModel) -> Iterator[str]:
+def _difference(model: PreTrainedModel, rebuilt: PreTrainedModel, probe: Probe) -> str | None:
+    """What tells the modules and buffers of two models apart, in words."""
+    difference = next(module_differences(model, rebuilt, unset=False), None) or next(
+        _buffer_differences(model, rebuilt), None
+    )
+    if difference or (difference := next(module_differences(model, rebuilt), None)) is None:
+        return difference
+    try:  # a module may find out when it first runs (Gemma 4, how much to pad)
+        with inference(rebuilt):
+            forward(rebuilt, probe.batch)
+            return next(module_differences(model, rebuilt), None)
+    except Exception:  # it does not run, being another model
+        return difference
+
+
+def module_differences(model: PreTrainedModel, rebuilt: PreTrainedModel, unset: bool = True) -> Iterator[str]:
     """What tells the modules of a rebuilt model from the live one's, in words: classes and settings.
 
-    Outside of the blocks, what only the live model has does no harm: a table for a kind of block of which none is left.
+    Outside of the blocks, what only the live model has does no harm: a table for a kind of block of which none is left,
+    or its name in a list. `unset`: whether to count settings that are still None in the rebuilt one.
     """
     stacks = tuple(stack.path for stack in Anatomy(model).stacks)
     others = dict(rebuilt.named_modules())
@@ -186,12 +135,27 @@ def module_differences(model: PreTrainedModel, rebuilt: PreTrainedModel) -> Iter
             yield f"{path} would be {there} instead of {here}"
             continue
         for name, value in vars(module).items():
-            if name in _NOT_STRUCTURE or name.startswith("_") or not isinstance(value, (bool, int, float, str)):
+            if name in _NOT_STRUCTURE or name.startswith("_") or not _is_setting(value):
                 continue
             if name not in vars(other) and not path.startswith(stacks):
                 continue
-            if (theirs := vars(other).get(name)) != value and value == value:
+            theirs = vars(other).get(name)
+            if theirs is None and not unset:
+                continue
+            if not path.startswith(stacks) and isinstance(value, list) and isinstance(theirs, list):
+                value = [kind for kind in value if kind in theirs]
+            if _listed(theirs) != _listed(value) and value == value:
                 yield f"{path}.{name} would be {theirs!r} instead of {value!r}"
+
+
+def _is_setting(value: Any) -> bool:
+    """Whether an attribute is plain data: a word, a number, or a list of such."""
+    return isinstance(value, _PLAIN) or (isinstance(value, (list, tuple)) and all(isinstance(v, _PLAIN) for v in value))
+
+
+def _listed(value: Any) -> Any:
+    """A tuple as the list that it is in config.json."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _class(module: nn.Module | None) -> str:
@@ -218,54 +182,6 @@ def _dtype_hint(here: Tensor, there: Tensor | None) -> str:
     )
 
 
-def outputs_on(model: PreTrainedModel, probe: Probe) -> list[Tensor]:
-    """Every tensor of the model's output on the probe, and the tokens it continues it with."""
-    with inference(model), torch.random.fork_rng():
-        torch.manual_seed(0)
-        outputs = list(_tensors(forward(model, probe.batch)))
-    if probe.generates:
-        outputs.append(_generate(model, probe.batch))
-    return outputs
-
-
-def _generate(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Greedy continuation with the cache, (samples, positions)."""
-    if not model.can_generate():
-        raise UnsupportedModelError(f"{type(model).__name__} does not generate")
-    inputs = {
-        name: value.to(model.device, torch.long if not value.is_floating_point() else model.dtype)
-        for name, value in batch.inputs.items()
-    }
-    with inference(model), torch.random.fork_rng(), quiet():
-        torch.manual_seed(0)
-        generator: Any = model
-        return generator.generate(**inputs, max_new_tokens=_NEW_TOKENS, min_new_tokens=_NEW_TOKENS, do_sample=False)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors in a model's output, in order."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for entry in value.values():
-            yield from _tensors(entry)
-    elif isinstance(value, (list, tuple)):
-        for entry in value:
-            yield from _tensors(entry)
-
-
-def same_outputs(first: list[Tensor], second: list[Tensor]) -> bool:
-    """Whether two outputs are the same bit for bit (NaN where NaN)."""
-    return len(first) == len(second) and all(same_tensor(a, b) for a, b in zip(first, second, strict=True))
-
-
-def same_tensor(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors have the same shape, dtype and bits (NaN where NaN)."""
-    if first.shape != second.shape or first.dtype != second.dtype:
-        return False
-    return torch.equal(first, second) or bool(((first == second) | (first.isnan() & second.isnan())).all())
-
-
 def _position_hint(model: PreTrainedModel) -> str:
     """The config's fields that place blocks, which are what is usually in the way."""
     fields: dict[str, Any] = {}
@@ -278,18 +194,3 @@ def _position_hint(model: PreTrainedModel) -> str:
         name if isinstance(value, (list, tuple, str)) else f"{name}={value}" for name, value in fields.items()
     )
     return f" (the config places blocks by {listed})" if listed else ""
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep Transformers from logging configs and loading reports while a copy is built."""
-    level = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()

@@ -1,4 +1,4 @@
-"""compress(): anatomy and calibration data in, a plan, the plan carried out and checked, a report."""
+"""compress(): anatomy and calibration data in, a plan, the plan carried out and checked, a stage of its history."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.anatomy.adapters import check_no_adapters
-from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.apply import apply
 from hf_compress.calibration.data import Calibration, DataOptions, prepare
 from hf_compress.config import CompressionConfig
 from hf_compress.errors import UnsupportedModelError
-from hf_compress.evaluation.size import parameter_count, stored_bytes
 from hf_compress.modules.kernels import check_no_kernels
-from hf_compress.parity import Probe
+from hf_compress.numerics.defaults import check_not_inference, torch_defaults
 from hf_compress.plan import Plan
-from hf_compress.report.report import CompressionReport, Size, Stage
+from hf_compress.probe import Probe
+from hf_compress.report.history import add_stage, history_of, model_size
+from hf_compress.report.report import Size, Stage, Step
 from hf_compress.workbench import Workbench
 
 
+@torch_defaults()
 def compress(
     model: PreTrainedModel,
     config: CompressionConfig,
@@ -41,8 +42,9 @@ def compress(
         options: batch size, maximum length, and text column of the calibration data.
 
     Returns:
-        `model`, smaller, with a `CompressionReport` as its `compression_report`. It saves with `save_pretrained` and
-        loads with `from_pretrained` to the same outputs, bit for bit; that was checked.
+        `model`, smaller, with its history as its `compression_report`: a `CompressionReport` of this change and of all
+        before it that are known (see `history_of`). It saves with `save_pretrained` and loads with `from_pretrained` to
+        the same outputs, bit for bit; that was checked.
 
     Raises:
         ValueError, TypeError: bad settings, data, or model; each message names the value, the expectation, the remedy.
@@ -52,14 +54,15 @@ def compress(
     start = perf_counter()
     data = _prepare(calibration, model, tokenizer, options)
     bench = Workbench(model, data, {"prepare calibration data": perf_counter() - start} if data else {})
-    before = model_size(model)
+    history, before = history_of(model), model_size(model)
     plan = _plan(config, bench)
     with bench.stage("apply and check"):
         apply(plan, model, Probe.of(model, data.batches[0] if data else None))
-    model.compression_report = report_of(config, plan, bench, before, model_size(model))  # type: ignore[assignment]
+    add_stage(model, stage_of(config, plan, bench, before, model_size(model)), history)
     return model
 
 
+@torch_defaults()
 def make_plan(
     model: PreTrainedModel,
     config: CompressionConfig,
@@ -98,6 +101,7 @@ def check_model(model: Any) -> None:
     if getattr(model, "hf_quantizer", None) is not None:
         raise UnsupportedModelError("the model is quantized: compress it first, quantize it afterwards")
     check_no_kernels(model)
+    check_not_inference(model)
     if meta := [name for name, p in model.named_parameters() if p.device.type == "meta"]:
         raise UnsupportedModelError(
             f"{len(meta)} parameters, such as {meta[0]}, are on the meta device or offloaded: load the model without "
@@ -110,23 +114,16 @@ def check_model(model: Any) -> None:
         raise ValueError(f"the parameter {broken} holds NaN or infinity: this model is broken already")
 
 
-def model_size(model: PreTrainedModel) -> Size:
-    """Parameters, stored bytes and blocks of a live model."""
-    blocks = {stack.path: len(stack) for stack in Anatomy(model).stacks}
-    return Size(parameter_count(model), stored_bytes(model), blocks)
-
-
-def report_of(config: CompressionConfig, plan: Plan, bench: Workbench, before: Size, after: Size) -> CompressionReport:
-    """The report on a plan that has been carried out and checked."""
-    return CompressionReport(
+def stage_of(config: CompressionConfig, plan: Plan, bench: Workbench, before: Size, after: Size) -> Stage:
+    """The stage of a model's history that a plan was which has been carried out and checked."""
+    return Stage(
         method=config.method,
         config=config.to_dict(),
-        base_model=str(bench.model.name_or_path or ""),
         before=before,
         after=after,
         edits=json.loads(plan.to_json())["edits"],  # with lists for tuples, as they come back from a file
         notes=plan.notes,
-        stages=[Stage(name, seconds) for name, seconds in bench.seconds.items()],
+        steps=[Step(name, seconds) for name, seconds in bench.seconds.items()],
         calibration=bench.data.describe() if bench.data else {},
         parity=True,  # apply() raises otherwise
     )

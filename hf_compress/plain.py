@@ -18,7 +18,8 @@ from hf_compress.anatomy.parts import expert_axes, linear_widths
 from hf_compress.anatomy.stacks import Stack, reachable_configs
 from hf_compress.anatomy.undo import Undo
 from hf_compress.edits import ModuleEdit, NarrowAttention, NarrowExperts, NarrowFFN
-from hf_compress.parity import module_differences, quiet
+from hf_compress.parity import module_differences
+from hf_compress.probe import quiet
 from hf_compress.structure import GROUP_NAMES, Site, restructure
 
 RECORD_FIELD = "quantization_config"  # where a config keeps what its own fields cannot say

@@ -264,7 +264,9 @@ def _(edit: InsertBottleneck, site: Site) -> None:
     bottleneck = Bottleneck(edit.hidden, edit.width, edit.form, device="meta", dtype=example.dtype)
     site.undo.put(block._modules, BOTTLENECK, bottleneck.train(block.training))
     if there is None:
-        site.undo.later(block.register_forward_hook(through_bottleneck).remove)
+        # First of all hooks: those by which Transformers collects hidden states, on a model that has been asked for
+        # them, would otherwise see what the block gave. On a model that is loaded there are none yet.
+        site.undo.later(block.register_forward_hook(through_bottleneck, prepend=True).remove)
 
 
 def through_bottleneck(block: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:

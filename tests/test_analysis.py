@@ -54,9 +54,9 @@ def test_it_leaves_the_model_as_it_was() -> None:
     assert not leftovers(model)
 
 
-@pytest.mark.parametrize(("batch_size", "passes"), [(4, 2), (8, 1)])
+@pytest.mark.parametrize(("batch_size", "passes"), [(4, 2), (24, 1)])
 def test_it_takes_a_pass_for_the_streams_and_one_for_the_ffns(batch_size: int, passes: int) -> None:
-    """The second is not begun where it would come to nothing: 24 texts are three batches of eight."""
+    """The second is not begun where it would come to nothing: 24 texts are one batch of 24."""
     model, calls = tiny_llama(6), []
     model.model.embed_tokens.register_forward_hook(lambda module, args, output: calls.append(len(args[0])))
     analyze(model, TEXTS, TOKENIZER, options=DataOptions(batch_size))
@@ -104,11 +104,11 @@ def test_an_ffn_smaller_than_the_map_is_measured_too() -> None:
 
 
 def test_what_could_not_be_measured_is_said_once() -> None:
-    found = analyze(tiny_llama(6), TEXTS, TOKENIZER)  # three batches
+    found = analyze(tiny_llama(6), TEXTS, TOKENIZER, options=DataOptions(24))  # one batch
     assert [row.linearity for row in found.blocks] == [None] * 6
     assert found.note is not None
     text = " ".join(_plain(found.table()).split())
-    assert text.count("give at least 4 batches of data (more samples, or a smaller batch_size); these are 3") == 1
+    assert text.count("give at least 2 batches of data (more samples, or a smaller batch_size); got 1") == 1
     assert json.loads(found.to_json())["note"] == found.note
     chunked = tiny_base_model("bert")
     for layer in chunked.encoder.layer:

@@ -9,8 +9,8 @@ from hf_compress.apply import apply
 from hf_compress.calibration.data import Batch
 from hf_compress.edits import MergeBlocks, RemoveBlocks
 from hf_compress.errors import ParityError, UnsupportedModelError
-from hf_compress.parity import Probe
 from hf_compress.plan import Plan
+from hf_compress.probe import Probe
 from tests.architectures.changes import Trace, check_reloads, merge_plan
 from tests.architectures.tiny import tiny_inputs, tiny_model, tiny_seq2seq_model, tiny_vision_language_model
 

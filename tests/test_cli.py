@@ -13,7 +13,14 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
 from transformers.utils import logging as transformers_logging
 from typer.testing import CliRunner, Result
 
@@ -100,7 +107,7 @@ def test_compress_saves_a_model_that_plain_transformers_loads(
     model = AutoModelForCausalLM.from_pretrained(output)
     assert len(model.model.layers) == 4
     assert (output / "tokenizer.json").exists()
-    assert json.loads((output / "compression_report.json").read_text())["method"] == "mka"
+    assert json.loads((output / "compression_report.json").read_text())["stages"][0]["method"] == "mka"
     assert [path.name for path in tmp_path.iterdir()] == ["small"]
 
 
@@ -285,7 +292,8 @@ def test_push_says_that_it_is_offline(small: Path) -> None:
 def test_info_fails_where_weights_are_missing_or_the_report_is_another_s(small: Path) -> None:
     report = small / "compression_report.json"
     content = json.loads(report.read_text())
-    report.write_text(json.dumps(content | {"after": {"parameters": 3, "bytes": 4, "blocks": {"model.layers": 1}}}))
+    content["stages"][0]["after"] = {"parameters": 3, "bytes": 4, "blocks": {"model.layers": 1}}
+    report.write_text(json.dumps(content))
     result = run("info", small)
     assert result.exit_code == 1
     assert "the report speaks of 3 parameters" in result.stdout
@@ -314,6 +322,43 @@ def test_evaluate_measures_perplexity_and_writes_json(model_folder: str, text_fi
     assert result.exit_code == 0, result.output
     assert "perplexity" in result.stdout
     assert json.loads((tmp_path / "evaluation.json").read_text())["perplexity"]["documents"] == 4
+
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+OTHER_MODELS = {
+    "classifier": lambda: BertForSequenceClassification(BertConfig(**SIZES, vocab_size=64)),
+    "masked": lambda: BertForMaskedLM(BertConfig(**SIZES, vocab_size=64)),
+    "images": lambda: ViTForImageClassification(ViTConfig(**SIZES, image_size=8, patch_size=4)),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_MODELS)
+def test_evaluate_takes_the_head_that_was_saved(kind: str, text_file: str, tmp_path: Path) -> None:
+    model = OTHER_MODELS[kind]()
+    model.save_pretrained(tmp_path)
+    for metric in (("--texts", text_file), ("--tasks", "manuals_cloze")):
+        result = run("evaluate", tmp_path, *metric)
+        assert result.exit_code == 2
+        assert type(model).__name__ in result.stderr
+        assert len(result.stderr.strip().splitlines()) == 1
+        assert not result.stdout
+    result = run("evaluate", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert f"{sum(p.numel() for p in model.parameters()):,}" in result.stdout
+    assert ("tokens/s" in result.stdout) is (kind != "images")
+
+
+def test_a_second_change_on_the_command_line_tells_the_first(small: Path, tmp_path: Path) -> None:
+    arguments = ("--method", "drop_blocks", "--num", "1", "--set", "criterion=last", "--output", small, "--overwrite")
+    result = run("compress", small, *arguments)
+    assert result.exit_code == 0, result.output
+    assert "1. drop_blocks" in result.stdout
+    assert "2. drop_blocks" in result.stdout
+    assert "2. drop_blocks" in (small / "README.md").read_text()
+    shown = run("info", small)
+    assert shown.exit_code == 0, shown.output
+    for part in ("left out: 4–5", "left out: 3", "original"):
+        assert part in shown.stdout
 
 
 def test_sizes_are_written_for_people() -> None:

@@ -20,7 +20,7 @@ FLOORS = [
     {"edits"},
     {"anatomy", "plan"},
     {"calibration", "structure"},
-    {"config", "workbench", "regimen", "parity", "plain", "record", "apply", "drafts", "bottlenecks"},
+    {"config", "workbench", "regimen", "probe", "parity", "guard", "plain", "record", "apply", "drafts", "bottlenecks"},
     {"evaluation", "report", "attribution"},
     {"methods"},
     {"pipeline", "analysis", "storage"},

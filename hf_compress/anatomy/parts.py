@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_compress.errors import UnsupportedModelError
 from hf_compress.modules.activation import BlendedActivation
 from hf_compress.modules.experts import SeparateExperts
+from hf_compress.modules.packed import CompactLinear
 
 # The last word of the projections from the residual stream to queries, keys and values.
 _QKV = re.compile(
@@ -76,7 +77,7 @@ class BlockParts:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is a plain linear map, of either of the two layouts in Transformers."""
-    return isinstance(module, (nn.Linear, Conv1D))
+    return isinstance(module, (nn.Linear, Conv1D)) and not isinstance(module, CompactLinear)
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -92,7 +92,7 @@ def _counting_configs(model: PreTrainedModel, path: str, length: int) -> list[tu
 
     Some encoder-decoders give each stack a copy of the config, which is not what is saved. Then both have to change.
     """
-    own = _nearest_config(model, path)
+    own = nearest_config(model, path)
     side = _side(path)
     fields = _count_fields(own, side, length)
     if fields is None:
@@ -106,10 +106,10 @@ def _counting_configs(model: PreTrainedModel, path: str, length: int) -> list[tu
     return []
 
 
-def _nearest_config(model: PreTrainedModel, path: str) -> PreTrainedConfig:
-    """The config of the innermost module around `path` that has one."""
+def nearest_config(model: PreTrainedModel, path: str) -> PreTrainedConfig:
+    """The config of the module at `path`, or of the innermost one around it that has one."""
     parts = path.split(".")
-    for end in range(len(parts) - 1, 0, -1):
+    for end in range(len(parts), 0, -1):
         config = getattr(model.get_submodule(".".join(parts[:end])), "config", None)
         if isinstance(config, PreTrainedConfig):
             return config

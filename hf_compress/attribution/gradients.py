@@ -118,7 +118,7 @@ class NormRule:
         weight, bias = (norm._parameters.get(name) for name in ("weight", "bias"))
         if any(own is not None and own.shape != given.shape[-1:] for own in (weight, bias)):
             return None  # a norm of channels, over another axis
-        ones = torch.ones(given.shape[-1], device=given.device)
+        ones = torch.ones(given.shape[-1], dtype=torch.float32, device=given.device)
         gains = [ones] if weight is None else [weight.float(), 1 + weight.float()]
         rules = [NormRule(gain, bias, centred) for gain in gains for centred in (False, True)]
         errors = [float((rule._unbiased(gave) - rule._base(given) * rule._scale(given, gave)).norm()) for rule in rules]

@@ -21,10 +21,10 @@ from hf_compress.attribution.targets import Target, explained
 from hf_compress.calibration.capture import forward, hooked, inference
 from hf_compress.calibration.data import Batch
 from hf_compress.calibration.objective import first_tensor
-from hf_compress.errors import CalibrationError, UnsupportedModelError
+from hf_compress.errors import CalibrationError, UnsupportedModelError, one_line
 from hf_compress.modules.kernels import check_no_kernels
 from hf_compress.modules.packed import CompactLinear
-from hf_compress.parity import one_line
+from hf_compress.numerics.defaults import check_not_inference
 
 _LEAK = 1e-3  # of the outputs' size: what rounding may lose in float32
 _LEAK_HALF = 0.1
@@ -51,6 +51,7 @@ def check_open(model: Any) -> None:
             "hooks, which compiled code passes by"
         )
     check_no_kernels(model)
+    check_not_inference(model)
 
 
 @contextmanager
@@ -116,7 +117,7 @@ def check_conserved(model: PreTrainedModel, batch: Batch) -> None:
         for parameter in added:
             set_gradient(parameter, True, undo)
         logits = logits_of(model, batch, sources).float()
-        mixture = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits)
+        mixture = torch.randn(logits.shape, dtype=torch.float32, generator=torch.Generator().manual_seed(0)).to(logits)
         total = (logits * mixture).sum()
         ends = [*sources.tensors.values(), *added]
         found = sum(float((e.detach() * g).double().sum()) for e, g in zip(ends, _gradients(total, ends), strict=True))

@@ -17,6 +17,7 @@ from hf_compress.attribution.rules import ATTENTION_RULES, AttentionRule
 from hf_compress.attribution.targets import Target
 from hf_compress.attribution.watch import watch_inputs, watch_linears
 from hf_compress.calibration.data import Batch, DataOptions, prepare
+from hf_compress.numerics.defaults import torch_defaults
 
 _ALL = DataOptions(batch_size=2**31)
 
@@ -46,6 +47,7 @@ class Relevance:
     weights: dict[str, Tensor] = field(default_factory=dict)
 
 
+@torch_defaults()
 def relevance(
     model: PreTrainedModel,
     data: Any,

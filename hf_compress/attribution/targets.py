@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_compress.calibration.capture import real_tokens
+from hf_compress.calibration.capture import decoder_tokens, real_tokens
 from hf_compress.calibration.data import Batch
+from hf_compress.calibration.decoder import has_decoder
+from hf_compress.calibration.objective import next_tokens, speaks
 from hf_compress.errors import CalibrationError, UnsupportedModelError
 
 Target = Literal["predicted", "label"] | int | Tensor
@@ -20,14 +22,16 @@ def explained(model: PreTrainedModel, logits: Tensor, batch: Batch, target: Targ
 
     Of a classifier, (samples, classes): the logit of the class predicted, of the batch's label, or of a class named. Of
     a language model, (samples, positions, words): after the last real token, the logit of the word predicted or of a
-    word named; or, for "label", at every real token the logit of the real token that follows.
+    word named; or, for "label", the logits of all labels that the data has for tokens, and without any, at every real
+    token, of the real token that follows.
 
     Raises:
         CalibrationError: no labels where the target is one.
         ValueError: a class that the model does not have, or not one for each sample.
         UnsupportedModelError: outputs that are no logits of classes or of words.
     """
-    if logits.ndim == 3 and "input_ids" in batch.inputs and model.get_output_embeddings() is not None:
+    reads = "input_ids" in batch.inputs or has_decoder(model)
+    if logits.ndim == 3 and reads and model.get_output_embeddings() is not None:
         return _of_words(model, logits, batch, target)
     if logits.ndim != 2:
         raise UnsupportedModelError(
@@ -60,13 +64,15 @@ def _chosen(logits: Tensor, batch: Batch, target: Any) -> Tensor:
 
 
 def _of_words(model: PreTrainedModel, logits: Tensor, batch: Batch, target: Target) -> Tensor:
-    ids = batch.inputs["input_ids"].to(logits.device).long()
-    real = real_tokens(batch, logits)
     if isinstance(target, str) and target == "label":
-        if model.config.is_encoder_decoder:  # its decoder reads the text one place to the right already
-            return (logits.gather(-1, ids[..., None])[..., 0] * real).sum(dim=-1)
-        counts = real[:, :-1] & real[:, 1:]
-        return (logits[:, :-1].gather(-1, ids[:, 1:, None])[..., 0] * counts).sum(dim=-1)
+        if not speaks(model, batch):
+            raise CalibrationError("target='label' explains what is to be said, and the data has no text: give labels")
+        said = next_tokens(model, batch, logits)
+        counts = said != -100
+        if batch.targets is None and not has_decoder(model):
+            counts &= real_tokens(batch, logits)
+        return (logits.gather(-1, said.clamp(min=0)[..., None])[..., 0] * counts).sum(dim=-1)
+    real = decoder_tokens(batch, logits) if has_decoder(model) else real_tokens(batch, logits)
     positions = torch.arange(real.shape[1], device=real.device)
     last = torch.where(real, positions, -1).amax(dim=1).clamp(min=0)
     ends = logits[torch.arange(len(logits), device=logits.device), last]

@@ -11,15 +11,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_compress.anatomy.stacks import Stack
+from hf_compress.anatomy.stacks import Stack, reachable_configs
+from hf_compress.anatomy.state import State
 from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.data import Batch
+from hf_compress.calibration.decoder import default_input, has_decoder, one_later
 from hf_compress.errors import CalibrationError, UnsupportedModelError
 
 # index of the block, its input and its output, each (samples, positions, width)
 BlockWatcher = Callable[[int, Tensor, Tensor], None]
+
+
+# Fields of configs, also that for generating, that say what an output holds, and in what form. Router logits of blocks
+# that are left out for a while, for instance, could not be given.
+_OUTPUTS = {
+    "return_dict": True,
+    "return_dict_in_generate": False,
+    "output_hidden_states": False,
+    "_output_attentions": False,
+    "output_attentions": False,
+    "output_router_logits": False,
+}
 
 
 class StopForward(Exception):
@@ -28,17 +42,32 @@ class StopForward(Exception):
 
 @contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients, in the model's own dtype; every module's own mode comes back at the end."""
-    training = {module: module.training for module in model.modules()}
+    """Evaluation mode without gradients, in the model's own dtype, with outputs in one form.
+
+    Afterwards every module is as it was, and what the config says of outputs; see `State` for what a pass may change.
+    """
+    state = State(model)
     model.eval()
     try:
         with torch.no_grad(), Undo() as undo:
             if "_original_forward" in vars(model):  # Accelerate's, from a training in mixed precision
                 undo.unset(model, "forward")
+            for config in {id(config): config for config in _configs(model)}.values():
+                for name, value in _OUTPUTS.items():
+                    if name in vars(config):
+                        undo.set(config, name, value)
             yield
     finally:
-        for module, mode in training.items():
-            module.training = mode
+        state.restore()
+
+
+def _configs(model: nn.Module) -> Iterator[object]:
+    """Those of a model, for generating too, and of its parts, which have copies of their own in some families."""
+    for module in model.modules():
+        if isinstance(config := vars(module).get("config"), PreTrainedConfig):
+            yield from reachable_configs(config)
+        if (generation := vars(module).get("generation_config")) is not None:
+            yield generation
 
 
 def forward(model: PreTrainedModel, batch: Batch) -> Any:
@@ -50,27 +79,14 @@ def forward(model: PreTrainedModel, batch: Batch) -> Any:
             inputs[name] = value.to(parameter.device, parameter.dtype)
         else:
             inputs[name] = value.to(parameter.device, torch.long if value.dtype == torch.int32 else value.dtype)
-    accepted = inspect.signature(model.forward).parameters
-    if model.config.is_encoder_decoder and "decoder_input_ids" in accepted and "decoder_input_ids" not in inputs:
-        inputs["decoder_input_ids"] = _decoder_input(model, inputs)
-    if "use_cache" in accepted:
+    if has_decoder(model) and "decoder_input_ids" not in inputs:
+        inputs["decoder_input_ids"] = default_input(model, inputs)
+    if "use_cache" in inspect.signature(model.forward).parameters:
         inputs["use_cache"] = False
     try:
         return model(**inputs)
     except StopForward:
         return None
-
-
-def _decoder_input(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
-    """The text itself, one place to the right, as when an encoder-decoder learns to repeat its input."""
-    config = model.config
-    ids = inputs.get("input_ids")
-    start = getattr(config, "decoder_start_token_id", None)
-    start = start if start is not None else (getattr(config, "bos_token_id", None) or 0)
-    if ids is None:
-        first = next(iter(inputs.values()))
-        return torch.full((len(first), 1), start, dtype=torch.long, device=first.device)
-    return torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)
 
 
 @contextmanager
@@ -145,20 +161,64 @@ def with_stream(output: Any, stream: Tensor | None) -> Any:
     return make((stream, *output[1:]))
 
 
+def streams_beside(output: Any, kwargs: dict[str, Any], stream: Tensor) -> dict[str, Tensor]:
+    """What came in for the other streams of a block that has several (Reformer's two), by their names in its output."""
+    found: dict[str, Tensor] = {}
+    for field in getattr(output, "_fields", ())[1:]:
+        for name, value in kwargs.items():
+            if name.endswith(field) and isinstance(value, Tensor) and value.shape == stream.shape:
+                found[field] = value
+    return found
+
+
 def real_tokens(batch: Batch, stream: Tensor) -> Tensor:
     """Mask (samples, positions) of the positions of `stream` that may enter a statistic."""
-    if batch.real is not None and batch.real.shape == stream.shape[:2]:
-        return batch.real.to(stream.device)
-    return torch.ones(stream.shape[:2], dtype=torch.bool, device=stream.device)
+    return _fitting(batch.real, stream)
+
+
+def decoder_tokens(batch: Batch, stream: Tensor) -> Tensor:
+    """`real_tokens` of a stream of an encoder-decoder's decoder."""
+    return _fitting(_decoded(batch), stream)
 
 
 def stream_tokens(stack: Stack, batch: Batch, stream: Tensor) -> Tensor:
-    """`real_tokens` of the stream of a stack; `forward` gives a decoder the text one place to the right."""
-    real = real_tokens(batch, stream)
-    shifted = stack.side == "decoder" and any(config.is_encoder_decoder for config, _ in stack.configs)
-    if not shifted or batch.real is None or "decoder_input_ids" in batch.inputs:
-        return real
-    return torch.cat([torch.zeros_like(real[:, :1]), real[:, :-1]], dim=1)
+    """`real_tokens` of the stream of a stack."""
+    return _fitting(tokens_of(stack, batch), stream)
+
+
+def tokens_of(stack: Stack, batch: Batch) -> Tensor | None:
+    """Mask (samples, positions) of the tokens that a stack reads and that count; None where all do."""
+    configs = [config for config, _ in stack.configs]
+    if any(getattr(config, "add_cross_attention", False) for config in configs):  # made a decoder, such as BERT
+        return batch.real if batch.decoded is None else batch.decoded
+    two_sides = any(config.is_encoder_decoder for config in configs)
+    return _decoded(batch) if stack.side == "decoder" and two_sides else batch.real
+
+
+def _decoded(batch: Batch) -> Tensor | None:
+    if batch.decoded is not None or batch.real is None or "decoder_input_ids" in batch.inputs:
+        return batch.decoded
+    return one_later(batch.real)
+
+
+def _fitting(real: Tensor | None, stream: Tensor) -> Tensor:
+    if real is not None and real.shape == stream.shape[:2]:
+        return real.to(stream.device)
+    return torch.ones(stream.shape[:2], dtype=torch.bool, device=stream.device)
+
+
+@contextmanager
+def watch_encoded(stack: Stack) -> Iterator[list[Tensor]]:
+    """While a batch runs, what a decoder's blocks are given of the encoder's stream, which cross attention reads."""
+    found: list[Tensor] = []
+
+    def note(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        own = stream_of(args, kwargs)
+        given = [one for one in (*args, *kwargs.values()) if isinstance(one, Tensor) and one is not own]
+        found[:] = [one for one in given if one.ndim == 3 and one.is_floating_point()]
+
+    with hooked(block.register_forward_pre_hook(note, with_kwargs=True) for block in stack.blocks):
+        yield found
 
 
 def check_stream(stack: Stack, index: int, before: Tensor, stream: Tensor) -> None:

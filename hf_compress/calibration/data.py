@@ -6,19 +6,30 @@ import inspect
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_compress.calibration.decoder import has_decoder, one_later, read_before, start_id
+from hf_compress.calibration.padding import pad_id, padded
+from hf_compress.calibration.reading import check_dimensions, read
+from hf_compress.calibration.tables import PER_TOKEN, dimensions
 from hf_compress.errors import CalibrationError
 
 logger = logging.getLogger(__name__)
 
 _INPUTS = ("input_ids", "pixel_values", "input_values", "input_features", "inputs_embeds")
-_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
+_POSITIONS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "max_sequence_length",
+    "max_target_positions",
+    "max_decoder_position_embeddings",
+)
 
 
 @dataclass(frozen=True)
@@ -29,11 +40,16 @@ class Batch:
         inputs: keyword arguments of the model's forward, on the CPU.
         real: bool, (samples, positions): tokens that may enter a statistic; None where every position does (images).
         labels: the class of each sample, (samples), where the data says it.
+        targets: the labels of a language model's tokens, (samples, positions), where the data has any: -100 for what
+            is not to be learned. Losses and what relevance explains are of them alone; statistics of all real tokens.
+        decoded: `real` of what the decoder of an encoder-decoder reads, (samples, positions of the decoder).
     """
 
     inputs: dict[str, Tensor]
     real: Tensor | None
     labels: Tensor | None = None
+    targets: Tensor | None = None
+    decoded: Tensor | None = None
 
     @property
     def samples(self) -> int:
@@ -92,17 +108,21 @@ class DataOptions:
     Attributes:
         batch_size: samples in a forward pass.
         max_length: tokens kept of a text; at most, and by default, the model's positions (2,048 where it has no limit).
-        text_column: the column of a `datasets.Dataset` that holds the texts; found when there is only one of strings.
+        text_column: the column of a table (a Dataset, a DataFrame) that holds the texts; found when it is called
+            "text", or there is only one of strings.
+        max_samples: how many are read, the first ones; all when not given, but the first 4,096 of what has no length,
+            such as a generator or a streaming dataset. A batch of the user's is not cut.
     """
 
     batch_size: int = 8
     max_length: int | None = None
     text_column: str | None = None
+    max_samples: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "max_length"):
+        for name in ("batch_size", "max_length", "max_samples"):
             value = getattr(self, name)
-            if value is None and name == "max_length":
+            if value is None and name != "batch_size":
                 continue
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1; got {value!r}")
@@ -114,10 +134,12 @@ def prepare(
     """Batches of `data` for `model`.
 
     Args:
-        data: a list of strings, a `datasets.Dataset`, a DataLoader or other iterable of batches (mappings, tensors, or
-            (inputs, ...) tuples), a LongTensor of token ids (samples, positions), a float tensor of pixel values
-            (samples, channels, height, width) or of other values (samples, features), or a mapping of such tensors, as
-            a tokenizer gives it. NumPy arrays are taken for tensors.
+        data: a list of strings, a table (a `datasets.Dataset`, streaming or not, a DataFrame), a DataLoader or other
+            iterable of batches (mappings, tensors, or (inputs, ...) tuples), a LongTensor of token ids (samples,
+            positions), a float tensor of pixel values (samples, channels, height, width) or of other values (samples,
+            features), or a mapping of such tensors, as a tokenizer gives it. NumPy arrays are taken for tensors.
+            An encoder-decoder is given its labels, or what its decoder reads, with the inputs; where there are
+            neither, it is to repeat its text.
         model: whose positions limit the texts' length and whose device the batches will go to.
         tokenizer: needed for texts; its special tokens are kept out of statistics.
         options: batch size, length, text column.
@@ -141,6 +163,11 @@ def prepare(
         raise CalibrationError(
             "the calibration data has no token that counts: all are padding or special tokens; pass longer texts"
         )
+    labelled = [batch.targets for batch in batches if batch.targets is not None]
+    if labelled and not any(bool((targets != -100).any()) for targets in labelled):
+        raise CalibrationError(
+            "the labels of all tokens are -100, so nothing is to be learned: give some, or leave them out"
+        )
     if truncated:
         logger.warning("%d calibration samples are longer than %d positions and were truncated", truncated, length)
     return Calibration(batches, truncated)
@@ -150,25 +177,23 @@ def _raw_batches(
     data: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, options: DataOptions, length: int
 ) -> tuple[list[Any], int]:
     """The data cut into batches of whatever kind it is of, and how many samples are longer than `length`."""
-    if _is_dataset(data):
-        data = _from_dataset(data, options.text_column)
-    data = _as_tensor(data)
-    if isinstance(data, str):
-        raise CalibrationError(f"calibration must be a list of texts, not one string ({data[:40]!r}...)")
-    if isinstance(data, Mapping):
-        data = _from_mapping(data, options.batch_size)
-    elif isinstance(data, Tensor):
-        _check_dimensions(data)
-        data = data.split(options.batch_size)
-    data = list(_iterate(data))
-    if any(isinstance(item, str) for item in data):
-        data = _tokenize(data, tokenizer, length)
-    if data and all(map(_is_sample, data)):
-        data = [item for item in data if item]
-        cut = [list(item)[:length] for item in data]
-        padded = _pad(cut, _pad_id(model.config, tokenizer), options.batch_size)
-        return list(padded), sum(len(item) > length for item in data)
-    return data, sum(samples for samples, positions in map(_shape, data) if positions > length)
+    items = read(data, options.text_column, options.max_samples, options.batch_size)
+    if any(isinstance(item, str) for item in items):
+        items = _tokenize(items, tokenizer, length)
+    if not items or not all(map(_is_row, items)):
+        return items, sum(map(partial(_too_long, length), items))
+    pad = pad_id(model.config, tokenizer)
+    items = [item for item in items if item["input_ids"]]
+    rows = [{name: torch.tensor(values[:length], dtype=torch.int32) for name, values in row.items()} for row in items]
+    starts = range(0, len(rows), options.batch_size)
+    batches = [padded(rows[start : start + options.batch_size], pad) for start in starts]
+    return batches, sum(any(len(values) > length for values in row.values()) for row in items)
+
+
+def _is_row(item: Any) -> bool:
+    """Whether an item is the token ids of one sample, with what else there is of them, as lists."""
+    ids = item.get("input_ids") if isinstance(item, Mapping) else None
+    return isinstance(ids, list) and dimensions(ids) == 1
 
 
 def position_limit(config: PreTrainedConfig) -> int | None:
@@ -191,84 +216,8 @@ def special_ids(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | N
     return torch.tensor(sorted(ids), dtype=torch.long)
 
 
-def _iterate(data: Any) -> Iterator[Any]:
-    try:
-        return iter(data)
-    except TypeError:
-        raise CalibrationError(
-            f"calibration cannot be a {type(data).__name__}; pass texts, a Dataset, a DataLoader or a tensor"
-        ) from None
-
-
-def _is_dataset(data: Any) -> bool:
-    return hasattr(data, "column_names") and hasattr(data, "features")
-
-
-def _from_dataset(data: Any, text_column: str | None) -> Any:
-    """The texts, token ids, or pixel or other values of a `datasets.Dataset`."""
-    columns = list(data.column_names)
-    if text_column is None and "input_ids" in columns:
-        plain = data.with_format(None)
-        return _unpadded(plain["input_ids"], plain["attention_mask"] if "attention_mask" in columns else None)
-    for name in ("pixel_values", "input_values"):
-        if text_column is None and name in columns:
-            return _stacked(name, [torch.as_tensor(values) for values in data.with_format("torch")[name]])
-    strings = [name for name in columns if getattr(data.features[name], "dtype", None) in ("string", "large_string")]
-    if text_column is None and "text" in strings:
-        text_column = "text"
-    if text_column is None and len(strings) == 1:
-        text_column = strings[0]
-    if text_column not in columns:
-        raise CalibrationError(
-            f"the dataset has the columns {columns}; name the one with the texts by text_column= (got {text_column!r})"
-        )
-    return list(data[text_column])
-
-
-def _stacked(name: str, samples: list[Tensor]) -> dict[str, Tensor]:
-    """All samples of a column in one tensor."""
-    if len(shapes := {tuple(sample.shape) for sample in samples}) > 1:
-        raise CalibrationError(
-            f"the samples of the column {name} have different shapes, such as {sorted(shapes)[:2]}: pad them, or "
-            "pass a DataLoader of padded batches"
-        )
-    return {name: torch.stack(samples) if samples else torch.empty(0)}
-
-
-def _as_tensor(value: Any) -> Any:
-    """An array of numbers as a tensor; all else as it is."""
-    is_numbers = isinstance(value, np.ndarray) and np.issubdtype(value.dtype, np.number)
-    return torch.as_tensor(value) if is_numbers else value
-
-
-def _from_mapping(data: Mapping[str, Any], batch_size: int) -> list[Any]:
-    """What a tokenizer gives for all texts at once, as batches, or as lists of token ids where it is not padded."""
-    data = {name: _as_tensor(value) for name, value in data.items()}
-    ids = data.get("input_ids")
-    if isinstance(ids, list) and all(map(_is_sample, ids)):
-        return _unpadded(ids, data.get("attention_mask"))
-    tensors = {name: value for name, value in data.items() if isinstance(value, Tensor) and value.ndim}
-    sizes = {len(value) for value in tensors.values()}
-    if len(tensors) < len(data) or len(sizes) != 1:
-        return [data]
-    starts = range(0, sizes.pop(), batch_size)
-    return [{name: value[start : start + batch_size] for name, value in tensors.items()} for start in starts]
-
-
-def _unpadded(samples: Any, masks: Any) -> list[list[int]]:
-    """Token ids of texts without those that the masks leave out."""
-    if masks is None:
-        return [list(ids) for ids in samples]
-    pairs = zip(samples, masks, strict=True)
-    return [[token for token, counts in zip(ids, mask, strict=True) if counts] for ids, mask in pairs]
-
-
-def _is_sample(item: Any) -> bool:
-    """Whether an item is the token ids of one text."""
-    return isinstance(item, (list, tuple)) and all(isinstance(token, int) for token in item)
-
-
-def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase | None, length: int) -> list[list[int]]:
+def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase | None, length: int) -> list[Any]:
+    """Rows of token ids; texts without any are left out."""
     if other := next(((i, item) for i, item in enumerate(texts) if not isinstance(item, str)), None):
         raise CalibrationError(
             f"calibration must be all texts or none; entry {other[0]} is a {type(other[1]).__name__}: leave it out"
@@ -277,38 +226,29 @@ def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase | None, lengt
         raise CalibrationError("calibration is text: pass tokenizer= as well")
     # One token more than fits, so that truncation can be seen and told.
     encoded = tokenizer(texts, truncation=True, max_length=length + 1)["input_ids"]
-    return [ids for ids in encoded if ids]
+    return [{"input_ids": ids} for ids in encoded]
 
 
-def _pad_id(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> int:
-    """Any valid id does, since padding is masked; the model's own is taken where there is one."""
-    ids = (getattr(tokenizer, "pad_token_id", None), getattr(config.get_text_config(), "pad_token_id", None))
-    return next((i for i in ids if isinstance(i, int)), 0)
-
-
-def _pad(samples: list[list[int]], pad: int, batch_size: int) -> list[dict[str, Tensor]]:
-    """Token ids of texts as right-padded batches with their masks."""
-    batches = []
-    for start in range(0, len(samples), batch_size):
-        rows = [torch.tensor(ids, dtype=torch.int32) for ids in samples[start : start + batch_size]]
-        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
-        lengths = torch.tensor([len(row) for row in rows])
-        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).to(torch.int32)
-        batches.append({"input_ids": ids, "attention_mask": mask})
-    return batches
-
-
-def _shape(item: Any) -> tuple[int, int]:
-    """Samples and positions of a batch as the user gave it; no positions where it holds no token ids."""
-    ids = item.get("input_ids") if isinstance(item, Mapping) else item
-    return (ids.shape[0], ids.shape[1]) if isinstance(ids, Tensor) and ids.ndim == 2 else (0, 0)
+def _too_long(length: int, item: Any) -> int:
+    """How many samples of a batch of the user's have more tokens than `length`."""
+    given = item if isinstance(item, Mapping) else {"input_ids": item}
+    tokens = [given.get(name) for name in ("input_ids", *PER_TOKEN)]
+    shapes = [ids.shape for ids in tokens if isinstance(ids, Tensor) and ids.ndim == 2]
+    return max((samples for samples, positions in shapes if positions > length), default=0)
 
 
 def _attended(batch: Batch) -> Batch:
-    if batch.real is None:
-        return batch
-    mask = batch.inputs.get("attention_mask", torch.ones_like(batch.real))
-    return replace(batch, real=mask.bool()) if mask.shape == batch.real.shape else batch
+    real = _all_of(batch.real, batch.inputs.get("attention_mask"))
+    if batch.decoded is None or "decoder_input_ids" in batch.inputs:
+        return replace(batch, real=real, decoded=_all_of(batch.decoded, batch.inputs.get("decoder_attention_mask")))
+    return replace(batch, real=real, decoded=None if real is None else one_later(real))
+
+
+def _all_of(real: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """What the model attends to, of tokens of which some are special."""
+    if real is None or (mask is not None and mask.shape != real.shape):
+        return real
+    return torch.ones_like(real) if mask is None else mask.bool()
 
 
 def _batch(item: Any, special: Tensor, length: int, model: PreTrainedModel) -> Batch:
@@ -324,25 +264,77 @@ def _batch(item: Any, special: Tensor, length: int, model: PreTrainedModel) -> B
         kind = f"a mapping of {sorted(item)}" if isinstance(item, Mapping) else f"a {type(item).__name__}"
         raise CalibrationError(f"a calibration batch must be a tensor or hold one of {', '.join(_INPUTS)}; got {kind}")
     inputs = _accepted(item, model)
-    labels = _classes(labels)
-    if "input_ids" not in inputs:
-        mask = inputs.get("attention_mask")
-        return Batch(inputs, None if mask is None else mask.bool(), labels)
-    inputs = {
-        n: v[:, :length] if v.ndim == 2 and v.shape == inputs["input_ids"].shape else v for n, v in inputs.items()
-    }
+    classes, targets = _labels(labels, model)
+    batch = Batch(inputs, _mask_of(inputs), classes, targets)
+    if "input_ids" in inputs:
+        batch = _with_text(batch, special, length, model)
+    return _with_decoder(batch, special, length, model) if has_decoder(model) else batch
+
+
+def _mask_of(inputs: Mapping[str, Tensor]) -> Tensor | None:
+    mask = inputs.get("attention_mask")
+    return None if mask is None else mask.bool()
+
+
+def _with_text(batch: Batch, special: Tensor, length: int, model: PreTrainedModel) -> Batch:
+    """A batch whose text is checked, cut to `length`, and masked."""
+    shape, targets = batch.inputs["input_ids"].shape, batch.targets
+    inputs = {n: v[:, :length] if v.ndim == 2 and v.shape == shape else v for n, v in batch.inputs.items()}
     ids = inputs["input_ids"]
-    _check_ids(ids, model.config)
+    check_dimensions(ids)
     mask = inputs.get("attention_mask", torch.ones_like(ids)).bool()
     if mask.shape != ids.shape:  # MusicGen's ids have a row for every codebook
-        return Batch(inputs, mask, labels)
-    return Batch(inputs, mask & ~torch.isin(ids.long(), special), labels)
+        _check_ids(ids, model.config.get_text_config())
+        return replace(batch, inputs=inputs, real=mask)
+    # At padding any token does: one that was added to the tokenizer alone has no embedding.
+    inputs["input_ids"] = ids = ids.masked_fill(~mask, pad_id(model.config, None)) if _beyond(ids, model) else ids
+    _check_ids(ids, model.config.get_text_config())
+    if targets is not None and not has_decoder(model):
+        if targets.shape != shape:
+            raise CalibrationError(
+                f"labels of tokens must be of the shape of the token ids, {tuple(shape)}; got {tuple(targets.shape)}"
+            )
+        targets = targets[:, :length].masked_fill(~mask, -100)
+        _check_ids(targets.masked_fill(targets == -100, 0), model.config.get_text_config())
+    return replace(batch, inputs=inputs, real=mask & ~torch.isin(ids.long(), special), targets=targets)
 
 
-def _classes(labels: Any) -> Tensor | None:
-    """The class of each sample; None where the labels are something else, or there are none."""
-    labels = None if labels is None else torch.as_tensor(labels)
-    return labels if labels is not None and labels.ndim == 1 and not labels.is_floating_point() else None
+def _with_decoder(batch: Batch, special: Tensor, length: int, model: PreTrainedModel) -> Batch:
+    """A batch that says what the decoder reads, if the data does: its ids, or labels, which it reads shifted."""
+    inputs, targets = dict(batch.inputs), batch.targets
+    if "decoder_input_ids" not in inputs and targets is not None:
+        inputs["decoder_input_ids"] = read_before(model, targets)
+    ids = inputs.get("decoder_input_ids")
+    if ids is None and batch.real is not None:
+        return replace(batch, decoded=one_later(batch.real))
+    if ids is None or ids.ndim != 2:
+        return batch
+    mask = inputs.get("decoder_attention_mask", torch.ones_like(ids)).bool()
+    if mask.shape != ids.shape or (targets is not None and targets.shape != ids.shape):
+        raise CalibrationError(
+            f"the decoder reads ids of shape {tuple(ids.shape)}; its mask and labels must be as many: "
+            f"got {tuple(mask.shape)} and {tuple(ids.shape if targets is None else targets.shape)}"
+        )
+    cut = {name: inputs[name][:, :length] for name in PER_TOKEN if name in inputs}
+    ids, mask = cut["decoder_input_ids"], mask[:, :length]
+    _check_ids(ids, model.config.get_text_config(decoder=True))
+    pad = getattr(model.config, "pad_token_id", None)
+    own = torch.tensor([start_id(model), *([] if pad is None else [pad])])
+    if targets is not None:
+        targets = targets[:, :length].masked_fill(~mask, -100)
+        if pad is not None and pad != getattr(model.config, "eos_token_id", None):
+            targets = targets.masked_fill(targets == pad, -100)  # of whom did not put -100 there
+        _check_ids(targets.masked_fill(targets == -100, 0), model.config.get_text_config(decoder=True))
+    decoded = mask & ~torch.isin(ids.long(), torch.cat([special, own]))
+    return replace(batch, inputs=inputs | cut, targets=targets, decoded=decoded)
+
+
+def _labels(labels: Any, model: PreTrainedModel) -> tuple[Tensor | None, Tensor | None]:
+    """The class of each sample, or the labels of a language model's tokens; neither where labels are something else."""
+    labels = None if labels is None else _own(labels)
+    if labels is None or labels.is_floating_point():
+        return None, None
+    return labels if labels.ndim == 1 else None, labels if labels.ndim == 2 and model.can_generate() else None
 
 
 def _input_name(values: Tensor, model: PreTrainedModel) -> str:
@@ -362,7 +354,7 @@ def _input_name(values: Tensor, model: PreTrainedModel) -> str:
 def _accepted(item: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Tensor]:
     """The entries of a batch that the model's forward knows by name, as tensors; labels are not among its inputs."""
     known = inspect.signature(model.forward).parameters
-    inputs = {n: torch.as_tensor(v) for n, v in item.items() if n in known and n != "labels" and v is not None}
+    inputs = {n: _own(v) for n, v in item.items() if n in known and n != "labels" and v is not None}
     if not any(name in inputs for name in _INPUTS):
         raise CalibrationError(
             f"{type(model).__name__} takes none of {', '.join(sorted(map(str, item)))}; its main input is "
@@ -371,18 +363,20 @@ def _accepted(item: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Tens
     return inputs
 
 
-def _check_dimensions(values: Tensor) -> None:
-    if values.ndim < 2:
-        raise CalibrationError(
-            f"calibration tensors must have the dimensions (samples, positions), or more; got the shape "
-            f"{tuple(values.shape)}: add the missing one by .unsqueeze(0)"
-        )
+def _own(values: Any) -> Tensor:
+    """A tensor of ours, on the CPU: the user's gets no gradient, and autograd refuses one made under inference_mode."""
+    tensor = torch.as_tensor(values).cpu()
+    return tensor.clone() if tensor.is_inference() else tensor.detach()
+
+
+def _beyond(ids: Tensor, model: PreTrainedModel) -> bool:
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
+    return bool(ids.numel()) and isinstance(vocabulary, int) and int(ids.max()) >= vocabulary
 
 
 def _check_ids(ids: Tensor, config: PreTrainedConfig) -> None:
     """Ids outside the vocabulary would otherwise fail deep inside the embedding."""
-    vocabulary = getattr(config.get_text_config(), "vocab_size", None)
-    _check_dimensions(ids)
+    vocabulary = getattr(config, "vocab_size", None)
     if ids.is_floating_point():
         raise CalibrationError(f"token ids must be whole numbers; got a tensor of {ids.dtype}")
     if ids.numel() and isinstance(vocabulary, int) and (int(ids.max()) >= vocabulary or int(ids.min()) < 0):

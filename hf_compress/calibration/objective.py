@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_compress.calibration.capture import real_tokens
+from hf_compress.calibration.capture import decoder_tokens, real_tokens
 from hf_compress.calibration.data import Batch
+from hf_compress.calibration.decoder import has_decoder
+from hf_compress.errors import UnsupportedModelError
 
 
 def first_tensor(output: Any) -> Tensor:
@@ -22,40 +24,72 @@ def first_tensor(output: Any) -> Tensor:
 
 def reference_for(model: PreTrainedModel, output: Any, batch: Batch) -> Tensor | None:
     """What of the unchanged model's output on a batch has to be kept for `batch_loss`; nothing for a language model."""
-    return None if _is_language_model(model, batch) else first_tensor(output)
+    return None if speaks(model, batch) else first_tensor(output)
 
 
-def _is_language_model(model: PreTrainedModel, batch: Batch) -> bool:
-    return model.can_generate() and "input_ids" in batch.inputs
+def speaks(model: PreTrainedModel, batch: Batch) -> bool:
+    """Whether the model is a language model, and the batch says what it is to say."""
+    given = "input_ids" in batch.inputs or "decoder_input_ids" in batch.inputs or batch.targets is not None
+    return model.can_generate() and given
 
 
 def batch_loss(model: PreTrainedModel, output: Any, batch: Batch, reference: Tensor | None) -> tuple[float, float]:
     """Sum of the loss over a batch, and the weight to divide it by.
 
-    A language model's loss is the cross-entropy, in nats, of every real token that follows another; its weight is their
-    number. Any other model's is the squared distance of its output from `reference`, the unchanged model's output (see
-    `reference_for`); its weight is the squared size of `reference`.
+    A language model's loss is the cross-entropy, in nats, of `next_tokens`; its weight is their number. Any other
+    model's is the squared distance of its output from `reference`, the unchanged model's output (see `reference_for`);
+    its weight is the squared size of `reference`.
     """
     value = first_tensor(output)
     if reference is None:
-        ids = batch.inputs["input_ids"].to(value.device).long()
-        return _next_token_loss(value, ids, real_tokens(batch, value), model)
+        said = next_tokens(model, batch, value)
+        counts = said != -100
+        loss = F.cross_entropy(value[counts].float(), said[counts], reduction="sum")
+        return loss.item(), float(counts.sum())
     distance = (value.float() - reference.float()).square()
     size = reference.float().square()
     if value.ndim == 3:
-        real = real_tokens(batch, value)
-        distance, size = distance[real], size[real]
+        counts = output_tokens(model, batch, value)
+        distance, size = distance[counts], size[counts]
     return distance.double().sum().item(), size.double().sum().item()
+
+
+def next_tokens(model: PreTrainedModel, batch: Batch, logits: Tensor) -> Tensor:
+    """What a language model is to say at each position of its logits, (samples, positions) int64; -100 for nothing.
+
+    The labels, where the data has any for tokens. Else what its decoder reads, or, where that is not given or there is
+    no decoder but the model itself, the text: of these the real tokens, so no special ones.
+    """
+    decodes = has_decoder(model)
+    if batch.targets is not None:
+        said, shifted = batch.targets.long(), decodes
+    elif decodes and "decoder_input_ids" in batch.inputs:
+        ids = batch.inputs["decoder_input_ids"].long()
+        said, shifted = ids.masked_fill(~decoder_tokens(batch, ids).to(ids.device), -100), False
+    else:
+        ids = batch.inputs["input_ids"].long()
+        said, shifted = ids.masked_fill(~real_tokens(batch, ids).to(ids.device), -100), decodes
+    if not shifted:
+        said = F.pad(said[:, 1:], (0, 1), value=-100)
+    if said.shape != logits.shape[:2]:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} gives logits {tuple(logits.shape)} for {tuple(said.shape)} tokens, not one for "
+            "each: its loss is not known"
+        )
+    return said.to(logits.device)
+
+
+def output_tokens(model: PreTrainedModel, batch: Batch, value: Tensor) -> Tensor:
+    """Mask (samples, positions) of the positions of a model's output that count.
+
+    Where the data labels tokens, or a decoder speaks, those that have something to say; else those at real tokens.
+    """
+    if batch.targets is not None or (has_decoder(model) and speaks(model, batch)):
+        return next_tokens(model, batch, value) != -100
+    return decoder_tokens(batch, value) if has_decoder(model) else real_tokens(batch, value)
 
 
 def mean_loss(loss: float, weight: float) -> float:
     """Their quotient, infinite where the loss is no number: such a candidate is never the best."""
     mean = loss / max(weight, 1e-300)
     return mean if mean == mean else float("inf")
-
-
-def _next_token_loss(logits: Tensor, ids: Tensor, real: Tensor, model: PreTrainedModel) -> tuple[float, float]:
-    if not model.config.is_encoder_decoder:  # there the decoder's input is shifted already
-        logits, ids, real = logits[:, :-1], ids[:, 1:], real[:, 1:]
-    loss = F.cross_entropy(logits[real].float(), ids[real], reduction="sum")
-    return loss.item(), float(real.sum())

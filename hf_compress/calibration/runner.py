@@ -15,9 +15,17 @@ from transformers import PreTrainedModel
 
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
-from hf_compress.calibration.capture import StopForward, check_stream, forward, stream_of, stream_of_output, with_stream
+from hf_compress.calibration.capture import (
+    StopForward,
+    check_stream,
+    forward,
+    stream_of,
+    stream_of_output,
+    streams_beside,
+    with_stream,
+)
 from hf_compress.calibration.data import Batch
-from hf_compress.errors import CalibrationError
+from hf_compress.errors import CalibrationError, UnsupportedModelError
 
 # (the block's own forward, its arguments) -> what the block returns
 BlockForward = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -66,6 +74,7 @@ class BlockRunner:
                 if index in skipped:
                     return with_stream(self._forms[index], streams[index])
                 output = own(*args, **kwargs)
+                self._refuse_several_streams(index, output, kwargs, streams[index])
                 check_stream(self.stack, index, streams[index], stream_of_output(output))
                 self._forms.setdefault(index, with_stream(output, None))
                 return output
@@ -94,6 +103,7 @@ class BlockRunner:
         def wanted(own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             output = own(*_with_argument(args, stream), **kwargs) if args else own(**_with_keyword(kwargs, stream))
             seen.append(stream_of_output(output))
+            self._refuse_several_streams(index, output, kwargs, seen[0])
             self._forms.setdefault(index, with_stream(output, None))
             raise StopForward
 
@@ -111,6 +121,13 @@ class BlockRunner:
                 "not on text alone: give data that all blocks run on"
             )
         return seen[0]
+
+    def _refuse_several_streams(self, index: int, output: Any, kwargs: dict[str, Any], stream: Tensor) -> None:
+        if beside := streams_beside(output, kwargs, stream):
+            raise UnsupportedModelError(
+                f"block {self.stack.path}.{index} has a second stream, {next(iter(beside))}, and no single one that "
+                "tells what it does"
+            )
 
     def finish(self, start: int, stream: Tensor, skipped: Collection[int]) -> Any:
         """The model's output when `stream` is what comes before block `start` and the blocks `skipped` are left out."""

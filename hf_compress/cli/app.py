@@ -15,6 +15,7 @@ from hf_compress.errors import HubError, one_line
 # What a wrong argument, a file, or a missing package leads to. Anything else is a bug, and shows where it comes from,
 # unless it comes from loading a model: then the model is.
 _EXPECTED = (ValueError, TypeError, OSError, ImportError, MemoryError, HubError)
+_OURS = HubError.__module__
 _UsageError: Any = typer.BadParameter.__base__  # click's; late versions of typer bring one of their own
 
 
@@ -43,7 +44,7 @@ class _Commands(TyperGroup):
                 raise
             message = str(error) or type(error).__name__
             if name is not None:
-                message = f"{name} does not load: {one_line(error)}"
+                message = f"{name} does not load: {error if type(error).__module__ == _OURS else one_line(error)}"
             command = self.get_command(ctx, ctx.invoked_subcommand or "") or self
             _print(in_its_words(message, command))
             raise typer.Exit(2) from None
@@ -54,7 +55,7 @@ def _refused(error: Any) -> Exception:
     if type(error).__name__ == "NoArgsIsHelpError":
         return cast(Exception, error)
     command = error.ctx.command_path if error.ctx is not None else "hf-compress"
-    _print(f"{error.format_message()} See `{command} --help`.")
+    _print(f"{error.format_message().rstrip('.')}; see `{command} --help`")
     return typer.Exit(2)
 
 

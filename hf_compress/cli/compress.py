@@ -92,8 +92,9 @@ def _compress(
     from hf_compress.pipeline import compress
 
     set_seed(seed)
+    model = load_model(name, dtype, device)
     tokenizer = load_tokenizer(name, needed=texts is not None)
-    return compress(load_model(name, dtype, device), config, texts, tokenizer, options), tokenizer
+    return compress(model, config, texts, tokenizer, options), tokenizer
 
 
 def _show(out: Console, report: Any) -> None:

@@ -29,9 +29,12 @@ def evaluate(
     from hf_compress.calibration.files import load_texts
     from hf_compress.cli.loading import check_folder
     from hf_compress.evaluation.evaluate import evaluate
+    from hf_compress.storage.staging import check_writable
 
     quiet_libraries()
     check_folder(model)
+    if output is not None:
+        check_writable(output)  # before any work is done
     whole = int(limit) if limit is not None and limit >= 1 else None
     result = evaluate(
         model,

@@ -30,18 +30,22 @@ def push(
     from huggingface_hub import ModelCard
 
     from hf_compress.cli.loading import load_model, load_tokenizer
-    from hf_compress.cli.look import read_report
+    from hf_compress.report.card import for_the_hub
+    from hf_compress.report.history import read_report
     from hf_compress.storage.hub import push_to_hub
     from hf_compress.storage.manifest import CARD_FILE
 
     quiet_libraries()
-    card = directory / CARD_FILE
+    path = directory / CARD_FILE
+    card = ModelCard.load(path) if path.exists() else None  # edited, perhaps
+    if card is not None and "/" in repo_id:
+        card = for_the_hub(card, directory.resolve().name, repo_id)
     commit = push_to_hub(
         load_model(str(directory), device="cpu"),
         repo_id,
         load_tokenizer(str(directory)),
         report=read_report(directory),
-        card=ModelCard.load(card) if card.exists() else None,  # edited, perhaps
+        card=card,
         portable=portable,
         private=private,
         revision=revision,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,35 +16,17 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None) -> Pre
 
     Raises:
         ValueError: an unknown dtype.
-        OSError: no model there; as Transformers says it.
-        UnsupportedModelError: weights are missing there, or of other shapes than the config says.
+        OSError, UnsupportedModelError: as for `load_saved`.
     """
     import torch
-    import transformers
 
-    from hf_compress import models
-    from hf_compress.errors import UnsupportedModelError
+    from hf_compress.evaluation.loading import load_saved
 
     if dtype not in _DTYPES:
         raise ValueError(f"--dtype must be one of {', '.join(_DTYPES)}; got {dtype!r}")
     check_folder(name)
-    try:
-        config = transformers.AutoConfig.from_pretrained(name)
-    except OSError as error:  # offline, its message does not name the model
-        raise OSError(f"no model {name!r}: {error}") from error
-    architecture = (config.architectures or [""])[0]
-    homes = (transformers, models)
-    loader = next((getattr(home, architecture) for home in homes if hasattr(home, architecture)), None)
-    loader = loader or transformers.AutoModelForCausalLM
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    load: Any = loader.from_pretrained  # annotated as if it never gave the loading report
-    model, found = load(name, dtype=dtype, device_map={"": place}, output_loading_info=True)
-    if wrong := [*found["missing_keys"], *found["mismatched_keys"]]:
-        raise UnsupportedModelError(
-            f"{name}: {len(wrong)} weights of {type(model).__name__}, such as {wrong[0]}, are missing there or "
-            "have other shapes than its config says; they would be random"
-        )
-    return model
+    return load_saved(name, dtype=dtype, device_map={"": place})
 
 
 def check_folder(name: str) -> None:
@@ -67,7 +49,7 @@ def load_tokenizer(name: str, needed: bool = False) -> PreTrainedTokenizerBase |
     except (OSError, ValueError, KeyError) as error:
         if needed:
             raise ValueError(
-                f"{name} has no tokenizer that loads, and texts need one: save the model's own there ({one_line(error)})"
+                f"{name} has no tokenizer that loads, and texts need one: save the model's there ({one_line(error)})"
             ) from error
         return None
 

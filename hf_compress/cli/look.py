@@ -54,14 +54,16 @@ def analyze(  # noqa: PLR0913 (each of them is an option of the command)
     from hf_compress.calibration.files import load_texts
     from hf_compress.cli.loading import load_model, load_tokenizer
     from hf_compress.methods.mka import MKAConfig
+    from hf_compress.storage.staging import check_writable
 
     quiet_libraries()
     config = MKAConfig(ratio=0.5, similarity=similarity)
     options = DataOptions(batch_size, max_length, text_column)
+    if output is not None:
+        check_writable(output)  # before any work is done
     texts = load_texts(calibration, text_column, samples)
-    found = analyze(
-        load_model(model, dtype, device), texts, load_tokenizer(model, needed=True), config=config, options=options
-    )
+    loaded, tokenizer = load_model(model, dtype, device), load_tokenizer(model, needed=True)
+    found = analyze(loaded, texts, tokenizer, config=config, options=options)
     out = console()
     out.print(found.table(), found.removals_table())
     if output is not None:
@@ -83,6 +85,7 @@ def info(
     from hf_compress.cli.loading import load_model
     from hf_compress.errors import UnsupportedModelError
     from hf_compress.evaluation.size import stored_bytes
+    from hf_compress.report.history import read_report
 
     quiet_libraries()
     if not directory.is_dir():
@@ -104,26 +107,20 @@ def info(
     out.print("parity check passed: a model rebuilt from its config gives identical outputs", style="green")
 
 
-def read_report(directory: Path) -> CompressionReport | None:
-    """The compression report beside a saved model, or None."""
-    from hf_compress.report.report import REPORT_FILE, CompressionReport
-
-    path = directory / REPORT_FILE
-    if not path.exists():
-        return None
-    try:
-        return CompressionReport.from_json(path.read_text(encoding="utf-8"))
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is no report of this version of hf-compress ({error}); move it away") from error
-
-
 def _show(report: CompressionReport) -> None:
     out = console()
-    out.print(report.table(), edits_table(report.edits))
-    settings = {name: value for name, value in report.config.items() if value is not None and name != "method"}
-    lines: dict[str, Any] = {"settings": settings, "calibration": report.calibration, "made with": report.environment}
-    for name, values in lines.items():
-        out.print(f"{name}: {', '.join(f'{key}={value}' for key, value in values.items()) or 'none'}", markup=False)
+    out.print(report.table())
+    for number, stage in enumerate(report.stages, 1):
+        out.print(edits_table(stage.edits, title=f"{number}. {stage.method}" if len(report.stages) > 1 else "plan"))
+        settings = {name: value for name, value in stage.config.items() if value is not None and name != "method"}
+        lines: dict[str, Any] = {
+            "settings": settings,
+            "calibration": stage.calibration,
+            "made with": stage.environment,
+        }
+        for name, values in lines.items():
+            told = ", ".join(f"{key}={value}" for key, value in values.items())
+            out.print(f"{name}: {told or 'none'}", markup=False)
 
 
 def _show_record(model: PreTrainedModel) -> None:
@@ -144,8 +141,9 @@ def _check(model: PreTrainedModel, report: CompressionReport | None) -> None:
         UnsupportedModelError: what differs.
     """
     from hf_compress.errors import ParityError
-    from hf_compress.parity import Probe, check_parity
-    from hf_compress.pipeline import model_size
+    from hf_compress.parity import check_parity
+    from hf_compress.probe import Probe
+    from hf_compress.report.history import model_size
 
     if report is not None:
         size = model_size(model)

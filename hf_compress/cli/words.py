@@ -18,7 +18,7 @@ _NAMED = re.compile(r"""(?<![\w./"'-])[a-z]+(?:_[a-z]+)+(?![\w./"'=(-])|^[a-z]+(
 
 
 def in_its_words(message: str, command: Any) -> str:
-    """A message with the parameters that it names as a command has them: its options, or `--set` for a method's settings.
+    """A message with the parameters that it names as a command has them: options, or `--set` for a method's settings.
 
     Args:
         message: one that speaks of parameters as Python does.
@@ -33,7 +33,7 @@ def in_its_words(message: str, command: Any) -> str:
         return _setting(name, value) if "settings" in parameters and name in _settings() else found[0]
 
     def named(found: re.Match[str]) -> str:
-        parameter = _parameter(found[0], parameters)
+        parameter = _parameter(found[0], parameters) if found.start() == 0 else parameters.get(found[0])
         return found[0] if parameter is None else _option(parameter, None)
 
     return _ASSIGNED.sub(assigned, _NAMED.sub(named, message))

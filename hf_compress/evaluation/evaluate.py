@@ -9,9 +9,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.evaluation.harness import Paths, model_name, run_tasks
+from hf_compress.evaluation.kinds import check_predicts_text, reads_tokens_alone
+from hf_compress.evaluation.loading import load_saved
 from hf_compress.evaluation.perplexity import Perplexity, perplexity
 from hf_compress.evaluation.size import Throughput, parameter_count, stored_bytes, tokens_per_second
 
@@ -45,7 +47,8 @@ class EvaluationResult:
         name: The model's name.
         parameters: Number of parameters, tied ones counted once.
         stored_bytes: Bytes of its safetensors files, or of what would stand in them for a live model.
-        throughput: Prefill speed; to be compared within one run only.
+        throughput: Prefill speed; to be compared within one run only. None for a model that reads something else than
+            tokens, or more.
         perplexity: On `texts`; None without them.
         scores: Every metric of every task.
         harness: What lm-eval returned, for all else that it knows; not part of the JSON.
@@ -54,7 +57,7 @@ class EvaluationResult:
     name: str
     parameters: int
     stored_bytes: int
-    throughput: Throughput
+    throughput: Throughput | None
     perplexity: Perplexity | None = None
     scores: tuple[TaskScore, ...] = ()
     harness: dict[str, Any] | None = field(default=None, repr=False, compare=False)
@@ -79,8 +82,9 @@ class EvaluationResult:
         rows = [
             ("parameters", f"{self.parameters:,}", ""),
             ("stored bytes", f"{self.stored_bytes:,}", ""),
-            ("tokens/s", *_rounded(self.throughput.tokens_per_second, self.throughput.standard_error, 0)),
         ]
+        if (speed := self.throughput) is not None:
+            rows.append(("tokens/s", *_rounded(speed.tokens_per_second, speed.standard_error, 0)))
         if self.perplexity is not None:
             rows.append(("perplexity", *_rounded(self.perplexity.value, self.perplexity.value_standard_error, 2)))
         for score in self.scores:
@@ -107,12 +111,13 @@ def evaluate(
     limit: int | float | None = None,
     output_dir: str | Path | None = None,
 ) -> EvaluationResult:
-    """Measure size, speed, perplexity and task scores of a causal language model.
+    """Measure size, speed, perplexity and task scores of a language model; of any other model, size and speed.
 
     `perplexity`, `run_tasks`, `tokens_per_second` and `speed_ratio` measure one of these, with more to set.
 
     Args:
-        model: A live model, left as it is; or a directory (or a name on the Hub), loaded in the dtype it is stored in.
+        model: A live model, left as it is; or a directory (or a name on the Hub), loaded in the dtype it is stored in
+            and with the head that it was saved with.
         tokenizer: The model's; needed with a live model for `tasks` and `texts`. Default: the directory's.
         tasks: Names of lm-eval tasks; "manuals_cloze" ships with this package.
         texts: Documents for perplexity, which must not have been calibrated on.
@@ -125,9 +130,11 @@ def evaluate(
         ImportError: `tasks` are given and lm-eval is not installed.
         TypeError: `model` or `texts` is not of a kind named above.
         ValueError: an argument out of range, an unknown task, or a missing tokenizer.
+        UnsupportedModelError: `tasks` or `texts` for a model that does not predict the next token; weights are missing.
         FileNotFoundError: the directory holds no safetensors.
     """
-    live, tokenizer, stored = _resolve(model, tokenizer, needs_tokenizer=bool(tasks) or texts is not None)
+    metric = "perplexity" if texts is not None else "scoring on lm-eval tasks" if tasks else None
+    live, tokenizer, stored = _resolve(model, tokenizer, metric)
     harness = None
     # Tasks before texts: a name that is not known is found at once, and not after minutes of perplexity.
     if tasks:
@@ -144,7 +151,7 @@ def evaluate(
         name=model_name(live),
         parameters=parameter_count(live),
         stored_bytes=stored,
-        throughput=tokens_per_second(live),
+        throughput=tokens_per_second(live) if reads_tokens_alone(live) else None,
         perplexity=None if texts is None else perplexity(live, _given(tokenizer), texts, batch_size=batch_size),
         scores=() if harness is None else task_scores(harness),
         harness=harness,
@@ -157,23 +164,24 @@ def evaluate(
 
 
 def _resolve(
-    model: PreTrainedModel | str | Path, tokenizer: PreTrainedTokenizerBase | None, needs_tokenizer: bool
+    model: PreTrainedModel | str | Path, tokenizer: PreTrainedTokenizerBase | None, metric: str | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, int]:
-    """The live model, its tokenizer and its stored bytes."""
-    if isinstance(model, PreTrainedModel):
-        return model, tokenizer, stored_bytes(model)
-    if not isinstance(model, (str, Path)):
+    """The live model, its tokenizer and its stored bytes; `metric` is what needs a tokenizer, in words, if anything."""
+    if not isinstance(model, (str, Path, PreTrainedModel)):
         raise TypeError(
             f"model is a {type(model).__name__}; expected a PreTrainedModel or a directory (merge a PEFT adapter "
             "first: model.merge_and_unload())."
         )
-    is_directory = Path(model).is_dir()
-    if isinstance(model, Path) and not is_directory:
+    if isinstance(model, Path) and not model.is_dir():
         raise ValueError(f"model {str(model)!r} is not a directory; expected one that save_pretrained has written.")
-    live = AutoModelForCausalLM.from_pretrained(str(model), dtype="auto")
-    if tokenizer is None and needs_tokenizer:
+    live = model if isinstance(model, PreTrainedModel) else load_saved(str(model), dtype="auto")
+    if metric is not None:
+        check_predicts_text(live, metric)  # before a tokenizer is missed, which other models need not have
+    if isinstance(model, PreTrainedModel):
+        return live, tokenizer, stored_bytes(live)
+    if tokenizer is None and metric is not None:
         tokenizer = AutoTokenizer.from_pretrained(str(model))
-    return live, tokenizer, stored_bytes(model if is_directory else live)
+    return live, tokenizer, stored_bytes(model if Path(model).is_dir() else live)
 
 
 def _given(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:

@@ -24,6 +24,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.calibration.capture import inference
+from hf_compress.calibration.padding import pad_id
+from hf_compress.evaluation.kinds import check_predicts_text
 
 TASK_PACK = Path(__file__).parent / "tasks"  # the tasks that ship with this package: always found, by their names
 
@@ -70,9 +72,11 @@ def run_tasks(  # noqa: PLR0913 (each of them is an argument of lm-eval's own)
 
     Raises:
         ImportError: lm-eval is not installed.
+        UnsupportedModelError: a model that does not predict the next token.
         ValueError: an unknown task, a folder that is not there, or a number out of its range.
         OSError: lm-eval could not write its files.
     """
+    check_predicts_text(model, "scoring on lm-eval tasks")
     _require_lm_eval()
     names = [tasks] if isinstance(tasks, str) else list(tasks)
     _check(names, batch_size, limit)
@@ -83,8 +87,7 @@ def run_tasks(  # noqa: PLR0913 (each of them is an argument of lm-eval's own)
 
     tracker = EvaluationTracker(output_path=str(output_dir)) if output_dir is not None else None
     with inference(model), _random_states(), _without_expected_warnings(), _no_bars_off_terminal():
-        # HFLM may give the tokenizer a padding token: let it do so to a copy.
-        wrapped = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+        wrapped = HFLM(pretrained=model, tokenizer=_padding(tokenizer, model), batch_size=batch_size)
         results = simple_evaluate(
             wrapped,
             model_args={"pretrained": model_name(model)},
@@ -130,6 +133,14 @@ def task_names(*folders: Path) -> list[str]:
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_defaults=False, include_path=[str(folder) for folder in folders]).all_tasks
+
+
+def _padding(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    """A copy, to which HFLM may give a padding token; one that the model has no embedding for is taken off."""
+    own = copy.deepcopy(tokenizer)
+    if own.pad_token_id != pad_id(model.config, own):
+        own.pad_token = None
+    return own
 
 
 def _require_lm_eval() -> None:

@@ -14,6 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.calibration.capture import inference
 from hf_compress.calibration.data import position_limit
+from hf_compress.calibration.padding import pad_id
+from hf_compress.calibration.reading import read_texts
+from hf_compress.evaluation.kinds import check_predicts_text
 
 LONGEST = 2048  # tokens: the context that perplexities are usually compared at
 
@@ -101,7 +104,8 @@ def perplexity(
     Args:
         model: A causal language model; left in the mode (training or evaluation) that it came in.
         tokenizer: Its tokenizer, used with the special tokens that it adds of itself.
-        texts: The documents. Texts without anything to score (empty ones, say) are left out and not counted.
+        texts: The documents: a list, or another iterable or a table as for `compress`; of what has no length the first
+            4,096 are read. Texts without anything to score (empty ones, say) are left out and not counted.
         max_length: Tokens in a window. Default: as many as the model has positions for, at most 2048.
         stride: New tokens scored in each window; `max_length - stride` tokens before them are context only.
             Default: `max_length`, the cheapest; smaller strides give lower perplexities. Compare only equal ones.
@@ -109,12 +113,14 @@ def perplexity(
 
     Raises:
         TypeError: `texts` is a single string, or holds something else than strings.
+        UnsupportedModelError: a model that does not predict the next token from those before it.
         ValueError: nothing to score, a length that does not fit, a model that is not a causal language model, or a
             loss that is not finite.
     """
     for name, given in {"max_length": max_length, "stride": stride, "batch_size": batch_size}.items():
         if given is not None and given < 1:
             raise ValueError(f"{name} is {given}, but must be at least 1: leave it out for its default.")
+    check_predicts_text(model, "perplexity")
     if model.config.is_encoder_decoder:
         raise ValueError(f"{type(model).__name__} is an encoder-decoder; perplexity needs a causal language model.")
     max_length, stride = _lengths(model, tokenizer, max_length, stride)
@@ -131,7 +137,7 @@ def perplexity(
         )
     # The longest first: little padding in a batch, and a batch too large for memory fails at once.
     windows.sort(key=lambda window: len(window.inputs), reverse=True)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0  # masked: which id it is does not matter
+    pad = pad_id(model.config, tokenizer)
     sums: list[float] = []
     with inference(model), tqdm(total=len(windows), desc="perplexity", unit="window", disable=None) as bar:
         for start in range(0, len(windows), batch_size):
@@ -166,11 +172,7 @@ def _lengths(
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Iterator[list[int]]:
     """The token ids of each text, special tokens that the tokenizer adds included."""
-    if isinstance(texts, str):
-        raise TypeError("texts is a single string; expected several documents: pass [text].")
-    for number, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise TypeError(f"texts[{number}] is a {type(text).__name__}; expected a string.")
+    for text in read_texts(texts):
         # verbose=False: documents longer than the model's positions are expected here and are cut into windows.
         yield tokenizer(text, truncation=False, padding=False, verbose=False)["input_ids"]
 
@@ -207,9 +209,7 @@ def _window_losses(model: PreTrainedModel, batch: list[Window], pad: int) -> lis
     longest = max(len(window.inputs) for window in batch)
     ids = torch.tensor([window.inputs + [pad] * (longest - len(window.inputs)) for window in batch])
     mask = torch.tensor([[1] * len(window.inputs) + [0] * (longest - len(window.inputs)) for window in batch])
-    logits = model(
-        input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False, return_dict=True
-    ).logits
+    logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
     return [_sum_loss(row, window) for row, window in zip(logits, batch, strict=True)]
 
 

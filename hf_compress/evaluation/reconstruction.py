@@ -202,7 +202,10 @@ def _predictions(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def _targets(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The next tokens, (samples, positions − 1), and which of them are real and follow a real one."""
+    """The next tokens, (samples, positions − 1), and which count: those labelled, or real ones after real ones."""
+    if batch.targets is not None:
+        labels = batch.targets.long()[:, 1:].to(device)
+        return labels.clamp(min=0), labels != -100
     assert batch.real is not None
     targets = batch.inputs["input_ids"].long()[:, 1:]
     return targets.to(device), (batch.real[:, 1:] & batch.real[:, :-1]).to(device)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hf_compress.models.dense import DenseForClassification
 from hf_compress.models.dense_config import DenseConfig
+from hf_compress.numerics.defaults import torch_defaults
 
 _ACTIVATIONS = {"relu": "relu", "tanh": "tanh", "logistic": "sigmoid", "identity": "linear"}  # scikit-learn's names
 _MODULES = {nn.ReLU: "relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid", nn.SiLU: "silu"}
@@ -61,6 +62,7 @@ def from_sequential(network: nn.Sequential) -> DenseForClassification:
     return dense_network(maps, biases, str(kinds.pop()))
 
 
+@torch_defaults()
 @torch.no_grad()
 def dense_network(
     maps: Sequence[Tensor], biases: Sequence[Tensor], activation: str, problem: str | None = None

@@ -84,7 +84,7 @@ class Bottleneck(nn.Module):
         width: int,
         form: Form | None = None,
         device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         self.form = form or Form()

@@ -36,8 +36,7 @@ class KernelLinear(CompactLinear):
     high_scales: Tensor
 
     def __init__(self, packed: MixedPrecisionLinear, forms: list[tuple[Tensor, Tensor]]) -> None:
-        super().__init__()
-        self.in_features, self.out_features = packed.in_features, packed.out_features
+        super().__init__(packed.in_features, packed.out_features)
         self.packing, self.bias = packed.packing, packed.bias
         for name, (digits, scales) in zip(("low", "high"), forms, strict=False):
             self.register_buffer(f"{name}_digits", digits, persistent=False)

@@ -86,13 +86,29 @@ def fill_rows(weight: Tensor, group_size: int) -> Tensor:
     return functional.pad(weight, (0, filled(weight.shape[1], group_size) - weight.shape[1]))
 
 
-class CompactLinear(nn.Module):
-    """A linear map whose weights are no parameters."""
+class CompactLinear(nn.Linear):
+    """A linear map whose weights are no parameters, or none of a matrix.
+
+    A `Linear` by class, as those of other quantizers, so that PEFT puts adapters beside it; it has a weight of its own.
+    """
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        nn.Module.__init__(self)  # past that of Linear, which makes a matrix
+        self.in_features, self.out_features = inputs, outputs
 
     @property
     def packed_weights(self) -> int:
         """How many weights it has that are none."""
         raise NotImplementedError
+
+    def _check_stored(self, length: int) -> None:
+        """Raise ValueError where the weight is no longer a row of so many entries: some of PEFT's merges replace it."""
+        if self.weight.shape != (length,):
+            raise ValueError(
+                f"the weight of a {type(self).__name__} is a row of {length} entries, and of the shape "
+                f"{tuple(self.weight.shape)} now: adapters cannot be merged into it; load the model again, and keep "
+                "them beside it"
+            )
 
 
 class PackedLinear(CompactLinear):
@@ -140,6 +156,7 @@ class PackedLinear(CompactLinear):
         A table turns a byte of eight weights' bits into eight bytes of one, handled as one number of 64 bits.
         """
         packing = self.packing
+        self._check_stored(packing.payload)
         table = unpack_bits(torch.arange(256, device=self.weight.device).to(torch.uint8)[:, None])
         wide = table.to(torch.uint8).view(torch.int64)[:, 0]
         values = torch.zeros(packing.groups, packing.group_size // 8, dtype=torch.int64, device=self.weight.device)
@@ -172,10 +189,10 @@ class MixedPrecisionLinear(PackedLinear):
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.in_features, self.out_features = inputs or packing.inputs, packing.outputs
+        super().__init__(inputs or packing.inputs, packing.outputs)
         self._hold(packing, device)
-        self.bias = nn.Parameter(torch.zeros(packing.outputs, device=device, dtype=dtype)) if bias else None
+        made = nn.Parameter(torch.zeros(packing.outputs, device=device, dtype=dtype)) if bias else None
+        self.register_parameter("bias", made)
 
     @property
     def packed_weights(self) -> int:

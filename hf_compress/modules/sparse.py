@@ -45,10 +45,10 @@ class SparseLinear(PackedLinear):
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(inputs, outputs)
         if not 1 <= kept <= inputs * outputs:
             raise ValueError(f"kept is {kept}; expected 1 to the number of weights, {inputs * outputs}")
-        self.in_features, self.out_features, self.kept, self.rest = inputs, outputs, kept, rest
+        self.kept, self.rest = kept, rest
         others = inputs * outputs - kept if rest else 0
         self.register_buffer("mask", torch.zeros(-(-inputs * outputs // 8), dtype=torch.uint8, device=device))
         if packing is None:
@@ -59,7 +59,8 @@ class SparseLinear(PackedLinear):
             )
         else:
             self._hold(packing, device)
-        self.bias = nn.Parameter(torch.zeros(outputs, device=device, dtype=dtype)) if bias else None
+        made = nn.Parameter(torch.zeros(outputs, device=device, dtype=dtype)) if bias else None
+        self.register_parameter("bias", made)
 
     @property
     def packed_weights(self) -> int:
@@ -70,6 +71,8 @@ class SparseLinear(PackedLinear):
     def unpacked(self) -> Tensor:
         """The weight (outputs, inputs) with its zeros; packed values are float32."""
         packed = not isinstance(self.weight, nn.Parameter)
+        if not packed:
+            self._check_stored(self.kept + (self.in_features * self.out_features - self.kept) * self.rest)
         values = self._values()[0] if packed else self.weight
         ones = unpack_bits(self.mask[None])[0, : self.in_features * self.out_features].bool()
         dense = torch.zeros(ones.shape, dtype=values.dtype, device=values.device).masked_scatter(ones, values)

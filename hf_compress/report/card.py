@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,26 +14,28 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from hf_compress.config import config_class, method_names
 from hf_compress.evaluation.evaluate import EvaluationResult
-from hf_compress.evaluation.size import parameter_count, stored_bytes
+from hf_compress.evaluation.size import parameter_count
 from hf_compress.record import recorded
-from hf_compress.report.card_edits import changes
+from hf_compress.report.card_history import changes, making, methods, sizes, training
 from hf_compress.report.card_scores import eval_results, evaluation, is_evaluated
+from hf_compress.report.history import history_of
 from hf_compress.report.markdown import (
     escape,
     fence,
-    json_values,
     last_part,
     one_line,
     public,
     sentence,
-    table,
+    several,
 )
 from hf_compress.report.report import CompressionReport
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _IN_HUB_CACHE = re.compile(r"models--(?:([\w.-]+?)--)?([\w.-]+)[/\\]snapshots", re.ASCII)
+
+_SOMEWHERE = "path/to/"  # stands for the folders above a model's own, which a card does not tell
+_REPLACE = "# Replace the path by that of the folder that holds this card."
 
 # The Auto class that loads a model, its table in Transformers, and the Hub's task where the class leaves no doubt.
 # In this order: a class that takes images and text stands in the table of language models, too.
@@ -61,7 +62,8 @@ class CardDetails:
 
     Attributes:
         name: the model's name; made of the base model's and the method's when not given.
-        repo_id: where it will be on the Hub ("org/name"); the example loads it from there.
+        repo_id: where it will be on the Hub ("org/name"); the example loads it from there, and otherwise from a folder
+            of the model's name at a place to be filled in.
         base_model: the base model's id on the Hub, where the model was loaded from a folder.
         license: the licence's id on the Hub, such as "apache-2.0".
         language: language codes.
@@ -125,7 +127,7 @@ class _Facts:
         """What the model is called."""
         given = one_line(public(self.details.name or "")) or (self.details.repo_id or "").partition("/")[2]
         base = last_part(self.base_name) or type(self.model).__name__
-        return given or (f"{base}-{one_line(self.report.method)}" if self.report else base)
+        return given or (f"{base}-{one_line('-'.join(self.report.methods))}" if self.report else base)
 
     @property
     def needs_plugin(self) -> bool:
@@ -141,10 +143,10 @@ def model_card(
     command: str | None = None,
     details: CardDetails | None = None,
 ) -> ModelCard:
-    """The card of a compressed model, from its `compression_report` and what was measured; nothing is measured here.
+    """The card of a compressed model, from its history and what was measured; nothing is measured here.
 
     Args:
-        model: as `compress` gave it; one without a report gets a card that says what is known.
+        model: as `compress` or `from_pretrained` gave it; one without a history gets a card that says what is known.
         result: what `evaluate` measured of this very model. Without it, the card says that it was not evaluated.
         controls: what `evaluate` measured in the same way of others, by name: the base model under "uncompressed", and
             the simplest things of the same size, such as "last blocks left out".
@@ -156,14 +158,13 @@ def model_card(
         ValueError: controls without a result, or a result of another model.
     """
     _check(model, result, controls or {})
-    report = getattr(model, "compression_report", None)
-    report = report if isinstance(report, CompressionReport) else None
+    report = history_of(model)
     facts = _Facts(model, report, result, controls or {}, command, details or CardDetails())
     sections = (
         _head(facts),
         _loading(facts),
-        changes(report.edits) if report else "",
-        _sizes(facts),
+        changes(report) if report else "",
+        sizes(model, report),
         evaluation(result, facts.controls, facts.details.evaluation),
         _making(facts),
         _limits(facts),
@@ -186,6 +187,16 @@ def _check(model: Any, result: Any, controls: Mapping[str, Any]) -> None:
         )
 
 
+def for_the_hub(card: ModelCard, name: str, repo_id: str) -> ModelCard:
+    """A card that `save` made for a folder called `name`, with an example that loads the model from the Hub."""
+    here, there = (f".from_pretrained({_quoted(place)})" for place in (f"{_SOMEWHERE}{name}", repo_id))
+    return ModelCard(str(card).replace(f"{_REPLACE}\n", "").replace(here, there))
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
 # --- metadata ---------------------------------------------------------------------------------------------------------
 
 
@@ -195,18 +206,19 @@ def _metadata(facts: _Facts) -> ModelCardData:
     # evaluate() measures nothing but language models
     scores = eval_results(facts.result, task or "text-generation", details.evaluation)
     # Of the Hub's relations (adapter, finetune, merge of several models, quantized), one alone can fit.
-    packed = report and any(edit.get("edit") == "PackLinear" or edit.get("planes") for edit in report.edits)
+    edits = [edit for stage in report.stages for edit in stage.edits] if report else []
+    packed = any(edit.get("edit") == "PackLinear" or edit.get("planes") for edit in edits)
     return ModelCardData(
         base_model=facts.base_id,
         base_model_relation="quantized" if facts.base_id and packed else None,
-        datasets=[found for name in _several(details.datasets) if (found := _hub_id(name))] or None,
+        datasets=[found for name in several(details.datasets) if (found := _hub_id(name))] or None,
         eval_results=scores or None,
-        language=_several(details.language) or None,
+        language=several(details.language) or None,
         library_name="transformers",
         license=one_line(details.license or "") or None,
         model_name=facts.name if scores else None,
         pipeline_tag=task,
-        tags=["hf-compress", *_several(report.method if report else ())],
+        tags=["hf-compress", *several(report.methods if report else ())],
     )
 
 
@@ -242,22 +254,14 @@ def _head(facts: _Facts) -> str:
     else:
         smaller = facts.report.after.bytes < facts.report.before.bytes
         done = "made smaller" if smaller else "changed"  # bottlenecks are parameters more
-        text = f"{base or 'A model of unknown origin'}, {done} by {_method(facts.report)} with hf_compress."
+        text = f"{base or 'A model of unknown origin'}, {done} by {methods(facts.report)} with hf_compress."
     return f"# {escape(facts.name)}\n\n{text}"
-
-
-def _method(report: CompressionReport) -> str:
-    """The method's name, with a link to its paper where the method names one."""
-    paper = config_class(report.method).paper if report.method in method_names() else None
-    number = re.fullmatch(r"https://arxiv\.org/abs/([\d.]+(?:v\d+)?)", paper or "")
-    link = f"[arXiv {number[1]}]({paper})" if number else escape(paper or "")
-    return f"the method {escape(report.method)}" + (f" ({link})" if link else "")
 
 
 def _loading(facts: _Facts) -> str:
     cls = type(facts.model).__name__
     auto = _auto_class(facts.model)[0] or cls
-    place = json.dumps(facts.details.repo_id or facts.name, ensure_ascii=False)
+    place = _quoted(facts.details.repo_id or f"{_SOMEWHERE}{facts.name}")
     tokenizer = ["AutoTokenizer"] if facts.details.tokenizer and facts.model.main_input_name == "input_ids" else []
     lines = ["import hf_compress  # teaches Transformers the model's structure"] if facts.needs_plugin else []
     if hasattr(transformers, auto):
@@ -265,7 +269,8 @@ def _loading(facts: _Facts) -> str:
     else:
         lines += [f"# {cls} is no part of Transformers: import it from where it is defined."]
         lines += ["from transformers import AutoTokenizer"] if tokenizer else []
-    lines += ["", f"model = {auto}.from_pretrained({place})"]
+    lines += ["", *([] if facts.details.repo_id else [_REPLACE])]
+    lines += [f"model = {auto}.from_pretrained({place})"]
     lines += [f"tokenizer = AutoTokenizer.from_pretrained({place})"] if tokenizer else []
     text = "It is a plain checkpoint: stock Transformers loads it, without hf_compress."
     if facts.needs_plugin:
@@ -279,78 +284,25 @@ def _loading(facts: _Facts) -> str:
     return "\n\n".join(("## How to load it", text, fence("\n".join(lines), "python")))
 
 
-def _sizes(facts: _Facts) -> str:
-    count, size = parameter_count(facts.model), stored_bytes(facts.model)
-    dtype = str(facts.model.dtype).removeprefix("torch.")
-    note = f"Stored bytes are those of the tensors, masks, scales and indices included; most are {dtype}."
-    if facts.report is None:
-        return f"## Size\n\n{count:,} parameters, {size:,} stored bytes. {note}"
-    before, after = facts.report.before, facts.report.after
-    rows = [["parameters", *_change(before.parameters, count)], ["stored bytes", *_change(before.bytes, size)]]
-    rows += [[f"blocks in {escape(s)}", *_change(n, after.blocks.get(s, 0))] for s, n in before.blocks.items()]
-    if (count, size) != (after.parameters, after.bytes):
-        note += (
-            f" The model was changed after compression, which had left {after.parameters:,} parameters in "
-            f"{after.bytes:,} bytes; the table has its present size."
-        )
-    return f"## Size\n\n{table(['', 'before', 'after', 'change'], rows)}\n\n{note}"
-
-
-def _change(before: int, after: int) -> tuple[str, str, str]:
-    return f"{before:,}", f"{after:,}", f"{100 * (after / before - 1):+.1f}%" if before else ""
-
-
 def _making(facts: _Facts) -> str:
-    report, details = facts.report, facts.details
+    details = facts.details
     parts = []
     if facts.command and facts.command.strip():
         parts.append(f"This reproduces it:\n\n{fence(facts.command, 'bash')}")
-    if report is not None:
-        recipe = json.dumps(json_values(report.config), indent=2, ensure_ascii=False)
-        parts.append(f"Settings, which also serve as a recipe:\n\n{fence(recipe, 'json')}")
-    parts += [_calibration(report, details), _training(report) if report else ""]
-    if names := _several(details.datasets):
-        parts.append(f"Datasets: {escape(', '.join(map(public, names)))}.")
-    if report is not None:
-        passed = "passed; a model rebuilt from the saved config gave the same outputs, bit for bit."
-        failed = "**not passed**; a model rebuilt from the saved config did not give the same outputs."
-        versions = ", ".join(f"{name} {version}" for name, version in report.environment.items())
-        parts += [
-            f"Reload check: {passed if report.parity else failed}",
-            _time(report),
-            f"Versions: {escape(versions)}.",
-        ]
-    return "\n\n".join(("## How it was made", *filter(None, parts))) if any(parts) else ""
-
-
-def _calibration(report: CompressionReport | None, details: CardDetails) -> str:
     named = sentence(details.calibration or "")
-    counts = ", ".join(f"{n:,} {what}" for what, n in report.calibration.items() if n) if report else ""
-    if counts:
-        return f"Calibration data: {escape(counts)}; {named or 'what the data is, is not recorded here.'}"
-    return f"Calibration data: {named or 'none was used.'}" if report or named else ""
-
-
-def _training(report: CompressionReport) -> str:
-    """What of the compression was training."""
-    steps, healing = report.notes.get("trained_steps"), report.notes.get("healing")
-    parts = [f"Compressed in training: {steps:,} steps."] if isinstance(steps, int) else []
-    if isinstance(healing, dict) and isinstance(count := healing.get("steps"), int):
-        how = "adapters (LoRA), merged" if healing.get("lora") else "all weights"
-        parts.append(f"Healed by distillation of the uncompressed model: {count:,} steps, {how}.")
-    return " ".join(parts)
-
-
-def _time(report: CompressionReport) -> str:
-    steps = [(stage.name, stage.seconds) for stage in report.stages if math.isfinite(stage.seconds)]
-    listed = "; ".join(f"{name} {seconds:.1f} s" for name, seconds in steps)
-    return f"Time: {sum(seconds for _, seconds in steps):.1f} s ({escape(listed)})." if steps else ""
+    if facts.report is not None:
+        parts.append(making(facts.report, named))
+    elif named:
+        parts.append(f"Calibration data: {named}")
+    if names := several(details.datasets):
+        parts.append(f"Datasets: {escape(', '.join(map(public, names)))}.")
+    return "\n\n".join(("## How it was made", *parts)) if parts else ""
 
 
 def _limits(facts: _Facts) -> str:
     details = facts.details
     trained = sentence(details.training or "")
-    recorded_training = _training(facts.report) if facts.report else ""
+    recorded_training = facts.report is not None and any(map(training, facts.report.stages))
     untrained = [] if recorded_training else ["No training after compression is recorded."]
     lines = [
         *([f"Trained after compression: {trained}"] if trained else untrained),
@@ -358,11 +310,6 @@ def _limits(facts: _Facts) -> str:
         if is_evaluated(facts.result)
         else "Nothing was evaluated: not quality, safety, bias, languages, or speed.",
         "The base model's intended uses and limitations apply here, too; what compression did to them was not tested.",
-        *map(sentence, _several(details.limitations)),
+        *map(sentence, several(details.limitations)),
     ]
     return "## Limitations\n\n" + "\n".join(f"- {line}" for line in lines)
-
-
-def _several(given: str | Iterable[str]) -> list[str]:
-    """One text or several as a list, without empty ones."""
-    return [line for text in ([given] if isinstance(given, str) else given) if (line := one_line(text))]

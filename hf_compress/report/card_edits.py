@@ -14,15 +14,13 @@ MOST_ROWS = 24  # of the table; the report beside the card has every edit
 _MODULE = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)\.(\d{1,6})((?:\.\w+)*)", re.ASCII)  # a path with a block in it
 
 
-def changes(edits: Sequence[Mapping[str, Any]]) -> str:
-    """The section: what was changed, from the edits as a report has them; kinds that are not known here, too."""
-    if not edits:
-        return "## What was changed\n\nNo structural edit is recorded."
+def edits_table(edits: Sequence[Mapping[str, Any]]) -> str:
+    """A table of what was changed, from the edits as a report has them; kinds that are not known here, too."""
     rows = in_rows(edits)
     text = table(["edit", "where", "what"], [[escape(cell) for cell in row] for row in rows[:MOST_ROWS]])
     if more := rows[MOST_ROWS:]:
         text += f"\n\nAnd {len(more):,} more lines; {REPORT_FILE} has every one of the {len(edits):,} edits."
-    return f"## What was changed\n\n{text}\n\nBlocks are counted from 0, in the base model."
+    return text
 
 
 def in_rows(edits: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:

@@ -15,6 +15,8 @@ from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.bottlenecks import Bottlenecks
 from hf_compress.modules.bottleneck import Bottleneck
+from hf_compress.report.history import history_of
+from hf_compress.report.report import CompressionReport
 from hf_compress.structure import BOTTLENECK
 
 
@@ -66,8 +68,7 @@ def given(model: PreTrainedModel, bottlenecks: Bottlenecks) -> list[Subject]:
 
 
 def spliced(model: PreTrainedModel) -> list[Subject]:
-    notes = getattr(getattr(model, "compression_report", None), "notes", None) or {}
-    told = notes.get("bottlenecks") or {}
+    history = history_of(model)
     subjects = []
     for stack in Anatomy(model).stacks:
         for layer, block in enumerate(stack.blocks):
@@ -75,7 +76,7 @@ def spliced(model: PreTrainedModel) -> list[Subject]:
             if isinstance(source, Bottleneck):
                 module, columns = _copied(source, model)
                 subject = Subject(stack, layer, module, source, columns, None)
-                _tell(subject, told.get(str(layer)) or {})
+                _tell(subject, _told(history, stack.path, layer))
                 subjects.append(subject)
     if not subjects:
         raise ValueError(
@@ -83,6 +84,18 @@ def spliced(model: PreTrainedModel) -> list[Subject]:
             "them, or put them in with hf_compress.apply.apply(found.plan(model), model)"
         )
     return subjects
+
+
+def _told(history: CompressionReport | None, stack: str, layer: int) -> Mapping[str, Any]:
+    """What the stage that trained the bottleneck behind a block has noted of it; blocks may have gone since."""
+    for stage in reversed(history.stages if history else ()):
+        if told := stage.notes.get("bottlenecks"):
+            return told.get(str(layer)) or {}
+        left = list(stage.survivors(stack))
+        if layer >= len(left):
+            break
+        layer = left[layer]
+    return {}
 
 
 def _copied(module: Bottleneck, model: PreTrainedModel) -> tuple[Bottleneck, Tensor]:

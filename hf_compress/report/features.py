@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.bottlenecks import Bottlenecks
 from hf_compress.calibration.data import DataOptions, prepare
+from hf_compress.numerics.defaults import torch_defaults
 from hf_compress.report.feature_logits import DirectPath, direct_path
 from hf_compress.report.feature_page import page
 from hf_compress.report.feature_subjects import given, spliced
@@ -16,6 +17,7 @@ from hf_compress.report.feature_tallies import tallied
 from hf_compress.report.feature_words import Writer
 
 
+@torch_defaults()
 def feature_report(
     model: PreTrainedModel,
     texts: Any,

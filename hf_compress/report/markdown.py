@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 MOST_VALUES = 12  # entries of a list that are written out
@@ -102,3 +102,8 @@ def runs(numbers: Sequence[int]) -> list[str]:
         else:
             found.append([number])
     return [str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in found]
+
+
+def several(given: str | Iterable[str]) -> list[str]:
+    """One text or several as a list, without empty ones."""
+    return [line for text in ([given] if isinstance(given, str) else given) if (line := one_line(text))]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from hf_compress.report.canvas import BLUE, GREY, INK, VERMILION, new_figure, picture_path, write_figure
 
 if TYPE_CHECKING:
-    from hf_compress.report.report import CompressionReport
+    from hf_compress.report.report import CompressionReport, Stage
 
 _KEPT, _MERGED, _REMOVED = GREY, BLUE, VERMILION
 _STAYS: dict[str, Any] = {"facecolor": _KEPT, "edgecolor": INK}
@@ -52,42 +52,48 @@ def plot_similarity(
     return write_figure(figure, path)
 
 
-def plot_report(report: CompressionReport, path: str | Path) -> Path:
-    """Draw what a method measured and which blocks were kept, merged and removed.
+def plot_report(report: CompressionReport, path: str | Path, stage: int | None = None) -> Path:
+    """Draw what the method of a stage measured and which blocks were kept, merged and removed.
 
-    Above, as far as the report's notes have them: the similarity matrix with the merged blocks framed; every block's
+    Above, as far as the stage's notes have them: the similarity matrix with the merged blocks framed; every block's
     score; the loss of every candidate at every step; the error that refitting left. Below, the blocks themselves.
+
+    Args:
+        report: a model's history.
+        path: where to write it; PNG or SVG, by its ending.
+        stage: which one, as an index; None for the last that has something to draw.
 
     Raises:
         ValueError: the report says nothing of blocks, or the ending is neither .png nor .svg.
+        IndexError: there is no such stage.
     """
     path = picture_path(path)
-    panels = _panels(report)
-    stacks = [stack for stack in report.before.blocks if any(edit.get("stack") == stack for edit in report.edits)]
-    if not panels and not stacks:
-        raise ValueError(
-            f"the report of {report.method!r} has neither scores nor edits of blocks: there is nothing to draw"
-        )
+    candidates = report.stages[::-1] if stage is None else [report.stages[stage]]
+    shown = next((one for one in candidates if _panels(one) or _changed_stacks(one)), None)
+    if shown is None:
+        names = ", ".join(repr(one.method) for one in reversed(candidates))
+        raise ValueError(f"the report of {names} has neither scores nor edits of blocks: there is nothing to draw")
+    panels, stacks = _panels(shown), _changed_stacks(shown)
     heights = [4.6 if kind == "similarity" else 2.5 for kind, _ in panels] + [0.75] * len(stacks)
-    widest = max(report.before.blocks.values(), default=0)
+    widest = max(shown.before.blocks.values(), default=0)
     figure = new_figure(min(16.0, max(7.0, 2.5 + 0.4 * widest)), sum(heights) + 0.9)
     axes = figure.subplots(len(heights), 1, gridspec_kw={"height_ratios": heights}, squeeze=False)[:, 0]
     for axis, (kind, values) in zip(axes, panels, strict=False):
-        _DRAW[kind](figure, axis, values, report)
+        _DRAW[kind](figure, axis, values, shown)
     for axis, stack in zip(axes[len(panels) :], stacks, strict=True):
-        _strip(axis, report, stack)
-    counts = [f"{report.before.blocks[stack]} → {report.after.blocks.get(stack, 0)} blocks" for stack in stacks]
+        _strip(axis, shown, stack)
+    counts = [f"{shown.before.blocks[stack]} → {shown.after.blocks.get(stack, 0)} blocks" for stack in stacks]
     name = Path(report.base_model).name or "model"
-    figure.suptitle(", ".join([f"{name}: {report.method}", *counts]), fontsize=12, color=INK)
+    figure.suptitle(", ".join([f"{name}: {shown.method}", *counts]), fontsize=12, color=INK)
     return write_figure(figure, path)
 
 
 # --- what there is to draw --------------------------------------------------------------------------------------------
 
 
-def _panels(report: CompressionReport) -> list[tuple[str, Any]]:
-    """The panels that the report's notes have data for, in order from above."""
-    notes = report.notes
+def _panels(stage: Stage) -> list[tuple[str, Any]]:
+    """The panels that the stage's notes have data for, in order from above."""
+    notes = stage.notes
     panels: list[tuple[str, Any]] = []
     if "similarity" in notes:
         panels.append(("similarity", _square(notes["similarity"])))
@@ -101,8 +107,13 @@ def _panels(report: CompressionReport) -> list[tuple[str, Any]]:
     return panels
 
 
-def _merged_groups(report: CompressionReport) -> list[list[int]]:
-    return [[edit["kept"], *edit["absorbed"]] for edit in report.edits if edit.get("edit") == "MergeBlocks"]
+def _changed_stacks(stage: Stage) -> list[str]:
+    """The stacks that lost blocks."""
+    return [stack for stack in stage.before.blocks if any(edit.get("stack") == stack for edit in stage.edits)]
+
+
+def _merged_groups(stage: Stage) -> list[list[int]]:
+    return [[edit["kept"], *edit["absorbed"]] for edit in stage.edits if edit.get("edit") == "MergeBlocks"]
 
 
 def _gone(edits: list[dict[str, Any]]) -> set[int]:
@@ -113,8 +124,8 @@ def _gone(edits: list[dict[str, Any]]) -> set[int]:
 # --- panels -----------------------------------------------------------------------------------------------------------
 
 
-def _draw_similarity(figure: Any, axis: Any, rows: list[list[float]], report: CompressionReport) -> None:
-    _heatmap(figure, axis, rows, _merged_groups(report))
+def _draw_similarity(figure: Any, axis: Any, rows: list[list[float]], stage: Stage) -> None:
+    _heatmap(figure, axis, rows, _merged_groups(stage))
     axis.set_title("similarity; merged blocks are framed", fontsize=10, loc="left", color=INK)
 
 
@@ -147,9 +158,9 @@ def _heatmap(figure: Any, axis: Any, rows: list[list[float]], merged: Sequence[S
     figure.colorbar(image, ax=axis, label="similarity of different blocks", shrink=0.85)
 
 
-def _draw_scores(figure: Any, axis: Any, entry: tuple[str, list[float]], report: CompressionReport) -> None:
+def _draw_scores(figure: Any, axis: Any, entry: tuple[str, list[float]], stage: Stage) -> None:
     name, values = entry
-    gone = _gone(report.edits)
+    gone = _gone(stage.edits)
     _log_if_wide(axis, values)  # so points, not bars: a bar on a logarithmic axis has no foot to stand on
     for out, marker, colour in ((False, "o", _MERGED), (True, "X", _REMOVED)):
         blocks = [index for index in range(len(values)) if (index in gone) is out]
@@ -163,7 +174,7 @@ def _draw_scores(figure: Any, axis: Any, entry: tuple[str, list[float]], report:
     axis.legend(fontsize=8, frameon=False, loc="upper right", ncols=2)
 
 
-def _draw_losses(figure: Any, axis: Any, steps: list[dict[str, Any]], report: CompressionReport) -> None:
+def _draw_losses(figure: Any, axis: Any, steps: list[dict[str, Any]], stage: Stage) -> None:
     every = [loss for step in steps for loss in step["losses"].values()]
     for number, step in enumerate(steps):
         colour, marker = _STEPS[number % len(_STEPS)], _MARKERS[number % len(_MARKERS)]
@@ -181,12 +192,12 @@ def _draw_losses(figure: Any, axis: Any, steps: list[dict[str, Any]], report: Co
         )
         chosen = step["absorbed"]
         axis.plot(chosen, losses[chosen], "o", markersize=12, markerfacecolor="none", markeredgecolor=colour, mew=2)
-    _finish(axis, report.before.blocks.get(_only_stack(report), len(every)), "loss when this block is\nabsorbed (nats)")
+    _finish(axis, stage.before.blocks.get(_only_stack(stage), len(every)), "loss when this block is\nabsorbed (nats)")
     _log_if_wide(axis, every)
     axis.legend(fontsize=8, frameon=False, loc="upper right", title="taken (ringed)", title_fontsize=8)
 
 
-def _draw_greedy(figure: Any, axis: Any, steps: list[dict[str, Any]], report: CompressionReport) -> None:
+def _draw_greedy(figure: Any, axis: Any, steps: list[dict[str, Any]], stage: Stage) -> None:
     for number, step in enumerate(steps):
         axis.plot(number, step["loss"], "X", color=_REMOVED, markersize=9)
     axis.set_xticks(range(len(steps)), [f"block {step['removed']}" for step in steps])
@@ -195,21 +206,21 @@ def _draw_greedy(figure: Any, axis: Any, steps: list[dict[str, Any]], report: Co
     _despine(axis)
 
 
-def _draw_fits(figure: Any, axis: Any, fits: list[dict[str, Any]], report: CompressionReport) -> None:
+def _draw_fits(figure: Any, axis: Any, fits: list[dict[str, Any]], stage: Stage) -> None:
     for fit in fits:
         axis.bar(fit["block"], fit["error"], width=0.7, color=_MERGED if fit["absorbed"] else _KEPT, edgecolor=INK)
     axis.axhline(1, color=INK, linewidth=0.8, linestyle="--")
-    _finish(axis, report.before.blocks.get(_only_stack(report), len(fits)), "error after solving\n(1 = without)")
+    _finish(axis, stage.before.blocks.get(_only_stack(stage), len(fits)), "error after solving\n(1 = without)")
     axis.set_ylim(0, 1.05)
     _legend_above(axis, {"absorbed the next": {"facecolor": _MERGED}, "corrected": _STAYS})
 
 
-def _strip(axis: Any, report: CompressionReport, stack: str) -> None:
+def _strip(axis: Any, stage: Stage, stack: str) -> None:
     """The blocks of a stack as boxes: kept, made of several, taken out."""
     from matplotlib.patches import Rectangle
 
-    total = report.before.blocks[stack]
-    edits = [edit for edit in report.edits if edit.get("stack") == stack]
+    total = stage.before.blocks[stack]
+    edits = [edit for edit in stage.edits if edit.get("stack") == stack]
     gone = _gone(edits)
     merged = {edit["kept"]: edit["absorbed"] for edit in edits if "kept" in edit}
     for index in range(total):
@@ -229,7 +240,7 @@ def _strip(axis: Any, report: CompressionReport, stack: str) -> None:
     axis.set_title(f"{stack} ({', '.join(words)})", fontsize=9, loc="left", color=INK)
 
 
-_DRAW: dict[str, Callable[[Any, Any, Any, CompressionReport], None]] = {
+_DRAW: dict[str, Callable[[Any, Any, Any, Stage], None]] = {
     "similarity": _draw_similarity,
     "scores": _draw_scores,
     "losses": _draw_losses,
@@ -241,8 +252,8 @@ _DRAW: dict[str, Callable[[Any, Any, Any, CompressionReport], None]] = {
 # --- common -----------------------------------------------------------------------------------------------------------
 
 
-def _only_stack(report: CompressionReport) -> str:
-    return next((edit["stack"] for edit in report.edits if "stack" in edit), "")
+def _only_stack(stage: Stage) -> str:
+    return next((edit["stack"] for edit in stage.edits if "stack" in edit), "")
 
 
 def _finish(axis: Any, blocks: int, label: str) -> None:

@@ -1,18 +1,19 @@
-"""What was done to a model and what it cost: a dataclass, as JSON, as a table, as a plot."""
+"""What was done to a model and what it cost: its history as dataclasses, as JSON, as a table, as a plot."""
 
 from __future__ import annotations
 
 import json
 import platform
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 REPORT_FILE = "compression_report.json"  # what a report is called beside the model that it is of
+HEAL = "heal"  # the method of a stage that trained weights and changed no structure
 
 
 @dataclass(frozen=True)
@@ -31,41 +32,108 @@ class Size:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One step of compression and its wall time in seconds."""
+class Step:
+    """A step of a change and its wall time in seconds."""
 
     name: str
     seconds: float
 
 
 @dataclass(frozen=True)
-class CompressionReport:
-    """What `compress` did.
+class Stage:
+    """One change of a model.
 
     Attributes:
-        method: name of the method.
+        method: name of the method; "heal" where weights were trained and nothing else was changed.
         config: the method's settings.
-        base_model: where the model came from.
-        before, after: sizes.
-        edits: the plan's edits, as JSON values.
+        before, after: the model's sizes.
+        edits: the plan's edits, as JSON values; blocks are counted as they were before this stage.
         notes: what the method found out: similarities, choices, errors.
-        stages: each step and its wall time.
+        steps: what was done one after another, and the wall time of each.
         calibration: samples, tokens, truncated samples; empty when none was used.
-        parity: whether a model rebuilt from the saved config gave the same outputs bit for bit.
+        parity: whether a model rebuilt from the saved config gave the same outputs bit for bit; None where the
+            structure stayed as it was, and nothing was rebuilt.
         environment: versions that it was done with.
     """
 
     method: str
     config: dict[str, Any]
-    base_model: str
     before: Size
     after: Size
     edits: list[dict[str, Any]]
     notes: dict[str, Any]
-    stages: list[Stage]
+    steps: list[Step]
     calibration: dict[str, int]
-    parity: bool
+    parity: bool | None
     environment: dict[str, str] = field(default_factory=lambda: environment())
+
+    def survivors(self, stack: str) -> dict[int, int]:
+        """The blocks that were left of a stack, each with the last of those that it stands for since.
+
+        Both are counted as before this stage. Every block but a merged one stands for itself.
+        """
+        edits = [edit for edit in self.edits if edit.get("stack") == stack]
+        gone = {index for edit in edits for index in edit.get("blocks", edit.get("absorbed", ()))}
+        left = {index: index for index in range(self.before.blocks.get(stack, 0)) if index not in gone}
+        merges = {edit["kept"]: max(edit["kept"], *edit["absorbed"]) for edit in edits if "kept" in edit}
+        return {index: merges.get(index, index) for index in left}
+
+
+@dataclass(frozen=True)
+class CompressionReport:
+    """The history of a model: all that was done to it, from the original to what it is now.
+
+    Attributes:
+        base_model: where the original came from.
+        stages: every change, the first one first; at least one.
+    """
+
+    base_model: str
+    stages: list[Stage]
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise ValueError("a CompressionReport tells of one change at least; stages is empty")
+
+    @property
+    def before(self) -> Size:
+        """The size of the original."""
+        return self.stages[0].before
+
+    @property
+    def after(self) -> Size:
+        """The size that the last stage has left."""
+        return self.stages[-1].after
+
+    @property
+    def methods(self) -> list[str]:
+        """The names of the methods, each once, in the order of their first use."""
+        return list(dict.fromkeys(stage.method for stage in self.stages))
+
+    @property
+    def method(self) -> str:
+        """The method of the last stage."""
+        return self.stages[-1].method
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The settings of the last stage."""
+        return self.stages[-1].config
+
+    @property
+    def edits(self) -> list[dict[str, Any]]:
+        """The edits of the last stage."""
+        return self.stages[-1].edits
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """The notes of the last stage."""
+        return self.stages[-1].notes
+
+    @property
+    def calibration(self) -> dict[str, int]:
+        """The calibration data of the last stage."""
+        return self.stages[-1].calibration
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values only."""
@@ -75,43 +143,80 @@ class CompressionReport:
         """The report as JSON text; also written to `path` when one is given."""
         text = json.dumps(self.to_dict(), indent=2)
         if path is not None:
-            Path(path).write_text(text + "\n")
+            Path(path).write_text(text + "\n", encoding="utf-8")
         return text
 
     @staticmethod
-    def from_json(text: str) -> CompressionReport:
-        """The inverse of `to_json`."""
-        data = json.loads(text)
-        data["before"], data["after"] = Size(**data["before"]), Size(**data["after"])
-        data["stages"] = [Stage(**stage) for stage in data["stages"]]
-        return CompressionReport(**data)
-
-    def table(self) -> Table:
-        """What changed, for `rich.print`."""
-        from rich.table import Table
-
-        table = Table("", "before", "after", "change", title=f"{self.method}: {self.base_model or 'model'}")
-        for stack, blocks in self.before.blocks.items():
-            table.add_row(f"blocks in {stack}", *_change(blocks, self.after.blocks.get(stack, 0)))
-        table.add_row("parameters", *_change(self.before.parameters, self.after.parameters))
-        table.add_row("stored bytes", *_change(self.before.bytes, self.after.bytes))
-        for stage in self.stages:
-            table.add_row(f"[dim]{stage.name}[/dim]", "", f"[dim]{stage.seconds:.1f} s[/dim]", "")
-        return table
-
-    def plot(self, path: str | Path) -> Path:
-        """Draw the similarity of the blocks, where the method measured it, and which blocks went; PNG or SVG by `path`.
+    def from_json(text: str | bytes) -> CompressionReport:
+        """The inverse of `to_json`; takes a file's bytes, too.
 
         Raises:
-            ValueError: the method measured nothing that can be drawn.
+            ValueError: the text is no report, or one of another version.
+        """
+        try:
+            data = json.loads(text)
+            stages = [_typed(Stage(**_nested(entry))) for entry in data["stages"]]
+            return _typed(CompressionReport(data["base_model"], stages))
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"no compression report of this version of hf_compress ({reason})") from error
+
+    def table(self) -> Table:
+        """What changed, for `rich.print`: a column for the original and one for what each stage has left."""
+        from rich.table import Table
+
+        several = len(self.stages) > 1
+        after = [f"{number}. {stage.method}" for number, stage in enumerate(self.stages, 1)] if several else ["after"]
+        title = f"{', '.join(stage.method for stage in self.stages)}: {self.base_model or 'model'}"
+        table = Table("", "original" if several else "before", *after, "change", title=title)
+        sizes = [self.before, *(stage.after for stage in self.stages)]
+        for stack in self.before.blocks:
+            table.add_row(f"blocks in {stack}", *_counts([size.blocks.get(stack, 0) for size in sizes]))
+        table.add_row("parameters", *_counts([size.parameters for size in sizes]))
+        table.add_row("stored bytes", *_counts([size.bytes for size in sizes]))
+        for number, stage in enumerate(self.stages):
+            for step in stage.steps:
+                cells = [""] * len(sizes)
+                cells[number + 1] = f"[dim]{step.seconds:.1f} s[/dim]"
+                table.add_row(f"[dim]{step.name}[/dim]", *cells, "")
+        return table
+
+    def plot(self, path: str | Path, stage: int | None = None) -> Path:
+        """Draw the similarity of the blocks, where a method measured it, and which blocks went; PNG or SVG by `path`.
+
+        Args:
+            path: where to write it.
+            stage: of which stage; None for the last one that has something to draw.
+
+        Raises:
+            ValueError: nothing was measured that can be drawn.
+            IndexError: there is no such stage.
         """
         from hf_compress.report.plots import plot_report
 
-        return plot_report(self, Path(path))
+        return plot_report(self, Path(path), stage)
 
 
-def _change(before: int, after: int) -> tuple[str, str, str]:
-    return f"{before:,}", f"{after:,}", f"{100 * (after / before - 1):+.1f}%" if before else ""
+def _nested(entry: dict[str, Any]) -> dict[str, Any]:
+    """A stage's JSON values with the dataclasses that it is made of."""
+    sizes = {name: _typed(Size(**entry[name])) for name in ("before", "after")}
+    return {**entry, **sizes, "steps": [_typed(Step(**step)) for step in entry["steps"]]}
+
+
+def _typed(made: Any) -> Any:
+    """`made`, a dataclass, unless a field is of another type than it says: TypeError, for files come from anywhere."""
+    from huggingface_hub.dataclasses import type_validator
+
+    hints = get_type_hints(type(made))
+    for one in fields(made):
+        type_validator(one.name, getattr(made, one.name), hints[one.name])
+    return made
+
+
+def _counts(counts: list[int]) -> list[str]:
+    """The cells of a row: every count, and the change from the first to the last."""
+    first, last = counts[0], counts[-1]
+    return [*(f"{count:,}" for count in counts), f"{100 * (last / first - 1):+.1f}%" if first else ""]
 
 
 def environment() -> dict[str, str]:

@@ -18,14 +18,15 @@ from hf_compress.anatomy.adapters import check_no_adapters
 from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.data import Batch
 from hf_compress.edits import PackLinear
-from hf_compress.errors import ParityError, UnsupportedModelError
+from hf_compress.errors import ParityError, UnsupportedModelError, one_line
 from hf_compress.modules.kernels import check_no_kernels
 from hf_compress.modules.packed import MixedPrecisionLinear
-from hf_compress.parity import Probe, one_line, outputs_on, quiet, same_outputs, same_tensor
 from hf_compress.plain import RECORD_FIELD, described
+from hf_compress.probe import Probe, outputs_on, quiet, same_outputs, same_tensor
 from hf_compress.record import recorded
+from hf_compress.storage.beside import write_beside
 from hf_compress.storage.pack_quantized import BITS, PARTS, Packed, decode, encode, quantization_of
-from hf_compress.storage.save import check_target, own_memory, save_staged, tensor_differences, write_beside
+from hf_compress.storage.save import check_target, own_memory, save_staged, tensor_differences
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ def save_compressed_tensors(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     overwrite: bool = False,
-    probe: Batch | None = None,
+    probe: Batch | Mapping[str, Any] | None = None,
     card: ModelCard | None = None,
 ) -> Path:
     """Write a model with packed linear maps so that whoever has compressed-tensors installed loads it, without us.
@@ -56,7 +57,8 @@ def save_compressed_tensors(
     Args:
         model: packed, each map in one number of bits, 4 or 8, and in no other way changed beyond what its config says.
         directory, tokenizer, overwrite, probe: as for `save`.
-        card: the README.md; none when None.
+        card: the README.md. When None, the one in `directory` stays if it is this very model's (see `save`); else there
+            is none.
 
     Returns:
         The directory.
@@ -88,7 +90,7 @@ def save_compressed_tensors(
         with Undo() as undo, quiet():
             undo.set(model.config, RECORD_FIELD, quantization)
             model.save_pretrained(folder, state_dict=tensors)
-        write_beside(model, folder, tokenizer, card)
+        write_beside(model, folder, Path(directory).resolve(), tokenizer, card)
 
     return save_staged(directory, overwrite, write, lambda folder: _verify(model, folder, packed, quantization, inputs))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -26,6 +26,7 @@ from hf_compress import __version__
 from hf_compress.calibration.data import Batch
 from hf_compress.errors import HubError
 from hf_compress.report.card import CardDetails, model_card
+from hf_compress.report.history import history_of
 from hf_compress.report.report import REPORT_FILE, CompressionReport
 from hf_compress.storage.portable import SHIM_MODULE
 from hf_compress.storage.save import save
@@ -84,7 +85,7 @@ def push_to_hub(  # noqa: PLR0913 (they are those of save, and of Transformers' 
     report: CompressionReport | None = None,
     card: ModelCard | None = None,
     portable: bool = False,
-    probe: Batch | None = None,
+    probe: Batch | Mapping[str, Any] | None = None,
     private: bool | None = None,
     token: bool | str | None = None,
     revision: str | None = None,
@@ -99,11 +100,11 @@ def push_to_hub(  # noqa: PLR0913 (they are those of save, and of Transformers' 
     between, nothing is committed. What has not changed is not sent again; where nothing has, there is no new commit.
 
     Args:
-        model: any model in memory; with a `compression_report` when it comes from `compress`.
+        model: any model in memory. What is known of its history (see `history_of`) goes into a report beside it.
         repo_id: "name", or "namespace/name".
         tokenizer: pushed beside the model.
-        report: pushed instead of the model's own `compression_report`.
-        card: pushed as README.md; made of the report when None, if there is one.
+        report: pushed instead of what is known of the model's history.
+        card: pushed as README.md; made of the history when None, if there is one.
         portable, probe: as for `save`.
         private: whether a new repository is private; None leaves it to the Hub.
         token: a token; None or True for the one that `hf auth login` or HF_TOKEN has left.
@@ -176,10 +177,11 @@ def _reported(model: PreTrainedModel, report: CompressionReport | None) -> Itera
 
 def _card(model: PreTrainedModel, repo_id: str, tokenizer: bool, portable: bool) -> ModelCard | None:
     """The card that `save` would make, with an example that loads the model from where it goes."""
-    if not isinstance(getattr(model, "compression_report", None), CompressionReport):
+    if history_of(model) is None:
         return None
-    named = repo_id if "/" in repo_id else None  # whose it will be, the Hub knows
-    return model_card(model, details=CardDetails(repo_id=named, tokenizer=tokenizer, portable=portable))
+    space, _, name = repo_id.rpartition("/")
+    named = repo_id if space else None  # whose it will be, the Hub knows
+    return model_card(model, details=CardDetails(name=name, repo_id=named, tokenizer=tokenizer, portable=portable))
 
 
 def _token_to_send(token: bool | str | None) -> str:

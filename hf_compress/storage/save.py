@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import ModelCard
@@ -12,13 +13,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.anatomy.adapters import check_no_adapters
 from hf_compress.calibration.data import Batch
-from hf_compress.errors import ParityError
-from hf_compress.parity import Probe, one_line, outputs_on, quiet, same_outputs, same_tensor
+from hf_compress.errors import ParityError, one_line
+from hf_compress.probe import Probe, outputs_on, quiet, same_outputs, same_tensor
 from hf_compress.report.card import CardDetails, model_card
-from hf_compress.report.report import REPORT_FILE, CompressionReport
-from hf_compress.storage.manifest import CARD_FILE, describe, verify_files, write_manifest
+from hf_compress.storage.beside import write_beside
+from hf_compress.storage.manifest import describe, verify_files, write_manifest
 from hf_compress.storage.portable import make_portable
-from hf_compress.storage.staging import put_in_place, stage
+from hf_compress.storage.staging import check_writable, put_in_place, stage
 
 
 def save(
@@ -27,11 +28,11 @@ def save(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     overwrite: bool = False,
-    probe: Batch | None = None,
+    probe: Batch | Mapping[str, Any] | None = None,
     portable: bool = False,
     card: ModelCard | None = None,
 ) -> Path:
-    """Write `model`, its tokenizer, report and card, so that `from_pretrained(directory)` gives it back.
+    """Write `model`, its tokenizer, history and card, so that `from_pretrained(directory)` gives it back.
 
     The files are written to a hidden folder beside `directory`, loaded from there, and compared: every tensor, and the
     outputs on a probe batch, bit for bit. A manifest of their hashes comes last (see `verify_files`). Then the folder
@@ -41,14 +42,20 @@ def save(
     save to `directory` deletes what killed ones left beside it.
 
     Args:
-        model: any model in memory; with a `compression_report` when it comes from `compress`.
+        model: any model in memory. What is known of its history (see `history_of`) goes into a report beside it.
         directory: where it goes; its parents are made. Of a link, what it points to is replaced.
         tokenizer: saved beside the model.
         overwrite: whether a directory that exists may be replaced. It is replaced whole, not written into.
+        probe: inputs for the comparison: a batch, or keyword arguments of the model's forward. When None, those that
+            `compress` checked with, or else made up.
+        overwrite: whether a directory that exists may be replaced. It is replaced whole, not written into; `card` says
+            when its README.md stays.
         probe: inputs for the comparison; made up when None.
         portable: whether a checkpoint that needs the plugin brings a file that imports it under
             `trust_remote_code=True`. A plain checkpoint needs none, and gets none.
-        card: the README.md; made of the compression report when None, if there is one.
+        card: the README.md. When None, the one in `directory` stays, with all that was edited there, if it is this very
+            model's: the report beside it tells the same history, or the model has none and was loaded from there.
+            Else one is made of the history, if there is one.
 
     Returns:
         The directory.
@@ -66,8 +73,7 @@ def save(
     inputs = Probe.of(model, probe)
 
     def write(folder: Path) -> None:
-        name = Path(directory).resolve().name
-        _write(model, folder, tokenizer, card or _card(model, name, tokenizer is not None, portable))
+        _write(model, folder, Path(directory).resolve(), tokenizer, card, portable)
         if portable:
             make_portable(model, folder)
 
@@ -95,37 +101,24 @@ def save_staged(
 
 
 def check_target(directory: Path, overwrite: bool) -> None:
-    """Raise FileExistsError where the directory holds something and may not be replaced."""
+    """Raise where a directory cannot be written: FileExistsError where it holds something and may not be replaced."""
     if directory.exists() and not overwrite and (directory.is_file() or any(directory.iterdir())):
         raise FileExistsError(f"{directory} exists and is not empty: choose another, or pass overwrite=True")
+    check_writable(directory.resolve().parent)
 
 
 def _write(
-    model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None, card: ModelCard | None
+    model: PreTrainedModel,
+    folder: Path,
+    target: Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    card: ModelCard | None,
+    portable: bool,
 ) -> None:
     with quiet():
         model.save_pretrained(folder)
-    write_beside(model, folder, tokenizer, card)
-
-
-def write_beside(
-    model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None, card: ModelCard | None
-) -> None:
-    """Write what goes beside a model: its tokenizer, its report, a card."""
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-    report = getattr(model, "compression_report", None)
-    if isinstance(report, CompressionReport):
-        report.to_json(folder / REPORT_FILE)
-    if card is not None:
-        card.save(folder / CARD_FILE)
-
-
-def _card(model: PreTrainedModel, name: str, tokenizer: bool, portable: bool) -> ModelCard | None:
-    """What is known of a model that has a report; of any other, whoever made it knows more."""
-    if not isinstance(getattr(model, "compression_report", None), CompressionReport):
-        return None
-    return model_card(model, details=CardDetails(name=name, tokenizer=tokenizer, portable=portable))
+    details = CardDetails(name=target.name, tokenizer=tokenizer is not None, portable=portable)
+    write_beside(model, folder, target, tokenizer, card, lambda: model_card(model, details=details))
 
 
 def _share(folder: Path) -> None:

@@ -28,6 +28,16 @@ _OWNER, _NEW, _OLD = "owner", "new", "old"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # from Linux's fcntl.h and fs.h
 
 
+def check_writable(folder: Path) -> None:
+    """Raise OSError where a folder, which need not be there yet, cannot be written to."""
+    there = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
+    try:
+        with tempfile.TemporaryDirectory(dir=there):
+            pass
+    except OSError as error:
+        raise type(error)(f"nothing can be written to {folder}: {error.strerror} ({there})") from error
+
+
 @contextmanager
 def stage(target: Path) -> Iterator[Path]:
     """An empty folder to build in what shall be at `target`; what is left of it is deleted at the end.

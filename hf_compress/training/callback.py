@@ -23,10 +23,12 @@ from transformers import (
 from hf_compress.apply import apply
 from hf_compress.calibration.data import Calibration, DataOptions, prepare
 from hf_compress.config import CompressionConfig, check_at_least, check_ratio
-from hf_compress.parity import Probe
-from hf_compress.pipeline import check_model, model_size, report_of
+from hf_compress.numerics.defaults import torch_defaults
+from hf_compress.pipeline import check_model, stage_of
 from hf_compress.plan import Plan
+from hf_compress.probe import Probe
 from hf_compress.regimen import Regimen
+from hf_compress.report.history import add_stage, history_of, model_size
 from hf_compress.training.changes import Changes
 from hf_compress.training.checkpoint import TrainingState, read_state, take_structure, write_state
 from hf_compress.training.distillation import Distillation, check_teacher
@@ -43,7 +45,7 @@ class CompressionCallback(ObjectiveCallback):
 
     What happens when depends on the method; see docs/training.md. In general: when the Trainer is made, the model gets
     the structure that it is trained with; while it is trained, a penalty may be added to its loss and gates move; when
-    training ends, it gets its last structure, is checked as by `compress`, and carries a `compression_report`.
+    training ends, it gets its last structure, is checked as by `compress`, and carries its `compression_report`.
     `Trainer.save_model` then writes a model that loads with `from_pretrained`. One callback serves one run.
 
     Args:
@@ -100,6 +102,7 @@ class CompressionCallback(ObjectiveCallback):
 
     # When the Trainer is made: there is no optimizer yet, no DDP around the model, and no checkpoint has been read.
 
+    @torch_defaults()
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._model is not None or self._finished:
             self._refusal = "this callback has served a Trainer already: make a new one for every run"
@@ -117,7 +120,7 @@ class CompressionCallback(ObjectiveCallback):
             tokenizer = self.tokenizer or kwargs.get("processing_class")
             self._data = prepare(self.calibration, model, tokenizer, self.options)
         bench = Workbench(model, self._data, self._seconds)
-        self._before = model_size(model)
+        self._history, self._before = history_of(model), model_size(model)
         if self.every is None:
             with following(model, trainer.optimizer):  # one that was given to the Trainer
                 self._change(bench, self.regimen.prepare)
@@ -136,6 +139,7 @@ class CompressionCallback(ObjectiveCallback):
 
     # When training begins.
 
+    @torch_defaults()
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -213,6 +217,7 @@ class CompressionCallback(ObjectiveCallback):
         scale = scaler.get_scale() if scaler is not None else 1.0
         self.regimen.step((state.global_step + 1) / state.max_steps, scale)
 
+    @torch_defaults()
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.every is None or self._done == len(self._steps) or state.global_step % self.every:
             return
@@ -235,6 +240,7 @@ class CompressionCallback(ObjectiveCallback):
 
     # When training ends.
 
+    @torch_defaults()
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -251,10 +257,10 @@ class CompressionCallback(ObjectiveCallback):
         bench = Workbench(model, self._data, self._seconds)
         self._change(bench, self.regimen.finish)
         done = Plan(tuple(self._changes.edits), notes={**self._changes.notes, "trained_steps": state.global_step})
-        report = report_of(self.config, done, bench, self._before, model_size(model))
-        model.compression_report = report  # type: ignore[assignment]
-        share = report.after.parameters / report.before.parameters
-        figures = {**self.regimen.logs(), "parameters": report.after.parameters, "parameters_share": share}
+        stage = stage_of(self.config, done, bench, self._before, model_size(model))
+        add_stage(model, stage, self._history)
+        share = stage.after.parameters / stage.before.parameters
+        figures = {**self.regimen.logs(), "parameters": stage.after.parameters, "parameters_share": share}
         calling_trainer().log({f"compression/{name}": value for name, value in figures.items()})
 
     def _change(self, bench: Workbench, make: Callable[[Workbench], Plan | None]) -> None:

@@ -14,7 +14,9 @@ from transformers import PreTrainedModel
 
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.calibration.capture import inference, watch_blocks
+from hf_compress.calibration.decoder import has_decoder
 from hf_compress.calibration.objective import first_tensor
+from hf_compress.report.history import history_of
 from hf_compress.training.objective import shifts_labels
 
 _NOT_FOR_THE_TEACHER = ("shift_labels", "num_items_in_batch")
@@ -137,12 +139,14 @@ def _counted(student: PreTrainedModel, kwargs: dict[str, Any], logits: Tensor) -
         if shifts_labels(student) and "shift_labels" not in kwargs:
             counted = F.pad(counted[..., 1:], (0, 1), value=False)
         return counted
-    return _real(kwargs, logits) if len(shape) == 2 else torch.ones(shape, dtype=torch.bool, device=logits.device)
+    if len(shape) != 2:
+        return torch.ones(shape, dtype=torch.bool, device=logits.device)
+    return _real(kwargs, logits, "decoder_attention_mask" if has_decoder(student) else "attention_mask")
 
 
-def _real(kwargs: dict[str, Any], stream: Tensor) -> Tensor:
+def _real(kwargs: dict[str, Any], stream: Tensor, name: str = "attention_mask") -> Tensor:
     """Mask of the positions of `stream` that are no padding."""
-    mask = kwargs.get("attention_mask")
+    mask = kwargs.get(name)
     if isinstance(mask, Tensor) and mask.shape == stream.shape[:2]:
         return mask.bool()
     return torch.ones(stream.shape[:2], dtype=torch.bool, device=stream.device)
@@ -169,19 +173,19 @@ def _gap(student: Tensor, teacher: Tensor) -> Tensor:
 def corresponding_blocks(student: PreTrainedModel, teacher: PreTrainedModel) -> list[tuple[int, int]]:
     """Which blocks of two models stand for each other.
 
-    All, where they have as many; else those that the student's `compression_report` says have stayed; where it says
-    nothing, the last ones, whose streams the heads read.
+    All, where they have as many; else those that have stayed, by the student's history, since it had as many as the
+    teacher; where that tells of no such time, the last ones, whose streams the heads read.
     """
     own, other = Anatomy(student).stack(), Anatomy(teacher).stack()
     if len(own) == len(other):
         return [(index, index) for index in range(len(own))]
-    report = getattr(student, "compression_report", None)
-    edits = [e for e in (report.edits if report is not None else ()) if e.get("stack") == own.path]
-    gone = {index for edit in edits for index in edit.get("blocks", edit.get("absorbed", ()))}
-    last = {index: index for index in range(len(other)) if index not in gone}  # of the blocks that a block stands for
-    for edit in edits:
-        if edit["edit"] == "MergeBlocks":
-            last[edit["kept"]] = max(edit["kept"], *edit["absorbed"])
-    if len(last) != len(own):
-        return [(len(own) - 1, len(other) - 1)]
-    return list(enumerate(last.values()))
+    history = history_of(student)
+    last = list(range(len(own)))  # of the blocks that each stands for, counted as before the stages gone through
+    for stage in reversed(history.stages if history else ()):
+        stands_for = list(stage.survivors(own.path).values())
+        if max(last) >= len(stands_for):
+            break
+        last = [stands_for[index] for index in last]
+        if stage.before.blocks.get(own.path) == len(other):
+            return list(enumerate(last))
+    return [(len(own) - 1, len(other) - 1)]

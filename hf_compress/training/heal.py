@@ -5,27 +5,33 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from tempfile import TemporaryDirectory
+from time import perf_counter
 from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import (
-    DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
     TrainingArguments,
-    default_data_collator,
 )
 
 from hf_compress.calibration.data import Calibration, DataOptions, prepare
+from hf_compress.calibration.padding import pad_id, padded
+from hf_compress.calibration.reading import has_length, take
+from hf_compress.calibration.tables import dimensions, table_of
 from hf_compress.config import check_not_negative, check_positive, check_share
+from hf_compress.modules.packed import CompactLinear
+from hf_compress.numerics.defaults import torch_defaults
 from hf_compress.pipeline import check_model
+from hf_compress.report.history import add_stage, history_of, model_size
+from hf_compress.report.report import HEAL, Stage, Step
 from hf_compress.training.distillation import Distillation, check_teacher, corresponding_blocks
 from hf_compress.training.objective import Objective, ObjectiveCallback, Terms
 from hf_compress.training.optimizer import check_trainable
@@ -51,6 +57,7 @@ class Lesson:
         check_positive("temperature", self.temperature)
 
 
+@torch_defaults()
 def heal(
     model: PreTrainedModel,
     teacher: PreTrainedModel,
@@ -69,26 +76,31 @@ def heal(
         model: compressed, say, by `compress`.
         teacher: the model as it was before, with the same vocabulary or labels.
         dataset: texts, token ids or pixel values as for `compress`; or anything with labels that a Trainer takes: a
-            `datasets.Dataset` or a list of mappings, whose text is tokenized.
+            `datasets.Dataset` or a list of mappings, whose text is tokenized. Labels of tokens may be of any lengths.
+            Of what has no length the first 4,096 samples are read, unless `args` say how many steps there are.
         tokenizer: for texts, and to pad rows of a dataset.
         lora: adapters to train, merged into the weights at the end: all linear maps with rank 16 by default; None
-            trains all weights.
+            trains all weights. Packed and sparse linear maps cannot take in an adapter without loss, so where there are
+            any, the default is None: the sparse ones learn, and of a packed model what is not packed.
         lesson: what the loss is made of.
         args: of the Trainer; one epoch over the dataset when not given, 8 samples a step, at a learning rate of 1e-3
             with adapters and 1e-4 without.
         options: length and column of texts.
 
     Returns:
-        `model`. Its `compression_report`, where it has one, notes the healing.
+        `model`. The healing is the last stage of its `compression_report`.
 
     Raises:
-        ValueError, TypeError: bad settings, data or models. Errors and interruptions leave the model as it was with
-            adapters, and half trained without.
+        ValueError, TypeError: bad settings, data or models; adapters on packed or sparse linear maps. Errors and
+            interruptions leave the model as it was with adapters, and half trained without.
     """
     check_model(model)
     check_teacher(model, teacher)
+    lesson, lora = lesson or Lesson(), _fitting(model, lora)
     lesson = lesson or Lesson()
-    rows, collator = _training_data(dataset, model, tokenizer, options)
+    history, size, start = history_of(model), model_size(model), perf_counter()
+    endless = args is not None and args.max_steps > 0  # then a stream may be
+    rows, collator = _training_data(dataset, model, tokenizer, options, bounded=not endless)
     with TemporaryDirectory() as folder:
         args = args or _default_arguments(folder, 1e-4 if lora is None else 1e-3)
         if args.label_smoothing_factor:
@@ -102,8 +114,18 @@ def heal(
             callback.objective = Objective(student, _terms(distillation, lesson))
             with distillation.watching():
                 result = trainer.train()
-    if (report := getattr(model, "compression_report", None)) is not None:
-        report.notes["healing"] = {"steps": result.global_step, "loss": result.training_loss, "lora": lora is not None}
+    stage = Stage(
+        method=HEAL,
+        config={**asdict(lesson), "lora": lora is not None},
+        before=size,
+        after=model_size(model),
+        edits=[],
+        notes={"steps": result.global_step, "loss": result.training_loss},
+        steps=[Step("train", perf_counter() - start)],
+        calibration={},
+        parity=None,
+    )
+    add_stage(model, stage, history)
     return model
 
 
@@ -124,19 +146,38 @@ def _terms(distillation: Distillation, lesson: Lesson) -> Terms:
     return terms
 
 
+def _fitting(model: PreTrainedModel, lora: Any) -> LoraConfig | None:
+    """The adapters to train; by default on all linear maps, where every one of them can take in what was learned."""
+    if lora is None or isinstance(lora, LoraConfig):
+        return lora
+    if lora != "default":
+        raise TypeError(f"lora must be a peft.LoraConfig, 'default', or None for all weights; got {lora!r}")
+    compact = any(isinstance(module, CompactLinear) for module in model.modules())
+    return None if compact else LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
+
+
+def _check_mergeable(student: Any) -> None:
+    """Raise ValueError where an adapter stands beside weights that cannot take it in."""
+    for path, layer in student.named_modules():
+        if isinstance(layer, BaseTunerLayer) and isinstance(layer.get_base_layer(), CompactLinear):
+            raise ValueError(
+                f"the linear map {path} is packed or sparse, and an adapter cannot be merged into it without loss: "
+                "leave lora out, name other target_modules, or train adapters of your own with peft.get_peft_model "
+                "and keep them beside the model"
+            )
+
+
 @contextmanager
-def _adapters(model: PreTrainedModel, lora: LoraConfig | str | None) -> Iterator[Any]:
+def _adapters(model: PreTrainedModel, lora: LoraConfig | None) -> Iterator[Any]:
     """What to train: the model itself, or adapters on it, which are merged at the end and taken off on errors."""
     trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     mode, cached = model.training, vars(model.config).get("use_cache")  # a Trainer switches the cache off
-    if lora == "default":
-        lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
-    elif not (lora is None or isinstance(lora, LoraConfig)):
-        raise TypeError(f"lora must be a peft.LoraConfig, 'default', or None for all weights; got {lora!r}")
     if lora is None:
         check_trainable(model)
     student: Any = model if lora is None else get_peft_model(model, lora)
     try:
+        if lora is not None:
+            _check_mergeable(student)
         yield student
         if lora is not None:
             student.merge_and_unload()
@@ -169,41 +210,55 @@ def _default_arguments(folder: str, learning_rate: float) -> TrainingArguments:
 
 
 def _training_data(
-    data: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, options: DataOptions | None
-) -> tuple[Any, Any]:
+    data: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    options: DataOptions | None,
+    bounded: bool,
+) -> tuple[Any, _Collator]:
     """A dataset for a Trainer, and what makes batches of its rows."""
-    columns = getattr(data, "column_names", None)
-    example = data[0] if isinstance(data, list) and data else None
-    labelled = columns is not None and {"label", "labels"} & set(columns)
-    if labelled or isinstance(example, Mapping):
-        return data, DataCollatorWithPadding(tokenizer) if tokenizer is not None else default_data_collator
-    rows = list(_rows(prepare(data, model, tokenizer, options)))
-    return rows, _Padding(labels=model.can_generate()) if "input_ids" in rows[0] else default_data_collator
+    collator = _Collator(pad_id(model.config, tokenizer))
+    if bounded and not has_length(data):
+        data = take(data, options.max_samples if options is not None else None)
+    if not isinstance(data, Mapping) and not hasattr(data, "features") and (table := table_of(data)) is not None:
+        data = table.rows()
+    if _names(data) & {"label", "labels"}:
+        return data, collator
+    return list(_rows(prepare(data, model, tokenizer, options), model)), collator
 
 
-def _rows(data: Calibration) -> Iterator[dict[str, Tensor]]:
-    """The samples, one by one; texts without their padding."""
+def _names(data: Any) -> set[str]:
+    """What the rows hold of a dataset for a Trainer; nothing where the data is of another kind."""
+    if isinstance(data, list) and data and isinstance(data[0], Mapping):
+        return set(data[0]) if dimensions(data[0].get("input_ids")) < 2 else set()  # else it is a batch
+    return set(getattr(data, "column_names", None) or ())
+
+
+def _rows(data: Calibration, model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
+    """The samples, one by one; texts without their padding. A text without labels is its own."""
     for batch in data:
+        labels = batch.labels if batch.targets is None else batch.targets
         mask = batch.inputs.get("attention_mask")
         for index in range(batch.samples):
             row = {name: value[index] for name, value in batch.inputs.items()}
-            if mask is not None and "input_ids" in row:
-                row = {"input_ids": row["input_ids"][mask[index].bool()].long()}
-            yield row
+            own = None if labels is None else labels[index].long()
+            if mask is not None and "input_ids" in row and own is None:
+                row = {"input_ids": row["input_ids"][mask[index].bool()]}
+            if own is None and "input_ids" in row and model.can_generate():
+                own = row["input_ids"].long()
+            row = {name: value if value.is_floating_point() else value.long() for name, value in row.items()}
+            yield row if own is None else {**row, "labels": own}
 
 
-class _Padding:
-    """Pads token ids to the longest of a batch, on the right; labels are the tokens themselves."""
+class _Collator:
+    """Makes a batch of rows, which may be of different lengths (see `padded`); text beside them is left out."""
 
-    def __init__(self, labels: bool) -> None:
-        self.labels = labels
+    def __init__(self, pad: int) -> None:
+        self.pad = pad
 
-    def __call__(self, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        ids = [row["input_ids"] for row in rows]
-        batch = {
-            "input_ids": pad_sequence(ids, batch_first=True),
-            "attention_mask": pad_sequence([torch.ones_like(one) for one in ids], batch_first=True),
-        }
-        if self.labels:
-            batch["labels"] = pad_sequence(ids, batch_first=True, padding_value=-100)
-        return batch
+    def __call__(self, rows: list[Mapping[str, Any]]) -> dict[str, Tensor]:
+        return padded([self._named(row) for row in rows], self.pad)
+
+    def _named(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        kept = {name: value for name, value in row.items() if value is not None and not isinstance(value, str)}
+        return {"labels" if name in ("label", "label_ids") else name: value for name, value in kept.items()}

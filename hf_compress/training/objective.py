@@ -129,9 +129,9 @@ def item_weight(model: PreTrainedModel, kwargs: dict[str, Any]) -> Tensor:
         if labels is not None and shifts_labels(model):
             labels = labels[..., 1:]
     if items is None or labels is None:
-        return torch.ones((), device=model.device)
+        return torch.ones((), dtype=torch.float32, device=model.device)
     total = items if isinstance(items, Tensor) else torch.tensor(items)
-    return labels.ne(-100).sum().to(model.device) / total.to(model.device)
+    return labels.ne(-100).sum().float().to(model.device) / total.to(model.device)
 
 
 def shifts_labels(model: PreTrainedModel) -> bool:

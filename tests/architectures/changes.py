@@ -17,8 +17,8 @@ from hf_compress.apply import apply
 from hf_compress.calibration.data import Batch
 from hf_compress.edits import MergeBlocks, RemoveBlocks
 from hf_compress.errors import UnsupportedModelError
-from hf_compress.parity import Probe
 from hf_compress.plan import Plan
+from hf_compress.probe import Probe
 from tests.architectures.tiny import tiny_inputs
 
 NEW_TOKENS = 5
@@ -69,11 +69,35 @@ def merge_plan(anatomy: Anatomy, stack: Stack) -> Plan | None:
     return Plan((MergeBlocks(stack.path, first, (second,)),), tensors)
 
 
+def left_out(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
+    """A copy with the plan's tensors, in which its blocks return what they are given; made without the package."""
+    twin = copy.deepcopy(model)
+    twin.load_state_dict(plan.tensors, strict=False)
+    for path in plan.stacks:
+        for index in plan.removed(path):
+            block = twin.get_submodule(path)[index]
+            block.forward = _handing_through(block.forward)
+    return twin
+
+
+def _handing_through(own: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        stream = (args[0] if args else next(iter(kwargs.values()))).clone()
+        if "hidden_states" in kwargs:
+            stream = kwargs["hidden_states"].clone()
+        output = own(*args, **kwargs)
+        if "prev_attn_output" in kwargs:  # Reformer, of which a block has two streams
+            return output._replace(hidden_states=stream, attn_output=kwargs["prev_attn_output"])
+        return type(output)([stream, *output[1:]]) if isinstance(output, (tuple, list)) else stream
+
+    return forward
+
+
 # --- what must hold ---------------------------------------------------------------------------------------------------
 
 
-def outcomes(build: Build, path: str | None) -> Iterator[Outcome]:
-    """Try every change on a fresh model each; `path` as in `Anatomy.stack`.
+def outcomes(build: Build, path: str) -> Iterator[Outcome]:
+    """Try every change of the stack at `path` on a fresh model each.
 
     Raises:
         MatrixFailure: the model neither survived nor was refused as it should be.
@@ -82,12 +106,7 @@ def outcomes(build: Build, path: str | None) -> Iterator[Outcome]:
     inputs = tiny_inputs(model)
     generates = can_generate(model, inputs)
     anatomy = Anatomy(model)
-    try:
-        stack = anatomy.stack(path)
-    except UnsupportedModelError as error:
-        check_message(str(error), model)
-        yield Outcome("finding its blocks", str(error))
-        return
+    stack = anatomy.stack(path)
     plans: dict[str, Plan | None] = {
         name: Plan((RemoveBlocks(stack.path, blocks),)) for name, blocks in removals(len(stack)).items()
     }
@@ -105,7 +124,7 @@ def try_change(model: PreTrainedModel, plan: Plan, inputs: dict[str, Tensor], ge
     """Carry a plan out on `model` and check what comes of it. The message where it is refused."""
     forward(model, inputs)  # some models (RWKV) change themselves when they first run
     before = Trace.of(model)
-    reference = forward(model, inputs)
+    reference, twin = forward(model, inputs), left_out(model, plan)
     try:
         apply(plan, model, Probe.of(model, Batch(inputs, None)))
     except UnsupportedModelError as error:
@@ -116,6 +135,8 @@ def try_change(model: PreTrainedModel, plan: Plan, inputs: dict[str, Tensor], ge
         if not same(reference, forward(model, inputs)):
             raise MatrixFailure(f"refused ({message}), but gives other outputs than before") from error
         return message
+    if not same(forward(model, inputs), forward(twin, inputs)):
+        raise MatrixFailure("it gives other outputs than the original with those blocks left out")
     check_reloads(model, inputs, generates)
     return None
 
@@ -124,7 +145,7 @@ def check_reloads(model: PreTrainedModel, inputs: dict[str, Tensor], generates: 
     """Save, load with stock Transformers, and compare outputs and continuations bit for bit."""
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        loaded = type(model).from_pretrained(folder)
+        loaded = type(model).from_pretrained(folder, attn_implementation=model.config._attn_implementation)
         own_memory(loaded)
     if not same(forward(model, inputs), forward(loaded, inputs)):
         raise MatrixFailure("the loaded model gives other outputs")
@@ -148,10 +169,14 @@ def own_memory(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def forward(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
-    """The first output: logits, or the last hidden states. A random generator that a model may use starts anew."""
+    """The first output: logits, the last hidden states, or a backbone's maps of features in one row.
+
+    A random generator that a model may use starts anew.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return model(**inputs)[0]
+        first = model(**inputs)[0]
+        return first if isinstance(first, Tensor) else torch.cat([part.flatten() for part in first])
 
 
 @torch.no_grad()
@@ -220,10 +245,12 @@ def check_message(message: str, model: PreTrainedModel) -> None:
     """A refusal is one line, and names a field of the config, or a part of the model by its path."""
     if "\n" in message or len(message) > LONGEST_MESSAGE:
         raise MatrixFailure(f"the refusal is no line that one can read: {message!r}")
-    names = {name for name in _fields(model.config) if "_" in name}
+    names = {name.lstrip("_") for name in _fields(model.config) if "_" in name}
     for path, module in model.named_modules():
-        names |= {_any_block(f"{path}.{name}") for name in (*vars(module), *dict(module.named_parameters()))}
-    words = {_any_block(word.strip(".")) for word in re.findall(r"[\w.]+", message)}
+        names |= {
+            _any_block(f"{path}.{name}").lstrip(".") for name in (*vars(module), *dict(module.named_parameters()))
+        }
+    words = {_any_block(word.strip(".").removeprefix("config.")) for word in re.findall(r"[\w.]+", message)}
     if not any(word in names or any(name.startswith(f"{word}.") for name in names if "." in word) for word in words):
         raise MatrixFailure(f"the refusal names no field and no part of the model: {message!r}")
 

@@ -21,8 +21,10 @@ import transformers
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from tests.architectures import tiny
-from tests.architectures.changes import Outcome, outcomes
+from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.errors import UnsupportedModelError
+from tests.architectures import tiny, variants
+from tests.architectures.changes import Outcome, check_message, outcomes
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "architectures.md"
 LONGEST_REASON = 150
@@ -35,7 +37,7 @@ PLAIN_WORDS = {
     r"^a model rebuilt from the config would have missing keys: ": "by the config, there would have to be ",
     r"^a model rebuilt from the config would have unexpected keys: ": "by the config, there is no place for ",
     r"^a model rebuilt from the config would have mismatched keys: ": "by the config, of another shape: ",
-    r"^the model does not run after the change: ": "does not run: ",
+    r"^the model does not run after the change( with .* left out)?: ": "does not run: ",
     r"\b(?!KeyError|IndexError)\w+Error: ": "",
     r"`get_seq_length` can only be called on Attention layers.*": "the cache needs at least one block with attention",
     r"There is an issue with your definition of `tie_weights_keys`.*": "blocks share weights, by their indices",
@@ -49,60 +51,64 @@ class Family:
     title: str
     types: tuple[str, ...]
     build: Callable[[str], PreTrainedModel]
-    sides: tuple[str | None, ...] = (None,)
 
 
 FAMILIES: dict[str, Family] = {
     "causal": Family("Causal language models", tuple(tiny.CAUSAL_LM_TYPES), tiny.tiny_model),
     "encoder": Family("Encoders of text, pictures and sound", tuple(tiny.ENCODER_TYPES), tiny.tiny_base_model),
-    "seq2seq": Family(
-        "Encoder-decoders, each stack for itself",
-        tuple(tiny.SEQ2SEQ_TYPES),
-        tiny.tiny_seq2seq_model,
-        ("encoder", "decoder"),
-    ),
-    "vlm": Family(
-        "Vision-language models, the language tower",
-        tuple(tiny.VISION_LANGUAGE_TYPES),
-        tiny.tiny_vision_language_model,
+    "seq2seq": Family("Encoder-decoders", tuple(tiny.SEQ2SEQ_TYPES), tiny.tiny_seq2seq_model),
+    "vlm": Family("Vision-language models", tuple(tiny.VISION_LANGUAGE_TYPES), tiny.tiny_vision_language_model),
+    "settings": Family(
+        "Settings other than the defaults, by which the place of a block matters",
+        tuple(variants.BY_NAME),
+        lambda name: variants.BY_NAME[name].build(),
     ),
 }
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the matrix says of one stack of one model type."""
+    """What the matrix says of one stack of one model type; `equal`: for how many changes it is the original without."""
 
     name: str
     status: str
+    equal: str = ""
     why: str = ""
 
     @property
     def row(self) -> str:
         """Its line in the table."""
-        return f"| `{self.name}` | {self.status} | {self.why.replace('|', '/')} |"
+        return f"| `{self.name}` | {self.status} | {self.equal} | {self.why.replace('|', '/')} |"
 
 
 def verdicts(family: Family, model_type: str) -> list[Verdict]:
-    """What becomes of a model type: one verdict, or one for each of its stacks.
+    """What becomes of a model type: one verdict for each of its stacks, the one that is cut by default first.
 
     Raises:
         MatrixFailure: it neither survives nor is refused as it should be.
     """
     try:
-        family.build(model_type)
+        model = family.build(model_type)
     except tiny.CannotBuild as error:
-        return [Verdict(model_type, CANNOT, str(error))]
-    return [_verdict(family, model_type, side) for side in family.sides]
+        return [Verdict(model_type, CANNOT, why=str(error))]
+    try:
+        anatomy = Anatomy(model)
+        first = anatomy.stack()
+    except UnsupportedModelError as error:
+        check_message(str(error), model)
+        return [Verdict(model_type, REFUSED, why=reason(str(error)))]
+    others = [stack for stack in anatomy.stacks if stack is not first]
+    names = {first.path: model_type} | {stack.path: f"{model_type}, {stack.path}" for stack in others}
+    return [_verdict(name, lambda: family.build(model_type), path) for path, name in names.items()]
 
 
-def _verdict(family: Family, model_type: str, side: str | None) -> Verdict:
-    name = f"{model_type}, {side}" if side else model_type
-    results = list(outcomes(lambda: family.build(model_type), side))
+def _verdict(name: str, build: Callable[[], PreTrainedModel], path: str) -> Verdict:
+    results = list(outcomes(build, path))
     refused = [result for result in results if result.refusal is not None]
+    equal = f"{len(results) - len(refused)} of {len(results)}"
     if not refused:
-        return Verdict(name, SURVIVES)
-    return Verdict(name, REFUSED if len(refused) == len(results) else PARTLY, _why(refused, len(results)))
+        return Verdict(name, SURVIVES, equal)
+    return Verdict(name, REFUSED if len(refused) == len(results) else PARTLY, equal, _why(refused, len(results)))
 
 
 def _why(refused: list[Outcome], tried: int) -> str:
@@ -146,10 +152,13 @@ Written by `python -m tests.architectures.matrix --write`, and held against the 
 For every model type in the causal language model mapping of Transformers {version}, and for a choice of encoders,
 encoder-decoders and vision-language models, a tiny random model is made from its configuration class. From fresh copies
 of it, blocks are taken out: the first, the last, one in the middle, two neighbours; and the two nearest blocks of the
-same kind are merged into their average. After each change the model either
+same kind are merged into their average. This is done to every stack of the model, that of a picture's or a sound's
+encoder, too. After each change the model either
 
-- **survives**: `save_pretrained`, then plain `from_pretrained`, give a model with the same outputs bit for bit, and the
-  same tokens from `generate` with its cache (where the untouched model generates); or
+- **survives**: its outputs are, bit for bit, those of the original in which the blocks that are gone hand their stream
+  through (the column *equal* counts the changes for which a test that uses nothing of the package found it so), and
+  `save_pretrained`, then plain `from_pretrained`, give a model with the same outputs bit for bit, and the same tokens
+  from `generate` with its cache (where the untouched model generates); or
 - is **refused** by an `UnsupportedModelError` that names the field or the part in the way, and is left exactly as it
   was: weights, config, settings of its modules, outputs.
 
@@ -167,7 +176,9 @@ a run of blocks (`first_k_dense_replace`), and periods (`attn_layer_period`). De
 leaves these as they were. Some models then fail in `generate` or when saved; others (Qwen3-MoE, DeepSeek-V3, Llama-4,
 SmolLM3) save and load without a word and give *different logits*. So lists are cut, indices renumbered and runs counted
 anew; and as nobody can know every field of every family, the model is rebuilt from its own config after every change,
-and what cannot be said in that config is refused.
+and what cannot be said in that config is refused. A stale field can be the same in both; so the model is also held
+against the original with those blocks left out. That needs inputs that come to the blocks: where the inputs of the
+check hold no picture, the blocks of a picture's encoder are refused.
 
 A note on "bit for bit": tensors loaded from a file lie in memory where the file has them, at multiples of 4 or 8 bytes,
 while PyTorch places its own at multiples of 64. A few kernels (the grouped matrix product over experts) sum in another
@@ -188,7 +199,7 @@ COUNTS = """## Causal language models: the three counts
 
 def document(tables: dict[str, list[Verdict]]) -> str:
     """The text of docs/architectures.md."""
-    counts = Counter(verdict.status for verdict in tables["causal"])
+    counts = Counter(verdict.status for verdict in tables["causal"] if ", " not in verdict.name)
     parts = [
         INTRODUCTION.format(version=transformers.__version__),
         COUNTS.format(
@@ -196,13 +207,22 @@ def document(tables: dict[str, list[Verdict]]) -> str:
             partly=counts[PARTLY],
             refused=counts[REFUSED],
             cannot=counts[CANNOT],
-            total=len(tables["causal"]),
+            total=sum(counts.values()),
         ),
     ]
     for key, found in tables.items():
         rows = [verdict.row for verdict in sorted(found, key=lambda verdict: verdict.name)]
         parts.append(
-            "\n".join([f"## {FAMILIES[key].title}", "", "| model type | verdict | why |", "|---|---|---|", *rows, ""])
+            "\n".join(
+                [
+                    f"## {FAMILIES[key].title}",
+                    "",
+                    "| model type, and stack where it is not the first choice | verdict | equal | why |",
+                    "|---|---|---|---|",
+                    *rows,
+                    "",
+                ]
+            )
         )
     return "\n".join(parts)
 
@@ -217,8 +237,8 @@ def documented(text: str) -> dict[str, dict[str, Verdict]]:
             key = titles.get(line.removeprefix("## "))
             table = tables.setdefault(key, {}) if key else None
         elif table is not None and line.startswith("| `"):
-            name, status, why = (cell.strip() for cell in line.strip("|").split("|"))
-            table[name.strip("`")] = Verdict(name.strip("`"), status, why)
+            name, *rest = (cell.strip() for cell in line.strip("|").split("|"))
+            table[name.strip("`")] = Verdict(name.strip("`"), *rest)
     return tables
 
 
@@ -260,7 +280,7 @@ def main() -> int:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     tables, failures = run(arguments.types)
-    print(dict(Counter(verdict.status for verdict in tables["causal"])))
+    print(dict(Counter(verdict.status for found in tables.values() for verdict in found)))
     if arguments.write and not failures:
         DOCUMENT.write_text(document(tables), encoding="utf-8")
     return 1 if failures else 0

@@ -220,25 +220,37 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "downsample_hidden_size": 16,
         "feature_size": 16,
     },
+    "gemma3": {"mm_tokens_per_image": 1},
     "gemma3n_text": {
         "layer_types": _SLIDING_FULL,
         "num_kv_shared_layers": 2,
         "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0],
     },
+    "gemma4_audio": {
+        "subsampling_conv_channels": [8, 4],
+        "attention_context_left": 5,
+        "output_proj_dims": WIDTH,
+        "use_clipped_linears": False,
+    },
     "gemma4_text": _GEMMA4_TEXT,
     "gemma4_unified_text": _GEMMA4_TEXT,
+    "gemma4_vision": {"pooling_kernel_size": 2, "position_embedding_size": 16},
     "glm_moe_dsa": {"indexer_types": ["full", "shared", "full", "shared"]},
     "got_ocr2_vision": {"global_attn_indexes": [1, 3], "output_channels": 16},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "granitemoehybrid": {"layer_types": _LINEAR_FULL},
     "hy_v4": {"indexer_types": ["full", "shared", "full", "shared"]},
+    "idefics2_perceiver": {"resampler_n_latents": 2},
     "inkling_text": {"mlp_layer_types": _DENSE_SPARSE},
     "inkling2_text": {"n_layers_per_attn_res_block": 2},
+    "internvl_vision": {"image_size": [16, 16], "patch_size": [8, 8]},
     "laguna": {"num_attention_heads_per_layer": [4, 2, 4, 2], "layer_types": _SLIDING_FULL},
     "led": {"attention_window": 8, "max_encoder_position_embeddings": 64, "max_decoder_position_embeddings": 64},
     "lfm2": {"full_attn_idxs": [1, 3], "layer_types": ["conv", _FULL, "conv", _FULL]},
     "lfm2_moe": {"layer_types": ["conv", _FULL, "conv", _FULL]},
     "llama4_text": {"interleave_moe_layer_step": 2},
+    "llama4_vision_model": {"intermediate_size": 4 * WIDTH},  # what is left of four patches that become one
+    "llava_next": {"image_grid_pinpoints": [[16, 32], [32, 16]]},
     "longformer": {"attention_window": 8},
     "longcat_flash": {"head_dim": 8},
     "mamba2": {"num_heads": 8},
@@ -266,10 +278,15 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "index_topk_blocks": 2,
     },
     "mllama_text_model": {"cross_attention_layers": [1, 3]},
-    "mllama_vision_model": {"intermediate_layers_indices": [1, 2], "num_global_layers": 2},
+    "mllama_vision_model": {
+        "intermediate_layers_indices": [1, 2],
+        "num_global_layers": 2,
+        "vision_output_dim": 3 * WIDTH,
+    },
     "musicgen_decoder": _MUSICGEN,
     "musicgen_melody_decoder": _MUSICGEN,
     "nemotron": {"num_key_value_heads": 2},
+    "paligemma": {"projection_dim": WIDTH},
     "phi4_multimodal_vision": {"crop_size": 16},
     "phi4_multimodal_audio": {
         "num_blocks": DEPTH,
@@ -304,6 +321,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "glm4v_text": _PICTURE_ROPE,
     "qwen2_vl_text": _PICTURE_ROPE,
     "qwen2_5_vl_text": _PICTURE_ROPE,
+    "qwen2_5_vl_vision": {"window_size": 32, "fullatt_block_indexes": [1, 3]},
+    "qwen3_vl_vision": {"deepstack_visual_indexes": [0, 2]},
+    "qwen3_vl_moe_vision": {"deepstack_visual_indexes": [0, 2]},
+    "vipllava": {"vision_feature_layer": [-2, 1]},
     "hubert": _SPEECH,
     "wav2vec2": _SPEECH,
     "wavlm": _SPEECH,
@@ -324,6 +345,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 
 # Model types whose class takes a part of the configuration that Transformers registers for them.
 PARTS: dict[str, str] = {"musicgen": "decoder", "musicgen_melody": "decoder"}
+
+# Towers that a default configuration leaves out: per model type, the field and the model type of its part.
+TOWERS: dict[str, dict[str, str]] = {"gemma4": {"vision_config": "gemma4_vision", "audio_config": "gemma4_audio"}}
 
 # Model types that cannot be built here, and why.
 _ASSISTANT = "a draft model: it must share the keys and values of every layer, which its own kv_sharing_modes refuses"

@@ -16,8 +16,8 @@ from hf_compress.anatomy.parts import expert_axes, hidden_size
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.apply import apply
 from hf_compress.errors import PlanError, UnsupportedModelError
-from hf_compress.parity import quiet
 from hf_compress.plan import Plan
+from hf_compress.probe import quiet
 from hf_compress.storage.save import save
 from tests.architectures.changes import forward
 from tests.architectures.matrix import FAMILIES

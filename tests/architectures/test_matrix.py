@@ -34,7 +34,8 @@ def check(key: str, model_type: str, tables: dict[str, dict[str, Verdict]]) -> N
         expected = tables[key][verdict.name]
         # What cannot be built depends on the packages installed; where it can be built, it must still pass the above.
         if CANNOT not in (verdict.status, expected.status):
-            assert verdict.status == expected.status, f"{verdict.row}\nis not what docs/architectures.md has"
+            same = (verdict.status, verdict.equal) == (expected.status, expected.equal)
+            assert same, f"{verdict.row}\nis not what docs/architectures.md has"
 
 
 @pytest.mark.parametrize(("key", "model_type"), QUICK)
@@ -53,8 +54,13 @@ def test_the_document_has_every_type_and_no_other(key, tables):
     assert {name.split(", ")[0] for name in tables[key]} == set(FAMILIES[key].types)
 
 
+def first_stacks(table: dict[str, Verdict]) -> list[Verdict]:
+    """Of every type, the stack that is cut by default."""
+    return [verdict for name, verdict in table.items() if ", " not in name]
+
+
 def test_the_document_counts_its_own_table(tables):
-    found = [verdict.status for verdict in tables["causal"].values()]
+    found = [verdict.status for verdict in first_stacks(tables["causal"])]
     counts = matrix.COUNTS.format(
         survive=found.count(SURVIVES) + found.count(PARTLY),
         partly=found.count(PARTLY),
@@ -74,13 +80,13 @@ def test_the_document_gives_a_reason_for_all_that_does_not_survive(tables):
 
 def test_most_types_survive(tables):
     """A change that makes the whole mapping refused would pass every other test here, once the document is written."""
-    found = [verdict.status for verdict in tables["causal"].values()]
+    found = [verdict.status for verdict in first_stacks(tables["causal"])]
     assert found.count(SURVIVES) > 0.8 * len(found)
     assert found.count(REFUSED) + found.count(CANNOT) < 0.08 * len(found)
 
 
 def test_a_written_document_can_be_read():
-    refused = Verdict("llama", REFUSED, "a | in its reason")
-    table = documented(matrix.document({"causal": [refused, Verdict("gpt2", SURVIVES)]}))["causal"]
-    assert table["llama"] == Verdict("llama", REFUSED, "a / in its reason")
-    assert table["gpt2"] == Verdict("gpt2", SURVIVES)
+    refused = Verdict("llama", REFUSED, "0 of 5", "a | in its reason")
+    table = documented(matrix.document({"causal": [refused, Verdict("gpt2", SURVIVES, "5 of 5")]}))["causal"]
+    assert table["llama"] == Verdict("llama", REFUSED, "0 of 5", "a / in its reason")
+    assert table["gpt2"] == Verdict("gpt2", SURVIVES, "5 of 5")

@@ -20,7 +20,8 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from tests.architectures.overrides import CANNOT, DEPTH, OVERRIDES, PARTS, SIZES, VOCABULARY
+from tests.architectures.overrides import CANNOT, DEPTH, OVERRIDES, PARTS, SIZES, TOWERS, VOCABULARY
+from tests.architectures.pictures import placeholder_ids, with_pictures
 
 CAUSAL_LM_TYPES: list[str] = list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
@@ -50,27 +51,33 @@ class CannotBuild(Exception):
 # --- configurations ---------------------------------------------------------------------------------------------------
 
 
-def tiny_config(model_type: str) -> PreTrainedConfig:
-    """The default configuration of a model type, shrunk."""
+# Fields of a configuration and of its parts, by their model types: {"qwen2": {"use_sliding_window": True}}.
+Settings = dict[str, dict[str, Any]]
+
+
+def tiny_config(model_type: str, settings: Settings | None = None) -> PreTrainedConfig:
+    """The default configuration of a model type, shrunk, with these settings of it and of its parts."""
     if model_type in CANNOT:
         raise CannotBuild(CANNOT[model_type])
-    return _shrink(CONFIG_MAPPING[model_type], {})
+    return _shrink(CONFIG_MAPPING[model_type], {}, settings or {})
 
 
-def _shrink(kind: type[PreTrainedConfig], ids: dict[int, int]) -> PreTrainedConfig:
-    exceptions = copy.deepcopy(OVERRIDES.get(kind.model_type, {}))
+def _shrink(kind: type[PreTrainedConfig], ids: dict[int, int], settings: Settings) -> PreTrainedConfig:
+    exceptions = copy.deepcopy(OVERRIDES.get(kind.model_type, {}) | settings.get(kind.model_type, {}))
     default = kind()
     kwargs: dict[str, Any] = {}
     for field in dataclasses.fields(kind):
         value = default.__dict__.get(field.name)
         if isinstance(value, PreTrainedConfig):
-            kwargs[field.name] = exceptions.get(field.name) or _shrink(type(value), ids)
+            kwargs[field.name] = exceptions.get(field.name) or _shrink(type(value), ids, settings)
         elif field.name in exceptions:
             kwargs[field.name] = exceptions[field.name]
         elif _is_token_id(field.name):
             kwargs[field.name] = _inside(value, ids)
         elif (size := _size(field, default)) is not None:
             kwargs[field.name] = size
+    for name, part in TOWERS.get(kind.model_type, {}).items():
+        kwargs[name] = _shrink(CONFIG_MAPPING[part], ids, settings)
     kwargs = exceptions | kwargs  # some exceptions are no fields: arguments from which the class derives others
     config = kind(**kwargs)
     if patterns := {k: v for k, v in _patterns(default, config).items() if k not in exceptions}:
@@ -180,8 +187,9 @@ def tiny_vision_language_model(model_type: str, seed: int = 0) -> PreTrainedMode
     return _build(AutoModelForImageTextToText, model_type, seed)
 
 
-def _build(auto: Any, model_type: str, seed: int) -> PreTrainedModel:
-    config = tiny_config(model_type)
+def _build(auto: Any, model_type: str, seed: int, settings: Settings | None = None) -> PreTrainedModel:
+    """The same by the auto class that knows it, with other settings than the default ones."""
+    config = tiny_config(model_type, settings)
     if auto is AutoModelForCausalLM and getattr(config, "is_decoder", True) is False:
         config.is_decoder = True  # else BERT and its kin read both ways and keep no cache
     with torch.random.fork_rng(devices=[]):
@@ -191,6 +199,9 @@ def _build(auto: Any, model_type: str, seed: int) -> PreTrainedModel:
         except ImportError as missing:
             raise CannotBuild(f"needs a package: {' '.join(str(missing).split())[:120]}") from missing
     randomise(model, seed)
+    if model.can_generate() and (written := placeholder_ids(config)):
+        # Phi-4 would look for a picture where it writes such a token
+        model.generation_config.suppress_tokens = written
     return model.eval()
 
 
@@ -229,7 +240,7 @@ BATCH, LENGTH = 2, 8
 
 
 def tiny_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
-    """What the forward pass needs for two sequences of eight tokens, or two small pictures or sounds."""
+    """What the forward pass needs for two texts of eight tokens, with pictures and sounds where it reads those too."""
     config, wanted = model.config, inspect.signature(model.forward).parameters
     generator = torch.Generator().manual_seed(0)
 
@@ -242,6 +253,9 @@ def tiny_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
         spectral = hasattr(config, "num_mel_bins")
         return {"input_values": noise(BATCH, *((config.max_length, config.num_mel_bins) if spectral else (4000,)))}
     inputs: dict[str, Tensor] = {}
+    if "input_features_mask" in wanted and "input_ids" not in wanted:
+        mask = torch.ones(BATCH, LENGTH, dtype=torch.long)
+        return {"input_features": noise(BATCH, LENGTH, config.input_size), "input_features_mask": mask}
     if model.main_input_name == "input_features":
         inputs["input_features"] = noise(BATCH, config.num_mel_bins, 2 * config.max_source_positions)
     else:
@@ -249,8 +263,7 @@ def tiny_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
         inputs["input_ids"] = _usual_ids(config, BATCH * books, generator)
         if "attention_mask" in wanted:
             inputs["attention_mask"] = torch.ones(BATCH, LENGTH, dtype=torch.long)
-    if config.model_type.startswith("mllama"):  # without them, Mllama leaves its cross-attention layers out
-        inputs["cross_attention_states"] = noise(BATCH, 4, config.get_text_config().hidden_size)
+        inputs = with_pictures(model, inputs, noise)
     if config.is_encoder_decoder and "decoder_input_ids" in wanted:
         inputs["decoder_input_ids"] = _usual_ids(config, BATCH, generator)
     return inputs

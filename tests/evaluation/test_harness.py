@@ -42,6 +42,18 @@ def test_scores_are_those_of_the_definition(
     assert metrics["acc_stderr,none"] == pytest.approx(error)
 
 
+def test_a_padding_token_without_an_embedding(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, task_folder: Path
+) -> None:
+    """Added to the tokenizer alone: lm-eval takes another."""
+    expected = run_tasks(model, tokenizer, "tiny_cloze", include_path=task_folder)["results"]
+    assert harness._padding(tokenizer, model).pad_token_id == tokenizer.pad_token_id
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert harness._padding(tokenizer, model).pad_token_id is None
+    assert run_tasks(model, tokenizer, "tiny_cloze", include_path=task_folder)["results"] == expected
+    assert tokenizer.pad_token == "[PAD]"
+
+
 def test_the_models_own_files_are_written(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, task_folder: Path, tmp_path: Path
 ) -> None:

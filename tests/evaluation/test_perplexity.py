@@ -1,11 +1,17 @@
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable
+from typing import Any
 
+import pandas as pd
 import pytest
 import torch
+from datasets import Dataset
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
+from hf_compress.calibration import reading
 from hf_compress.evaluation.perplexity import Perplexity, perplexity
 
 POSITIONS = 48  # of the tiny model
@@ -180,6 +186,57 @@ def test_texts_must_be_strings(model: LlamaForCausalLM, tokenizer: PreTrainedTok
         perplexity(model, tokenizer, "w1 w2 w3")
     with pytest.raises(TypeError, match=r"texts\[1\] is a NoneType"):
         perplexity(model, tokenizer, ["w1 w2", None])
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda texts: Dataset.from_dict({"text": texts}),
+        lambda texts: Dataset.from_dict({"text": texts}).to_iterable_dataset(),
+        lambda texts: pd.DataFrame({"source": ["w1"] * len(texts), "text": texts}),
+        lambda texts: pd.Series(texts),
+        iter,
+    ],
+    ids=["dataset", "stream", "frame", "series", "generator"],
+)
+def test_texts_in_other_containers(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[str], form: Callable[[list[str]], Any]
+) -> None:
+    assert perplexity(model, tokenizer, form(texts)) == perplexity(model, tokenizer, texts)
+
+
+def test_tables_without_a_column_of_texts(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ValueError, match=r"columns \['a', 'b'\].*pass it alone, as a list"):
+        perplexity(model, tokenizer, pd.DataFrame({"a": ["w1 w2"], "b": ["w1 w2"]}))
+    with pytest.raises(ValueError, match="a set, which has another order"):
+        perplexity(model, tokenizer, {"w1 w2", "w3 w4"})
+
+
+def test_texts_without_an_end(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(reading, "BOUND", 5)
+    assert perplexity(model, tokenizer, itertools.repeat("w1 w2")).documents == 5
+    assert "only its first 5 samples are read" in caplog.text
+
+
+def test_a_padding_token_without_an_embedding(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[str]
+) -> None:
+    expected = perplexity(model, tokenizer, texts)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert perplexity(model, tokenizer, texts) == expected
+
+
+def test_a_model_that_gives_tuples(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[str]
+) -> None:
+    expected = perplexity(model, tokenizer, texts)
+    model.config.return_dict = False
+    assert perplexity(model, tokenizer, texts) == expected
 
 
 def test_a_broken_model_is_an_error_and_not_a_number(

@@ -329,6 +329,16 @@ def test_tokens_behind_a_special_one_in_the_middle_are_not_counted(model):
     assert reconstruction(model, bottlenecks(one=some()), data)[1].tokens == 5
 
 
+def test_a_prompt_that_is_not_learned_is_no_prediction(model, ids):
+    labels = ids.clone()
+    labels[:, :4] = -100
+    data = {"input_ids": ids, "labels": labels}
+    found = splice_quality(model, bottlenecks(one=identity(HIDDEN)), data)
+    with torch.no_grad():
+        assert found.clean == pytest.approx(model(**data).loss.item(), rel=1e-5)
+    assert found.tokens == labels.ne(-100).sum()
+
+
 @pytest.mark.parametrize("make", [lambda: tiny_base_model("bert"), lambda: tiny_seq2seq_model("t5")])
 def test_models_that_predict_no_next_token_are_refused(make):
     model = make()

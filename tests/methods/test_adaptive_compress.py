@@ -7,8 +7,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import hf_compress as hfc
+from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.calibration.capture import stream_tokens
+from hf_compress.calibration.data import special_ids
 from hf_compress.errors import CalibrationError
+from hf_compress.methods.adaptive_compress.training import Joint, _keeper
 from hf_compress.structure import BOTTLENECK
+from tests.architectures.tiny import tiny_seq2seq_model
 from tests.conftest import in_dtype, leftovers
 from tests.plans import hooks
 
@@ -110,7 +115,6 @@ def test_too_little_data(model, ids):
 def test_training_leaves_padding_and_special_tokens_out(model, tmp_path, monkeypatch):
     from transformers import Trainer
 
-    from hf_compress.methods.adaptive_compress.training import Joint
     from tests.training.runs import arguments
 
     seen = []
@@ -134,3 +138,15 @@ def test_training_leaves_padding_and_special_tokens_out(model, tmp_path, monkeyp
     callback = hfc.CompressionCallback(config(layers=[1]), calibration)
     Trainer(model, arguments(tmp_path, max_steps=1), train_dataset=rows, callbacks=[callback]).train()
     assert seen == [4 + 7]
+
+
+def test_in_training_a_decoders_real_tokens_are_those_of_its_labels():
+    model = tiny_seq2seq_model("t5")
+    joint = Joint(hfc.AdaptiveCompressConfig(mode="observe", variant="linear", layers=(1,), stack="decoder.block"))
+    handle = model.register_forward_pre_hook(_keeper(joint, special_ids(model.config, None)), with_kwargs=True)
+    ids, labels = torch.full((2, 9), 7), torch.tensor([[9, 9, 9, 9, 9], [9, 9, -100, -100, -100]])
+    model.train()(input_ids=ids, labels=labels)
+    handle.remove()
+    stack = Anatomy(model).stack("decoder.block")
+    real = stream_tokens(stack, joint._real, torch.zeros(2, 5, 1))
+    assert real.tolist() == [[False, True, True, True, True], [False, True, True, False, False]]

@@ -210,7 +210,14 @@ def test_models_and_data_that_do_not_fit(model):
     refused(tiny_model("mixtral"), one, UnsupportedModelError, "no FFN of model.layers .*: block 0 has experts")
     refused(model, LayerCollapseConfig(num_layers=6), ValueError, "num_layers=6")
     refused(model, LayerCollapseConfig(target_r2=0.999999), ValueError, "no FFN has R² of at least 0.999999: block 0")
-    refused(model, one, CalibrationError, "every 4th batch, held out: give at least 4 batches", torch.full((8, 6), 5))
+    refused(
+        model,
+        one,
+        CalibrationError,
+        "every 4th batch, or on the last, held out: give at least 2",
+        torch.full((8, 6), 5),
+    )
+    compress(model, one, torch.randint(4, 20, (24, 12)), options=DataOptions(batch_size=8))  # three do
 
 
 def test_what_would_grow_is_refused():

@@ -19,8 +19,8 @@ from hf_compress.apply import apply
 from hf_compress.calibration.data import Batch, DataOptions, prepare
 from hf_compress.drafts import narrow_ffn
 from hf_compress.errors import CalibrationError
-from hf_compress.parity import Probe
 from hf_compress.plan import Plan
+from hf_compress.probe import Probe
 from hf_compress.storage.save import own_memory
 from tests.ffns import hooked
 

@@ -10,6 +10,8 @@ from hf_compress.evaluation.perplexity import Perplexity
 from hf_compress.evaluation.size import Throughput, parameter_count
 from hf_compress.methods.drop_blocks import DropBlocksConfig
 from hf_compress.pipeline import compress
+from hf_compress.report.history import add_stage, history_of, model_size
+from hf_compress.report.report import HEAL, Stage, Step
 
 PARSER = MarkdownIt("commonmark").enable("table").enable("strikethrough")
 
@@ -18,6 +20,19 @@ def cut_down(model):
     """Three of five blocks, from a model of the Hub."""
     model.config._name_or_path = model.name_or_path = "org/Base-1.5B"
     return compress(model, DropBlocksConfig(num_blocks=2, criterion="last"))
+
+
+def restage(model, **changes):
+    """Change what the model's history tells of its last stage."""
+    report = model.compression_report
+    model.compression_report = replace(report, stages=[*report.stages[:-1], replace(report.stages[-1], **changes)])
+
+
+def healed(model, steps=64, lora=True):
+    """Add a stage of healing to the model's history, as `heal` does."""
+    size = model_size(model)
+    stage = Stage(HEAL, {"lora": lora}, size, size, [], {"steps": steps, "loss": 0.1}, [Step("train", 1.0)], {}, None)
+    add_stage(model, stage, history_of(model))
 
 
 def perplexity(losses, tokens=100, **changes):

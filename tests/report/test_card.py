@@ -12,8 +12,8 @@ from huggingface_hub import EvalResult, ModelCard
 from hf_compress.evaluation.evaluate import TaskScore
 from hf_compress.evaluation.size import parameter_count
 from hf_compress.report.card import CardDetails, model_card
-from hf_compress.report.report import Stage
-from tests.report.cards import code_of, cut_down, ours, perplexity, result, rows_of
+from hf_compress.report.report import Step
+from tests.report.cards import code_of, cut_down, ours, perplexity, restage, result, rows_of
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_the_metadata_comes_back(small):
 
 @pytest.mark.parametrize(("edit", "relation"), [("PackLinear", "quantized"), ("NarrowFFN", None)])
 def test_the_hub_is_told_of_packed_weights(small, edit, relation):
-    small.compression_report = replace(small.compression_report, edits=[{"edit": edit, "module": "a.0.b"}])
+    restage(small, edits=[{"edit": edit, "module": "a.0.b"}])
     assert model_card(small).data.get("base_model_relation") == relation
 
 
@@ -59,9 +59,8 @@ def test_the_hub_is_told_of_packed_weights(small, edit, relation):
 )
 def test_of_a_path_the_last_folder_alone_is_told(small, tmp_path, base):
     file = f"{tmp_path}/private/texts.jsonl"
-    small.compression_report = replace(
-        small.compression_report, base_model=base.format(tmp=tmp_path), config={"files": [file]}
-    )
+    small.compression_report = replace(small.compression_report, base_model=base.format(tmp=tmp_path))
+    restage(small, config={"files": [file]})
     card = model_card(small, result=ours(small), controls={file: ours(small)}, details=CardDetails(datasets=file))
     assert card.data.base_model is None
     assert "private" not in str(card)
@@ -171,12 +170,11 @@ def test_what_is_not_finite_is_no_score(small):
         perplexity=perplexity([250.0, 260.0], value=math.nan, loss=math.inf, loss_standard_error=math.nan),
         scores=(TaskScore("cloze", "acc", math.nan, math.nan, True, 5), TaskScore("b", "acc", 0.5, math.inf, None, 5)),
     )
-    report = small.compression_report
-    small.compression_report = replace(
-        report,
-        config={**report.config, "weight": math.nan},
+    restage(
+        small,
+        config={**small.compression_report.config, "weight": math.nan},
         notes={"loss": math.nan},
-        stages=[Stage("first", math.nan), Stage("second", 2.0)],
+        steps=[Step("first", math.nan), Step("second", 2.0)],
         edits=[{"edit": "New", "scale": math.inf, "by": math.nan}],
     )
     card = model_card(small, result=broken, controls={"control": broken})

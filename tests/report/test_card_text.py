@@ -27,7 +27,7 @@ from hf_compress.report.card import CardDetails, model_card
 from hf_compress.report.card_edits import MOST_ROWS
 from hf_compress.report.report import REPORT_FILE
 from tests.evaluation.conftest import tiny_llama
-from tests.report.cards import code_of, cut_down, rows_of
+from tests.report.cards import code_of, cut_down, healed, restage, rows_of
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_method_sizes_and_circumstances(model, tokenizer, texts):
         f"Calibration data: {counts['samples']} samples, {counts['tokens']} tokens; twelve texts of words." in card.text
     )
     assert f"torch {torch.__version__}".replace("_", "\\_") in card.text
-    assert f"Time: {sum(stage.seconds for stage in report.stages):.1f} s" in card.text
+    assert f"Time: {sum(step.seconds for step in report.stages[0].steps):.1f} s" in card.text
     assert "Reload check: passed" in card.text
     assert card.text.rstrip().endswith("- It is random.")
     assert "changed after compression" not in card.text
@@ -72,7 +72,8 @@ def test_what_is_not_recorded_is_not_made_up(small):
     assert "Calibration data: none was used." in text
     assert "This reproduces it" not in text
     assert "No training after compression is recorded." in text
-    small.compression_report = replace(small.compression_report, base_model="", parity=False, method="from the future")
+    small.compression_report = replace(small.compression_report, base_model="")
+    restage(small, parity=False, method="from the future")
     text = model_card(small).text
     assert "A model of unknown origin, made smaller by the method from the future with" in text
     assert "Reload check: **not passed**" in text
@@ -82,12 +83,12 @@ def test_what_is_not_recorded_is_not_made_up(small):
 def test_training_that_the_report_knows_of(small):
     small.compression_report.notes["trained_steps"] = 1200
     assert "Compressed in training: 1,200 steps." in model_card(small).content
-    small.compression_report.notes["healing"] = {"steps": 64, "loss": 0.1, "lora": True}
+    healed(small)
     text = model_card(small).content
     assert "Healed by distillation of the uncompressed model: 64 steps, adapters (LoRA), merged." in text
     assert "No training" not in text
-    small.compression_report.notes["healing"] = {"steps": 64, "lora": False}
-    assert "64 steps, all weights." in model_card(small).content
+    healed(small, steps=7, lora=False)
+    assert "7 steps, all weights." in model_card(small).content
 
 
 def test_a_model_changed_after_compression_shows_its_present_size(small):
@@ -127,8 +128,8 @@ def test_edits_in_words(small):
         }
         for i in (0, 1, 2, 4)
     ]
-    small.compression_report = replace(
-        small.compression_report,
+    restage(
+        small,
         edits=[
             {"edit": "MergeBlocks", "stack": "model.layers", "kept": 2, "absorbed": [3, 4]},
             {"edit": "RemoveBlocks", "stack": "model.layers", "blocks": [0, 6, 7, 8]},
@@ -150,7 +151,7 @@ def test_edits_in_words(small):
 
 def test_many_edits_are_cut_short(small):
     edits = [{"edit": "NarrowFFN", "output": f"h.{i}.fc", "width": i + 1} for i in range(MOST_ROWS + 7)]
-    small.compression_report = replace(small.compression_report, edits=edits)
+    restage(small, edits=edits)
     card = model_card(small)
     assert len(rows_of(card, "What was changed")) == 1 + MOST_ROWS
     assert f"And 7 more lines; {REPORT_FILE} has every one of the {len(edits)} edits." in card.text
@@ -195,6 +196,8 @@ def test_the_lines_that_load_it_do(auto, tokenizer, tmp_path, monkeypatch):
     assert card.data.pipeline_tag == task
     code = code_of(card, "python")
     assert f"{auto}.from_pretrained" in code
+    (tmp_path / "path" / "to").mkdir(parents=True)
+    folder.rename(tmp_path / "path" / "to" / folder.name)
     monkeypatch.chdir(tmp_path)
     loaded = {}
     exec(code, loaded)
@@ -213,7 +216,7 @@ def test_a_class_of_somebodys_own(small):
     small.__class__ = type("MyModel", (LlamaForCausalLM,), {})
     card = model_card(small)
     assert "# MyModel is no part of Transformers" in code_of(card, "python")
-    assert 'MyModel.from_pretrained("Base-1.5B-drop_blocks")' in code_of(card, "python")
+    assert 'MyModel.from_pretrained("path/to/Base-1.5B-drop_blocks")' in code_of(card, "python")
     assert card.data.pipeline_tag is None
 
 

@@ -3,6 +3,7 @@
 import html
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -26,6 +27,8 @@ from hf_compress.report.feature_logits import _gain
 from hf_compress.report.feature_tallies import Largest
 from hf_compress.report.feature_words import _pieces
 from hf_compress.report.features import feature_report
+from hf_compress.report.history import model_size
+from hf_compress.report.report import CompressionReport, Stage
 from hf_compress.structure import BOTTLENECK
 from tests.architectures.tiny import tiny_base_model, tiny_model, tiny_seq2seq_model
 from tests.conftest import leftovers
@@ -50,6 +53,20 @@ def report(tmp_path, model, texts, tokenizer, found=None, **more) -> str:
     path = feature_report(model, texts, tokenizer, tmp_path / "new" / "page.html", bottlenecks=found, **more)
     assert path == tmp_path / "new" / "page.html"
     return path.read_text(encoding="utf-8")
+
+
+def noted(model, bottlenecks):
+    """Have the model's history tell this, then a healing, and of bottleneck "2" that block 0 went since."""
+    size = model_size(model)
+    blocks = {stack: length + 1 for stack, length in size.blocks.items()}
+    stages = [
+        Stage("adaptive_compress", {}, size, size, [], {"bottlenecks": bottlenecks}, [], {}, True),
+        Stage("heal", {}, size, size, [], {}, [], {}, None),
+    ]
+    if "2" in bottlenecks:
+        gone = [{"edit": "RemoveBlocks", "stack": stack, "blocks": [0]} for stack in blocks]
+        stages.append(Stage("drop_blocks", {}, replace(size, blocks=blocks), size, gone, {}, [], {}, True))
+    model.compression_report = CompressionReport("", stages)
 
 
 def cards(page: str) -> list[SimpleNamespace]:
@@ -340,8 +357,9 @@ def test_spliced_bottlenecks_read_what_goes_into_them(model, framing_tokenizer, 
         "importance": found.places[1].importance.tolist(),
         "kept": [0, *range(2, 7)],
     }
-    model.compression_report = SimpleNamespace(notes={"bottlenecks": {"1": told}})
-    assert report(tmp_path, model, texts, framing_tokenizer) == before
+    for number in ("1", "2"):
+        noted(model, {number: told})
+        assert report(tmp_path, model, texts, framing_tokenizer) == before
 
 
 @pytest.mark.parametrize(
@@ -357,7 +375,7 @@ def test_spliced_bottlenecks_read_what_goes_into_them(model, framing_tokenizer, 
 def test_notes(entry, numbers, sentence, model, tokenizer, texts, tmp_path):
     """Importance tells which features were kept; notes of a bottleneck of another width are of another one."""
     apply(made().plan(model), model)
-    model.compression_report = SimpleNamespace(notes={"bottlenecks": {"1": entry}})
+    noted(model, {"1": entry})
     page = report(tmp_path, model, texts, tokenizer)
     assert sorted(one.index for one in cards(page)) == numbers
     assert sentence is None or sentence in page

@@ -12,7 +12,7 @@ from hf_compress.evaluation.evaluate import TaskScore
 from hf_compress.evaluation.size import parameter_count, stored_bytes
 from hf_compress.report.card import CardDetails, model_card
 from hf_compress.report.markdown import escape, fence, in_words, measured, one_line
-from hf_compress.report.report import CompressionReport, Size, Stage
+from hf_compress.report.report import CompressionReport, Size, Stage, Step
 from tests.evaluation.conftest import tiny_llama
 from tests.report.cards import PARSER, result
 
@@ -83,19 +83,19 @@ def test_no_text_breaks_the_card(texts):
     model = nasty_base()
     count = parameter_count(model)
     size = Size(count, stored_bytes(model), {stack: 2})
-    model.compression_report = CompressionReport(
+    stage = Stage(
         method=method,
         config={field: about},
-        base_model=base,
         before=size,
         after=size,
         edits=[{"edit": method, "stack": stack, field: about}],
         notes={name: about},
-        stages=[Stage(method, 1.0)],
+        steps=[Step(method, 1.0)],
         calibration={field: 3},
         parity=True,
         environment={field: version},
     )
+    model.compression_report = CompressionReport(base, [stage])
     scores = (TaskScore(task, method, 0.5, 0.1, True, 3),)
     card = model_card(
         model,

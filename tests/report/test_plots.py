@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hf_compress.report.plots import plot_report, plot_similarity
-from hf_compress.report.report import CompressionReport, Size, Stage
+from hf_compress.report.report import CompressionReport, Size, Stage, Step
 
 MERGE = {"edit": "MergeBlocks", "stack": "model.layers", "kept": 1, "absorbed": [2]}
 REMOVE = {"edit": "RemoveBlocks", "stack": "model.layers", "blocks": [3]}
@@ -31,18 +31,23 @@ NOTES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def report() -> CompressionReport:
-    return CompressionReport(
+    stage = Stage(
         method="mka",
         config={"method": "mka"},
-        base_model="somewhere/model",
         before=Size(1000, 2000, {"model.layers": 4}),
         after=Size(750, 1500, {"model.layers": 3}),
         edits=[MERGE],
         notes={},
-        stages=[Stage("choose", 1.0)],
+        steps=[Step("choose", 1.0)],
         calibration={"samples": 2},
         parity=True,
     )
+    return CompressionReport("somewhere/model", [stage])
+
+
+def told(report: CompressionReport, **changes: Any) -> CompressionReport:
+    """The report with another stage in place of its own."""
+    return replace(report, stages=[replace(report.stages[0], **changes)])
 
 
 @pytest.mark.parametrize("edit", [MERGE, REMOVE], ids=["merge", "remove"])
@@ -50,7 +55,7 @@ def report() -> CompressionReport:
 def test_every_kind_of_report_is_drawn(
     report: CompressionReport, notes: dict[str, Any], edit: dict[str, Any], tmp_path: Path
 ) -> None:
-    path = plot_report(replace(report, notes=notes, edits=[edit]), tmp_path / "new" / "plot.png")
+    path = plot_report(told(report, notes=notes, edits=[edit]), tmp_path / "new" / "plot.png")
     assert path.read_bytes()[:4] == b"\x89PNG"
     assert path.stat().st_size > 4000
 
@@ -63,7 +68,7 @@ def test_the_ending_says_the_format(report: CompressionReport, tmp_path: Path) -
 
 def test_a_report_without_scores_or_edits_is_refused(report: CompressionReport, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nothing to draw"):
-        plot_report(replace(report, edits=[]), tmp_path / "plot.png")
+        plot_report(told(report, edits=[]), tmp_path / "plot.png")
     assert not list(tmp_path.iterdir())
 
 
@@ -80,6 +85,12 @@ def test_pyplot_and_its_global_state_are_not_used(report: CompressionReport, tmp
     assert "matplotlib.pyplot" not in sys.modules
 
 
-def test_json_and_back(report: CompressionReport, tmp_path: Path) -> None:
-    assert CompressionReport.from_json(report.to_json(tmp_path / "r.json")) == report
-    assert CompressionReport.from_json((tmp_path / "r.json").read_text()) == report
+def test_the_last_stage_that_changed_blocks_is_drawn(report: CompressionReport, tmp_path: Path) -> None:
+    trained = Stage("heal", {}, report.after, report.after, [], {}, [], {}, None)
+    longer = replace(report, stages=[*report.stages, trained])
+    assert longer.plot(tmp_path / "a.svg").read_text().count("<path") > 0
+    assert longer.plot(tmp_path / "b.png").read_bytes() == longer.plot(tmp_path / "c.png", stage=0).read_bytes()
+    with pytest.raises(ValueError, match="'heal' has neither scores nor edits"):
+        longer.plot(tmp_path / "d.png", stage=-1)
+    with pytest.raises(IndexError):
+        longer.plot(tmp_path / "d.png", stage=2)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_compress import edits as all_edits
-from hf_compress.parity import quiet
+from hf_compress.probe import quiet
 from tests.storage.untrusted import (
     LONG,
     check,

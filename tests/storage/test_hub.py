@@ -67,7 +67,7 @@ def test_another_report_is_pushed_and_the_model_keeps_its_own(hub, small):
     own = small.compression_report
     other = CompressionReport.from_json(own.to_json().replace("drop_blocks", "another"))
     push_to_hub(small, REPO, report=other, card=CARD)
-    assert json.loads(hub.files(REPO)[REPORT_FILE])["method"] == "another"
+    assert json.loads(hub.files(REPO)[REPORT_FILE])["stages"][0]["method"] == "another"
     assert small.compression_report is own
 
 

@@ -24,7 +24,9 @@ def test_push_sends_model_tokenizer_report_and_an_edited_card(hub, model, tokeni
     files = hub.files("me/small")
     assert {"model.safetensors", "tokenizer.json", REPORT_FILE, "README.md"} <= files.keys()
     assert b"Written by hand." in files["README.md"]
-    assert json.loads(files[REPORT_FILE])["method"] == "drop_blocks"
+    assert json.loads(files[REPORT_FILE])["stages"][0]["method"] == "drop_blocks"
+    assert files["README.md"].count(b'from_pretrained("me/small")') == 2
+    assert not any(word in files["README.md"] for word in (b"path/to", b"Replace the path"))
 
 
 def test_push_of_what_is_no_model(hub, tmp_path):

@@ -14,7 +14,7 @@ import hf_compress.storage.staging as staging
 from hf_compress.errors import ParityError
 from hf_compress.methods.drop_blocks import DropBlocksConfig
 from hf_compress.pipeline import compress
-from hf_compress.report.report import REPORT_FILE, CompressionReport, Size
+from hf_compress.report.report import REPORT_FILE, CompressionReport, Size, Stage
 from hf_compress.storage.manifest import ManifestError, verify_files
 from hf_compress.storage.save import save
 from tests.conftest import in_dtype
@@ -57,7 +57,7 @@ def test_a_model_that_was_not_compressed_has_no_report_and_no_card(model, tmp_pa
 
 def report_of(model) -> CompressionReport:
     size = Size(parameters=1, bytes=4, blocks={"model.layers": 5})
-    return CompressionReport("nothing", {}, "org/base", size, size, [], {}, [], {}, parity=True)
+    return CompressionReport("org/base", [Stage("nothing", {}, size, size, [], {}, [], {}, parity=True)])
 
 
 def test_the_card_is_made_of_the_report(model, tokenizer, tmp_path):

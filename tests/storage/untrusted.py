@@ -19,8 +19,8 @@ from examples.round_trip import EDITS, build
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.apply import apply
 from hf_compress.errors import PlanError
-from hf_compress.parity import quiet
 from hf_compress.plan import Plan
+from hf_compress.probe import quiet
 from hf_compress.storage.save import save
 
 PACKAGE = Path(hf_compress.__file__).parent

@@ -8,7 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 from hf_compress import (
+    AdaptiveCompressConfig,
     CompressionCallback,
+    DataOptions,
     DropBlocksConfig,
     ILLCConfig,
     LayerCollapseConfig,
@@ -251,3 +253,27 @@ def test_what_is_saved_loads(config, tmp_path):
     assert loss_on(loaded, ROWS) == loss_on(model, ROWS)
     report = model.compression_report
     assert report.after.parameters == sum(p.numel() for p in model.parameters()) < report.before.parameters
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LayerCollapseConfig(num_layers=1, **PAPER),
+        AdaptiveCompressConfig(layers=[1], retention_final=0.5),
+        AdaptiveCompressConfig(layers=[1], variant="batchtopk", expansion=2),
+    ],
+    ids=["collapsed", "bottleneck", "dictionary"],
+)
+def test_the_default_dtype_does_not_matter(config, tmp_path):
+    models = [tiny_llama(4), tiny_llama(4)]
+    for model, dtype in zip(models, (torch.float32, torch.bfloat16), strict=True):
+        torch.set_default_dtype(dtype)
+        try:
+            callback = CompressionCallback(config, CALIBRATION, options=DataOptions(batch_size=8))
+            settings = arguments(tmp_path, max_steps=8)
+            Trainer(model, settings, train_dataset=token_rows(16), callbacks=[callback]).train()
+        finally:
+            torch.set_default_dtype(torch.float32)
+    first, second = (model.state_dict() for model in models)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)

@@ -1,12 +1,16 @@
 """The list of edits of a run that changes the structure more than once, and the blocks that correspond."""
 
+import copy
+
 import pytest
 import torch
 from transformers import Trainer
 
-from hf_compress import CompressionCallback, DropBlocksConfig, MKAConfig, Plan
+from hf_compress import CompressionCallback, DropBlocksConfig, ILLCConfig, MKAConfig, Plan, compress
 from hf_compress.apply import apply
 from hf_compress.edits import MergeBlocks, RemoveBlocks
+from hf_compress.report.history import add_stage, model_size
+from hf_compress.report.report import Stage
 from hf_compress.training.changes import Changes
 from hf_compress.training.distillation import corresponding_blocks
 from tests.evaluation.conftest import tiny_llama
@@ -86,5 +90,20 @@ def test_chains_of_plans(case):
     found = [(e.kept, *e.absorbed) if isinstance(e, MergeBlocks) else e.blocks for e in changes.edits]
     assert found == expected
     assert Changes(changes.to_list()).edits == changes.edits
-    model.compression_report = type("Report", (), {"edits": changes.to_list()})
+    before, after = model_size(numbered()), model_size(model)
+    add_stage(model, Stage("any", {}, before, after, changes.to_list(), {}, [], {}, True), None)
     assert corresponding_blocks(model, numbered()) == list(enumerate(last))
+
+
+@pytest.mark.parametrize("teacher", [6, 5])
+def test_blocks_of_the_original_and_of_the_model_between_correspond(teacher):
+    model = numbered()
+    compress(model, DropBlocksConfig(num_blocks=1, criterion="random", seed=1))
+    between = copy.deepcopy(model)
+    compress(model, MKAConfig(num_merges=1, variant="paper"), ids_of(token_rows(32)))
+    compress(model, ILLCConfig(gamma=0.5), ids_of(token_rows(32)))
+    (edit,) = model.compression_report.stages[1].edits
+    left = [i for i in range(5) if i not in edit["absorbed"]]
+    last = [max(edit["absorbed"]) if i == edit["kept"] else i for i in left]
+    expected = [numbers(between)[i] for i in last] if teacher == 6 else last
+    assert corresponding_blocks(model, numbered() if teacher == 6 else between) == list(enumerate(expected))

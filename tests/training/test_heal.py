@@ -1,15 +1,21 @@
 """heal(): nearer to the teacher, and otherwise the model it was."""
 
 import copy
+import itertools
 
 import datasets
+import pandas as pd
 import pytest
 import torch
 from peft import LoraConfig
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, Trainer, ViTConfig, ViTForImageClassification
 
-from hf_compress import DataOptions, DropBlocksConfig, LayerCollapseConfig, Lesson, MKAConfig, compress, heal
+from hf_compress import DataOptions, DropBlocksConfig, LayerCollapseConfig, Lesson, LRPConfig, MKAConfig, compress, heal
+from hf_compress.calibration import reading
+from hf_compress.calibration.padding import padded
 from hf_compress.storage.save import save
+from hf_compress.training.heal import _training_data
 from tests.architectures.tiny import tiny_seq2seq_model
 from tests.conftest import leftovers
 from tests.evaluation.conftest import tiny_llama
@@ -52,10 +58,44 @@ def test_nearer_to_the_teacher_and_else_as_it_was(kind, lora, tmp_path):
     assert not model.training
     assert not frozen.requires_grad
     assert not hasattr(model, "peft_config")
-    assert model.compression_report.notes["healing"]["lora"] is (lora is not None)
+    stages = model.compression_report.stages
+    assert [stage.method for stage in stages] == [CONFIGS[kind].method, "heal"]
+    assert (stages[1].config["lora"], stages[1].notes["steps"]) == (lora is not None, 60)
+    assert stages[1].before == stages[1].after == stages[0].after
     loaded = AutoModelForCausalLM.from_pretrained(save(model, tmp_path / "out"))
     with torch.no_grad():
         assert torch.equal(loaded(HELD_OUT).logits, model(HELD_OUT).logits)
+
+
+@pytest.mark.parametrize(
+    "config", [LRPConfig(bits=4, group_size=16), LRPConfig(sparsity=0.7)], ids=["packed", "sparse"]
+)
+def test_packed_and_sparse_maps_learn_without_adapters(config, tmp_path):
+    teacher = tiny_llama(4)
+    model = compress(copy.deepcopy(teacher), config, TEACHING)
+    before, fixed = distance(model, teacher), dict(model.named_buffers())
+    fixed = {name: buffer.clone() for name, buffer in fixed.items()}
+    args = arguments(tmp_path, max_steps=30, per_device_train_batch_size=16, learning_rate=5e-3)
+    heal(model, teacher, TEACHING, args=args)
+    assert distance(model, teacher) < 0.97 * before
+    assert all(torch.equal(buffer, fixed[name]) for name, buffer in model.named_buffers())
+    assert model.compression_report.notes["healing"]["lora"] is False
+    loaded = AutoModelForCausalLM.from_pretrained(save(model, tmp_path / "out"))
+    with torch.no_grad():
+        assert torch.equal(loaded(HELD_OUT).logits, model(HELD_OUT).logits)
+
+
+def test_adapters_that_could_not_be_merged_are_refused_before_training():
+    teacher = tiny_llama(4)
+    model = compress(copy.deepcopy(teacher), LRPConfig(bits=7, group_size=8), TEACHING)
+    before = Snapshot(model)
+    for targets in (["q_proj"], "all-linear"):
+        with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj is packed or sparse"):
+            heal(model, teacher, TEACHING, lora=LoraConfig(target_modules=targets))
+    assert before.matches(model)
+    assert not hasattr(model, "peft_config")
+    heal(model, teacher, TEACHING, lora=LoraConfig(target_modules=["lm_head"]))
+    assert model.compression_report.notes["healing"]["lora"] is True
 
 
 def test_twice(tmp_path):
@@ -170,6 +210,96 @@ def test_an_encoder_decoder():
     before = gap()
     heal(model, teacher, ids)
     assert gap() < before
+
+
+LENGTHS = (3, 7, 5, 6) * 8
+ROWS = [
+    {"input_ids": row[:length].tolist(), "labels": [-100, *row[1:length].tolist()]}
+    for row, length in zip(IDS[:32], LENGTHS, strict=True)
+]
+
+
+def forms_of(rows):
+    """Rows in every container that heal takes; endless ones are bounded."""
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    return {
+        "rows": lambda: rows,
+        "dataset": lambda: datasets.Dataset.from_list(rows),
+        "frame": lambda: pd.DataFrame(columns),
+        "lists by name": lambda: columns,
+        "stream": lambda: datasets.IterableDataset.from_generator(lambda: itertools.cycle(rows)),
+        "generator": lambda: itertools.cycle(rows),
+        "loader": lambda: DataLoader(rows, batch_size=5, collate_fn=lambda some: padded(some, 0)),
+    }
+
+
+@pytest.mark.parametrize("form", forms_of(ROWS))
+def test_labels_of_tokens_of_unequal_lengths(form, monkeypatch):
+    """Every container gives the Trainer the same samples, and padding is not learned."""
+    monkeypatch.setattr(reading, "BOUND", len(ROWS))
+    rows, collator = _training_data(forms_of(ROWS)[form](), tiny_llama(2), None, None, bounded=True)
+    batch = collator([rows[index] for index in range(len(rows))])
+    expected = padded(ROWS, 0)
+    assert (batch["labels"] == expected["labels"]).all()
+    assert (batch["input_ids"] == expected["input_ids"]).all()
+    assert (batch["attention_mask"] == expected["attention_mask"]).all()
+    assert (expected["labels"][0, 3:] == -100).all()
+    assert (expected["attention_mask"].sum(1) == torch.tensor(LENGTHS)).all()
+
+
+@pytest.mark.parametrize("form", ["rows", "dataset", "loader"])
+def test_healing_on_labels_of_tokens(form):
+    teacher, model = tiny_llama(4), compressed()
+    before = distance(model, teacher)
+    heal(model, teacher, forms_of(ROWS)[form](), lesson=Lesson(label_share=0.2))
+    assert distance(model, teacher) < before
+
+
+def test_healing_on_a_stream_without_an_end(monkeypatch, caplog):
+    monkeypatch.setattr(reading, "BOUND", 16)
+    heal(compressed(), tiny_llama(4), itertools.cycle(ROWS))
+    assert "no length, so only its first 16 samples are read" in caplog.text
+
+
+def test_a_trainer_with_steps_has_its_stream(tmp_path):
+    stream = datasets.IterableDataset.from_generator(lambda: itertools.cycle(ROWS))
+    stream = stream.cast(datasets.Features({name: datasets.List(datasets.Value("int64")) for name in ROWS[0]}))
+    assert _training_data(stream, tiny_llama(2), None, None, bounded=False)[0] is stream
+    heal(compressed(), tiny_llama(4), stream, args=arguments(tmp_path, max_steps=2, per_device_train_batch_size=4))
+
+
+def test_classes_in_a_loader_come_along():
+    teacher = tiny_dense(num_hidden_layers=4, num_labels=3)
+    values, classes = torch.randn(6, 8), torch.arange(6) % 3
+    rows, _ = _training_data([(values, classes)], teacher, None, None, bounded=True)
+    assert [int(row["labels"]) for row in rows] == classes.tolist()
+
+
+@pytest.mark.parametrize("form", ["rows", "loader"])
+def test_labels_of_an_encoder_decoder(form):
+    """Of lengths that have nothing to do with the texts'."""
+    teacher = tiny_seq2seq_model("t5")
+    rows = [{"input_ids": row["input_ids"], "labels": row["labels"][1:]} for row in ROWS] * 4
+    seen, _ = _training_data(forms_of(rows)[form](), teacher, None, None, bounded=True)
+    assert [len(row["labels"]) for row in seen][:4] == ([2, 6, 4, 5] if form == "rows" else [6] * 4)
+    model = compress(copy.deepcopy(teacher), DropBlocksConfig(num_blocks=1, criterion="last", stack="decoder.block"))
+    batch = {name: value.long() for name, value in padded(rows, 0).items()}
+
+    def gap():
+        with torch.no_grad():
+            own, other = (m(**batch).logits.log_softmax(-1) for m in (model, teacher))
+        return (other.exp() * (other - own)).sum(-1)[batch["labels"] != -100].mean().item()
+
+    before = gap()
+    heal(model, teacher, forms_of(rows)[form]())
+    assert gap() < before
+
+
+def test_a_padding_token_without_an_embedding(tokenizer, texts):
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    teacher, model = tiny_llama(4), compressed()
+    heal(model, teacher, texts, tokenizer)
+    heal(model, teacher, [dict(tokenizer(text), labels=tokenizer(text)["input_ids"]) for text in texts], tokenizer)
 
 
 @pytest.mark.parametrize(

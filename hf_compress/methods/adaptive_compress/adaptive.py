@@ -88,7 +88,7 @@ class Adaptive(Gated):
 
     def _first_importance(self) -> Tensor:
         if self.config.tracked == "sign":
-            return torch.ones(self.hidden)
+            return torch.ones(self.hidden, dtype=torch.float32)
         return self._energy * (1 - self.module.form.skip) ** 2
 
     @torch.no_grad()
@@ -141,7 +141,7 @@ class Paper(Gated):
         return module
 
     def _first_importance(self) -> Tensor:
-        return torch.ones(self.hidden)
+        return torch.ones(self.hidden, dtype=torch.float32)
 
     @torch.no_grad()
     def retain(self, retention: float) -> None:

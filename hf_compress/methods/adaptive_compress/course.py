@@ -148,7 +148,7 @@ def processes() -> int:
 
 def _tokens_of_all(rows: int, device: torch.device) -> float:
     """The tokens that a step has in all processes."""
-    total = torch.tensor(float(rows), device=device)
+    total = torch.tensor(float(rows), dtype=torch.float32, device=device)
     if processes() > 1:
         dist.all_reduce(total)
     return total.item()
@@ -157,7 +157,7 @@ def _tokens_of_all(rows: int, device: torch.device) -> float:
 def _mean_of_all(learner: Learner, terms: Terms | None, share: float) -> Tensor:
     """The error, the active features and the energy of a step, and in its place the gradient, over all processes."""
     trained = [parameter for parameter in learner.module.parameters() if parameter.requires_grad]
-    told = torch.zeros(2 + len(learner.importance), device=trained[0].device)
+    told = torch.zeros(2 + len(learner.importance), dtype=torch.float32, device=trained[0].device)
     if terms is not None:
         told = terms.told
     if processes() > 1:

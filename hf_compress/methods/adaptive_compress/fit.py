@@ -25,6 +25,7 @@ from hf_compress.methods.adaptive_compress.course import Course, everywhere, pro
 from hf_compress.methods.adaptive_compress.learner import Learner, StreamMoments
 from hf_compress.methods.adaptive_compress.peers import BatchTopK, Linear, Principal, TopK
 from hf_compress.methods.adaptive_compress.progress import Progress
+from hf_compress.numerics.defaults import torch_defaults
 
 if TYPE_CHECKING:
     from hf_compress.methods.adaptive_compress.config import AdaptiveCompressConfig
@@ -66,6 +67,7 @@ def fit(
     checkpoint: str | Path | None = ...,
     save_every: int = ...,
 ) -> list[Bottlenecks]: ...
+@torch_defaults()
 def fit(
     model: PreTrainedModel,
     config: AdaptiveCompressConfig | Sequence[AdaptiveCompressConfig],

@@ -90,7 +90,7 @@ class Learner:
 
     def _first_importance(self) -> Tensor:
         """Before the first step, (features)."""
-        return torch.zeros(self.module.encoder.shape[1])
+        return torch.zeros(self.module.encoder.shape[1], dtype=torch.float32)
 
     def terms(self, stream: Tensor) -> Terms:
         """The loss on tokens (tokens, hidden) and what is told of it."""

@@ -69,11 +69,11 @@ class TopK(Learner):
         active = self.active if self.selects == "top" else None
         form = Form(self.config.passing, "kept", self.selects, active)
         module = Bottleneck(self.hidden, max(self.active, self.config.expansion * self.hidden), form)
-        module.decoder.copy_(torch.randn(module.decoder.shape, generator=self.generator))
+        module.decoder.copy_(torch.randn(module.decoder.shape, dtype=torch.float32, generator=self.generator))
         module.decoder.div_(module.decoder.norm(dim=1, keepdim=True))
         module.encoder.copy_(module.decoder.T)
         module.center.copy_(self.moments.normed.mean)
-        self.idle = torch.zeros(len(module.decoder))  # steps since a feature was active
+        self.idle = torch.zeros(len(module.decoder), dtype=torch.float32)  # steps since a feature was active
         if self.selects == "above":
             module.threshold.requires_grad_(False)
         return module

@@ -15,6 +15,7 @@ from hf_compress.anatomy.stacks import Stack
 from hf_compress.bottlenecks import Bottlenecks, Place
 from hf_compress.calibration.capture import inference, stream_of_output, stream_tokens
 from hf_compress.calibration.data import Batch, special_ids
+from hf_compress.calibration.decoder import has_decoder, read_before
 from hf_compress.drafts import insert_bottleneck
 from hf_compress.methods.adaptive_compress.course import Course, processes
 from hf_compress.methods.adaptive_compress.fit import LEARNERS, layers_of, ordinary, stream_moments
@@ -193,9 +194,17 @@ def _keeper(joint: Joint, special: Tensor) -> Any:
         if ids is not None and ids.ndim == 2:
             ordinary_ids = ~torch.isin(ids, special.to(ids.device))
             real = ordinary_ids if real is None else real & ordinary_ids
-        joint._real = Batch(inputs, real) if model.training else None
+        joint._real = Batch(inputs, real, decoded=_decoded(model, inputs, special)) if model.training else None
 
     return keep
+
+
+def _decoded(model: Any, inputs: dict[str, Tensor], special: Tensor) -> Tensor | None:
+    """Which of the tokens that a decoder reads are real, where it does not read the text itself."""
+    ids, labels = inputs.get("decoder_input_ids"), inputs.get("labels")
+    if ids is None and labels is not None and labels.ndim == 2 and has_decoder(model):
+        ids = read_before(model, labels)
+    return None if ids is None else ~torch.isin(ids, special.to(ids.device))
 
 
 def _watcher(joint: Joint, layer: int, stack: Stack) -> Any:

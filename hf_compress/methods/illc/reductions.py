@@ -96,7 +96,7 @@ def _variance(config: ILLCConfig, units: Units, statistics: UnitStatistics, coun
 def _random(config: ILLCConfig, units: Units, statistics: UnitStatistics, count: int) -> Reduction:
     """Keep any."""
     generator = torch.Generator().manual_seed(config.seed + units.index)
-    return best(units, torch.rand(len(units.writes), generator=generator), count)
+    return best(units, torch.rand(len(units.writes), dtype=torch.float32, generator=generator), count)
 
 
 def best(units: Units, scores: Tensor, count: int) -> Reduction:

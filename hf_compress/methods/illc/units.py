@@ -131,7 +131,7 @@ class BlockUnits(ABC):
         """
         after = runner.run(self.index, stream).float()
         generator = torch.Generator().manual_seed(0)
-        more = torch.randn(after.shape[-1], generator=generator).to(after) * after.std()
+        more = torch.randn(after.shape[-1], dtype=torch.float32, generator=generator).to(after) * after.std()
         with hooked([self.output.register_forward_hook(lambda module, args, output: output + more.to(output))]):
             change = (runner.run(self.index, stream).float() - after).flatten(0, -2)
         multiplier = float((change @ more).mean() / more.square().sum())

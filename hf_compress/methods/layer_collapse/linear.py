@@ -69,13 +69,14 @@ def fit_ffns(
     their sums fit into 4 GiB are done in one pass over it.
 
     Raises:
-        CalibrationError: an FFN that does not run once a token, NaN or infinite activations, or less than four batches.
+        CalibrationError: an FFN that does not run once a token, NaN or infinite activations, or one batch alone.
     """
-    if blocks and not any(is_held_out(number) for number in range(len(data))):
+    if blocks and len(data) < 2:
         raise CalibrationError(
-            f"R² is measured on every {HELD_OUT}th batch, held out: give at least {HELD_OUT} batches of data (more "
-            f"samples, or a smaller batch_size); these are {len(data)}"
+            f"R² is measured on every {HELD_OUT}th batch, or on the last, held out: give at least 2 batches of data "
+            f"(more samples, or a smaller batch_size); got {len(data)}"
         )
+    held_out = [number for number in range(len(data)) if is_held_out(number)] or [len(data) - 1]
     at_once = max(1, _MEMORY // (32 * hidden_size(stack.configs[0][0]) ** 2))
     fits: dict[int, LinearFit] = {}
     for start in range(0, len(blocks), at_once):
@@ -85,7 +86,7 @@ def fit_ffns(
                 with _watching(sums.values()):
                     forward(model, batch)
                 for one in sums.values():
-                    one.add(batch, held_out=is_held_out(number))
+                    one.add(batch, held_out=number in held_out)
         fits |= {index: one.solve(penalty, rank) for index, one in sums.items()}
     return fits
 

@@ -66,9 +66,9 @@ class Blending(Regimen):
         self.learned = config.alpha == "learned" or (config.alpha is None and config.variant == "paper")
         self.ramp = config.ramp if config.ramp is not None else (0.0 if self.learned else 0.5)
         self.modules: dict[int, BlendedActivation] = {}
-        self.alpha = torch.zeros(0)  # in float32 and on the CPU, whatever the model is in
-        self.gradient = torch.zeros(0)
-        self.last_penalty = torch.zeros(())
+        self.alpha = torch.zeros(0, dtype=torch.float32)  # in float32 and on the CPU, whatever the model is in
+        self.gradient = torch.zeros(0, dtype=torch.float32)
+        self.last_penalty = torch.zeros((), dtype=torch.float32)
         self.hooks: list[RemovableHandle] = []
         self.r2: dict[int, float] = {}
 
@@ -102,7 +102,7 @@ class Blending(Regimen):
             self._schedule(progress)
         alphas = [module.alpha for module in self.modules.values()]
         self.alpha = torch.cat([alpha.detach().float().cpu() for alpha in alphas]).requires_grad_()
-        self.gradient = torch.zeros(len(alphas), device=model.device)
+        self.gradient = torch.zeros(len(alphas), dtype=torch.float32, device=model.device)
         self.optimizer = torch.optim.Adam([self.alpha], lr=self.config.alpha_lr)
         for place, alpha in enumerate(alphas):
             alpha.requires_grad_()
@@ -192,7 +192,7 @@ class Blending(Regimen):
         return min(1.0, progress / self.ramp) if self.ramp else 1.0
 
     def _schedule(self, progress: float) -> None:
-        self._write(torch.full((len(self.modules),), self._risen(progress)))
+        self._write(torch.full((len(self.modules),), self._risen(progress), dtype=torch.float32))
 
     @torch.no_grad()
     def _write(self, alphas: Tensor) -> None:

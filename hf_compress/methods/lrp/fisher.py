@@ -22,13 +22,12 @@ from transformers import PreTrainedModel
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
 from hf_compress.attribution.passes import set_gradient
-from hf_compress.calibration.capture import forward, hooked, inference, real_tokens
+from hf_compress.calibration.capture import forward, hooked, inference, watch_encoded
 from hf_compress.calibration.data import Batch
-from hf_compress.calibration.objective import first_tensor
+from hf_compress.calibration.objective import first_tensor, output_tokens
 from hf_compress.calibration.routing import watch_routes
-from hf_compress.errors import CalibrationError, UnsupportedModelError
+from hf_compress.errors import CalibrationError, UnsupportedModelError, one_line
 from hf_compress.methods.lrp.scores import real_rows
-from hf_compress.parity import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -68,9 +67,9 @@ def energies(
         for parameter in model.parameters():
             set_gradient(parameter, False, undo)
         for batch in tqdm(batches, desc="drawing outputs", disable=None):
-            with _watched(stack, batch, linears, found) as starts:
+            with _watched(stack, batch, linears, found):
                 output = forward(model, batch)
-                _backward(first_tensor(output), _drawn(model, output, batch, generator), starts)
+                _backward(first_tensor(output), _drawn(model, output, batch, generator))
     blind = [path for path, sums in found.gradients.items() if not bool(sums.any())]
     if len(blind) == len(found.gradients):
         raise _no_gradients("they are all 0")
@@ -85,36 +84,32 @@ def energies(
 
 
 @contextmanager
-def _watched(stack: Stack, batch: Batch, linears: Mapping[str, nn.Module], found: Energies) -> Iterator[list[Tensor]]:
-    """While a batch runs: the first outputs that gradients go back to, and all energies into `found`."""
-    starts: list[Tensor] = []
+def _watched(stack: Stack, batch: Batch, linears: Mapping[str, nn.Module], found: Energies) -> Iterator[None]:
+    """While a batch runs, forward and backward, all energies go into `found`."""
 
     def hook(path: str) -> Callable[..., Tensor]:
         def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            rows = real_rows(stack, batch, args[0].detach(), routes.get(module)).float()
+            rows = real_rows(stack, batch, args[0], routes.get(module), encoded).detach().float()
             _add(found.read, path, rows.square().sum(dim=0))
             found.rows[path] = found.rows.get(path, 0) + len(rows)
-            found.gradients.setdefault(path, torch.zeros(output.shape[-1], device=output.device))
+            found.gradients.setdefault(path, torch.zeros(output.shape[-1], dtype=torch.float32, device=output.device))
             traced = output if output.requires_grad else output.detach().requires_grad_()
             traced.register_hook(lambda g: _add(found.gradients, path, g.float().square().flatten(0, -2).sum(dim=0)))
-            if traced is output:
-                return output
-            starts.append(traced)
-            return traced.clone()  # some families write into it
+            return output if traced is output else traced.clone()  # some families write into it
 
         return after
 
     hooks = (module.register_forward_hook(hook(path)) for path, module in linears.items())
-    with watch_routes(stack.blocks) as routes, hooked(hooks):
-        yield starts
+    with watch_routes(stack.blocks) as routes, watch_encoded(stack) as encoded, hooked(hooks):
+        yield
 
 
 def _drawn(model: PreTrainedModel, output: Any, batch: Batch, generator: torch.Generator) -> Tensor:
     """The gradient, at a model's outputs, of the log-probability of an output that is drawn from them.
 
     Of logits of classes or words, for each sample or token: the class drawn less the probabilities of all, or of
-    several labels each by itself. Of anything else, which is taken for the mean of a Gaussian, noise. 0 at what is no
-    real token.
+    several labels each by itself. Of anything else, which is taken for the mean of a Gaussian, noise. 0 where
+    nothing counts (see `output_tokens`).
     """
     value = first_tensor(output).detach()
     logits = value.float().reshape(-1, value.shape[-1])
@@ -123,7 +118,7 @@ def _drawn(model: PreTrainedModel, output: Any, batch: Batch, generator: torch.G
     problem = getattr(model.config, "problem_type", None)
     classes = getattr(output, "logits", None) is not None and value.ndim in (2, 3) and logits.shape[-1] > 1
     if not classes or problem == "regression":
-        start = torch.randn(logits.shape, generator=generator)
+        start = torch.randn(logits.shape, dtype=torch.float32, generator=generator)
     elif problem == "multi_label_classification":
         probabilities = logits.sigmoid().cpu()
         start = torch.bernoulli(probabilities, generator=generator) - probabilities
@@ -132,15 +127,15 @@ def _drawn(model: PreTrainedModel, output: Any, batch: Batch, generator: torch.G
         drawn = torch.multinomial(probabilities.cpu(), 1, generator=generator).to(logits.device)
         start = probabilities.neg_().scatter_add_(1, drawn, torch.ones_like(drawn, dtype=probabilities.dtype))
     start = start.view(value.shape).to(value)
-    return start * real_tokens(batch, start)[..., None] if start.ndim == 3 else start
+    return start * output_tokens(model, batch, start)[..., None] if start.ndim == 3 else start
 
 
-def _backward(output: Tensor, start: Tensor, ends: list[Tensor]) -> None:
-    """Take a gradient from the outputs back to the first linear maps."""
+def _backward(output: Tensor, start: Tensor) -> None:
+    """Take a gradient from the outputs back to the first linear maps, or to embeddings that were made to require it."""
     if not output.requires_grad:
-        raise _no_gradients("its outputs have none; leave torch.inference_mode, if that is on")
+        raise _no_gradients("its outputs have none")
     try:
-        torch.autograd.grad(output, ends, start, allow_unused=True)
+        torch.autograd.backward(output, start)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, AssertionError) as error:

@@ -13,7 +13,7 @@ from hf_compress.anatomy.parts import is_linear, linear_map
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.capture import forward, hooked, inference
 from hf_compress.calibration.data import Batch
-from hf_compress.parity import Probe
+from hf_compress.probe import Probe
 from hf_compress.record import missing
 from hf_compress.workbench import Workbench
 

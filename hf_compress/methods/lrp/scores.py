@@ -13,8 +13,17 @@ from torch import Tensor, nn
 from hf_compress.anatomy.parts import linear_map
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.attribution.scores import RelevanceSums, relevance_sums
-from hf_compress.calibration.capture import forward, hooked, inference, stream_tokens
+from hf_compress.calibration.capture import (
+    forward,
+    hooked,
+    inference,
+    real_tokens,
+    stream_tokens,
+    tokens_of,
+    watch_encoded,
+)
 from hf_compress.calibration.data import Batch
+from hf_compress.calibration.objective import speaks
 from hf_compress.calibration.routing import Route, watch_routes
 from hf_compress.methods.lrp.linears import weights_of
 from hf_compress.workbench import Workbench
@@ -94,7 +103,7 @@ def relevances(
     """Sums of relevances, or of their sizes, as the config says what is explained."""
     target = config.target
     if target == "auto":
-        known = bench.model.can_generate() or any(batch.labels is not None for batch in batches)
+        known = any(batch.labels is not None or speaks(bench.model, batch) for batch in batches)
         target = "label" if known else "predicted"
     return relevance_sums(
         bench.model,
@@ -136,28 +145,33 @@ def watch_rows(
 ) -> Iterator[None]:
     """While a batch runs, `consume(path, rows)` with what each module reads at real tokens, (tokens, inputs)."""
 
-    with watch_routes(stack.blocks) as routes:
+    with watch_routes(stack.blocks) as routes, watch_encoded(stack) as encoded:
 
         def keep(path: str) -> Callable[..., None]:
-            return lambda module, args: consume(path, real_rows(stack, batch, args[0], routes.get(module)))
+            return lambda module, args: consume(path, real_rows(stack, batch, args[0], routes.get(module), encoded))
 
         with hooked(module.register_forward_pre_hook(keep(path)) for path, module in modules.items()):
             yield
 
 
-def real_rows(stack: Stack, batch: Batch, given: Tensor, route: Route | None = None) -> Tensor:
+def real_rows(
+    stack: Stack, batch: Batch, given: Tensor, route: Route | None = None, encoded: Sequence[Tensor] = ()
+) -> Tensor:
     """What a module of a stack reads at real tokens, (tokens, inputs); all where it does not read one row a token.
 
     Args:
         route: of what an expert reads.
+        encoded: what the stack is given of an encoder (see `watch_encoded`).
     """
+    if any(given is one for one in encoded):
+        return given[real_tokens(batch, given)]
     if given.ndim == 3:
         return given[stream_tokens(stack, batch, given)]
     rows = given.flatten(0, -2)
-    everywhere = len(rows) if route is None else route.everywhere
-    if batch.real is None or everywhere != batch.real.numel():
+    everywhere, real = len(rows) if route is None else route.everywhere, tokens_of(stack, batch)
+    if real is None or everywhere != real.numel():
         return rows
-    real = stream_tokens(stack, batch, rows.new_empty(*batch.real.shape, 0)).flatten()  # tokens in one dimension
+    real = real.flatten().to(rows.device)  # tokens in one dimension
     return rows[real if route is None else real[route.tokens]]
 
 

@@ -121,7 +121,7 @@ def _counts(
 
 def _without_blocks(config: LRPConfig, stack: Stack, writers: list[_Writer], scores: dict[str, Tensor]) -> Plan:
     """Blocks whose parts write least relevance to the residual stream."""
-    totals = torch.zeros(len(stack))
+    totals = torch.zeros(len(stack), dtype=torch.float32)
     for index, name, _ in writers:
         totals[index] += float(scores[name].sum())
     count = blocks_to_remove(len(stack), config.sparsity, None, "sparsity")

@@ -68,7 +68,7 @@ def _fisher(
 def _full(linear: nn.Module, value: float) -> Tensor:
     """A number for each weight, (outputs, inputs), that takes no memory."""
     weight = linear_map(linear).T
-    return torch.tensor(value, device=weight.device).expand(weight.shape)
+    return torch.tensor(value, dtype=torch.float32, device=weight.device).expand(weight.shape)
 
 
 def _unexplained(

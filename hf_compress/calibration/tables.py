@@ -1,0 +1,140 @@
+"""Data in columns: datasets, streaming or not, DataFrames, Arrow tables, and mappings of lists."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_compress.errors import CalibrationError
+
+VALUES = ("pixel_values", "input_values", "input_features")
+PER_TOKEN = ("labels", "decoder_input_ids", "decoder_attention_mask")  # in encoder-decoders of a length of their own
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns of samples.
+
+    Attributes:
+        names: of the columns.
+        strings: of those that hold strings.
+        column: the values under a name.
+    """
+
+    names: Sequence[str]
+    strings: Sequence[str]
+    column: Callable[[str], Any]
+
+    def content(self, text_column: str | None = None) -> list[Any] | dict[str, Tensor]:
+        """The texts; or rows of token ids, with the labels of tokens; or pixel or other values in one tensor."""
+        if text_column is None and "input_ids" in self.names:
+            return self._token_rows()
+        for name in VALUES:
+            if text_column is None and name in self.names:
+                return {name: _stacked(name, list(self.column(name)))} | self._labels()
+        return list(self.column(self._text_column(text_column)))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The samples, with all there is of them."""
+        columns = [self.column(name) for name in self.names]
+        return [dict(zip(self.names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+    def _token_rows(self) -> list[dict[str, Any]]:
+        columns = {name: _lists(self.column(name)) for name in ("input_ids", "attention_mask") if name in self.names}
+        for name in PER_TOKEN:
+            if name in self.names and dimensions(values := _lists(self.column(name))) == 2:
+                columns[name] = values
+        masks = columns.pop("attention_mask", None) if len(columns) == 2 else None
+        if masks is not None:  # of texts alone, padding can be taken off
+            columns["input_ids"] = [_unpadded(*pair) for pair in zip(columns["input_ids"], masks, strict=True)]
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+    def _labels(self) -> dict[str, Tensor]:
+        """Labels of tokens, as beside sounds and pictures, in one tensor; none where there are no such."""
+        labels = _lists(self.column("labels")) if "labels" in self.names else []
+        if dimensions(labels) != 2:
+            return {}
+        rows = [torch.as_tensor(row) for row in labels]
+        return {"labels": torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)}
+
+    def _text_column(self, given: str | None) -> str:
+        column = given
+        if given is None:
+            column = "text" if "text" in self.strings else self.strings[0] if len(self.strings) == 1 else None
+        if column is None or column not in self.names:
+            raise CalibrationError(
+                f"the data has the columns {list(self.names)}; name the one with the texts by text_column= (got "
+                f"{given!r}), or pass it alone, as a list; pass numbers as a tensor"
+            )
+        return column
+
+
+def table_of(data: Any) -> Table | None:
+    """Data with columns as a table; None for any other, and for what streams, whose columns may not be known."""
+    if hasattr(data, "to_pydict"):  # Arrow
+        return _of_columns(data.to_pydict())
+    if hasattr(data, "columns") and hasattr(data, "to_dict"):  # pandas, polars
+        return _of_columns({str(name): data[name].to_list() for name in data.columns})
+    if isinstance(data, Mapping):
+        is_table = bool(data) and all(isinstance(values, (list, tuple)) for values in data.values())
+        return _of_columns(data) if is_table and not is_row(data) else None
+    if not hasattr(data, "column_names") or not hasattr(data, "__len__"):
+        return None
+    names = list(data.column_names)
+    strings = [name for name in names if getattr(data.features[name], "dtype", None) in ("string", "large_string")]
+    return Table(names, strings, lambda name: data.with_format("torch" if name in VALUES else None)[name])
+
+
+def table_of_rows(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Samples by name as a table. The first one says what there is."""
+    names = list(rows[0]) if rows else []
+    for number, row in enumerate(rows):
+        if missing := [name for name in names if name not in row]:
+            raise CalibrationError(f"sample {number} has no {missing[0]!r}, as the first one has: leave it out")
+    return _of_columns({name: [row[name] for row in rows] for name in names})
+
+
+def _of_columns(columns: Mapping[str, Any]) -> Table:
+    strings = [name for name, values in columns.items() if any(isinstance(value, str) for value in values)]
+    return Table(list(columns), strings, columns.__getitem__)
+
+
+def is_row(item: Any) -> bool:
+    """Whether this is one sample by name: with a text, or with token ids in one dimension."""
+    if not isinstance(item, Mapping) or any(name in item for name in VALUES):
+        return False
+    if "input_ids" in item:
+        return dimensions(item["input_ids"]) == 1
+    return any(isinstance(value, str) for value in item.values())
+
+
+def dimensions(value: Any) -> int:
+    """How many a tensor, an array or nested lists have; 0 for anything else."""
+    if isinstance(value, (list, tuple)):
+        return 1 + (dimensions(value[0]) if value else 0)
+    return getattr(value, "ndim", 0)
+
+
+def _lists(values: Any) -> list[Any]:
+    return [value.tolist() if isinstance(value, (Tensor, np.ndarray)) else value for value in values]
+
+
+def _unpadded(ids: Sequence[int], mask: Sequence[int]) -> list[int]:
+    """Token ids of a text without those that the mask leaves out."""
+    return [token for token, counts in zip(ids, mask, strict=True) if counts]
+
+
+def _stacked(name: str, samples: Sequence[Any]) -> Tensor:
+    """All samples of a column in one tensor."""
+    tensors = [torch.as_tensor(sample) for sample in samples]
+    if len(shapes := {tuple(tensor.shape) for tensor in tensors}) > 1:
+        raise CalibrationError(
+            f"the samples of the column {name} have different shapes, such as {sorted(shapes)[:2]}: pad them, or "
+            "pass a DataLoader of padded batches"
+        )
+    return torch.stack(tensors) if tensors else torch.empty(0)

@@ -1,0 +1,112 @@
+"""Outputs in one form, whatever a model's config says of them; and the config as it was afterwards."""
+
+import copy
+
+import pytest
+import torch
+from transformers import BertConfig, BertForMaskedLM, MixtralConfig, MixtralForCausalLM, T5ForConditionalGeneration
+
+import hf_compress as hfc
+from hf_compress.calibration.capture import forward, inference
+from hf_compress.calibration.data import prepare
+from hf_compress.calibration.objective import first_tensor
+from hf_compress.pipeline import make_plan
+from tests.architectures.tiny import tiny_base_model, tiny_config
+from tests.evaluation.conftest import WORDS, tiny_llama
+
+SIZES = {
+    "vocab_size": len(WORDS),
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+}
+FLAGS = {
+    "tuples": {"return_dict": False},
+    "router logits": {"output_router_logits": True},
+    "all": {
+        "return_dict": False,
+        "output_router_logits": True,
+        "output_hidden_states": True,
+        "output_attentions": True,
+    },
+}
+METHODS = {
+    "influence": hfc.DropBlocksConfig(num_blocks=1),
+    "perplexity": hfc.DropBlocksConfig(num_blocks=1, criterion="perplexity"),
+    "mka": hfc.MKAConfig(num_merges=1),
+    "mka of the paper": hfc.MKAConfig(num_merges=1, variant="paper"),
+    "lrp": hfc.LRPConfig(sparsity=0.5, group_size=16),
+    "fisher": hfc.LRPConfig(bits=5, group_size=16),
+    "bottlenecks": hfc.AdaptiveCompressConfig(variant="pca"),
+}
+
+
+def mixtral(**flags):
+    torch.manual_seed(0)
+    config = MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=4, **flags)
+    config._attn_implementation = "eager"  # the only one that gives attentions
+    return MixtralForCausalLM(config).eval()
+
+
+def bert(**flags):
+    torch.manual_seed(0)
+    config = BertConfig(**SIZES, **flags)
+    config._attn_implementation = "eager"
+    return BertForMaskedLM(config).eval()
+
+
+MODELS = {"mixtral": mixtral, "bert": bert}
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", MODELS)
+def test_plans_do_not_hang_on_what_outputs_hold(kind, method, flags):
+    """The same as without the flags, by value."""
+    data = torch.randint(4, len(WORDS), (16, 24), generator=torch.Generator().manual_seed(0))
+    plain, flagged = MODELS[kind](), MODELS[kind](**FLAGS[flags])
+    before = copy.deepcopy(vars(flagged.config))
+    expected, found = (make_plan(model, METHODS[method], data) for model in (plain, flagged))
+    assert found.edits == expected.edits
+    assert found.tensors.keys() == expected.tensors.keys()
+    for name, tensor in found.tensors.items():
+        torch.testing.assert_close(tensor, expected.tensors[name])
+    assert vars(flagged.config) == before
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+def test_compressed_models_keep_what_their_config_says(flags, ids):
+    model = mixtral(**FLAGS[flags])
+    hfc.compress(model, hfc.DropBlocksConfig(num_blocks=1), ids)
+    for name, value in FLAGS[flags].items():
+        assert getattr(model.config, name) == value
+
+
+def test_parts_with_configs_of_their_own():
+    """T5's encoder and decoder have copies of the config."""
+    config = copy.deepcopy(tiny_config("t5"))
+    config.return_dict = False
+    model = T5ForConditionalGeneration(config).eval()
+    (batch,) = prepare(torch.full((2, 5), 7), model, None).batches
+    with inference(model):
+        output = forward(model, batch)
+        assert first_tensor(output).shape == (2, 5, config.vocab_size)
+        assert model.encoder.config.return_dict
+    assert not model.config.return_dict
+    assert not model.encoder.config.return_dict
+
+
+def test_the_config_comes_back_after_errors():
+    model = tiny_llama()
+    model.config.return_dict = False
+    with pytest.raises(KeyboardInterrupt), inference(model):
+        raise KeyboardInterrupt
+    assert model.config.return_dict is False
+
+
+def test_what_is_asked_for_in_a_call_is_given(ids):
+    model = tiny_base_model("bert")
+    with inference(model):
+        assert forward(model, prepare(ids, model, None).batches[0]).hidden_states is None
+        assert model(ids, output_hidden_states=True).hidden_states is not None

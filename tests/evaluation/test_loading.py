@@ -1,0 +1,65 @@
+"""load_saved(): the class that a model was saved by, and nothing made up."""
+
+import json
+
+import pytest
+from safetensors.torch import load_file, save_file
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertModel,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from hf_compress import DenseConfig, DenseForClassification, evaluate
+from hf_compress.errors import UnsupportedModelError
+from hf_compress.evaluation.loading import load_saved
+from tests.evaluation.conftest import tiny_llama
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+MODELS = {
+    "causal": lambda: tiny_llama(2),
+    "classifier": lambda: BertForSequenceClassification(BertConfig(**SIZES, vocab_size=64)),
+    "masked": lambda: BertForMaskedLM(BertConfig(**SIZES, vocab_size=64)),
+    "encoder": lambda: BertModel(BertConfig(**SIZES, vocab_size=64)),
+    "images": lambda: ViTForImageClassification(ViTConfig(**SIZES, image_size=8, patch_size=4)),
+    "our own": lambda: DenseForClassification(DenseConfig(input_size=8, num_labels=3)),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_class_that_saved_it(kind, tmp_path):
+    model = MODELS[kind]()
+    model.save_pretrained(tmp_path)
+    assert type(load_saved(str(tmp_path))) is type(model)
+    assert evaluate(tmp_path).parameters == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "architecture", ["MyOwnForCausalLM", "Trainer", "pipeline", "BertConfig", "AutoModel", "__doc__"]
+)
+def test_a_class_that_is_not_known_is_named(architecture, model, tmp_path):
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": [architecture]}))
+    with pytest.raises(UnsupportedModelError, match=f"was saved by the class {architecture}, which is no model of"):
+        load_saved(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["causal", "classifier", "masked"])
+def test_a_head_whose_weights_are_missing_is_not_made_up(kind, tmp_path):
+    MODELS[kind]().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    gone = next(name for name in weights if name.startswith(("lm_head", "classifier", "cls")))
+    del weights[gone]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    for load in (load_saved, evaluate):
+        with pytest.raises(UnsupportedModelError, match=r"are missing there .* they would be random"):
+            load(str(tmp_path))
+
+
+def test_what_is_not_there_is_named():
+    with pytest.raises(OSError, match="no model 'org/no-such-model'"):
+        load_saved("org/no-such-model")
