@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from importlib import import_module
 from pathlib import Path
@@ -42,6 +43,15 @@ class CompressionConfig:
             raise ValueError(f"method {method!r} is registered already, by {_REGISTRY[method].__name__}")
         cls.method, cls.paper = method, paper
         _REGISTRY[method] = cls
+        own = getattr(cls, "__post_init__", None)
+
+        def check(self: CompressionConfig) -> None:
+            if own is not None:
+                own(self)
+            for field in fields(self):
+                _check_kind(field.name, getattr(self, field.name), str(field.type))
+
+        cls.__post_init__ = check  # type: ignore[attr-defined]  # what a dataclass calls
 
     def plan(self, bench: Workbench) -> Plan:
         """Decide what to do to the model on the bench; the model is left as it was.
@@ -182,6 +192,22 @@ def check_share(name: str, value: float) -> None:
         raise ValueError(f"{name} must lie between 0 and 1; got {value!r}")
 
 
+def _check_kind(name: str, value: Any, annotation: str) -> None:
+    """Raise where a value is none of the kinds that an annotation names, as "no", which is true, for a bool."""
+    kinds = [_KINDS.get(kind) for kind in annotation.split(" | ")]
+    if None not in kinds and not any(check(value) for check in kinds if check is not None):
+        raise ValueError(f"{name} must be {annotation.replace(' | ', ' or ')}; got {value!r}")
+
+
 def is_number(value: Any) -> bool:
     """Whether `value` is an int or a float, and no bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    "bool": lambda value: isinstance(value, bool),
+    "float": is_number,
+    "int": lambda value: isinstance(value, int) and is_number(value),
+    "None": lambda value: value is None,
+    "str": lambda value: isinstance(value, str),
+}

@@ -151,6 +151,25 @@ def test_the_seed_is_the_method_s(model_folder: str) -> None:
     assert len(set(runs)) > 1
 
 
+def test_no_command_imports_what_only_training_needs(model_folder: str, text_file: str) -> None:
+    """PEFT comes with Transformers' Trainer, and bitsandbytes with PEFT; it warns of what nobody has asked for."""
+    compress = ("compress", model_folder, "--method", "drop_blocks", "--num", "1", "--calibration", text_file)
+    lines = [
+        (*compress, "--dry-run"),
+        ("analyze", model_folder, "--calibration", text_file),
+        ("evaluate", model_folder, "--texts", text_file),
+        ("info", model_folder),
+        ("methods",),
+    ]
+    code = (
+        "import sys; from typer.testing import CliRunner; from hf_compress.cli import app\n"
+        f"codes = [CliRunner().invoke(app, line).exit_code for line in {lines!r}]\n"
+        "print(codes, [name for name in ('peft', 'bitsandbytes', 'transformers.trainer') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[0, 0, 0, 0, 0] []"
+
+
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 
@@ -200,7 +219,7 @@ def test_options_win_over_the_recipe(tmp_path: Path) -> None:
         (("--ratio", "0.5", "--calibration", "nowhere.jsonl"), "nowhere.jsonl: no such file or folder"),
         (("--ratio", "0.5"), "needs calibration data"),
         (("--ratio", "0.5", "--dtype", "int3"), "--dtype must be one of auto, float32"),
-        (("--num", "6", "--calibration", "TEXTS"), "num_merges=6 takes 6 of 6 blocks and leaves none"),
+        (("--num", "6", "--calibration", "TEXTS"), "--num 6 takes 6 of 6 blocks and leaves none"),
         (("--num", "1", "--calibration", "TEXTS", "--samples", "3"), "3 calibration samples are too few"),
     ],
 )

@@ -155,3 +155,25 @@ def test_some_block_must_be_left(total, ratio, num):
     asked = f"num={num}" if num else f"ratio={ratio}"
     with pytest.raises(ValueError, match=f"{asked} takes . of {total} blocks and leaves none; at most {total - 1} can"):
         blocks_to_remove(total, ratio, num, "num")
+
+
+@pytest.mark.parametrize("method", method_names())
+def test_every_setting_is_of_its_kind(method):
+    """`iterative="no"` would be true, and nobody would know."""
+    amounts = {"drop_blocks": {"num_blocks": 1}, "layer_collapse": {"num_layers": 1}, "mka": {"num_merges": 1}}
+    given = {"illc": {"gamma": 0.5}, "lrp": {"sparsity": 0.5}, **amounts}.get(method, {})
+    cls = config_class(method)
+    cls(**given)
+    wrong = {
+        "bool": ("no", 0, None),
+        "str": (5, True, ["model.layers"]),
+        "int": ("x", 2.5, True, [1], {}),
+        "float": ("x", [1]),
+    }
+    for field in fields(cls):
+        kinds = str(field.type).split(" | ")
+        for value in wrong.get(kinds[0], ()):
+            if value is None and "None" in kinds:
+                continue
+            with pytest.raises((ValueError, TypeError), match=field.name):
+                cls(**given | {field.name: value})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +21,7 @@ def evaluate(
     text_column: TextColumn = None,
     limit: Annotated[
         float | None,
-        typer.Option(help="Documents of each task and texts; below 1, a share of each task.", min=0, max=1e9),
+        typer.Option(help="Documents of each task and texts; below 1, a share of each task."),
     ] = None,
     batch_size: BatchSize = 8,
     output: Annotated[Path | None, typer.Option(help="Folder for evaluation.json and lm-eval's files.")] = None,
@@ -35,6 +36,8 @@ def evaluate(
     check_folder(model)
     if output is not None:
         check_writable(output)  # before any work is done
+    if limit is not None and not 0 < limit < inf:
+        raise ValueError(f"limit must be a number above 0; got {limit}")
     whole = int(limit) if limit is not None and limit >= 1 else None
     result = evaluate(
         model,

@@ -39,8 +39,10 @@ Texts = Annotated[
     ),
 ]
 Samples = Annotated[int, typer.Option(help="Texts to take, the first ones.", min=1)]
-MaxLength = Annotated[int | None, typer.Option(help="Tokens to keep of a text; as many as the model has positions.")]
-BatchSize = Annotated[int, typer.Option(help="Texts that go through the model at once.")]
+MaxLength = Annotated[
+    int | None, typer.Option(help="Tokens to keep of a text; as many as the model has positions.", min=1)
+]
+BatchSize = Annotated[int, typer.Option(help="Texts that go through the model at once.", min=1)]
 TextColumn = Annotated[str | None, typer.Option(help="The column with the texts, where there are several.")]
 Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
 Device = Annotated[

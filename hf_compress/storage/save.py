@@ -104,7 +104,7 @@ def check_target(directory: Path, overwrite: bool) -> None:
     """Raise where a directory cannot be written: FileExistsError where it holds something and may not be replaced."""
     if directory.exists() and not overwrite and (directory.is_file() or any(directory.iterdir())):
         raise FileExistsError(f"{directory} exists and is not empty: choose another, or pass overwrite=True")
-    check_writable(directory.resolve().parent)
+    check_writable(directory.resolve().parent if directory.exists() else directory)
 
 
 def _write(
