@@ -29,11 +29,10 @@ from hf_compress.calibration.data import Calibration, DataOptions, prepare
 from hf_compress.calibration.statistics import pool
 from hf_compress.drafts import insert_bottleneck
 from hf_compress.errors import CalibrationError
-from hf_compress.modules.bottleneck import Bottleneck, Form
+from hf_compress.modules.bottleneck import BOTTLENECK, Bottleneck, Form
 from hf_compress.modules.packed import unpack_bits
 from hf_compress.modules.sparse import pack_mask
 from hf_compress.plan import Plan
-from hf_compress.structure import BOTTLENECK
 from hf_compress.tensor_file import read_tensors, write_tensors
 
 _FILE = "bottlenecks.safetensors"

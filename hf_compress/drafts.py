@@ -33,12 +33,12 @@ from hf_compress.edits import (
 )
 from hf_compress.errors import UnsupportedModelError
 from hf_compress.modules.activation import Blend
-from hf_compress.modules.bottleneck import Bottleneck
+from hf_compress.modules.bottleneck import BOTTLENECK, Bottleneck
 from hf_compress.modules.packed import pack
 from hf_compress.modules.sparse import GROUP, pack_mask, pack_row
 from hf_compress.plan import Plan
 from hf_compress.record import missing
-from hf_compress.structure import BOTTLENECK, Site, linear_ffn_paths
+from hf_compress.structure import Site, linear_ffn_paths
 
 Affine = tuple[Tensor, Tensor | None]  # a matrix that multiplies from the right, and a bias
 

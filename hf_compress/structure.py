@@ -12,7 +12,6 @@ from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from functools import cached_property, singledispatch
 from itertools import chain, takewhile
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,13 +37,12 @@ from hf_compress.edits import (
 )
 from hf_compress.errors import PlanError, UnsupportedModelError
 from hf_compress.modules.activation import BlendedActivation
-from hf_compress.modules.bottleneck import Bottleneck
+from hf_compress.modules.bottleneck import BOTTLENECK, Bottleneck, through_bottleneck
 from hf_compress.modules.experts import SeparateExperts
 from hf_compress.modules.packed import MixedPrecisionLinear, Packing, filled
 from hf_compress.modules.sealed import Sealed
 from hf_compress.modules.sparse import SparseLinear, row_length
 
-BOTTLENECK = "residual_bottleneck"  # what a block calls the one that its output passes through
 # What attention calls its heads, those of keys and values, and the width of all heads.
 _HEADS = re.compile(r"(num_|n_)(attention_)?heads?")
 GROUP_NAMES = re.compile(r"num_(key_value|kv)_heads")
@@ -267,17 +265,6 @@ def _(edit: InsertBottleneck, site: Site) -> None:
         # First of all hooks: those by which Transformers collects hidden states, on a model that has been asked for
         # them, would otherwise see what the block gave. On a model that is loaded there are none yet.
         site.undo.later(block.register_forward_hook(through_bottleneck, prepend=True).remove)
-
-
-def through_bottleneck(block: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
-    """The forward hook by which a block's output, a tensor or what begins with it, passes through its bottleneck.
-
-    By name: so a copy of the block passes through its own.
-    """
-    bottleneck: Any = block._modules[BOTTLENECK]
-    if type(output) in (tuple, list):
-        return type(output)([bottleneck(output[0]), *output[1:]])
-    return bottleneck(output)
 
 
 @restructure.register

@@ -11,12 +11,12 @@ from hf_compress.drafts import insert_bottleneck, narrow_ffn, replace_activation
 from hf_compress.edits import NarrowFFN, RemoveBlocks, Seal
 from hf_compress.errors import PlanError
 from hf_compress.modules.activation import BlendedActivation
-from hf_compress.modules.bottleneck import Form
+from hf_compress.modules.bottleneck import BOTTLENECK, Form
 from hf_compress.modules.packed import MixedPrecisionLinear
 from hf_compress.modules.sealed import Sealed
 from hf_compress.plan import Plan
 from hf_compress.record import recorded
-from hf_compress.structure import BOTTLENECK, Site, restructure
+from hf_compress.structure import Site, restructure
 from tests.architectures.changes import forward
 from tests.architectures.tiny import tiny_inputs, tiny_model
 from tests.plans import (

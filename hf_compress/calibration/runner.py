@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_compress.anatomy.stacks import Stack
@@ -26,6 +26,7 @@ from hf_compress.calibration.capture import (
 )
 from hf_compress.calibration.data import Batch
 from hf_compress.errors import CalibrationError, UnsupportedModelError
+from hf_compress.modules.bottleneck import BOTTLENECK, squeezed
 
 # (the block's own forward, its arguments) -> what the block returns
 BlockForward = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -33,11 +34,21 @@ BlockForward = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], A
 
 @contextmanager
 def replaced_forwards(stack: Stack, replacements: dict[int, BlockForward]) -> Iterator[None]:
-    """Give single blocks, not their class, another forward for a while."""
+    """Give single blocks, not their class, another forward for a while. A bottleneck behind a block is part of it."""
     with Undo() as undo:
         for index, replacement in replacements.items():
-            undo.set(stack.blocks[index], "forward", _wrapped(stack.blocks[index].forward, replacement))
+            block = stack.blocks[index]
+            undo.set(block, "forward", _wrapped(_whole_forward(block, undo), replacement))
         yield
+
+
+def _whole_forward(block: nn.Module, undo: Undo) -> Callable[..., Any]:
+    """The block's own forward, its bottleneck included, whose hook then has nothing left to do."""
+    own, bottleneck = block.forward, block._modules.get(BOTTLENECK)
+    if bottleneck is None:
+        return own
+    undo.put(block._modules, BOTTLENECK, nn.Identity())
+    return lambda *args, **kwargs: squeezed(bottleneck, own(*args, **kwargs))
 
 
 def _wrapped(own: Callable[..., Any], new: BlockForward) -> Callable[..., Any]:

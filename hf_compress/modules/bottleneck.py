@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 Norm = Literal["kept", "lost", "none"]
 Select = Literal["all", "top", "above"]
+BOTTLENECK = "residual_bottleneck"  # what a block calls the one that its output passes through
 _EPSILON = 1e-5  # of the norm's variance, as in a LayerNorm
 
 
@@ -141,3 +142,18 @@ class Bottleneck(nn.Module):
     def extra_repr(self) -> str:
         hidden, width = self.encoder.shape
         return f"hidden={hidden}, width={width}, {self.form}"
+
+
+def through_bottleneck(block: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+    """The forward hook by which a block's output, a tensor or what begins with it, passes through its bottleneck.
+
+    By name: so a copy of the block passes through its own.
+    """
+    return squeezed(block._modules[BOTTLENECK], output)
+
+
+def squeezed(bottleneck: Any, output: Any) -> Any:
+    """What a block returned, with its stream passed through a bottleneck."""
+    if type(output) in (tuple, list):
+        return type(output)([bottleneck(output[0]), *output[1:]])
+    return bottleneck(output)

@@ -14,10 +14,9 @@ from transformers import PreTrainedModel
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.bottlenecks import Bottlenecks
-from hf_compress.modules.bottleneck import Bottleneck
+from hf_compress.modules.bottleneck import BOTTLENECK, Bottleneck
 from hf_compress.report.history import history_of
 from hf_compress.report.report import CompressionReport
-from hf_compress.structure import BOTTLENECK
 
 
 @dataclass

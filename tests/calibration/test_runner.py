@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.undo import Undo
+from hf_compress.apply import carry_out
 from hf_compress.calibration.capture import (
     StopForward,
     forward,
@@ -18,9 +20,11 @@ from hf_compress.calibration.capture import (
 )
 from hf_compress.calibration.data import Batch
 from hf_compress.calibration.runner import BlockRunner, replaced_forwards
+from hf_compress.drafts import insert_bottleneck
 from hf_compress.errors import CalibrationError, UnsupportedModelError
 from tests.architectures.tiny import tiny_base_model, tiny_inputs, tiny_model, tiny_seq2seq_model
 from tests.conftest import leftovers
+from tests.plans import linear_bottleneck
 
 BUILDERS = {
     "llama": tiny_model,
@@ -252,3 +256,21 @@ def test_a_decoder_s_start_token_does_not_count():
     assert stream_tokens(anatomy.stack("decoder"), batch, stream).tolist() == [[False, True, True, False]]
     opt = tiny_model("opt")  # whose only stack lies under a module called decoder
     assert stream_tokens(Anatomy(opt).stack(), batch, stream).tolist() == real.tolist()
+
+
+def test_a_bottleneck_is_part_of_its_block():
+    model = tiny_model("llama")
+    stack, inputs = Anatomy(model).stack(), tiny_inputs(model)
+    directions = torch.linalg.qr(torch.randn(64, 16)).Q
+    for index in (1, 3):
+        carry_out(insert_bottleneck(stack, index, linear_bottleneck(directions, directions.T)), model, Undo())
+    runner = BlockRunner(model, stack, Batch(inputs, None))
+    with inference(model):
+        whole, streams = runner.record()
+        assert torch.equal(runner.run(1, streams[1]), streams[2])
+        assert torch.equal(runner.finish(4, runner.run(3, streams[3]), ()).logits, whole.logits)
+        without = runner.finish(0, streams[0], skipped=(1,)).logits
+    own = list(model.model.layers)
+    model.model.layers = torch.nn.ModuleList(own[:1] + own[2:])
+    with torch.no_grad():
+        assert torch.equal(model(**inputs, use_cache=False).logits, without)

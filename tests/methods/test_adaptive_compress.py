@@ -12,7 +12,7 @@ from hf_compress.calibration.capture import stream_tokens
 from hf_compress.calibration.data import special_ids
 from hf_compress.errors import CalibrationError
 from hf_compress.methods.adaptive_compress.training import Joint, _keeper
-from hf_compress.structure import BOTTLENECK
+from hf_compress.modules.bottleneck import BOTTLENECK
 from tests.architectures.tiny import tiny_seq2seq_model
 from tests.conftest import in_dtype, leftovers
 from tests.plans import hooks

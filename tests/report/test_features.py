@@ -21,7 +21,7 @@ from hf_compress.calibration.data import DataOptions
 from hf_compress.errors import CalibrationError
 from hf_compress.methods.adaptive_compress.config import AdaptiveCompressConfig
 from hf_compress.methods.adaptive_compress.fit import fit
-from hf_compress.modules.bottleneck import Bottleneck, Form
+from hf_compress.modules.bottleneck import BOTTLENECK, Bottleneck, Form
 from hf_compress.report import feature_charts
 from hf_compress.report.feature_logits import _gain
 from hf_compress.report.feature_tallies import Largest
@@ -29,7 +29,6 @@ from hf_compress.report.feature_words import _pieces
 from hf_compress.report.features import feature_report
 from hf_compress.report.history import model_size
 from hf_compress.report.report import CompressionReport, Stage
-from hf_compress.structure import BOTTLENECK
 from tests.architectures.tiny import tiny_base_model, tiny_model, tiny_seq2seq_model
 from tests.conftest import leftovers
 

@@ -79,7 +79,7 @@ def test_packed_and_sparse_maps_learn_without_adapters(config, tmp_path):
     heal(model, teacher, TEACHING, args=args)
     assert distance(model, teacher) < 0.97 * before
     assert all(torch.equal(buffer, fixed[name]) for name, buffer in model.named_buffers())
-    assert model.compression_report.notes["healing"]["lora"] is False
+    assert model.compression_report.config["lora"] is False
     loaded = AutoModelForCausalLM.from_pretrained(save(model, tmp_path / "out"))
     with torch.no_grad():
         assert torch.equal(loaded(HELD_OUT).logits, model(HELD_OUT).logits)
@@ -95,7 +95,7 @@ def test_adapters_that_could_not_be_merged_are_refused_before_training():
     assert before.matches(model)
     assert not hasattr(model, "peft_config")
     heal(model, teacher, TEACHING, lora=LoraConfig(target_modules=["lm_head"]))
-    assert model.compression_report.notes["healing"]["lora"] is True
+    assert model.compression_report.config["lora"] is True
 
 
 def test_twice(tmp_path):

@@ -19,10 +19,9 @@ from hf_compress.calibration.decoder import has_decoder, read_before
 from hf_compress.drafts import insert_bottleneck
 from hf_compress.methods.adaptive_compress.course import Course, processes
 from hf_compress.methods.adaptive_compress.fit import LEARNERS, layers_of, ordinary, stream_moments
-from hf_compress.modules.bottleneck import Bottleneck
+from hf_compress.modules.bottleneck import BOTTLENECK, Bottleneck
 from hf_compress.plan import Plan
 from hf_compress.regimen import Regimen
-from hf_compress.structure import BOTTLENECK
 from hf_compress.workbench import Workbench
 
 if TYPE_CHECKING:
