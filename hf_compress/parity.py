@@ -45,7 +45,7 @@ def rebuild(model: PreTrainedModel) -> PreTrainedModel:
                 state_dict=model.state_dict(),
                 dtype=model.dtype,
                 device_map={"": model.device} if model.device.type != "cpu" else None,
-                attn_implementation=_attention(model.config),
+                attn_implementation=attention_of(model.config),
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # reported below, by name
             )
@@ -64,7 +64,7 @@ def rebuild(model: PreTrainedModel) -> PreTrainedModel:
     return rebuilt.train(model.training)
 
 
-def _attention(config: PreTrainedConfig) -> dict[str, str]:
+def attention_of(config: PreTrainedConfig) -> dict[str, str]:
     """The attention implementation of a config and of the configs inside it, as the loader takes them."""
     inner = {name: getattr(config, name, None) for name in config.sub_configs}
     chosen = {name: sub._attn_implementation for name, sub in inner.items() if isinstance(sub, PreTrainedConfig)}

@@ -17,6 +17,7 @@ from hf_compress.apply import apply
 from hf_compress.calibration.data import Batch
 from hf_compress.edits import MergeBlocks, RemoveBlocks
 from hf_compress.errors import UnsupportedModelError
+from hf_compress.parity import attention_of
 from hf_compress.plan import Plan
 from hf_compress.probe import Probe
 from tests.architectures.tiny import tiny_inputs
@@ -145,7 +146,7 @@ def check_reloads(model: PreTrainedModel, inputs: dict[str, Tensor], generates: 
     """Save, load with stock Transformers, and compare outputs and continuations bit for bit."""
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        loaded = type(model).from_pretrained(folder, attn_implementation=model.config._attn_implementation)
+        loaded = type(model).from_pretrained(folder, attn_implementation=attention_of(model.config))
         own_memory(loaded)
     if not same(forward(model, inputs), forward(loaded, inputs)):
         raise MatrixFailure("the loaded model gives other outputs")
