@@ -18,8 +18,8 @@ from common import REFERENCE, WINDOW, calibration_windows, held_out_passages, lo
 from transformers import PreTrainedModel
 
 from hf_compress import LayerCollapseConfig, compress, heal, perplexity
-from hf_compress.apply import apply
 from hf_compress.evaluation.perplexity import Perplexity
+from hf_compress.rewrite.apply import apply
 
 NAMES = ("closed form", "closed form, healed", "left out", "left out, healed")
 

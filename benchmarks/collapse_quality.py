@@ -21,9 +21,9 @@ from transformers import PreTrainedModel
 
 from hf_compress import LayerCollapseConfig, Plan, make_plan, perplexity
 from hf_compress.anatomy.anatomy import Anatomy
-from hf_compress.apply import apply
-from hf_compress.drafts import linear_ffn
 from hf_compress.evaluation.perplexity import Perplexity
+from hf_compress.rewrite.apply import apply
+from hf_compress.rewrite.builders import linear_ffn
 
 CRITERIA = {"default (stream)": "stream", "loss": "loss", "linearity (R²)": "linearity"}
 

@@ -34,9 +34,9 @@ from transformers import AutoModel, BertConfig, LlamaConfig, PreTrainedConfig, P
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.parts import hidden_size
 from hf_compress.anatomy.undo import Undo
-from hf_compress.apply import carry_out
 from hf_compress.calibration.capture import inference
-from hf_compress.drafts import linear_ffn
+from hf_compress.rewrite.apply import carry_out
+from hf_compress.rewrite.builders import linear_ffn
 
 BLOCKS, COLLAPSED = 4, 1
 LEAST_PAIRS = 8

@@ -16,7 +16,7 @@ from transformers.utils import logging
 from hf_compress import CompressionConfig, compress
 from hf_compress.calibration.capture import forward, inference
 from hf_compress.calibration.data import prepare
-from hf_compress.report.report import environment
+from hf_compress.report.stages import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "examples" / "reference" / "manuals-llama-12l"

@@ -24,10 +24,10 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress import DropBlocksConfig, MKAConfig, Plan, compress, make_plan, perplexity
-from hf_compress.apply import apply
-from hf_compress.edits import RemoveBlocks
 from hf_compress.evaluation.harness import run_tasks
 from hf_compress.evaluation.perplexity import Perplexity
+from hf_compress.plan.edits import RemoveBlocks
+from hf_compress.rewrite.apply import apply
 
 OURS = ("MKA (default)", "MKA (paper)", "MKA (paper, CKA, alpha 0.5)")
 GREEDY_SAMPLES = 128  # windows for the greedy search, as many as its paper uses
@@ -168,14 +168,14 @@ def main() -> None:
     if args.full:
         args.sizes, args.cloze, seeds = [1, 2, 3, 4, 5, 6], None, 5
 
-    bench = Bench(args)
-    dense_model = bench.fresh()
-    dense = bench.score(dense_model)
-    greedy = bench.greedy_order(max(args.sizes))
+    context = Bench(args)
+    dense_model = context.fresh()
+    dense = context.score(dense_model)
+    greedy = context.greedy_order(max(args.sizes))
     scores: dict[str, dict[int, list[Score]]] = {}
     for size in tqdm(args.sizes, desc="sizes"):
-        for name, hows in bench.candidates(size, greedy, seeds).items():
-            scores.setdefault(name, {})[size] = [bench.score(bench.compressed(how)) for how in hows]
+        for name, hows in context.candidates(size, greedy, seeds).items():
+            scores.setdefault(name, {})[size] = [context.score(context.compressed(how)) for how in hows]
     blocks = dense_model.config.num_hidden_layers
     data = {
         name: {size: [_plain(score) for score in found] for size, found in by_size.items()}

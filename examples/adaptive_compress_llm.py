@@ -25,8 +25,8 @@ from typing import Any
 from llm import Task, arguments, publish, task_of
 
 import hf_compress as hfc
-from hf_compress.evaluation.reconstruction import Reconstruction, SpliceQuality, reconstruction, splice_qualities
-from hf_compress.report.report import environment
+from hf_compress.features.reconstruction import Reconstruction, SpliceQuality, reconstruction, splice_qualities
+from hf_compress.report.stages import environment
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 ROUNDING = 1e-4  # an error a token below this is one of float32, of streams whose norms are around 100

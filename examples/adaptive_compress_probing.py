@@ -28,8 +28,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrai
 from transformers.utils import logging
 
 import hf_compress as hfc
-from hf_compress.evaluation.probing import ProbeScores, pca_features, probe_side_by_side, random_features
-from hf_compress.report.report import environment
+from hf_compress.features.probing import ProbeScores, pca_features, probe_side_by_side, random_features
+from hf_compress.report.stages import environment
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "tasks"
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "adaptive_compress_probing.md"

@@ -40,14 +40,14 @@ from transformers import (
 )
 
 import hf_compress as hfc
-from hf_compress.apply import apply
 from hf_compress.calibration.data import DataOptions, prepare
-from hf_compress.config import is_number
-from hf_compress.drafts import narrow_ffn, replace_activation
 from hf_compress.evaluation.size import parameter_count
+from hf_compress.methods.base.checks import is_number
 from hf_compress.methods.layer_collapse.blend import fitting_blend, mean_gates
 from hf_compress.methods.layer_collapse.product import product
-from hf_compress.probe import Probe
+from hf_compress.rewrite.apply import apply
+from hf_compress.rewrite.builders import narrow_ffn, replace_activation
+from hf_compress.rewrite.probe import Probe
 
 UNTRAINED = ("naive", "closed")
 COLUMNS = (*UNTRAINED, "paper", "gradual", "healed", "student")

@@ -35,7 +35,7 @@ from hf_compress.evaluation.faithfulness import activations, faithfulness, input
 from hf_compress.models import DenseForClassification, from_scikit_learn
 from hf_compress.report.canvas import new_figure, write_figure
 from hf_compress.report.qbaf import draw_qbaf, qbaf
-from hf_compress.report.report import environment
+from hf_compress.report.stages import environment
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 LOADERS: dict[str, Callable[..., Any]] = {

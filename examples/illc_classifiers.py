@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 
 import hf_compress as hfc
 from hf_compress.evaluation.faithfulness import input_output_unfaithfulness
-from hf_compress.report.report import environment
+from hf_compress.report.stages import environment
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 TASKS: dict[str, Callable[[], Task]] = {

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 import hf_compress as hfc
 from hf_compress.evaluation.size import parameter_count, speed_ratio
-from hf_compress.report.report import environment
+from hf_compress.report.stages import environment
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 Scores = dict[tuple[str, float], hfc.EvaluationResult]

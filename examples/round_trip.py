@@ -38,16 +38,16 @@ from transformers import (
 from transformers.utils import logging
 
 import hf_compress as hfc
-from hf_compress import drafts
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.parts import hidden_size
 from hf_compress.anatomy.stacks import Stack
-from hf_compress.apply import apply
-from hf_compress.edits import MergeBlocks, RemoveBlocks
 from hf_compress.errors import UnsupportedModelError
 from hf_compress.evaluation.size import stored_bytes
 from hf_compress.modules.bottleneck import Bottleneck
-from hf_compress.plan import Plan
+from hf_compress.plan.edits import MergeBlocks, RemoveBlocks
+from hf_compress.plan.plan import Plan
+from hf_compress.rewrite import builders
+from hf_compress.rewrite.apply import apply
 
 TEXT = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
 LLAMA = TEXT | {"num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -84,8 +84,8 @@ def narrow(model: PreTrainedModel, stack: Stack, block: int) -> Plan:
     assert ffn is not None
     kept = torch.randperm(ffn.width)[: ffn.width * 3 // 4]
     if ffn.experts is None:
-        return drafts.narrow_ffn(model, stack, block, kept.tolist())
-    return drafts.narrow_experts(model, stack, block, kept.expand(model.config.num_local_experts, -1))
+        return builders.narrow_ffn(model, stack, block, kept.tolist())
+    return builders.narrow_experts(model, stack, block, kept.expand(model.config.num_local_experts, -1))
 
 
 def narrow_all(model: PreTrainedModel, stack: Stack, block: int) -> Plan:
@@ -94,12 +94,12 @@ def narrow_all(model: PreTrainedModel, stack: Stack, block: int) -> Plan:
 
 def linear(model: PreTrainedModel, stack: Stack, block: int) -> Plan:
     d = hidden_size(model.config)
-    return drafts.linear_ffn(model, stack, block, [torch.randn(d, d) / d], torch.randn(d) / d)
+    return builders.linear_ffn(model, stack, block, [torch.randn(d, d) / d], torch.randn(d) / d)
 
 
 def low_rank(model: PreTrainedModel, stack: Stack, block: int) -> Plan:
     d = hidden_size(model.config)
-    return drafts.linear_ffn(model, stack, block, [torch.randn(d, 4) / d, torch.randn(4, d)])
+    return builders.linear_ffn(model, stack, block, [torch.randn(d, 4) / d, torch.randn(4, d)])
 
 
 def bottleneck(model: PreTrainedModel, stack: Stack, block: int) -> Plan:
@@ -107,18 +107,18 @@ def bottleneck(model: PreTrainedModel, stack: Stack, block: int) -> Plan:
     squeezed = Bottleneck(d, d // 2)
     with torch.no_grad():
         squeezed.decoder.copy_(0.9 * nn.init.orthogonal_(squeezed.encoder).T)
-    return drafts.insert_bottleneck(stack, block, squeezed)
+    return builders.insert_bottleneck(stack, block, squeezed)
 
 
 def pack(model: PreTrainedModel, stack: Stack, block: int) -> Plan:
     """Attention's output projection in groups of 2 to 8 bits."""
     path = f"{stack.path}.{block}.{Anatomy(model).parts(stack, block).attention_output}"
     d = hidden_size(model.config)
-    return drafts.pack_linear(model, path, torch.randint(2, 9, (d, d // 8)), 8)
+    return builders.pack_linear(model, path, torch.randint(2, 9, (d, d // 8)), 8)
 
 
 def blend(model: PreTrainedModel, stack: Stack, block: int) -> Plan:
-    return drafts.replace_activation(model, stack, block, "identity", 0.5)
+    return builders.replace_activation(model, stack, block, "identity", 0.5)
 
 
 EDITS: dict[str, Callable[[PreTrainedModel, Stack, int], Plan]] = {

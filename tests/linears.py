@@ -5,8 +5,8 @@ import copy
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.parts import is_linear
 from hf_compress.anatomy.undo import Undo
-from hf_compress.apply import carry_out
-from hf_compress.drafts import split_experts
+from hf_compress.rewrite.apply import carry_out
+from hf_compress.rewrite.builders import split_experts
 
 
 def linears(model):

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 
 from hf_compress.anatomy.anatomy import Anatomy
-from hf_compress.drafts import (
+from hf_compress.modules.bottleneck import Bottleneck
+from hf_compress.rewrite.builders import (
     insert_bottleneck,
     linear_ffn,
     narrow_experts,
@@ -13,7 +14,6 @@ from hf_compress.drafts import (
     pack_linear,
     replace_activation,
 )
-from hf_compress.modules.bottleneck import Bottleneck
 from tests.architectures.changes import Trace
 from tests.architectures.tiny import tiny_model
 

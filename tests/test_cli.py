@@ -25,14 +25,14 @@ from transformers.utils import logging as transformers_logging
 from typer.testing import CliRunner, Result
 
 from hf_compress.anatomy.anatomy import Anatomy
-from hf_compress.apply import apply
 from hf_compress.cli import app
+from hf_compress.cli.demo import REFERENCE
 from hf_compress.cli.output import human_bytes
 from hf_compress.cli.settings import config_from
-from hf_compress.demo import REFERENCE
-from hf_compress.drafts import narrow_ffn
 from hf_compress.methods.drop_blocks import DropBlocksConfig
 from hf_compress.methods.mka import MKAConfig
+from hf_compress.rewrite.apply import apply
+from hf_compress.rewrite.builders import narrow_ffn
 from hf_compress.storage.save import save
 from tests.evaluation.conftest import tiny_llama, word_tokenizer, words
 
@@ -388,7 +388,7 @@ def test_sizes_are_written_for_people() -> None:
 
 
 def test_the_demo_outside_of_a_clone_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("hf_compress.demo.REFERENCE", tmp_path / "nowhere")
+    monkeypatch.setattr("hf_compress.cli.demo.REFERENCE", tmp_path / "nowhere")
     result = run("demo", "--output", tmp_path / "out")
     assert result.exit_code == 2
     assert "clone of the repository" in result.stderr

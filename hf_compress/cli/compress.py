@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from hf_compress.config import CompressionConfig
+    from hf_compress.methods.base.settings import CompressionConfig
 
 
 @app.command()
@@ -88,8 +88,8 @@ def _compress(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     from accelerate.utils import set_seed  # Transformers' own comes with its Trainer, PEFT and bitsandbytes
 
+    from hf_compress.api.compress import compress
     from hf_compress.cli.loading import load_model, load_tokenizer
-    from hf_compress.pipeline import compress
 
     set_seed(seed)
     model = load_model(name, dtype, device)
@@ -139,7 +139,7 @@ def methods() -> None:
 
     from rich.table import Table
 
-    from hf_compress.config import config_class, method_names
+    from hf_compress.methods.base.settings import config_class, method_names
 
     out = console()
     for name in method_names():

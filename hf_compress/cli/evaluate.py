@@ -70,6 +70,6 @@ def demo(
 ) -> None:
     """Take a quarter of the blocks out of a small trained model, and score it beside its controls."""
     quiet_libraries()
-    from hf_compress.demo import run
+    from hf_compress.cli.demo import run
 
     run(console(), output, quick=quick)

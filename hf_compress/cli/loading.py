@@ -59,7 +59,7 @@ def how_to_load(model: PreTrainedModel, directory: Path) -> str:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     from hf_compress import models
-    from hf_compress.record import recorded
+    from hf_compress.rewrite.record import recorded
 
     name = type(model).__name__
     own = hasattr(models, name)

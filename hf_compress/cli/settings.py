@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hf_compress.config import CompressionConfig
+    from hf_compress.methods.base.settings import CompressionConfig
 
 
 def config_from(
@@ -34,7 +34,8 @@ def config_from(
         ValueError: an unknown method or field, a value that the config refuses, a recipe that is no mapping.
         FileNotFoundError: no such recipe.
     """
-    from hf_compress.config import CompressionConfig, config_class, read_recipe
+    from hf_compress.methods.base.recipes import read_recipe
+    from hf_compress.methods.base.settings import CompressionConfig, config_class
 
     values = read_recipe(recipe) if recipe else {}
     method = method or values.pop("method", None) or "mka"
@@ -59,7 +60,7 @@ def config_from(
 
 
 def _setting(text: str) -> tuple[str, Any]:
-    from hf_compress.config import as_number, parse_yaml
+    from hf_compress.methods.base.recipes import as_number, parse_yaml
 
     name, equals, value = text.partition("=")
     if not equals or not name.strip():

@@ -74,7 +74,7 @@ def _plain(value: str) -> str:
 
 def _settings() -> Iterable[str]:
     """The settings of all methods that have been imported; a method that speaks has been."""
-    config = sys.modules.get("hf_compress.config")
+    config = sys.modules.get("hf_compress.methods.base.settings")
     return config.setting_names() if config is not None else ()
 
 

@@ -9,11 +9,13 @@ import torch
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.losses import losses_without
 from hf_compress.calibration.statistics import block_statistics
-from hf_compress.config import CompressionConfig, check_choice
-from hf_compress.edits import RemoveBlocks
-from hf_compress.methods.sizing import blocks_to_remove, check_amount
-from hf_compress.plan import Plan
-from hf_compress.workbench import Workbench
+from hf_compress.methods.base.amounts import blocks_to_remove, check_amount
+from hf_compress.methods.base.checks import check_choice
+from hf_compress.methods.base.context import CalibrationContext
+from hf_compress.methods.base.registry import Method, register
+from hf_compress.methods.base.settings import CompressionConfig
+from hf_compress.plan.edits import RemoveBlocks
+from hf_compress.plan.plan import Plan
 
 CRITERIA = ("last", "block_influence", "angular", "perplexity", "random")
 
@@ -40,19 +42,26 @@ class DropBlocksConfig(CompressionConfig, method="drop_blocks"):
         if self.ratio is None and self.num_blocks is None:
             raise ValueError("say how much to leave out: ratio=, a share of the blocks, or num_blocks=")
 
-    def plan(self, bench: Workbench) -> Plan:
-        stack = bench.stack(self.stack)
-        count = blocks_to_remove(len(stack), self.ratio, self.num_blocks, "num_blocks")
-        with bench.stage(f"choose by {self.criterion}"):
-            removed, notes = _choose(self, bench, stack, count)
-        return Plan((RemoveBlocks(stack.path, tuple(removed)),), notes={"criterion": self.criterion, **notes})
 
-    def in_steps(self, bench: Workbench) -> list[CompressionConfig]:
-        count = blocks_to_remove(len(bench.stack(self.stack)), self.ratio, self.num_blocks, "num_blocks")
-        return [replace(self, ratio=None, num_blocks=1)] * count
+def plan_removals(config: DropBlocksConfig, context: CalibrationContext) -> Plan:
+    """Blocks to leave out."""
+    stack = context.stack(config.stack)
+    count = blocks_to_remove(len(stack), config.ratio, config.num_blocks, "num_blocks")
+    with context.step(f"choose by {config.criterion}"):
+        removed, notes = _choose(config, context, stack, count)
+    return Plan((RemoveBlocks(stack.path, tuple(removed)),), notes={"criterion": config.criterion, **notes})
 
 
-def _choose(config: DropBlocksConfig, bench: Workbench, stack: Stack, count: int) -> tuple[list[int], dict]:
+def single_removals(config: DropBlocksConfig, context: CalibrationContext) -> list[CompressionConfig]:
+    """The settings for one block, as often as there are blocks to leave out."""
+    count = blocks_to_remove(len(context.stack(config.stack)), config.ratio, config.num_blocks, "num_blocks")
+    return [replace(config, ratio=None, num_blocks=1)] * count
+
+
+register(DropBlocksConfig, Method(plan_removals, steps=single_removals))
+
+
+def _choose(config: DropBlocksConfig, context: CalibrationContext, stack: Stack, count: int) -> tuple[list[int], dict]:
     """The blocks to leave out, and the scores that chose them."""
     total = len(stack)
     if config.criterion == "last":
@@ -61,22 +70,22 @@ def _choose(config: DropBlocksConfig, bench: Workbench, stack: Stack, count: int
         generator = torch.Generator().manual_seed(config.seed)
         return sorted(torch.randperm(total, generator=generator)[:count].tolist()), {"seed": config.seed}
     if config.criterion == "perplexity":
-        return _greedy(bench, stack, count)
+        return _greedy(context, stack, count)
     if config.criterion == "angular":
-        angles = block_statistics(bench.model, stack, bench.calibration, span=count).change.tolist()
+        angles = block_statistics(context.model, stack, context.calibration, span=count).change.tolist()
         start = min(range(len(angles)), key=angles.__getitem__)
         return list(range(start, start + count)), {"angular_distance": angles}
-    influence = block_statistics(bench.model, stack, bench.calibration).influence.tolist()
+    influence = block_statistics(context.model, stack, context.calibration).influence.tolist()
     return sorted(sorted(range(total), key=influence.__getitem__)[:count]), {"block_influence": influence}
 
 
-def _greedy(bench: Workbench, stack: Stack, count: int) -> tuple[list[int], dict]:
+def _greedy(context: CalibrationContext, stack: Stack, count: int) -> tuple[list[int], dict]:
     """One block after another, each time the one whose absence costs least."""
     removed: list[int] = []
     history = []
     for _ in range(count):
         left = [i for i in range(len(stack)) if i not in removed]
-        losses = losses_without(bench.model, stack, bench.calibration, left, skipped=removed)
+        losses = losses_without(context.model, stack, context.calibration, left, skipped=removed)
         removed.append(min(losses, key=losses.__getitem__))
         history.append({"removed": removed[-1], "loss": losses[removed[-1]]})
     return sorted(removed), {"greedy": history}

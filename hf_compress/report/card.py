@@ -16,7 +16,6 @@ from transformers.models.auto import modeling_auto
 
 from hf_compress.evaluation.evaluate import EvaluationResult
 from hf_compress.evaluation.size import parameter_count
-from hf_compress.record import recorded
 from hf_compress.report.card_history import changes, making, methods, sizes, training
 from hf_compress.report.card_scores import eval_results, evaluation, is_evaluated
 from hf_compress.report.history import history_of
@@ -30,6 +29,7 @@ from hf_compress.report.markdown import (
     several,
 )
 from hf_compress.report.report import CompressionReport
+from hf_compress.rewrite.record import recorded
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _IN_HUB_CACHE = re.compile(r"models--(?:([\w.-]+?)--)?([\w.-]+)[/\\]snapshots", re.ASCII)

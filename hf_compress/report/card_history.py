@@ -8,11 +8,12 @@ import re
 
 from transformers import PreTrainedModel
 
-from hf_compress.config import config_class, method_names
 from hf_compress.evaluation.size import parameter_count, stored_bytes
+from hf_compress.methods.base.settings import config_class, method_names
 from hf_compress.report.card_edits import edits_table
 from hf_compress.report.markdown import escape, fence, json_values, table
-from hf_compress.report.report import HEAL, CompressionReport, Size, Stage
+from hf_compress.report.report import CompressionReport
+from hf_compress.report.stages import HEAL, Size, Stage
 
 
 def methods(report: CompressionReport) -> str:

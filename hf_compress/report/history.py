@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.errors import UnsupportedModelError
 from hf_compress.evaluation.size import parameter_count, stored_bytes
-from hf_compress.report.report import REPORT_FILE, CompressionReport, Size, Stage
+from hf_compress.report.report import REPORT_FILE, CompressionReport
+from hf_compress.report.stages import Size, Stage
 
 logger = logging.getLogger(__name__)
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hf_compress.report.canvas import BLUE, GREY, INK, VERMILION, new_figure, picture_path, write_figure
-
-if TYPE_CHECKING:
-    from hf_compress.report.report import CompressionReport, Stage
+from hf_compress.report.stages import Stage
 
 _KEPT, _MERGED, _REMOVED = GREY, BLUE, VERMILION
 _STAYS: dict[str, Any] = {"facecolor": _KEPT, "edgecolor": INK}
@@ -52,26 +50,24 @@ def plot_similarity(
     return write_figure(figure, path)
 
 
-def plot_report(report: CompressionReport, path: str | Path, stage: int | None = None) -> Path:
+def plot_stages(stages: Sequence[Stage], path: str | Path, base_model: str = "") -> Path:
     """Draw what the method of a stage measured and which blocks were kept, merged and removed.
 
     Above, as far as the stage's notes have them: the similarity matrix with the merged blocks framed; every block's
     score; the loss of every candidate at every step; the error that refitting left. Below, the blocks themselves.
 
     Args:
-        report: a model's history.
+        stages: of a model's history; the last that has something to draw is drawn.
         path: where to write it; PNG or SVG, by its ending.
-        stage: which one, as an index; None for the last that has something to draw.
+        base_model: stands above it.
 
     Raises:
-        ValueError: the report says nothing of blocks, or the ending is neither .png nor .svg.
-        IndexError: there is no such stage.
+        ValueError: no stage says anything of blocks, or the ending is neither .png nor .svg.
     """
     path = picture_path(path)
-    candidates = report.stages[::-1] if stage is None else [report.stages[stage]]
-    shown = next((one for one in candidates if _panels(one) or _changed_stacks(one)), None)
+    shown = next((one for one in reversed(stages) if _panels(one) or _changed_stacks(one)), None)
     if shown is None:
-        names = ", ".join(repr(one.method) for one in reversed(candidates))
+        names = ", ".join(repr(one.method) for one in stages)
         raise ValueError(f"the report of {names} has neither scores nor edits of blocks: there is nothing to draw")
     panels, stacks = _panels(shown), _changed_stacks(shown)
     heights = [4.6 if kind == "similarity" else 2.5 for kind, _ in panels] + [0.75] * len(stacks)
@@ -83,7 +79,7 @@ def plot_report(report: CompressionReport, path: str | Path, stage: int | None =
     for axis, stack in zip(axes[len(panels) :], stacks, strict=True):
         _strip(axis, shown, stack)
     counts = [f"{shown.before.blocks[stack]} → {shown.after.blocks.get(stack, 0)} blocks" for stack in stacks]
-    name = Path(report.base_model).name or "model"
+    name = Path(base_model).name or "model"
     figure.suptitle(", ".join([f"{name}: {shown.method}", *counts]), fontsize=12, color=INK)
     return write_figure(figure, path)
 

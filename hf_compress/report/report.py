@@ -3,80 +3,17 @@
 from __future__ import annotations
 
 import json
-import platform
-from dataclasses import asdict, dataclass, field, fields
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
+
+from hf_compress.report.plots import plot_stages
+from hf_compress.report.stages import Size, Stage, Step
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 REPORT_FILE = "compression_report.json"  # what a report is called beside the model that it is of
-HEAL = "heal"  # the method of a stage that trained weights and changed no structure
-
-
-@dataclass(frozen=True)
-class Size:
-    """How large a model is; tied tensors count once.
-
-    Attributes:
-        parameters: number of parameters.
-        bytes: what its tensors take when stored.
-        blocks: length of each residual stack, by its path.
-    """
-
-    parameters: int
-    bytes: int
-    blocks: dict[str, int]
-
-
-@dataclass(frozen=True)
-class Step:
-    """A step of a change and its wall time in seconds."""
-
-    name: str
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One change of a model.
-
-    Attributes:
-        method: name of the method; "heal" where weights were trained and nothing else was changed.
-        config: the method's settings.
-        before, after: the model's sizes.
-        edits: the plan's edits, as JSON values; blocks are counted as they were before this stage.
-        notes: what the method found out: similarities, choices, errors.
-        steps: what was done one after another, and the wall time of each.
-        calibration: samples, tokens, truncated samples; empty when none was used.
-        parity: whether a model rebuilt from the saved config gave the same outputs bit for bit; None where the
-            structure stayed as it was, and nothing was rebuilt.
-        environment: versions that it was done with.
-    """
-
-    method: str
-    config: dict[str, Any]
-    before: Size
-    after: Size
-    edits: list[dict[str, Any]]
-    notes: dict[str, Any]
-    steps: list[Step]
-    calibration: dict[str, int]
-    parity: bool | None
-    environment: dict[str, str] = field(default_factory=lambda: environment())
-
-    def survivors(self, stack: str) -> dict[int, int]:
-        """The blocks that were left of a stack, each with the last of those that it stands for since.
-
-        Both are counted as before this stage. Every block but a merged one stands for itself.
-        """
-        edits = [edit for edit in self.edits if edit.get("stack") == stack]
-        gone = {index for edit in edits for index in edit.get("blocks", edit.get("absorbed", ()))}
-        left = {index: index for index in range(self.before.blocks.get(stack, 0)) if index not in gone}
-        merges = {edit["kept"]: max(edit["kept"], *edit["absorbed"]) for edit in edits if "kept" in edit}
-        return {index: merges.get(index, index) for index in left}
 
 
 @dataclass(frozen=True)
@@ -192,9 +129,7 @@ class CompressionReport:
             ValueError: nothing was measured that can be drawn.
             IndexError: there is no such stage.
         """
-        from hf_compress.report.plots import plot_report
-
-        return plot_report(self, Path(path), stage)
+        return plot_stages(self.stages if stage is None else [self.stages[stage]], path, self.base_model)
 
 
 def _nested(entry: dict[str, Any]) -> dict[str, Any]:
@@ -217,14 +152,3 @@ def _counts(counts: list[int]) -> list[str]:
     """The cells of a row: every count, and the change from the first to the last."""
     first, last = counts[0], counts[-1]
     return [*(f"{count:,}" for count in counts), f"{100 * (last / first - 1):+.1f}%" if first else ""]
-
-
-def environment() -> dict[str, str]:
-    """Versions of Python and of the libraries that decide the result."""
-    versions = {"python": platform.python_version()}
-    for name in ("hf-compress", "torch", "transformers"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "not installed as a package"
-    return versions

@@ -17,13 +17,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_compress.anatomy.adapters import check_no_adapters
 from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.data import Batch
-from hf_compress.edits import PackLinear
 from hf_compress.errors import ParityError, UnsupportedModelError, one_line
 from hf_compress.modules.kernels import check_no_kernels
 from hf_compress.modules.packed import MixedPrecisionLinear
-from hf_compress.plain import RECORD_FIELD, described
-from hf_compress.probe import Probe, outputs_on, quiet, same_outputs, same_tensor
-from hf_compress.record import recorded
+from hf_compress.plan.edits import PackLinear
+from hf_compress.rewrite.config_fields import RECORD_FIELD, described
+from hf_compress.rewrite.probe import Probe, outputs_on, quiet, same_outputs, same_tensor
+from hf_compress.rewrite.record import recorded
 from hf_compress.storage.beside import write_beside
 from hf_compress.storage.pack_quantized import BITS, PARTS, Packed, decode, encode, quantization_of
 from hf_compress.storage.save import check_target, own_memory, save_staged, tensor_differences

@@ -19,7 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_compress.errors import PlanError
-from hf_compress.plan import METHOD
+from hf_compress.plan.plan import METHOD
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -55,7 +55,7 @@ class StructureLoader(HfQuantizer):
         Raises:
             PlanError: it is malformed, or of a newer version.
         """
-        from hf_compress.record import edits_of
+        from hf_compress.rewrite.record import edits_of
 
         self.edits = edits_of(self.quantization_config.to_dict())
 
@@ -82,7 +82,7 @@ class StructureLoader(HfQuantizer):
         Raises:
             PlanError: the record does not fit the model, or the model its files.
         """
-        from hf_compress.record import rebuild_structure
+        from hf_compress.rewrite.record import rebuild_structure
         from hf_compress.storage import limits
 
         limits.check_files(checkpoint_files or (), model.config.name_or_path or "")
@@ -96,7 +96,7 @@ class StructureLoader(HfQuantizer):
         """Leave the record in the config and nothing else of a quantizer."""
         from transformers import PreTrainedConfig
 
-        from hf_compress.record import entry_of
+        from hf_compress.rewrite.record import entry_of
         from hf_compress.storage.limits import check_told
         from hf_compress.storage.portable import forget_shim, is_shim
 

@@ -15,7 +15,7 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from hf_compress.plan import METHOD
+from hf_compress.plan.plan import METHOD
 
 SHIM_MODULE = "modeling_hf_compress"
 

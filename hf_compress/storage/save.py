@@ -14,8 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_compress.anatomy.adapters import check_no_adapters
 from hf_compress.calibration.data import Batch
 from hf_compress.errors import ParityError, one_line
-from hf_compress.probe import Probe, outputs_on, quiet, same_outputs, same_tensor
 from hf_compress.report.card import CardDetails, model_card
+from hf_compress.rewrite.probe import Probe, outputs_on, quiet, same_outputs, same_tensor
 from hf_compress.storage.beside import write_beside
 from hf_compress.storage.manifest import describe, verify_files, write_manifest
 from hf_compress.storage.portable import make_portable

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,22 +21,24 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_compress.apply import apply
+from hf_compress.api.compress import check_model, stage_of
 from hf_compress.calibration.data import Calibration, DataOptions, prepare
-from hf_compress.config import CompressionConfig, check_at_least, check_ratio
+from hf_compress.methods.base.checks import check_at_least, check_ratio
+from hf_compress.methods.base.context import CalibrationContext
+from hf_compress.methods.base.registry import plan_for, schedule_for, steps_for
+from hf_compress.methods.base.schedule import TrainingSchedule
+from hf_compress.methods.base.settings import CompressionConfig
 from hf_compress.numerics.defaults import torch_defaults
-from hf_compress.pipeline import check_model, stage_of
-from hf_compress.plan import Plan
-from hf_compress.probe import Probe
-from hf_compress.regimen import Regimen
+from hf_compress.plan.plan import Plan
 from hf_compress.report.history import add_stage, history_of, model_size
+from hf_compress.rewrite.apply import apply
+from hf_compress.rewrite.probe import Probe
 from hf_compress.training.changes import Changes
 from hf_compress.training.checkpoint import TrainingState, read_state, take_structure, write_state
 from hf_compress.training.distillation import Distillation, check_teacher
 from hf_compress.training.objective import Objective, ObjectiveCallback
 from hf_compress.training.optimizer import check_trainable, following
 from hf_compress.training.trainer import calling_trainer, resumed_checkpoint
-from hf_compress.workbench import Workbench
 
 _BATCHES = 64  # of the training data, where no calibration data is given
 
@@ -81,7 +84,7 @@ class CompressionCallback(ObjectiveCallback):
             raise TypeError(f"config must be a method's settings, such as MKAConfig(ratio=0.25); got {config!r}")
         check_at_least("every", every, 1)
         check_ratio("teacher_share", teacher_share)
-        self.config, self.regimen = config, config.regimen()
+        self.config, self.schedule = config, schedule_for(config)
         self.calibration, self.tokenizer, self.options = calibration, tokenizer, options
         self.every, self.teacher, self.teacher_share = every, teacher, teacher_share
         self._refusal: str | None = None
@@ -98,7 +101,7 @@ class CompressionCallback(ObjectiveCallback):
 
     @property
     def _adds_to_loss(self) -> bool:
-        return self.teacher is not None or type(self.regimen).penalty is not Regimen.penalty
+        return self.teacher is not None or type(self.schedule).penalty is not TrainingSchedule.penalty
 
     # When the Trainer is made: there is no optimizer yet, no DDP around the model, and no checkpoint has been read.
 
@@ -112,20 +115,20 @@ class CompressionCallback(ObjectiveCallback):
         if self._refusal is not None:
             return
         check_model(model)
-        if type(self.regimen).penalty is Regimen.penalty:  # with one there is something to train in any case
+        if type(self.schedule).penalty is TrainingSchedule.penalty:  # with one there is something to train in any case
             check_trainable(model)
         if self.teacher is not None:
             check_teacher(model, self.teacher)
         if self.calibration is not None:
             tokenizer = self.tokenizer or kwargs.get("processing_class")
             self._data = prepare(self.calibration, model, tokenizer, self.options)
-        bench = Workbench(model, self._data, self._seconds)
+        context = CalibrationContext(model, self._data, self._seconds)
         self._history, self._before = history_of(model), model_size(model)
         if self.every is None:
             with following(model, trainer.optimizer):  # one that was given to the Trainer
-                self._change(bench, self.regimen.prepare)
+                self._change(context, self.schedule.prepare)
         else:
-            self._steps = self.config.in_steps(bench)
+            self._steps = steps_for(self.config, context)
         self._model = model
         self._loading = model.register_load_state_dict_pre_hook(self._checkpoint_is_read)
 
@@ -146,8 +149,8 @@ class CompressionCallback(ObjectiveCallback):
         trainer = calling_trainer()
         model = self._checked(kwargs["model"], kwargs["optimizer"], state)
         self._structure_of = None
-        self.regimen.steps = max(1, state.max_steps)
-        self.regimen.begin(model, state.global_step / self.regimen.steps)
+        self.schedule.steps = max(1, state.max_steps)
+        self.schedule.begin(model, state.global_step / self.schedule.steps)
         if state.global_step:
             self._resume(read_state(resumed_checkpoint() or "", state.global_step))
         if self.teacher is not None:
@@ -184,7 +187,7 @@ class CompressionCallback(ObjectiveCallback):
         return model
 
     def _resume(self, saved: TrainingState) -> None:
-        self.regimen.restore(saved.tensors)
+        self.schedule.restore(saved.tensors)
         self._done = saved.done
         if self.every is not None:
             self._changes = Changes(saved.edits)
@@ -200,7 +203,7 @@ class CompressionCallback(ObjectiveCallback):
     def _terms(
         self, inputs: dict[str, Any], output: Any, loss: Tensor | None, weight: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
-        penalty = self.regimen.penalty(self._progress)
+        penalty = self.schedule.penalty(self._progress)
         term = None if penalty is None else weight * penalty
         if self._distillation is not None:
             divergence, _ = self._distillation.losses(inputs, output, weight)
@@ -215,26 +218,26 @@ class CompressionCallback(ObjectiveCallback):
         super().on_pre_optimizer_step(args, state, control, **kwargs)
         scaler = getattr(kwargs["optimizer"], "scaler", None)
         scale = scaler.get_scale() if scaler is not None else 1.0
-        self.regimen.step((state.global_step + 1) / state.max_steps, scale)
+        self.schedule.step((state.global_step + 1) / state.max_steps, scale)
 
     @torch_defaults()
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.every is None or self._done == len(self._steps) or state.global_step % self.every:
             return
         model = kwargs["model"]
-        bench = Workbench(model, self._data, self._seconds)
+        context = CalibrationContext(model, self._data, self._seconds)
         with following(model, kwargs["optimizer"]):
-            self._change(bench, self._steps[self._done].plan)
+            self._change(context, partial(plan_for, self._steps[self._done]))
         self._done += 1
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if args.should_save and self._model is not None:
-            saved = TrainingState(state.global_step, self._done, self._changes.to_list(), self.regimen.state())
+            saved = TrainingState(state.global_step, self._done, self._changes.to_list(), self.schedule.state())
             write_state(Path(args.output_dir or ".") / f"checkpoint-{state.global_step}", saved)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if "loss" in kwargs["logs"]:
-            figures = {f"compression/{name}": value for name, value in self.regimen.logs().items()}
+            figures = {f"compression/{name}": value for name, value in self.schedule.logs().items()}
             kwargs["logs"].update(figures)
             state.log_history[-1].update(figures)
 
@@ -251,24 +254,24 @@ class CompressionCallback(ObjectiveCallback):
         if self._loading is not None:
             self._loading.remove()
         super().on_train_end(args, state, control, **kwargs)
-        if self._data is None and type(self.regimen).finish is not Regimen.finish:
+        if self._data is None and type(self.schedule).finish is not TrainingSchedule.finish:
             batches = list(islice(kwargs["train_dataloader"], _BATCHES))
             self._data = prepare(batches, model, self.tokenizer or kwargs.get("processing_class"), self.options)
-        bench = Workbench(model, self._data, self._seconds)
-        self._change(bench, self.regimen.finish)
+        context = CalibrationContext(model, self._data, self._seconds)
+        self._change(context, self.schedule.finish)
         done = Plan(tuple(self._changes.edits), notes={**self._changes.notes, "trained_steps": state.global_step})
-        stage = stage_of(self.config, done, bench, self._before, model_size(model))
+        stage = stage_of(self.config, done, context, self._before, model_size(model))
         add_stage(model, stage, self._history)
         share = stage.after.parameters / stage.before.parameters
-        figures = {**self.regimen.logs(), "parameters": stage.after.parameters, "parameters_share": share}
+        figures = {**self.schedule.logs(), "parameters": stage.after.parameters, "parameters_share": share}
         calling_trainer().log({f"compression/{name}": value for name, value in figures.items()})
 
-    def _change(self, bench: Workbench, make: Callable[[Workbench], Plan | None]) -> None:
+    def _change(self, context: CalibrationContext, make: Callable[[CalibrationContext], Plan | None]) -> None:
         """Have a plan made and carried out: in every process the first one's, whatever the others have found."""
-        model = bench.model
+        model = context.model
         with torch.random.fork_rng():
-            with bench.naming_failures():
-                made = make(bench)
+            with context.naming_failures():
+                made = make(context)
             plan: Plan | None = broadcast_object_list([made])[0]
             if plan is None:
                 return

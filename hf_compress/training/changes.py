@@ -9,8 +9,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hf_compress.anatomy.anatomy import Anatomy
-from hf_compress.edits import Edit, MergeBlocks, ModuleEdit, RemoveBlocks, StackEdit, edit_from_dict
-from hf_compress.plan import Plan
+from hf_compress.plan.edits import Edit, MergeBlocks, ModuleEdit, RemoveBlocks, StackEdit, edit_from_dict
+from hf_compress.plan.plan import Plan
 
 
 class Changes:

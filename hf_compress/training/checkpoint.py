@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_compress.tensor_file import read_tensors, write_tensors
+from hf_compress.numerics.tensor_file import read_tensors, write_tensors
 
 STATE_FILE = "hf_compress_training.safetensors"
 
@@ -20,7 +20,7 @@ class TrainingState:
         step: the optimizer's steps done.
         done: how many changes of structure have been made in mid-run.
         edits: theirs, as JSON values, in the numbering of the model before the first.
-        tensors: of the method; see `Regimen.state`.
+        tensors: of the method; see `TrainingSchedule.state`.
     """
 
     step: int

@@ -22,23 +22,23 @@ from transformers import (
     TrainingArguments,
 )
 
+from hf_compress.api.compress import check_model
 from hf_compress.calibration.data import Calibration, DataOptions, prepare
 from hf_compress.calibration.padding import pad_id, padded
 from hf_compress.calibration.reading import has_length, take
 from hf_compress.calibration.tables import dimensions, table_of
-from hf_compress.config import check_not_negative, check_positive, check_share
+from hf_compress.methods.base.checks import check_not_negative, check_positive, check_share
 from hf_compress.modules.packed import CompactLinear
 from hf_compress.numerics.defaults import torch_defaults
-from hf_compress.pipeline import check_model
 from hf_compress.report.history import add_stage, history_of, model_size
-from hf_compress.report.report import HEAL, Stage, Step
+from hf_compress.report.stages import HEAL, Stage, Step
 from hf_compress.training.distillation import Distillation, check_teacher, corresponding_blocks
 from hf_compress.training.objective import Objective, ObjectiveCallback, Terms
 from hf_compress.training.optimizer import check_trainable
 
 
 @dataclass(frozen=True)
-class Lesson:
+class DistillationConfig:
     """What is learned: label_share · (the model's own loss) + (1 − label_share) · (KL + stream_weight · streams).
 
     Attributes:
@@ -64,7 +64,7 @@ def heal(
     dataset: Any,
     tokenizer: PreTrainedTokenizerBase | None = None,
     lora: LoraConfig | Literal["default"] | None = "default",
-    lesson: Lesson | None = None,
+    distillation: DistillationConfig | None = None,
     args: TrainingArguments | None = None,
     options: DataOptions | None = None,
 ) -> PreTrainedModel:
@@ -82,7 +82,7 @@ def heal(
         lora: adapters to train, merged into the weights at the end: all linear maps with rank 16 by default; None
             trains all weights. Packed and sparse linear maps cannot take in an adapter without loss, so where there are
             any, the default is None: the sparse ones learn, and of a packed model what is not packed.
-        lesson: what the loss is made of.
+        distillation: what the loss is made of.
         args: of the Trainer; one epoch over the dataset when not given, 8 samples a step, at a learning rate of 1e-3
             with adapters and 1e-4 without.
         options: length and column of texts.
@@ -96,8 +96,7 @@ def heal(
     """
     check_model(model)
     check_teacher(model, teacher)
-    lesson, lora = lesson or Lesson(), _fitting(model, lora)
-    lesson = lesson or Lesson()
+    distillation, lora = distillation or DistillationConfig(), _fitting(model, lora)
     history, size, start = history_of(model), model_size(model), perf_counter()
     endless = args is not None and args.max_steps > 0  # then a stream may be
     rows, collator = _training_data(dataset, model, tokenizer, options, bounded=not endless)
@@ -109,14 +108,14 @@ def heal(
             callback = ObjectiveCallback()
             trainer = Trainer(student, args, data_collator=collator, train_dataset=rows, callbacks=[callback])
             trainer.remove_callback(PrinterCallback)
-            pairs = _pairs(model, teacher, lesson)
-            distillation = Distillation(model, teacher, pairs, lesson.temperature, trainer.accelerator.autocast)
-            callback.objective = Objective(student, _terms(distillation, lesson))
-            with distillation.watching():
+            pairs = _pairs(model, teacher, distillation)
+            teaching = Distillation(model, teacher, pairs, distillation.temperature, trainer.accelerator.autocast)
+            callback.objective = Objective(student, _terms(teaching, distillation))
+            with teaching.watching():
                 result = trainer.train()
     stage = Stage(
         method=HEAL,
-        config={**asdict(lesson), "lora": lora is not None},
+        config={**asdict(distillation), "lora": lora is not None},
         before=size,
         after=model_size(model),
         edits=[],
@@ -129,19 +128,23 @@ def heal(
     return model
 
 
-def _pairs(model: PreTrainedModel, teacher: PreTrainedModel, lesson: Lesson) -> list[tuple[int, int]]:
+def _pairs(model: PreTrainedModel, teacher: PreTrainedModel, distillation: DistillationConfig) -> list[tuple[int, int]]:
     """Of the blocks to compare; none in encoder-decoders, which have two streams."""
-    return corresponding_blocks(model, teacher) if lesson.stream_weight and not model.config.is_encoder_decoder else []
+    return (
+        corresponding_blocks(model, teacher)
+        if distillation.stream_weight and not model.config.is_encoder_decoder
+        else []
+    )
 
 
-def _terms(distillation: Distillation, lesson: Lesson) -> Terms:
+def _terms(teaching: Distillation, distillation: DistillationConfig) -> Terms:
     def terms(
         inputs: dict[str, Any], output: Any, loss: Tensor | None, weight: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
-        divergence, streams = distillation.losses(inputs, output, weight)
-        taught = divergence if streams is None else divergence + lesson.stream_weight * streams
-        own = None if loss is None or not lesson.label_share else lesson.label_share * loss
-        return own, (1 - lesson.label_share) * taught
+        divergence, streams = teaching.losses(inputs, output, weight)
+        taught = divergence if streams is None else divergence + distillation.stream_weight * streams
+        own = None if loss is None or not distillation.label_share else distillation.label_share * loss
+        return own, (1 - distillation.label_share) * taught
 
     return terms
 

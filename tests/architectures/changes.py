@@ -13,13 +13,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.stacks import Stack
-from hf_compress.apply import apply
 from hf_compress.calibration.data import Batch
-from hf_compress.edits import MergeBlocks, RemoveBlocks
 from hf_compress.errors import UnsupportedModelError
-from hf_compress.parity import attention_of
-from hf_compress.plan import Plan
-from hf_compress.probe import Probe
+from hf_compress.plan.edits import MergeBlocks, RemoveBlocks
+from hf_compress.plan.plan import Plan
+from hf_compress.rewrite.apply import apply
+from hf_compress.rewrite.parity import attention_of
+from hf_compress.rewrite.probe import Probe
 from tests.architectures.tiny import tiny_inputs
 
 NEW_TOKENS = 5

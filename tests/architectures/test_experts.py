@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from hf_compress.api.compress import compress
 from hf_compress.methods.lrp import LRPConfig
 from hf_compress.modules.experts import SeparateExperts
 from hf_compress.modules.packed import MixedPrecisionLinear
-from hf_compress.pipeline import compress
 from hf_compress.storage.save import save
 from tests.architectures.tiny import tiny_model
 

@@ -8,7 +8,7 @@ from hf_compress.calibration.capture import forward
 from hf_compress.calibration.data import Batch
 from hf_compress.calibration.objective import first_tensor
 from hf_compress.errors import UnsupportedModelError
-from hf_compress.probe import quiet
+from hf_compress.rewrite.probe import quiet
 from tests.architectures.changes import Trace
 from tests.architectures.matrix import FAMILIES
 from tests.architectures.tiny import CannotBuild, tiny_inputs

@@ -7,10 +7,10 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, MixtralConfig, MixtralForCausalLM, T5ForConditionalGeneration
 
 import hf_compress as hfc
+from hf_compress.api.compress import make_plan
 from hf_compress.calibration.capture import forward, inference
 from hf_compress.calibration.data import prepare
 from hf_compress.calibration.objective import first_tensor
-from hf_compress.pipeline import make_plan
 from tests.architectures.tiny import tiny_base_model, tiny_config
 from tests.evaluation.conftest import WORDS, tiny_llama
 

@@ -9,6 +9,7 @@ from transformers import DataCollatorForSeq2Seq, EncoderDecoderConfig, EncoderDe
 
 import hf_compress as hfc
 from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.api.compress import make_plan
 from hf_compress.attribution.targets import explained
 from hf_compress.calibration.capture import forward, inference, stream_tokens, watch_blocks, with_stream
 from hf_compress.calibration.data import DataOptions, prepare
@@ -16,7 +17,6 @@ from hf_compress.calibration.losses import losses_without
 from hf_compress.calibration.objective import batch_loss, first_tensor, output_tokens
 from hf_compress.errors import CalibrationError
 from hf_compress.methods.lrp.scores import watch_rows
-from hf_compress.pipeline import make_plan
 from tests.architectures.tiny import tiny_base_model, tiny_config, tiny_inputs, tiny_model, tiny_seq2seq_model
 from tests.evaluation.conftest import POSITIONS
 

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 
 from hf_compress.anatomy.anatomy import Anatomy
-from hf_compress.apply import apply
 from hf_compress.calibration.capture import forward, inference
 from hf_compress.calibration.data import Batch, DataOptions, prepare
 from hf_compress.calibration.losses import losses_without
 from hf_compress.calibration.objective import batch_loss, mean_loss, reference_for
-from hf_compress.edits import RemoveBlocks
-from hf_compress.plan import Plan
+from hf_compress.plan.edits import RemoveBlocks
+from hf_compress.plan.plan import Plan
+from hf_compress.rewrite.apply import apply
 from tests.architectures.tiny import tiny_base_model, tiny_inputs, tiny_model, tiny_seq2seq_model
 from tests.conftest import leftovers
 

@@ -7,7 +7,6 @@ import torch
 
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.undo import Undo
-from hf_compress.apply import carry_out
 from hf_compress.calibration.capture import (
     StopForward,
     forward,
@@ -20,8 +19,9 @@ from hf_compress.calibration.capture import (
 )
 from hf_compress.calibration.data import Batch
 from hf_compress.calibration.runner import BlockRunner, replaced_forwards
-from hf_compress.drafts import insert_bottleneck
 from hf_compress.errors import CalibrationError, UnsupportedModelError
+from hf_compress.rewrite.apply import carry_out
+from hf_compress.rewrite.builders import insert_bottleneck
 from tests.architectures.tiny import tiny_base_model, tiny_inputs, tiny_model, tiny_seq2seq_model
 from tests.conftest import leftovers
 from tests.plans import linear_bottleneck

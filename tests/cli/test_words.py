@@ -8,7 +8,7 @@ import typer
 
 from hf_compress.cli import app
 from hf_compress.cli.words import in_its_words, unloadable
-from hf_compress.config import config_class, method_names
+from hf_compress.methods.base.settings import config_class, method_names
 
 COMMANDS = typer.main.get_command(app).commands
 SETTINGS = {field.name for name in method_names() for field in fields(config_class(name))}

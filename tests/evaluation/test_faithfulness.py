@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hf_compress import DenseConfig, DenseForClassification
+from hf_compress.api.compress import compress
 from hf_compress.errors import UnsupportedModelError
 from hf_compress.evaluation.faithfulness import (
     activations,
@@ -16,7 +17,6 @@ from hf_compress.evaluation.faithfulness import (
     structural_unfaithfulness,
 )
 from hf_compress.methods.illc import ILLCConfig
-from hf_compress.pipeline import compress
 from tests.architectures.tiny import tiny_model
 from tests.ffns import noise
 

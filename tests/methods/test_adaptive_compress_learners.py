@@ -12,12 +12,12 @@ from sklearn.decomposition import PCA
 
 import hf_compress as hfc
 from hf_compress.calibration.data import DataOptions
-from hf_compress.config import CompressionConfig
 from hf_compress.errors import CalibrationError
 from hf_compress.methods.adaptive_compress import AdaptiveCompressConfig
-from hf_compress.methods.adaptive_compress.course import Course
 from hf_compress.methods.adaptive_compress.fit import LEARNERS
 from hf_compress.methods.adaptive_compress.learner import StreamMoments
+from hf_compress.methods.adaptive_compress.learning import Learning
+from hf_compress.methods.base.settings import CompressionConfig
 from tests.architectures.tiny import tiny_base_model, tiny_seq2seq_model
 from tests.conftest import in_dtype, leftovers
 from tests.evaluation.conftest import words
@@ -166,9 +166,9 @@ def test_the_autoencoders_loss_is_its_share_of_the_variance():
 def test_the_autoencoder_comes_near_pca_and_not_below():
     rows = stream(60)
     found = learner("linear", rows, learning_rate=0.03, updates=1)
-    course, start = Course(found), missed(found.module(rows), rows)
+    learning, start = Learning(found), missed(found.module(rows), rows)
     for step in range(300):
-        course.learn(rows, step, 300)
+        learning.learn(rows, step, 300)
     best = missed(learner("pca", rows).module(rows), rows)
     assert start > 1.2 * best
     assert best * (1 - 1e-6) <= missed(found.module(rows), rows) < 1.01 * best
@@ -235,9 +235,9 @@ def test_the_gradient_along_a_direction_is_taken_out(variant):
 @pytest.mark.parametrize("variant", DICTIONARIES)
 def test_directions_are_one_long_after_every_step(variant):
     found = learner(variant, updates=1, learning_rate=0.05)
-    course, before = Course(found), found.module.decoder.detach().clone()
+    learning, before = Learning(found), found.module.decoder.detach().clone()
     for step in range(5):
-        course.learn(stream(seed=step), step, 5)
+        learning.learn(stream(seed=step), step, 5)
         assert found.module.decoder.norm(dim=1).tolist() == pytest.approx([1.0] * 20, abs=1e-6)
     assert not torch.allclose(found.module.decoder, before, atol=0.01)
 
@@ -393,17 +393,17 @@ def test_batchtopks_threshold_is_what_decides_afterwards():
 
 def test_adam_leaves_the_threshold_alone():
     found = learner("batchtopk", updates=1)
-    trained = [id(one) for group in Course(found).optimizer.param_groups for one in group["params"]]
+    trained = [id(one) for group in Learning(found).optimizer.param_groups for one in group["params"]]
     assert trained == [id(getattr(found.module, name)) for name in ("encoder", "decoder", "center", "bias")]
 
 
 def test_in_the_end_about_as_many_features_are_active_as_were_asked_for():
     rows = stream(400)
     found = learner("batchtopk", rows, updates=1, learning_rate=0.003)
-    course = Course(found)
+    learning = Learning(found)
     for step in range(60):
-        course.learn(stream(400, seed=step), step, 60)
-    active = (course.finished()[0](rows.float()), found.module.encode(rows.float())[0] != 0)[1].sum(1).double().mean()
+        learning.learn(stream(400, seed=step), step, 60)
+    active = (learning.finished()[0](rows.float()), found.module.encode(rows.float())[0] != 0)[1].sum(1).double().mean()
     assert active.item() == pytest.approx(2, abs=0.2)
 
 
@@ -416,7 +416,7 @@ def test_every_token_of_a_batch_is_learnt_from_once(variant, monkeypatch):
     terms = found.terms
     monkeypatch.setattr(found, "terms", lambda rows: (seen.append(rows.clone()), terms(rows))[1])
     rows = stream(11)
-    Course(found).learn(rows, 0, 8)
+    Learning(found).learn(rows, 0, 8)
     assert [len(part) for part in seen] == [3, 3, 3, 2]
     assert sorted(torch.cat(seen).tolist()) == sorted(rows.tolist())
     assert torch.cat(seen).tolist() != rows.tolist(), "neighbours in a text come in the same step"
@@ -425,57 +425,57 @@ def test_every_token_of_a_batch_is_learnt_from_once(variant, monkeypatch):
 @pytest.mark.parametrize("variant", ["default", "paper"])
 def test_a_step_without_tokens_teaches_nothing(variant):
     found = learner(variant, updates=1)
-    course, before = Course(found), found.importance.clone()
-    course.learn(stream()[:0], 0, 4)
+    learning, before = Learning(found), found.importance.clone()
+    learning.learn(stream()[:0], 0, 4)
     assert torch.equal(found.importance, before)
-    assert course.curve["error"] == []
+    assert learning.curve["error"] == []
 
 
 @pytest.mark.parametrize("variant", TRAINED)
 def test_a_step_that_makes_no_sense_any_more_is_the_last(variant):
     found = learner(variant, updates=1, learning_rate=1e6)
-    course = Course(found)
+    learning = Learning(found)
     for step in range(6):
-        course.learn(stream(seed=step), step, 6)
-    assert "learning_rate" in course.stopped
-    assert not course.goes_on
-    assert len(course.curve["error"]) < 6
-    module, _ = course.finished()
+        learning.learn(stream(seed=step), step, 6)
+    assert "learning_rate" in learning.stopped
+    assert not learning.goes_on
+    assert len(learning.curve["error"]) < 6
+    module, _ = learning.finished()
     assert all(tensor.isfinite().all() for tensor in module.state_dict().values())
     assert missed(module(stream().float()), stream()) < 20 * found.variance
 
 
 def test_what_is_no_number_stops_it_too_and_the_last_good_state_comes_back():
     found = learner("linear", updates=1)
-    course = Course(found)
-    course.learn(stream(), 0, 9)
+    learning = Learning(found)
+    learning.learn(stream(), 0, 9)
     kept = found.module.encoder.detach().clone()
-    course._good = (1, {name: tensor.clone() for name, tensor in found.state().items()})
+    learning._good = (1, {name: tensor.clone() for name, tensor in found.state().items()})
     with torch.no_grad():
         found.module.encoder[0, 0] = float("nan")
-    course.learn(stream(), 2, 9)
-    assert "step 2 (error nan" in course.stopped
-    assert "as it was in step 1" in course.stopped
+    learning.learn(stream(), 2, 9)
+    assert "step 2 (error nan" in learning.stopped
+    assert "as it was in step 1" in learning.stopped
     assert torch.equal(found.module.encoder, kept)
 
 
 def test_nothing_more_is_learnt_once_it_has_stopped():
     found = learner("linear", updates=9, learning_rate=1e6)
-    start, course = found.module.encoder.detach().clone(), Course(found)
-    course.learn(stream(), 0, 9)
-    course.learn(stream(), 9, 18)
-    assert course.stopped.startswith("diverged in step 1 ")
-    assert course.curve["step"] == [0]
+    start, learning = found.module.encoder.detach().clone(), Learning(found)
+    learning.learn(stream(), 0, 9)
+    learning.learn(stream(), 9, 18)
+    assert learning.stopped.startswith("diverged in step 1 ")
+    assert learning.curve["step"] == [0]
     assert torch.equal(found.module.encoder, start)
 
 
 @pytest.mark.parametrize("variant", ["linear", "topk", "paper"])
 def test_a_last_step_that_makes_no_sense_is_noticed(variant):
     found = learner(variant, updates=1, learning_rate=1e6)
-    course = Course(found)
-    course.learn(stream(), 0, 1)
-    module, _ = course.finished()
-    assert course.stopped
+    learning = Learning(found)
+    learning.learn(stream(), 0, 1)
+    module, _ = learning.finished()
+    assert learning.stopped
     assert missed(module(stream().float()), stream()) < 20 * found.variance
 
 
@@ -484,11 +484,11 @@ def test_a_stream_far_from_0_is_learnt_by_the_paper_too():
     rows = stream(50)
     rows[:, 2] += 8 * rows.std()
     found = learner("paper", rows, updates=1)
-    course = Course(found)
+    learning = Learning(found)
     for step in range(10):
-        course.learn(rows, step, 10)
-    assert not course.stopped
-    assert len(course.curve["error"]) == 10
+        learning.learn(rows, step, 10)
+    assert not learning.stopped
+    assert len(learning.curve["error"]) == 10
 
 
 # --- fit: the model ---------------------------------------------------------------------------------------------------
@@ -553,7 +553,8 @@ def test_the_model_is_as_it_was(lived_in, ids):
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize(
-    ("where", "call"), [("learner.StreamMoments.update", 3), ("course.Course.learn", 1), ("course.Course.learn", 6)]
+    ("where", "call"),
+    [("learner.StreamMoments.update", 3), ("learning.Learning.learn", 1), ("learning.Learning.learn", 6)],
 )
 def test_the_model_is_as_it_was_when_fitting_ends_in_the_middle(lived_in, ids, monkeypatch, where, call, error):
     before = picture(lived_in)
@@ -653,14 +654,14 @@ def real_rows(model, tokenizer, texts, layer):
 
 
 def learnt_from(monkeypatch):
-    """What the course of any learner is given."""
-    seen, learn = [], Course.learn
+    """What the learning of any learner is given."""
+    seen, learn = [], Learning.learn
 
     def watched(self, rows, step, steps):
         seen.append(rows.clone())
         learn(self, rows, step, steps)
 
-    monkeypatch.setattr(Course, "learn", watched)
+    monkeypatch.setattr(Learning, "learn", watched)
     return seen
 
 
@@ -795,7 +796,7 @@ def test_what_is_taken_up_again_ends_bit_for_bit_the_same(model, ids, tmp_path, 
     options = DataOptions(batch_size=1)
     expected = hfc.fit(model, everything(), ids, options=options)
     with monkeypatch.context() as patched:
-        interrupt(patched, "course.Course.learn", call, KeyboardInterrupt)
+        interrupt(patched, "learning.Learning.learn", call, KeyboardInterrupt)
         with pytest.raises(KeyboardInterrupt):
             hfc.fit(model, everything(), ids, options=options, checkpoint=tmp_path, save_every=2)
     calls = []
@@ -825,9 +826,9 @@ def test_what_had_diverged_stays_so(model, ids, tmp_path):
 
 
 def test_what_diverges_once_it_is_taken_up_again_goes_as_far_back(model, ids, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_compress.methods.adaptive_compress.course._KEEP_EVERY", 4)
+    monkeypatch.setattr("hf_compress.methods.adaptive_compress.learning._KEEP_EVERY", 4)
     options, one = DataOptions(batch_size=1), config("linear", layers=(1,), updates=1, learning_rate=0.01)
-    step_of, last = Course._step, []
+    step_of, last = Learning._step, []
 
     def step_into_nothing(self, rows, step, steps):
         if last and step == last[0]:
@@ -836,7 +837,7 @@ def test_what_diverges_once_it_is_taken_up_again_goes_as_far_back(model, ids, tm
             self.learner.module.encoder.data.fill_(float("nan"))
         step_of(self, rows, step, steps)
 
-    monkeypatch.setattr(Course, "_step", step_into_nothing)
+    monkeypatch.setattr(Learning, "_step", step_into_nothing)
     expected = hfc.fit(model, one, ids, options=options)
     assert "it is as it was in step 4" in expected.places[1].stopped
     last.append(6)

@@ -7,18 +7,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_compress.apply import apply
-from hf_compress.edits import RemoveBlocks
 from hf_compress.errors import CalibrationError
+from hf_compress.methods.base.context import CalibrationContext
+from hf_compress.methods.base.registry import plan_for
 from hf_compress.methods.drop_blocks import DropBlocksConfig
-from hf_compress.plan import Plan
-from hf_compress.workbench import Workbench
+from hf_compress.plan.edits import RemoveBlocks
+from hf_compress.plan.plan import Plan
+from hf_compress.rewrite.apply import apply
 
 LAYERS = "model.layers"
 
 
 def removed(model, config, calibration=None):
-    plan = config.plan(Workbench(model, calibration))
+    plan = plan_for(config, CalibrationContext(model, calibration))
     (edit,) = plan.edits
     assert type(edit) is RemoveBlocks
     assert plan.tensors == {}
@@ -128,7 +129,7 @@ def test_random_leaves_the_global_generator_alone(model):
 @pytest.mark.parametrize("criterion", ["block_influence", "angular", "perplexity"])
 def test_what_needs_data_says_so(model, criterion):
     with pytest.raises(CalibrationError, match="needs calibration data: pass calibration="):
-        DropBlocksConfig(num_blocks=1, criterion=criterion).plan(Workbench(model))
+        plan_for(DropBlocksConfig(num_blocks=1, criterion=criterion), CalibrationContext(model))
 
 
 def test_the_ratio_is_of_the_blocks(model):
@@ -137,6 +138,6 @@ def test_the_ratio_is_of_the_blocks(model):
 
 
 def test_the_time_of_choosing_is_kept(model, calibration):
-    bench = Workbench(model, calibration)
-    DropBlocksConfig(num_blocks=1).plan(bench)
-    assert list(bench.seconds) == ["choose by block_influence"]
+    context = CalibrationContext(model, calibration)
+    plan_for(DropBlocksConfig(num_blocks=1), context)
+    assert list(context.seconds) == ["choose by block_influence"]

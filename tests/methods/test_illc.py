@@ -10,12 +10,12 @@ import hf_compress as hfc
 from examples.round_trip import LLAMA, build, logits
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.undo import Undo
-from hf_compress.apply import apply, carry_out
+from hf_compress.api.compress import compress, make_plan
 from hf_compress.calibration.data import DataOptions
-from hf_compress.drafts import merge_units, narrow_ffn
 from hf_compress.methods.illc import ILLCConfig
 from hf_compress.methods.illc.config import COMPENSATIONS, REDUCTION_NAMES
-from hf_compress.pipeline import compress, make_plan
+from hf_compress.rewrite.apply import apply, carry_out
+from hf_compress.rewrite.builders import merge_units, narrow_ffn
 from hf_compress.storage.save import save
 from tests.architectures.changes import Trace, forward
 from tests.architectures.tiny import tiny_model

@@ -5,14 +5,14 @@ import torch
 
 from examples.round_trip import build, logits
 from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.api.compress import compress
 from hf_compress.calibration.data import DataOptions
-from hf_compress.drafts import heads_of
 from hf_compress.errors import UnsupportedModelError
 from hf_compress.methods.illc import ILLCConfig
 from hf_compress.numerics.elimination import eliminate
 from hf_compress.numerics.ridge import LeastSquares
-from hf_compress.pipeline import compress
-from hf_compress.record import recorded
+from hf_compress.rewrite.builders import heads_of
+from hf_compress.rewrite.record import recorded
 from hf_compress.storage.save import save
 from tests.architectures.changes import Trace
 from tests.architectures.tiny import tiny_model

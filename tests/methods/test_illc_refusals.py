@@ -8,13 +8,13 @@ import torch
 
 from examples.round_trip import build
 from hf_compress import DenseConfig, DenseForClassification
+from hf_compress.api.compress import compress
 from hf_compress.calibration.data import DataOptions
-from hf_compress.config import CompressionConfig, config_class
 from hf_compress.errors import CalibrationError, PlanError, UnsupportedModelError
+from hf_compress.methods.base.settings import CompressionConfig, config_class
 from hf_compress.methods.illc import ILLCConfig, units
 from hf_compress.methods.illc.units import UnitStatistics
 from hf_compress.numerics.ridge import LeastSquares
-from hf_compress.pipeline import compress
 from tests.architectures.changes import Trace
 from tests.architectures.tiny import tiny_model, tiny_seq2seq_model
 from tests.conftest import leftovers

@@ -8,14 +8,14 @@ from transformers import AutoModelForCausalLM
 
 from examples.round_trip import build, inputs
 from hf_compress.anatomy.anatomy import Anatomy
-from hf_compress.apply import apply
+from hf_compress.api.compress import compress, make_plan
 from hf_compress.calibration.data import DataOptions, prepare
-from hf_compress.drafts import linear_ffn
 from hf_compress.errors import CalibrationError, UnsupportedModelError
 from hf_compress.methods.layer_collapse import LayerCollapseConfig
 from hf_compress.methods.layer_collapse.linear import fit_ffns
-from hf_compress.pipeline import compress, make_plan
-from hf_compress.record import recorded
+from hf_compress.rewrite.apply import apply
+from hf_compress.rewrite.builders import linear_ffn
+from hf_compress.rewrite.record import recorded
 from hf_compress.storage.save import save
 from tests.architectures.changes import Trace
 from tests.architectures.tiny import tiny_model

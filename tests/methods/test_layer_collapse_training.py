@@ -11,18 +11,19 @@ from transformers import Trainer
 from hf_compress import CompressionCallback
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.undo import Undo
-from hf_compress.apply import apply, carry_out
 from hf_compress.calibration.data import DataOptions, prepare
-from hf_compress.config import CompressionConfig
-from hf_compress.drafts import replace_activation
 from hf_compress.errors import CalibrationError
+from hf_compress.methods.base.context import CalibrationContext
+from hf_compress.methods.base.registry import plan_for, schedule_for, steps_for
+from hf_compress.methods.base.settings import CompressionConfig
 from hf_compress.methods.layer_collapse import LayerCollapseConfig
 from hf_compress.methods.layer_collapse.blend import blended
 from hf_compress.methods.layer_collapse.closed_form import count_of
 from hf_compress.methods.layer_collapse.training import Blending, ClosedForm
 from hf_compress.modules.activation import BlendedActivation
-from hf_compress.record import recorded
-from hf_compress.workbench import Workbench
+from hf_compress.rewrite.apply import apply, carry_out
+from hf_compress.rewrite.builders import replace_activation
+from hf_compress.rewrite.record import recorded
 from tests.conftest import leftovers
 from tests.training.runs import arguments, dense_rows, figures, loss_on, same, state_of, tiny_dense
 
@@ -35,17 +36,17 @@ def values(rows):
     return torch.stack([row["input_values"] for row in rows])
 
 
-def bench_of(model):
-    return Workbench(model, prepare(values(dense_rows(32)), model, None, DataOptions(batch_size=4)))
+def context_of(model):
+    return CalibrationContext(model, prepare(values(dense_rows(32)), model, None, DataOptions(batch_size=4)))
 
 
 def begun(config, progress=0.0, model=None, **settings):
-    """A blended model, with a regimen that has begun."""
+    """A blended model, with a schedule that has begun."""
     model = model if model is not None else tiny_dense(**settings)
-    regimen = Blending(config)
-    carry_out(regimen.prepare(bench_of(model)), model, Undo())
-    regimen.begin(model, progress)
-    return model, regimen
+    schedule = Blending(config)
+    carry_out(schedule.prepare(context_of(model)), model, Undo())
+    schedule.begin(model, progress)
+    return model, schedule
 
 
 def alphas(model):
@@ -125,9 +126,9 @@ def test_every_setting_survives_json():
 
 
 def test_what_is_done_in_training():
-    assert type(paper().regimen()) is Blending
-    assert type(LayerCollapseConfig(ratio=0.5, gradual=True).regimen()) is Blending
-    assert type(LayerCollapseConfig(ratio=0.5).regimen()) is ClosedForm
+    assert type(schedule_for(paper())) is Blending
+    assert type(schedule_for(LayerCollapseConfig(ratio=0.5, gradual=True))) is Blending
+    assert type(schedule_for(LayerCollapseConfig(ratio=0.5))) is ClosedForm
     learned = {
         ("paper", None): True,
         ("paper", "scheduled"): False,
@@ -136,19 +137,19 @@ def test_what_is_done_in_training():
     }
     for (variant, alpha), expected in learned.items():
         config = LayerCollapseConfig(variant=variant, num_layers=1, gradual=variant != "paper", alpha=alpha)
-        regimen = Blending(config)
-        assert (regimen.learned, regimen.ramp) == (expected, 0.0 if expected else 0.5)
+        schedule = Blending(config)
+        assert (schedule.learned, schedule.ramp) == (expected, 0.0 if expected else 0.5)
         assert Blending(replace(config, ramp=0.25)).ramp == 0.25
 
 
 def test_steps():
-    bench = Workbench(tiny_dense(num_hidden_layers=4))
+    context = CalibrationContext(tiny_dense(num_hidden_layers=4))
     one = LayerCollapseConfig(num_layers=1)
-    assert LayerCollapseConfig(num_layers=3).in_steps(bench) == [one] * 3
-    assert LayerCollapseConfig(ratio=0.25, penalty=0.5).in_steps(bench) == [replace(one, penalty=0.5)]
+    assert steps_for(LayerCollapseConfig(num_layers=3), context) == [one] * 3
+    assert steps_for(LayerCollapseConfig(ratio=0.25, penalty=0.5), context) == [replace(one, penalty=0.5)]
     for config in (paper(), LayerCollapseConfig(ratio=0.5, gradual=True), LayerCollapseConfig(target_r2=0.5)):
         with pytest.raises(ValueError, match="only a closed form with a ratio or num_layers can be cut into steps"):
-            config.in_steps(bench)
+            steps_for(config, context)
 
 
 @pytest.mark.parametrize(("ffns", "ratio", "count"), [(4, 0.5, 2), (4, 0.75, 3), (12, 0.5, 6)])
@@ -173,7 +174,7 @@ def test_settings_that_fail_later(settings):
 @pytest.mark.parametrize("blend", ["identity", "leaky"])
 def test_a_gate_that_could_only_become_linear_is_refused(blend):
     with pytest.raises(ValueError, match="constant"):
-        Blending(paper(blend=blend)).prepare(bench_of(tiny_dense(gated=True)))
+        Blending(paper(blend=blend)).prepare(context_of(tiny_dense(gated=True)))
 
 
 # --- what takes part --------------------------------------------------------------------------------------------------
@@ -184,7 +185,7 @@ def test_a_gate_that_could_only_become_linear_is_refused(blend):
 )
 def test_the_last_take_part_or_all(amount, blocks):
     model = tiny_dense(num_hidden_layers=4)
-    plan = Blending(paper(**amount)).prepare(Workbench(model))
+    plan = Blending(paper(**amount)).prepare(CalibrationContext(model))
     assert [edit.activation for edit in plan.edits] == [f"layers.{index}.mlp.act_fn" for index in blocks]
     assert {edit.blend for edit in plan.edits} == {"leaky"}
 
@@ -192,15 +193,15 @@ def test_the_last_take_part_or_all(amount, blocks):
 def test_what_would_grow_takes_no_part():
     """Narrow FFNs are no larger than their map; the others are counted without them."""
     model = tiny_dense(num_hidden_layers=4, intermediate_size=[32, 32, 2, 32])
-    plan = Blending(paper(num_layers=2)).prepare(Workbench(model))
+    plan = Blending(paper(num_layers=2)).prepare(CalibrationContext(model))
     assert [edit.activation.split(".")[1] for edit in plan.edits] == ["1", "3"]
 
 
 def test_gradually_those_that_the_closed_form_chooses():
     model = tiny_dense(num_hidden_layers=4)
-    bench = bench_of(model)
-    chosen = [step["block"] for step in LayerCollapseConfig(num_layers=2).plan(bench).notes["collapsed"]]
-    plan = Blending(LayerCollapseConfig(num_layers=2, gradual=True)).prepare(bench)
+    context = context_of(model)
+    chosen = [step["block"] for step in plan_for(LayerCollapseConfig(num_layers=2), context).notes["collapsed"]]
+    plan = Blending(LayerCollapseConfig(num_layers=2, gradual=True)).prepare(context)
     assert [int(edit.activation.split(".")[1]) for edit in plan.edits] == sorted(chosen)
     assert all(not tensor.any() for tensor in plan.tensors.values())  # a schedule starts at 0
 
@@ -215,30 +216,30 @@ def test_gradually_those_that_the_closed_form_chooses():
     ],
 )
 def test_a_blend_on_request(settings, blend, got):
-    model, regimen = begun(paper(blend=blend, alpha_init=0.25), **settings)
-    assert [module.blend for module in regimen.modules.values()] == [got] * 3
+    model, schedule = begun(paper(blend=blend, alpha_init=0.25), **settings)
+    assert [module.blend for module in schedule.modules.values()] == [got] * 3
     assert alphas(model) == [0.25] * 3
     z = torch.linspace(-2, 2, 64).view(1, 2, 32)
     with torch.no_grad():
-        activated = regimen.modules[0](z)
+        activated = schedule.modules[0](z)
     if got == "leaky":
         assert torch.equal(activated, torch.where(z > 0, z, 0.25 * z))
 
 
 def test_gates_without_data_are_told():
     with pytest.raises(CalibrationError, match="needs calibration data"):
-        Blending(paper()).prepare(Workbench(tiny_dense(gated=True)))
+        Blending(paper()).prepare(CalibrationContext(tiny_dense(gated=True)))
 
 
 def test_what_an_earlier_run_has_blended_keeps_its_share():
     model = tiny_dense(num_hidden_layers=3, hidden_act="gelu")
     carry_out(replace_activation(model, Anatomy(model).stack(), 1, "identity", 0.625), model, Undo())
     before = model.layers[1].mlp.act_fn
-    model, regimen = begun(paper(alpha_init=0.125, blend="leaky"), model=model)
+    model, schedule = begun(paper(alpha_init=0.125, blend="leaky"), model=model)
     assert model.layers[1].mlp.act_fn is before
     assert alphas(model) == [0.125, 0.625, 0.125]
-    assert regimen.alpha.tolist() == [0.125, 0.625, 0.125]
-    assert [module.blend for module in regimen.modules.values()] == ["leaky", "identity", "leaky"]
+    assert schedule.alpha.tolist() == [0.125, 0.625, 0.125]
+    assert [module.blend for module in schedule.modules.values()] == ["leaky", "identity", "leaky"]
 
 
 def test_a_frozen_ffn_cannot_learn():
@@ -246,7 +247,7 @@ def test_a_frozen_ffn_cannot_learn():
     model.layers[2].mlp.up_proj.weight.requires_grad_(False)
     before = state_of(model)
     with pytest.raises(ValueError, match=r"layers\.2\.mlp\.up_proj is frozen"):
-        Blending(paper()).prepare(Workbench(model))
+        Blending(paper()).prepare(CalibrationContext(model))
     assert same(before, state_of(model))
 
 
@@ -256,36 +257,36 @@ def test_a_frozen_ffn_cannot_learn():
 @pytest.mark.parametrize(("ramp", "progress", "risen"), [(None, 0.0, 1.0), (0.5, 0.2, 0.4), (0.5, 0.7, 1.0)])
 def test_the_penalty_and_its_gradient(ramp, progress, risen):
     """lc · Σ(1 − α)², whose derivative by each α is 2·lc·(α − 1)."""
-    model, regimen = begun(paper(lc=3.0, ramp=ramp))
+    model, schedule = begun(paper(lc=3.0, ramp=ramp))
     with torch.no_grad():
-        for module, alpha in zip(regimen.modules.values(), (0.25, 0.75, 1.5), strict=True):
+        for module, alpha in zip(schedule.modules.values(), (0.25, 0.75, 1.5), strict=True):
             module.alpha.fill_(alpha)
     lc = 3.0 * risen
-    penalty = regimen.penalty(progress)
+    penalty = schedule.penalty(progress)
     assert penalty.item() == pytest.approx(lc * (0.75**2 + 0.25**2 + 0.5**2))
     penalty.backward()
-    assert regimen.gradient.tolist() == pytest.approx([2 * lc * (alpha - 1) for alpha in (0.25, 0.75, 1.5)])
-    assert all(module.alpha.grad is None for module in regimen.modules.values())
-    assert regimen.logs()["penalty"] == penalty.item()
-    regimen.penalty(progress).backward()  # a second micro-batch
-    assert regimen.gradient.tolist() == pytest.approx([4 * lc * (alpha - 1) for alpha in (0.25, 0.75, 1.5)])
+    assert schedule.gradient.tolist() == pytest.approx([2 * lc * (alpha - 1) for alpha in (0.25, 0.75, 1.5)])
+    assert all(module.alpha.grad is None for module in schedule.modules.values())
+    assert schedule.logs()["penalty"] == penalty.item()
+    schedule.penalty(progress).backward()  # a second micro-batch
+    assert schedule.gradient.tolist() == pytest.approx([4 * lc * (alpha - 1) for alpha in (0.25, 0.75, 1.5)])
     assert leftovers(model) == []
 
 
 def test_the_loss_itself_moves_alpha_too():
     """dL/dα of PReLU by a difference quotient, through the model."""
-    model, regimen = begun(paper(alpha_init=0.5), hidden_act="relu")
+    model, schedule = begun(paper(alpha_init=0.5), hidden_act="relu")
     batch = {name: torch.stack([row[name] for row in dense_rows(8)]) for name in ("input_values", "labels")}
     model(**batch).loss.backward()
     model.double()
-    for place, module in enumerate(regimen.modules.values()):
+    for place, module in enumerate(schedule.modules.values()):
         losses = []
         for alpha in (0.5 - 1e-5, 0.5 + 1e-5):
             with torch.no_grad():
                 module.alpha.fill_(alpha)
                 losses.append(model(**batch).loss.item())
                 module.alpha.fill_(0.5)
-        assert regimen.gradient[place].item() == pytest.approx((losses[1] - losses[0]) / 2e-5, rel=1e-3, abs=1e-6)
+        assert schedule.gradient[place].item() == pytest.approx((losses[1] - losses[0]) / 2e-5, rel=1e-3, abs=1e-6)
 
 
 # --- the optimizer of α -----------------------------------------------------------------------------------------------
@@ -303,30 +304,30 @@ def slow_adam(start, gradients, rate):
     return alpha
 
 
-def pushed(regimen, gradients, loss_scale=1.0):
+def pushed(schedule, gradients, loss_scale=1.0):
     for gradient in gradients:
-        regimen.gradient += torch.tensor(gradient) * loss_scale
-        for module in regimen.modules.values():
+        schedule.gradient += torch.tensor(gradient) * loss_scale
+        for module in schedule.modules.values():
             module.alpha.grad = torch.zeros_like(module.alpha)  # as DDP leaves it
-        regimen.step(0.0, loss_scale)
-        assert all(module.alpha.grad is None for module in regimen.modules.values())
-        assert not regimen.gradient.any()  # the next step starts anew
+        schedule.step(0.0, loss_scale)
+        assert all(module.alpha.grad is None for module in schedule.modules.values())
+        assert not schedule.gradient.any()  # the next step starts anew
 
 
 @pytest.mark.parametrize("loss_scale", [1.0, 1024.0])
 def test_alpha_follows_adam(loss_scale):
-    model, regimen = begun(paper(alpha_init=0.25, alpha_lr=0.04))
-    pushed(regimen, GRADIENTS, loss_scale)
+    model, schedule = begun(paper(alpha_init=0.25, alpha_lr=0.04))
+    pushed(schedule, GRADIENTS, loss_scale)
     expected = [slow_adam(0.25, column, 0.04) for column in zip(*GRADIENTS, strict=True)]
     assert alphas(model) == pytest.approx(expected, abs=1e-6)
-    assert regimen.alpha.tolist() == pytest.approx(expected, abs=1e-6)
-    assert regimen.logs() == {f"alpha_{i}": alpha for i, alpha in enumerate(alphas(model))} | {"penalty": 0.0}
+    assert schedule.alpha.tolist() == pytest.approx(expected, abs=1e-6)
+    assert schedule.logs() == {f"alpha_{i}": alpha for i, alpha in enumerate(alphas(model))} | {"penalty": 0.0}
 
 
 @pytest.mark.parametrize("broken", [math.inf, math.nan])
 def test_a_step_that_overflows_is_left_out(broken):
-    model, regimen = begun(paper(alpha_init=0.25))
-    pushed(regimen, [*GRADIENTS[:2], [broken, 1.0, 1.0], *GRADIENTS[2:]])
+    model, schedule = begun(paper(alpha_init=0.25))
+    pushed(schedule, [*GRADIENTS[:2], [broken, 1.0, 1.0], *GRADIENTS[2:]])
     assert alphas(model) == pytest.approx(
         [slow_adam(0.25, column, 0.02) for column in zip(*GRADIENTS, strict=True)], abs=1e-6
     )
@@ -334,26 +335,26 @@ def test_a_step_that_overflows_is_left_out(broken):
 
 def test_alpha_is_kept_in_float32():
     """Steps that bfloat16 cannot make one by one (at 0.5 it has 1/256 between numbers) add up."""
-    model, regimen = begun(paper(alpha_init=0.5, alpha_lr=1e-4), model=tiny_dense().bfloat16())
+    model, schedule = begun(paper(alpha_init=0.5, alpha_lr=1e-4), model=tiny_dense().bfloat16())
     assert model.layers[0].mlp.act_fn.alpha.dtype == torch.bfloat16
-    assert regimen.alpha.dtype == torch.float32
+    assert schedule.alpha.dtype == torch.float32
     gradients = [[-1.0, -1.0, 1.0]] * 100
-    pushed(regimen, gradients)
-    assert regimen.alpha.tolist() == pytest.approx([0.51, 0.51, 0.49], abs=1e-5)
-    assert alphas(model) == regimen.alpha.bfloat16().tolist() != [0.5] * 3
+    pushed(schedule, gradients)
+    assert schedule.alpha.tolist() == pytest.approx([0.51, 0.51, 0.49], abs=1e-5)
+    assert alphas(model) == schedule.alpha.bfloat16().tolist() != [0.5] * 3
 
 
 def test_what_a_resumed_run_has_to_know():
-    model, regimen = begun(paper(alpha_init=0.25))
-    pushed(regimen, GRADIENTS[:3])
-    saved = regimen.state()
-    pushed(regimen, GRADIENTS[3:])
+    model, schedule = begun(paper(alpha_init=0.25))
+    pushed(schedule, GRADIENTS[:3])
+    saved = schedule.state()
+    pushed(schedule, GRADIENTS[3:])
     again, resumed = begun(paper(alpha_init=0.25), progress=0.6)
     resumed.restore(saved)
     pushed(resumed, GRADIENTS[3:])
     assert alphas(again) == alphas(model)
     fresh = Blending(paper())
-    carry_out(fresh.prepare(bench_of(other := tiny_dense())), other, Undo())
+    carry_out(fresh.prepare(context_of(other := tiny_dense())), other, Undo())
     fresh.begin(other, 0.0)
     fresh.restore(fresh.state())  # before any step
     pushed(fresh, GRADIENTS)
@@ -365,34 +366,37 @@ def test_what_a_resumed_run_has_to_know():
 @pytest.mark.parametrize(("ramp", "size"), [(None, 0.5), (0.25, 0.25), (1.0, 1.0)])
 def test_a_scheduled_alpha_rises_with_progress(ramp, size):
     config = paper(alpha="scheduled", ramp=ramp, alpha_init=0.3)
-    model, regimen = begun(config)
+    model, schedule = begun(config)
     assert alphas(model) == [0.0] * 3
     for step in range(1, 21):
-        for module in regimen.modules.values():
+        for module in schedule.modules.values():
             (module.alpha * 7).sum().backward()  # moves nothing
-        regimen.step(step / 20, 1.0)
+        schedule.step(step / 20, 1.0)
         assert alphas(model) == pytest.approx([min(1.0, step / 20 / size)] * 3)
-        assert all(module.alpha.grad is None for module in regimen.modules.values())
+        assert all(module.alpha.grad is None for module in schedule.modules.values())
     assert alphas(model) == [1.0] * 3
-    assert regimen.penalty(0.5) is None
-    assert regimen.state() == {}
+    assert schedule.penalty(0.5) is None
+    assert schedule.state() == {}
     assert alphas(begun(config, progress=size / 2)[0]) == pytest.approx([0.5] * 3)  # a resumed run
 
 
 def test_what_is_not_linear_enough_at_the_end_is_solved_in_closed_form():
     model = tiny_dense(hidden_act="gelu")
-    bench, config = bench_of(model), LayerCollapseConfig(num_layers=2, gradual=True, alpha="learned", tolerance=0.25)
-    regimen = Blending(config)
-    carry_out(regimen.prepare(bench), model, Undo())
-    regimen.begin(model, 0.0)
-    (first, near), (second, far) = regimen.modules.items()
+    context, config = (
+        context_of(model),
+        LayerCollapseConfig(num_layers=2, gradual=True, alpha="learned", tolerance=0.25),
+    )
+    schedule = Blending(config)
+    carry_out(schedule.prepare(context), model, Undo())
+    schedule.begin(model, 0.0)
+    (first, near), (second, far) = schedule.modules.items()
     with torch.no_grad():
         near.alpha.fill_(0.765625)
         far.alpha.fill_(0.75)
-    steps = regimen.finish(bench).notes["collapsed"]
+    steps = schedule.finish(context).notes["collapsed"]
     assert [(step["block"], "r2" in step) for step in steps] == [(second, True), (first, False)]
     assert set(blended(model, Anatomy(model).stack())) == {first, second}  # a plan, no change
-    assert not any(module.alpha._post_accumulate_grad_hooks for module in regimen.modules.values())
+    assert not any(module.alpha._post_accumulate_grad_hooks for module in schedule.modules.values())
 
 
 # --- whole runs -------------------------------------------------------------------------------------------------------
@@ -436,7 +440,7 @@ def test_under_the_weights_own_adam_alpha_would_stand_still(network):
     """Why α has an optimizer of its own: the paper's loss with everything under Adam at 1e-3, for as many steps."""
     model, rows = tiny_dense(**NETWORKS[network]), dense_rows(32)
     config = paper()
-    apply(Blending(config).prepare(bench_of(model)), model)
+    apply(Blending(config).prepare(context_of(model)), model)
     modules = [module for module in model.modules() if isinstance(module, BlendedActivation)]
     batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)

@@ -9,16 +9,16 @@ import hf_compress as hfc
 from examples.round_trip import build, logits, train
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.parts import is_linear, linear_map
-from hf_compress.apply import apply
+from hf_compress.api.compress import compress, make_plan
 from hf_compress.calibration.capture import hooked
 from hf_compress.calibration.data import DataOptions, special_ids
-from hf_compress.config import CompressionConfig, config_class
 from hf_compress.evaluation.size import parameter_count
+from hf_compress.methods.base.settings import CompressionConfig, config_class
 from hf_compress.methods.lrp import LRPConfig
 from hf_compress.modules.packed import MixedPrecisionLinear
 from hf_compress.modules.sparse import SparseLinear
-from hf_compress.pipeline import compress, make_plan
-from hf_compress.plan import Plan
+from hf_compress.plan.plan import Plan
+from hf_compress.rewrite.apply import apply
 from hf_compress.storage.save import save
 from tests.architectures.changes import Trace, forward
 from tests.architectures.tiny import randomise, tiny_seq2seq_model
@@ -534,7 +534,7 @@ def test_neurons_of_the_whole_model():
     assert len(set(model.config.intermediate_size)) > 1
 
 
-# --- bits by worth ----------------------------------------------------------------------------------------------------
+# --- bits by cost ----------------------------------------------------------------------------------------------------
 
 
 def with_dead_units():
@@ -800,7 +800,7 @@ def test_special_tokens_count_where_a_head_reads_them(name, monkeypatch):
     mask[:, -2:] = 0
     monkeypatch.setattr(
         "hf_compress.methods.lrp.plan.plan_weights",
-        lambda config, bench, *_: seen.extend(batch.real for batch in bench.calibration) or Plan(),
+        lambda config, context, *_: seen.extend(batch.real for batch in context.calibration) or Plan(),
     )
     make_plan(model, LRPConfig(bits=5, group_size=32), [{"input_ids": ids, "attention_mask": mask}])
     expected = mask.bool()

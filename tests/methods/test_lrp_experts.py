@@ -13,17 +13,16 @@ from transformers.integrations import use_experts_implementation
 from examples.round_trip import train
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.undo import Undo
-from hf_compress.apply import apply, carry_out
+from hf_compress.api.compress import compress, make_plan
 from hf_compress.attribution import rules
 from hf_compress.attribution.passes import check_conserved, explain, explaining, logits_of
 from hf_compress.attribution.scores import relevance_sums
 from hf_compress.calibration.capture import forward as run_batch
 from hf_compress.calibration.capture import inference
 from hf_compress.calibration.data import DataOptions, prepare
-from hf_compress.calibration.walks import start_walks
-from hf_compress.drafts import split_experts
-from hf_compress.edits import RemoveBlocks
+from hf_compress.calibration.streams import start_pairs
 from hf_compress.errors import UnsupportedModelError
+from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.lrp import LRPConfig, experts, weights
 from hf_compress.methods.lrp.fisher import energies
 from hf_compress.methods.lrp.grams import advance, grams_of, linears_of
@@ -31,10 +30,11 @@ from hf_compress.methods.lrp.scores import input_norms, watch_rows
 from hf_compress.modules.experts import Expert, SeparateExperts
 from hf_compress.modules.packed import MixedPrecisionLinear
 from hf_compress.modules.sparse import SparseLinear
-from hf_compress.pipeline import compress, make_plan
-from hf_compress.plan import Plan
+from hf_compress.plan.edits import RemoveBlocks
+from hf_compress.plan.plan import Plan
+from hf_compress.rewrite.apply import apply, carry_out
+from hf_compress.rewrite.builders import split_experts
 from hf_compress.storage.save import save
-from hf_compress.workbench import Workbench
 from tests.architectures.changes import Trace, forward, generate
 from tests.architectures.tiny import randomise, tiny_model
 from tests.conftest import in_dtype, leftovers
@@ -238,13 +238,13 @@ def test_norms_and_gram_matrices_are_those_of_real_tokens(side, size):
     expected = rows_by_token(model)
     split = apart(copy.deepcopy(model))
     data, stack, maps = batches_of(split, padded(side), size), Anatomy(split).stack(), maps_of(split)
-    norms = input_norms(Workbench(split, data), list(data), maps, stack)
+    norms = input_norms(CalibrationContext(split, data), list(data), maps, stack)
     assert norms.keys() == maps.keys()
     with inference(split):
-        walks = start_walks(split, stack, data, data.tokens)
-        assert len(walks) == len(data)
+        pairs = start_pairs(split, stack, data, data.tokens)
+        assert len(pairs) == len(data)
         for layer in range(BLOCKS):
-            grams = grams_of(stack, layer, linears_of(stack, layer, maps), walks)
+            grams = grams_of(stack, layer, linears_of(stack, layer, maps), pairs)
             assert grams.keys() == {path for path in expected if path.startswith(f"model.layers.{layer}.")}
             for path, gram in grams.items():
                 total = torch.zeros_like(gram)
@@ -252,13 +252,13 @@ def test_norms_and_gram_matrices_are_those_of_real_tokens(side, size):
                     total += row[:, None] * row[None, :]
                 near(gram, total)
                 near(norms[path], (total.diagonal() / len(expected[path])).sqrt())
-            advance(walks, layer)
+            advance(pairs, layer)
 
 
 def test_maps_that_read_nothing_have_norms_of_0():
     split = apart(lopsided())
     data = batches_of(split, padded())
-    norms = input_norms(Workbench(split, data), list(data), maps_of(split), Anatomy(split).stack())
+    norms = input_norms(CalibrationContext(split, data), list(data), maps_of(split), Anatomy(split).stack())
     for path, norm in norms.items():
         assert bool(norm.any()) == (int(path.split(".")[5]) not in UNREAD)
         assert len(norm) == (HIDDEN if path.endswith("up") else WIDTH)
@@ -993,7 +993,7 @@ def test_a_failure_leaves_the_model_as_it_was(where, error, monkeypatch):
 
     place = {
         "solve": (weights, "solve_masked"),
-        "apply": (sys.modules["hf_compress.apply"], "check_parity"),
+        "apply": (sys.modules["hf_compress.rewrite.apply"], "check_parity"),
         "split": (experts, "_check_same"),
     }
     monkeypatch.setattr(*place[where], fail)

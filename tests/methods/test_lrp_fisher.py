@@ -9,16 +9,16 @@ from transformers import AutoModelForSequenceClassification
 from examples.round_trip import build
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.parts import is_linear, linear_map
+from hf_compress.api.compress import compress
 from hf_compress.calibration.data import Batch, Calibration, DataOptions
 from hf_compress.errors import CalibrationError, UnsupportedModelError
+from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.lrp import LRPConfig
+from hf_compress.methods.lrp.error_costs import error_costs
 from hf_compress.methods.lrp.fisher import energies
 from hf_compress.methods.lrp.linears import block_linears
-from hf_compress.methods.lrp.worth import worth_of_errors
 from hf_compress.modules.packed import MixedPrecisionLinear
 from hf_compress.numerics.rounding import unexplained
-from hf_compress.pipeline import compress
-from hf_compress.workbench import Workbench
 from tests.architectures.changes import Trace, forward
 from tests.architectures.tiny import _build, tiny_base_model, tiny_model, tiny_seq2seq_model
 from tests.conftest import in_dtype, leftovers
@@ -200,7 +200,7 @@ def test_maps_without_a_part_in_the_outputs():
     assert not energy.of_outputs("layers.1.mlp.in_vain").any()
     assert torch.equal(energy.gradients["layers.0.mlp.up_proj"], plain.gradients["layers.0.mlp.up_proj"])
     for compensated in (False, True):
-        costs = worth(model, compensated)
+        costs = cost(model, compensated)
         for name in ("never", "in_vain"):
             assert torch.equal(costs[f"layers.1.mlp.{name}"], torch.zeros(4, 8))
         assert costs["layers.1.mlp.mlp.up_proj"].any()
@@ -248,11 +248,11 @@ def test_the_model_is_as_it_was(name, fails):
 # --- what an error costs ----------------------------------------------------------------------------------------------
 
 
-def worth(model, compensated=False, *batches, **settings):
-    bench, stack = Workbench(model, Calibration(list(batches) or [batch_of(model)])), Anatomy(model).stack()
+def cost(model, compensated=False, *batches, **settings):
+    context, stack = CalibrationContext(model, Calibration(list(batches) or [batch_of(model)])), Anatomy(model).stack()
     config = LRPConfig(bits=5, rounding="compensated" if compensated else "nearest", **settings)
     linears = block_linears(stack)
-    costs = worth_of_errors(config, bench, stack, linears, slopes={}, kept={})
+    costs = error_costs(config, context, stack, linears, slopes={}, kept={})
     return {path: costs(path) for path in linears}
 
 
@@ -263,7 +263,7 @@ def test_worth_is_a_product(name):
     batch, energy = batch_of(model), found(model)
     _, seen = linear_logits(model, batch)
     for compensated in (False, True):
-        costs = worth(model, compensated)
+        costs = cost(model, compensated)
         for path, module in block_linears(Anatomy(model).stack()).items():
             x = seen[path][0]
             rows = x[batch.real] if batch.real is not None else x.flatten(0, -2)
@@ -276,13 +276,13 @@ def test_worth_is_a_product(name):
 
 @pytest.mark.parametrize("kind", ["classes", "labels", "numbers"])
 def test_worth_foretells_the_divergence(kind):
-    """½ · worth · e² is the sum over samples of KL, nearly, of an error e in one weight."""
+    """½ · cost · e² is the sum over samples of KL, nearly, of an error e in one weight."""
     model = dense(**DENSE["GELU"] | {"num_labels": 1 if kind == "numbers" else 4})
     distribution = {"classes": categorical, "labels": bernoulli, "numbers": gaussian}[kind]
     if kind == "labels":
         several(model)
     x, e, pairs = torch.randn(1500, 6, generator=torch.Generator().manual_seed(1)), 0.02, []
-    costs = worth(model, False, Batch({"input_values": x}, None))
+    costs = cost(model, False, Batch({"input_values": x}, None))
     before, generator = distribution(model(x).logits.detach().double())[0], torch.Generator().manual_seed(2)
     for path, module in block_linears(Anatomy(model).stack()).items():
         for place in torch.randint(module.weight.numel(), (25,), generator=generator).tolist():

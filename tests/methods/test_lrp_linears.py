@@ -5,12 +5,12 @@ import torch
 
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.parts import is_linear
+from hf_compress.api.compress import compress
 from hf_compress.attribution.scores import _Sums
 from hf_compress.calibration.capture import forward, inference
 from hf_compress.calibration.data import DataOptions, prepare
 from hf_compress.methods.lrp import LRPConfig, grams
 from hf_compress.methods.lrp.scores import watch_rows
-from hf_compress.pipeline import compress
 from tests.architectures.tiny import tiny_model
 
 SHARED = "model.layers.0.mlp.shared_expert.up_proj"

@@ -9,13 +9,13 @@ import torch
 
 from examples.round_trip import build
 from hf_compress.anatomy.parts import linear_map
+from hf_compress.api.compress import compress
 from hf_compress.calibration.data import Batch, DataOptions
-from hf_compress.config import CompressionConfig
+from hf_compress.methods.base.settings import CompressionConfig
 from hf_compress.methods.lrp import LRPConfig
-from hf_compress.methods.lrp.whole import read_together
+from hf_compress.methods.lrp.module_bits import read_together
 from hf_compress.modules.packed import MixedPrecisionLinear, PackedLinear, pack
 from hf_compress.numerics.budget import spend_on_items
-from hf_compress.pipeline import compress
 from hf_compress.storage.save import save
 from tests.conftest import leftovers
 from tests.linears import linears

@@ -9,12 +9,12 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 import hf_compress as hfc
 from examples.round_trip import build, logits
 from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.api.compress import compress
 from hf_compress.calibration.data import DataOptions
 from hf_compress.errors import CalibrationError, PlanError, UnsupportedModelError
 from hf_compress.methods.lrp import LRPConfig, weights
 from hf_compress.modules.packed import MixedPrecisionLinear
 from hf_compress.modules.sparse import SparseLinear
-from hf_compress.pipeline import compress
 from hf_compress.storage.save import save
 from tests.architectures.changes import Trace
 from tests.architectures.tiny import tiny_model

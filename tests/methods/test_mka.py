@@ -9,16 +9,17 @@ import torch
 import hf_compress.methods.mka.refit as refit_module
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.undo import Undo
-from hf_compress.apply import apply
+from hf_compress.api.compress import compress
 from hf_compress.calibration.data import Batch, DataOptions, prepare
 from hf_compress.calibration.runner import BlockRunner
-from hf_compress.edits import MergeBlocks, RemoveBlocks
 from hf_compress.errors import CalibrationError
+from hf_compress.methods.base.context import CalibrationContext
+from hf_compress.methods.base.registry import plan_for
 from hf_compress.methods.mka import MKAConfig
 from hf_compress.methods.mka.writers import Writers
-from hf_compress.pipeline import compress
-from hf_compress.plan import Plan
-from hf_compress.workbench import Workbench
+from hf_compress.plan.edits import MergeBlocks, RemoveBlocks
+from hf_compress.plan.plan import Plan
+from hf_compress.rewrite.apply import apply
 from tests.architectures.changes import Trace
 from tests.architectures.tiny import tiny_base_model, tiny_inputs, tiny_model
 from tests.conftest import leftovers
@@ -216,7 +217,7 @@ def calibration_of(model, samples=24, batch_size=3):
 
 def plan_of(model, calibration, **options):
     before = Trace.of(model)
-    plan = MKAConfig(**options).plan(Workbench(model, calibration))
+    plan = plan_for(MKAConfig(**options), CalibrationContext(model, calibration))
     assert before.difference(model) is None
     assert leftovers(model) == []
     return plan
@@ -292,7 +293,7 @@ def test_never_worse_than_leaving_the_blocks_out(model, seed, count):
 
 
 def test_a_refit_that_does_not_help_is_not_kept(model, monkeypatch):
-    def worse(bench, stack, absorbed, tokens, undo):
+    def worse(context, stack, absorbed, tokens, undo):
         undo.write(model.lm_head.weight, -3 * model.lm_head.weight)
         return {"model.layers.0.mlp.down_proj.weight": torch.zeros(16, 32)}, []
 
@@ -360,7 +361,7 @@ def test_other_families_are_compressed_or_left_plain(model_type):
 
 def test_too_few_samples(model):
     with pytest.raises(CalibrationError, match=r"7 calibration samples are too few.*at least 8 are needed"):
-        MKAConfig(num_merges=1).plan(Workbench(model, calibration_of(model, samples=7)))
+        plan_for(MKAConfig(num_merges=1), CalibrationContext(model, calibration_of(model, samples=7)))
 
 
 def test_with_too_few_batches_to_hold_one_out_the_penalty_is_not_chosen(model):
@@ -376,7 +377,7 @@ def block_forwards(model, calibration, **options):
     """How many times a block really ran (its own FFN) while planning, over the number of blocks."""
     calls = []
     handles = [layer.mlp.register_forward_hook(lambda *_: calls.append(1)) for layer in model.model.layers]
-    MKAConfig(**options).plan(Workbench(model, calibration))
+    plan_for(MKAConfig(**options), CalibrationContext(model, calibration))
     for handle in handles:
         handle.remove()
     return len(calls)
@@ -408,10 +409,10 @@ def test_streams_of_the_walk_are_two_a_batch(model, monkeypatch):
     seen = []
     own = refit_module._fit
 
-    def spy(bench, stack, index, walks, undo):
-        seen.append(len(walks))
-        return own(bench, stack, index, walks, undo)
+    def spy(context, stack, index, pairs, undo):
+        seen.append(len(pairs))
+        return own(context, stack, index, pairs, undo)
 
     monkeypatch.setattr(refit_module, "_fit", spy)
-    MKAConfig(num_merges=1, refit_tokens=240).plan(Workbench(model, calibration_of(model, samples=192)))
+    plan_for(MKAConfig(num_merges=1, refit_tokens=240), CalibrationContext(model, calibration_of(model, samples=192)))
     assert set(seen) == {8}

@@ -9,7 +9,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 import hf_compress as hfc
 from hf_compress.calibration.data import DataOptions
-from hf_compress.drafts import heads_of, narrow_ffn
+from hf_compress.rewrite.builders import heads_of, narrow_ffn
 from tests.architectures.changes import Trace
 from tests.architectures.tiny import tiny_model
 from tests.conftest import leftovers

@@ -15,12 +15,12 @@ from transformers import Trainer, TrainingArguments
 
 import hf_compress as hfc
 from hf_compress.anatomy.anatomy import Anatomy
-from hf_compress.apply import apply
 from hf_compress.calibration.data import Batch, DataOptions, prepare
-from hf_compress.drafts import narrow_ffn
 from hf_compress.errors import CalibrationError
-from hf_compress.plan import Plan
-from hf_compress.probe import Probe
+from hf_compress.plan.plan import Plan
+from hf_compress.rewrite.apply import apply
+from hf_compress.rewrite.builders import narrow_ffn
+from hf_compress.rewrite.probe import Probe
 from hf_compress.storage.save import own_memory
 from tests.ffns import hooked
 

@@ -8,9 +8,9 @@ from torch import nn
 
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.undo import Undo
-from hf_compress.apply import carry_out
-from hf_compress.drafts import insert_bottleneck
 from hf_compress.modules.bottleneck import BOTTLENECK, Bottleneck, Form, through_bottleneck
+from hf_compress.rewrite.apply import carry_out
+from hf_compress.rewrite.builders import insert_bottleneck
 from tests.architectures.tiny import tiny_inputs, tiny_model
 from tests.plans import linear_bottleneck
 

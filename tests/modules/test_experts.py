@@ -8,13 +8,13 @@ import torch
 
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.undo import Undo
-from hf_compress.apply import apply, carry_out
 from hf_compress.calibration.routing import watch_routes
-from hf_compress.drafts import narrow_experts, replace_activation, split_experts
-from hf_compress.edits import NarrowExperts, PackLinear, RemoveBlocks, SplitExperts
 from hf_compress.errors import PlanError, UnsupportedModelError
 from hf_compress.modules.experts import Expert, SeparateExperts
-from hf_compress.plan import Plan
+from hf_compress.plan.edits import NarrowExperts, PackLinear, RemoveBlocks, SplitExperts
+from hf_compress.plan.plan import Plan
+from hf_compress.rewrite.apply import apply, carry_out
+from hf_compress.rewrite.builders import narrow_experts, replace_activation, split_experts
 from hf_compress.storage.save import save
 from tests.architectures.changes import Trace, forward
 from tests.architectures.tiny import tiny_base_model, tiny_inputs, tiny_model

@@ -5,13 +5,13 @@ import torch
 from torch.nn import functional
 
 from examples.round_trip import build, logits
-from hf_compress.apply import apply
-from hf_compress.drafts import pack_linear, sparsify_linear
-from hf_compress.edits import SparsifyLinear, edit_from_dict
 from hf_compress.errors import PlanError
 from hf_compress.modules.packed import MixedPrecisionLinear, Packing, pack
 from hf_compress.modules.sparse import SparseLinear, pack_mask, pack_row, row_length
-from hf_compress.plan import Plan
+from hf_compress.plan.edits import SparsifyLinear, edit_from_dict
+from hf_compress.plan.plan import Plan
+from hf_compress.rewrite.apply import apply
+from hf_compress.rewrite.builders import pack_linear, sparsify_linear
 from hf_compress.storage.save import save
 from tests.architectures.changes import Trace
 

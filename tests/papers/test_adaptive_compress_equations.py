@@ -12,9 +12,9 @@ import torch
 
 from hf_compress.methods.adaptive_compress import AdaptiveCompressConfig
 from hf_compress.methods.adaptive_compress.adaptive import Adaptive, Paper
-from hf_compress.methods.adaptive_compress.course import Course
 from hf_compress.methods.adaptive_compress.fit import ordinary
 from hf_compress.methods.adaptive_compress.learner import StreamMoments, correlation, top_mask
+from hf_compress.methods.adaptive_compress.learning import Learning
 
 HIDDEN, TOKENS = 5, 9
 LEARNERS = {"paper": Paper, "default": Adaptive}
@@ -328,11 +328,11 @@ def test_retention_never_leaves_its_two_ends():
 
 
 def test_a_fifth_warms_up_and_three_fifths_decay_unless_said():
-    assert schedule().schedule(100) == (20, 60)
-    assert schedule().schedule(9) == (1, 5)
-    assert schedule(warmup_steps=3).schedule(100) == (3, 60)
-    assert schedule(decay_steps=3).schedule(100) == (20, 3)
-    assert schedule(warmup_steps=0, decay_steps=0).schedule(100) == (0, 0)
+    assert schedule().phases(100) == (20, 60)
+    assert schedule().phases(9) == (1, 5)
+    assert schedule(warmup_steps=3).phases(100) == (3, 60)
+    assert schedule(decay_steps=3).phases(100) == (20, 3)
+    assert schedule(warmup_steps=0, decay_steps=0).phases(100) == (0, 0)
     values = [schedule().retention(step, 10) for step in range(10)]
     assert values == pytest.approx([0.9, 0.9, 0.9] + [0.9 - 0.4 * k / 6 for k in range(1, 6)] + [0.5, 0.5])
 
@@ -436,19 +436,19 @@ def test_a_whole_run_is_the_slow_one(variant, importance, tied):
     center = module.center if variant == "default" else torch.zeros(HIDDEN, dtype=torch.float64)
     start = [tensor.detach().clone() for tensor in (module.encoder, module.decoder, center, found.importance)]
     expected, trace = slow_run(variant, found.config, start, batches, variance_of(torch.cat(batches).tolist()))
-    course = Course(found)
+    learning = Learning(found)
     for step, rows in enumerate(batches):
-        course.learn(rows, step, len(batches))
-    assert not course.stopped
+        learning.learn(rows, step, len(batches))
+    assert not learning.stopped
     torch.testing.assert_close(found.importance, trace, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(module.encoder.detach(), expected[0], rtol=0, atol=1e-5)
     torch.testing.assert_close(module.decoder.detach(), expected[1], rtol=0, atol=1e-5)
     assert not torch.allclose(module.encoder.detach(), start[0], atol=1e-2), "nothing was learnt"
     if variant == "default":
         torch.testing.assert_close(module.center.detach(), expected[2], rtol=0, atol=1e-5)
-    assert course.curve["retention"] == pytest.approx([0.8, 0.8, 0.8, 0.7, 0.6, 0.5, 0.4, 0.4])
-    assert course.curve["step"] == list(range(8))
-    assert course.curve["active"] == [4, 4, 4, 4, 3, 3, 2, 2]
+    assert learning.curve["retention"] == pytest.approx([0.8, 0.8, 0.8, 0.7, 0.6, 0.5, 0.4, 0.4])
+    assert learning.curve["step"] == list(range(8))
+    assert learning.curve["active"] == [4, 4, 4, 4, 3, 3, 2, 2]
 
 
 def test_the_papers_weights_start_as_a_linear_layers():
@@ -623,9 +623,9 @@ def trained(variant="default", **settings):
     rows = 10 * stream(60)
     settings = {"l1": 2.0, "learning_rate": 0.02, "updates": 1, "retention_final": 0.6} | settings
     found = learner(variant, rows, **settings)
-    course = Course(found)
+    learning = Learning(found)
     for step in range(20):
-        course.learn(rows, step, 20)
+        learning.learn(rows, step, 20)
     found.retain(0.6)
     return found, rows
 
@@ -697,12 +697,12 @@ def test_a_tied_encoder_has_the_gradient_of_both_its_roles(variant, skip):
 def test_weights_are_tied_after_every_step_and_in_the_end(variant):
     rows = stream(30)
     found = learner(variant, rows, tie_weights=True, learning_rate=0.01, updates=1, retention_final=0.6)
-    course = Course(found)
+    learning = Learning(found)
     for step in range(6):
-        course.learn(stream(seed=step), step, 6)
+        learning.learn(stream(seed=step), step, 6)
         encoder, decoder = found.module.encoder.detach(), found.module.decoder.detach()
         assert torch.equal(decoder, (1 - found.module.form.skip) * encoder.T)
-    module, kept = course.finished()
+    module, kept = learning.finished()
     gates = found.module.gate[kept]
     assert len(kept) == 3
     torch.testing.assert_close(module.decoder, (0.9 * encoder.T)[kept].float())

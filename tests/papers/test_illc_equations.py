@@ -13,10 +13,10 @@ import torch
 from sklearn.cluster import AgglomerativeClustering, KMeans
 
 from hf_compress import DenseConfig, DenseForClassification
+from hf_compress.api.compress import compress
 from hf_compress.calibration.data import DataOptions
 from hf_compress.methods.illc import ILLCConfig, units
 from hf_compress.numerics import elimination
-from hf_compress.pipeline import compress
 
 FEATURES, HIDDEN, WIDTH, LAYERS, BATCH = 6, 9, 20, 3, 8
 ACTIVATIONS = {"relu": lambda z: z.clamp(min=0), "tanh": torch.tanh}

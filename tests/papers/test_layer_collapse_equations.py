@@ -12,16 +12,17 @@ from transformers.pytorch_utils import Conv1D
 from hf_compress import DenseConfig, DenseForClassification
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.undo import Undo
-from hf_compress.apply import apply, carry_out
 from hf_compress.calibration.data import prepare
-from hf_compress.drafts import replace_activation
 from hf_compress.errors import CalibrationError, NotLinearError, UnsupportedModelError
+from hf_compress.methods.base.context import CalibrationContext
+from hf_compress.methods.base.registry import plan_for
 from hf_compress.methods.layer_collapse import LayerCollapseConfig
 from hf_compress.methods.layer_collapse.blend import absorbed, blended, fitting_blend, mean_gates
 from hf_compress.methods.layer_collapse.product import plan_by_product, product
 from hf_compress.modules.activation import BlendedActivation
+from hf_compress.rewrite.apply import apply, carry_out
+from hf_compress.rewrite.builders import replace_activation
 from hf_compress.storage.save import save
-from hf_compress.workbench import Workbench
 from tests.architectures.changes import Trace, forward
 from tests.architectures.tiny import tiny_inputs, tiny_model, tiny_seq2seq_model
 from tests.conftest import in_dtype, leftovers
@@ -390,7 +391,7 @@ def paper(**settings):
 
 def test_the_last_goes_first_and_only_what_is_within():
     model = with_alphas([0.97, 0.5, None, 1.03, 1.06, 1.0])
-    plan = paper().plan(Workbench(model))
+    plan = plan_for(paper(), CalibrationContext(model))
     assert [step["block"] for step in plan.notes["collapsed"]] == [5, 3, 0]
     assert [step["alpha"] for step in plan.notes["collapsed"]] == pytest.approx([1.0, 1.03, 0.97])
     assert plan.notes["not_collapsed"] == {"1": pytest.approx(0.5), "4": pytest.approx(1.06)}
@@ -400,7 +401,7 @@ def test_the_last_goes_first_and_only_what_is_within():
 
 def test_the_tolerance_itself_is_too_far():
     model = with_alphas([0.75, 0.765625, 1.25])  # which are exact
-    (step,) = paper(tolerance=0.25).plan(Workbench(model)).notes["collapsed"]
+    (step,) = plan_for(paper(tolerance=0.25), CalibrationContext(model)).notes["collapsed"]
     assert step["block"] == 1
 
 
@@ -409,19 +410,19 @@ def test_none_within_names_them_all():
     before = Trace.of(model)
     message = r"tolerance 0\.05: block 0 α = 0\.100, block 2 α = 0\.900, block 3 α = 1\.200; train longer"
     with pytest.raises(NotLinearError, match=message):
-        plan_by_product(paper(), Workbench(model))
+        plan_by_product(paper(), CalibrationContext(model))
     assert before.difference(model) is None
 
 
 def test_without_training_there_is_nothing_to_multiply():
     with pytest.raises(ValueError, match=r"this model has none: train it with Trainer.*CompressionCallback"):
-        plan_by_product(paper(), Workbench(dense()))
+        plan_by_product(paper(), CalibrationContext(dense()))
 
 
 def test_planning_leaves_the_model_alone():
     model, _ = driven("phi3", "constant", 1.0)
     before = Trace.of(model)
-    plan_by_product(paper(), Workbench(model))
+    plan_by_product(paper(), CalibrationContext(model))
     assert before.difference(model) is None
 
 
@@ -433,7 +434,7 @@ def test_at_one_the_collapse_changes_nothing_and_comes_back_from_files(name, tmp
     model, stack, inputs, reference = built(name)
     apply(replace_activation(model, stack, family.index, blend, 1.0, constants(name)), model)
     blended_output, size = forward(model, inputs), sum(p.numel() for p in model.parameters())
-    plan = plan_by_product(paper(stack=family.stack), Workbench(model))
+    plan = plan_by_product(paper(stack=family.stack), CalibrationContext(model))
     assert [step["block"] for step in plan.notes["collapsed"]] == [family.index]
     apply(plan, model)
     assert_close(forward(model, inputs), blended_output, reference)

@@ -45,7 +45,7 @@ def median_distance(x: Tensor) -> float:
 
 
 def markov_matrix(x: Tensor, bandwidth: float, alpha: float) -> tuple[Matrix, list[float]]:
-    """The random walk on the samples and its stationary distribution."""
+    """The random pair on the samples and its stationary distribution."""
     n = len(x)
     kernel = [[math.exp(-(euclidean(x[i], x[j]) ** 2) / (2 * bandwidth**2)) for j in range(n)] for i in range(n)]
     density = [sum(row) for row in kernel]
@@ -74,10 +74,10 @@ def test_distances_between_coordinates_are_diffusion_distances() -> None:
     """Coifman and Lafon: sum_z (p_t(x, z) - p_t(y, z))^2 / pi(z), no eigenvector involved."""
     x, time = states(), 2
     markov, stationary = markov_matrix(x, median_distance(x), 1.0)
-    walk = np.linalg.matrix_power(np.array(markov), time)
+    pair = np.linalg.matrix_power(np.array(markov), time)
     coordinates = diffusion_map(x, len(x) - 2, time=time)
     for i, j in [(0, 1), (3, 17), (29, 8)]:
-        expected = sum((walk[i, z] - walk[j, z]) ** 2 / stationary[z] for z in range(len(x)))
+        expected = sum((pair[i, z] - pair[j, z]) ** 2 / stationary[z] for z in range(len(x)))
         assert euclidean(coordinates[i], coordinates[j]) ** 2 == pytest.approx(expected, rel=1e-8)
 
 

@@ -12,11 +12,12 @@ from transformers import Gemma3ForCausalLM
 
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.calibration.data import DataOptions, prepare
-from hf_compress.edits import MergeBlocks
+from hf_compress.methods.base.context import CalibrationContext
+from hf_compress.methods.base.registry import plan_for
 from hf_compress.methods.mka import MKAConfig
 from hf_compress.numerics.manifold import embed
 from hf_compress.numerics.similarity import similarity_matrix
-from hf_compress.workbench import Workbench
+from hf_compress.plan.edits import MergeBlocks
 from tests.architectures.changes import Trace
 from tests.architectures.tiny import tiny_model
 
@@ -114,7 +115,7 @@ def slow_merging(model, calibration, config, merges, threshold=None):
 def check(model, calibration, config, merges, threshold=None):
     expected, history = slow_merging(model, calibration, config, merges, threshold)
     before = Trace.of(model)
-    plan = config.plan(Workbench(model, calibration))
+    plan = plan_for(config, CalibrationContext(model, calibration))
     assert before.difference(model) is None
     assert [entry["blocks"] for entry in plan.notes["merges"]] == [blocks for blocks, _, _ in history]
     for name, values in zip(("similarity", "alpha"), zip(*[entry[1:] for entry in history], strict=True), strict=True):
@@ -162,7 +163,9 @@ def test_norms_and_biases_are_averaged_too(ids):
 def test_the_earlier_block_has_the_weight_alpha(model, calibration):
     weights = [layer.mlp.up_proj.weight.detach().clone() for layer in model.model.layers]
     for alpha, offset in ((1.0, 0), (0.0, 1)):
-        plan = MKAConfig(num_merges=1, variant="paper", alpha=alpha, **EMBEDDED).plan(Workbench(model, calibration))
+        plan = plan_for(
+            MKAConfig(num_merges=1, variant="paper", alpha=alpha, **EMBEDDED), CalibrationContext(model, calibration)
+        )
         (edit,) = plan.edits
         assert torch.equal(plan.tensors[f"model.layers.{edit.kept}.mlp.up_proj.weight"], weights[edit.kept + offset])
 
@@ -179,16 +182,17 @@ def test_only_blocks_of_one_kind_are_merged(ids):
     plan = check(model, calibration, MKAConfig(num_merges=2, variant="paper", alpha=0.5, **EMBEDDED), 2)
     assert sorted(entry["blocks"] for entry in plan.notes["merges"]) == [[0, 1], [4, 5]]
     with pytest.raises(ValueError, match=r"no two neighbouring blocks of the 4 in model\.layers are of one kind"):
-        MKAConfig(num_merges=3, variant="paper", **EMBEDDED).plan(Workbench(model, calibration))
-    everything = MKAConfig(threshold=0.0, variant="paper", **EMBEDDED).plan(Workbench(model, calibration))
+        plan_for(MKAConfig(num_merges=3, variant="paper", **EMBEDDED), CalibrationContext(model, calibration))
+    everything = plan_for(MKAConfig(threshold=0.0, variant="paper", **EMBEDDED), CalibrationContext(model, calibration))
     assert everything.removed("model.layers") == (1, 5)
 
 
 def test_dense_blocks_and_mixtures_are_not_merged(ids):
     model = tiny_model("qwen3_moe")
     assert len({type(layer.mlp) for layer in model.model.layers[:2]}) == 2, "or this model shows nothing"
+    context = CalibrationContext(model, prepare(ids, model, None))
     with pytest.raises(ValueError, match="are of one kind"):
-        MKAConfig(num_merges=1, variant="paper", **EMBEDDED).plan(Workbench(model, prepare(ids, model, None)))
+        plan_for(MKAConfig(num_merges=1, variant="paper", **EMBEDDED), context)
 
 
 def test_experts_and_routers_are_averaged_too(ids):
@@ -208,16 +212,18 @@ def test_merging_stops_at_the_threshold(model, calibration):
     assert 0 < expected < 4
     plan = check(model, calibration, bounded, 4, threshold=limit)
     assert len(plan.notes["merges"]) == expected
-    nothing = MKAConfig(threshold=1.0, variant="paper", **EMBEDDED).plan(Workbench(model, calibration))
+    nothing = plan_for(MKAConfig(threshold=1.0, variant="paper", **EMBEDDED), CalibrationContext(model, calibration))
     assert nothing.edits == ()
     assert nothing.tensors == {}
 
 
 def test_a_threshold_of_zero_leaves_one_block_and_a_single_block_is_refused(model, calibration, make_llama):
-    plan = MKAConfig(threshold=0.0, variant="paper", **EMBEDDED).plan(Workbench(model, calibration))
+    plan = plan_for(MKAConfig(threshold=0.0, variant="paper", **EMBEDDED), CalibrationContext(model, calibration))
     assert plan.removed("model.layers") == (1, 2, 3, 4)
     with pytest.raises(ValueError, match=r"no two neighbouring blocks of the 1 in model\.layers"):
-        MKAConfig(threshold=0.0, variant="paper", **EMBEDDED).plan(Workbench(make_llama(layers=1), calibration))
+        plan_for(
+            MKAConfig(threshold=0.0, variant="paper", **EMBEDDED), CalibrationContext(make_llama(layers=1), calibration)
+        )
 
 
 def test_block_influence_as_a_similarity(model, calibration):
@@ -226,7 +232,7 @@ def test_block_influence_as_a_similarity(model, calibration):
 
     influence = block_statistics(model, Anatomy(model).stack(), calibration).influence
     config = MKAConfig(num_merges=1, variant="paper", similarity="block_influence", alpha=0.5)
-    plan = config.plan(Workbench(model, calibration))
+    plan = plan_for(config, CalibrationContext(model, calibration))
     least = min(range(1, 5), key=lambda index: influence[index].item())
     assert plan.removed("model.layers") == (least,)
     assert plan.notes["merges"][0]["similarity"] == pytest.approx(1 - influence[least].item(), abs=1e-6)
@@ -238,7 +244,7 @@ def test_a_weight_is_a_share(model, calibration, monkeypatch, similarity_value):
 
     matrix = torch.full((5, 5), similarity_value, dtype=torch.float64)
     monkeypatch.setattr(average, "block_similarity", lambda *_: matrix)
-    plan = MKAConfig(num_merges=1, variant="paper").plan(Workbench(model, calibration))
+    plan = plan_for(MKAConfig(num_merges=1, variant="paper"), CalibrationContext(model, calibration))
     assert plan.notes["merges"][0]["alpha"] == max(0.0, similarity_value)
 
 
@@ -251,7 +257,7 @@ def test_measured_once_a_fused_block_is_to_each_side_what_stood_there(model, cal
     for (first, second), value in neighbours.items():
         matrix[first, second] = matrix[second, first] = value
     monkeypatch.setattr(average, "block_similarity", lambda *_: matrix)
-    plan = MKAConfig(num_merges=3, variant="paper", iterative=False).plan(Workbench(model, calibration))
+    plan = plan_for(MKAConfig(num_merges=3, variant="paper", iterative=False), CalibrationContext(model, calibration))
     merges = [(entry["blocks"], entry["similarity"]) for entry in plan.notes["merges"]]
     assert merges == [([0, 1], 0.9), ([0, 1, 2], 0.5), ([0, 1, 2, 3], 0.4)]
     assert torch.equal(torch.tensor(plan.notes["similarity"], dtype=torch.float64), matrix)

@@ -5,13 +5,13 @@ from dataclasses import replace
 
 from markdown_it import MarkdownIt
 
+from hf_compress.api.compress import compress
 from hf_compress.evaluation.evaluate import EvaluationResult, TaskScore
 from hf_compress.evaluation.perplexity import Perplexity
 from hf_compress.evaluation.size import Throughput, parameter_count
 from hf_compress.methods.drop_blocks import DropBlocksConfig
-from hf_compress.pipeline import compress
 from hf_compress.report.history import add_stage, history_of, model_size
-from hf_compress.report.report import HEAL, Stage, Step
+from hf_compress.report.stages import HEAL, Stage, Step
 
 PARSER = MarkdownIt("commonmark").enable("table").enable("strikethrough")
 

@@ -17,15 +17,15 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from hf_compress.config import CompressionConfig
-from hf_compress.edits import Seal
+from hf_compress.api.compress import compress
 from hf_compress.evaluation.size import parameter_count, stored_bytes
+from hf_compress.methods.base.settings import CompressionConfig
 from hf_compress.methods.mka import MKAConfig
-from hf_compress.pipeline import compress
-from hf_compress.record import entry_of
+from hf_compress.plan.edits import Seal
 from hf_compress.report.card import CardDetails, model_card
 from hf_compress.report.card_edits import MOST_ROWS
 from hf_compress.report.report import REPORT_FILE
+from hf_compress.rewrite.record import entry_of
 from tests.evaluation.conftest import tiny_llama
 from tests.report.cards import code_of, cut_down, healed, restage, rows_of
 

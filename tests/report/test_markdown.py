@@ -12,7 +12,8 @@ from hf_compress.evaluation.evaluate import TaskScore
 from hf_compress.evaluation.size import parameter_count, stored_bytes
 from hf_compress.report.card import CardDetails, model_card
 from hf_compress.report.markdown import escape, fence, in_words, measured, one_line
-from hf_compress.report.report import CompressionReport, Size, Stage, Step
+from hf_compress.report.report import CompressionReport
+from hf_compress.report.stages import Size, Stage, Step
 from tests.evaluation.conftest import tiny_llama
 from tests.report.cards import PARSER, result
 

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from hf_compress.report.plots import plot_report, plot_similarity
-from hf_compress.report.report import CompressionReport, Size, Stage, Step
+from hf_compress.report.plots import plot_similarity, plot_stages
+from hf_compress.report.report import CompressionReport
+from hf_compress.report.stages import Size, Stage, Step
 
 MERGE = {"edit": "MergeBlocks", "stack": "model.layers", "kept": 1, "absorbed": [2]}
 REMOVE = {"edit": "RemoveBlocks", "stack": "model.layers", "blocks": [3]}
@@ -55,7 +56,7 @@ def told(report: CompressionReport, **changes: Any) -> CompressionReport:
 def test_every_kind_of_report_is_drawn(
     report: CompressionReport, notes: dict[str, Any], edit: dict[str, Any], tmp_path: Path
 ) -> None:
-    path = plot_report(told(report, notes=notes, edits=[edit]), tmp_path / "new" / "plot.png")
+    path = plot_stages(told(report, notes=notes, edits=[edit]).stages, tmp_path / "new" / "plot.png")
     assert path.read_bytes()[:4] == b"\x89PNG"
     assert path.stat().st_size > 4000
 
@@ -68,7 +69,7 @@ def test_the_ending_says_the_format(report: CompressionReport, tmp_path: Path) -
 
 def test_a_report_without_scores_or_edits_is_refused(report: CompressionReport, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nothing to draw"):
-        plot_report(told(report, edits=[]), tmp_path / "plot.png")
+        plot_stages(told(report, edits=[]).stages, tmp_path / "plot.png")
     assert not list(tmp_path.iterdir())
 
 

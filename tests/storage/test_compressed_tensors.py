@@ -15,15 +15,15 @@ import hf_compress.storage.compressed_tensors as written
 from examples.round_trip import EDITS, build, logits
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.parts import is_linear, linear_map
-from hf_compress.apply import apply
+from hf_compress.api.compress import compress
 from hf_compress.calibration.data import DataOptions
-from hf_compress.drafts import pack_linear, sparsify_linear
 from hf_compress.errors import ParityError, UnsupportedModelError
 from hf_compress.methods.lrp import LRPConfig
 from hf_compress.modules.packed import MixedPrecisionLinear
-from hf_compress.pipeline import compress
-from hf_compress.plan import Plan
+from hf_compress.plan.plan import Plan
 from hf_compress.report.report import REPORT_FILE
+from hf_compress.rewrite.apply import apply
+from hf_compress.rewrite.builders import pack_linear, sparsify_linear
 from hf_compress.storage.compressed_tensors import save_compressed_tensors
 from hf_compress.storage.manifest import MANIFEST_FILE, verify_files
 from hf_compress.storage.save import save

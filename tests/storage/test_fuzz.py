@@ -18,8 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hf_compress import edits as all_edits
-from hf_compress.probe import quiet
+from hf_compress.plan import edits as all_edits
+from hf_compress.rewrite.probe import quiet
 from tests.storage.untrusted import (
     LONG,
     check,

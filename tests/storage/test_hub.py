@@ -10,9 +10,9 @@ from huggingface_hub import ModelCard, constants, snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_compress.storage.hub as hub_module
+from hf_compress.api.compress import compress
 from hf_compress.errors import HubError, ParityError
 from hf_compress.methods.drop_blocks import DropBlocksConfig
-from hf_compress.pipeline import compress
 from hf_compress.report.report import REPORT_FILE, CompressionReport
 from hf_compress.storage.hub import push_to_hub, stale_files
 from hf_compress.storage.manifest import verify_files

@@ -5,9 +5,9 @@ import json
 from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
+from hf_compress.api.compress import compress
 from hf_compress.cli import app
 from hf_compress.methods.drop_blocks import DropBlocksConfig
-from hf_compress.pipeline import compress
 from hf_compress.report.report import REPORT_FILE
 from hf_compress.storage.save import save
 

@@ -17,11 +17,11 @@ from transformers import (
 )
 
 from examples.round_trip import EDITS, build, inputs, logits
-from hf_compress import drafts
 from hf_compress.anatomy.anatomy import Anatomy
-from hf_compress.apply import apply
 from hf_compress.errors import PlanError
-from hf_compress.plan import Plan
+from hf_compress.plan.plan import Plan
+from hf_compress.rewrite import builders
+from hf_compress.rewrite.apply import apply
 from hf_compress.storage.save import save
 
 RECORDED = ("narrow one FFN", "linear FFN", "low-rank FFN", "bottleneck", "packed linear", "blended activation")
@@ -100,7 +100,9 @@ def test_a_head_on_a_body_that_was_saved_alone(tmp_path):
 def test_a_changed_head_is_left_out_with_the_head(tmp_path):
     model = build("Qwen3")
     bits = torch.full((99, 4), 8)
-    apply(drafts.pack_linear(model, "lm_head", bits, 8) + EDITS["bottleneck"](model, Anatomy(model).stack(), 1), model)
+    apply(
+        builders.pack_linear(model, "lm_head", bits, 8) + EDITS["bottleneck"](model, Anatomy(model).stack(), 1), model
+    )
     folder = save(model, tmp_path / "out")
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder)), logits(model))
     ids = inputs(model)["input_ids"]

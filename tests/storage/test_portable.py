@@ -19,7 +19,7 @@ from transformers import GPT2Config, GPT2DoubleHeadsModel, LlamaForCausalLM, Phi
 
 from examples.round_trip import EDITS
 from hf_compress.anatomy.anatomy import Anatomy
-from hf_compress.apply import apply
+from hf_compress.rewrite.apply import apply
 from hf_compress.storage.manifest import verify_files
 from hf_compress.storage.portable import SHIM_MODULE, forget_shim, write_shim
 from hf_compress.storage.save import save

@@ -11,10 +11,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_compress.storage.save as save_module
 import hf_compress.storage.staging as staging
+from hf_compress.api.compress import compress
 from hf_compress.errors import ParityError
 from hf_compress.methods.drop_blocks import DropBlocksConfig
-from hf_compress.pipeline import compress
-from hf_compress.report.report import REPORT_FILE, CompressionReport, Size, Stage
+from hf_compress.report.report import REPORT_FILE, CompressionReport
+from hf_compress.report.stages import Size, Stage
 from hf_compress.storage.manifest import ManifestError, verify_files
 from hf_compress.storage.save import save
 from tests.conftest import in_dtype

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from hf_compress.errors import PlanError
-from hf_compress.probe import quiet
+from hf_compress.rewrite.probe import quiet
 from tests.storage.untrusted import check, config_of, copied, is_plain, load, write_config
 
 # --- weights that are missing -----------------------------------------------------------------------------------------

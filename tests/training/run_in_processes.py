@@ -57,7 +57,7 @@ def run(case: str, folder: Path, processes: int) -> dict[str, torch.Tensor]:
     trainer.train()
     trainer.save_model(str(folder / "saved"))
     alphas = [entry.get("compression/alpha_2", 0.0) for entry in trainer.state.log_history if "loss" in entry]
-    found = getattr(callback.regimen, "found", None)
+    found = getattr(callback.schedule, "found", None)
     beside = {} if found is None else found.places[1].module.state_dict()
     return state_of(model) | {"alphas": torch.tensor(alphas)} | beside
 

@@ -118,14 +118,14 @@ class Gradients(TrainerCallback):
         self.weights: dict[str, Tensor] = {}
         self.alphas = torch.zeros(0)
         if callback is not None:
-            regimen, step = callback.regimen, callback.regimen.step
+            schedule, step = callback.schedule, callback.schedule.step
 
             def watched(progress: float, loss_scale: float) -> None:
-                if not len(self.alphas) and isinstance(regimen, Blending):
-                    self.alphas = regimen.gradient.clone()
+                if not len(self.alphas) and isinstance(schedule, Blending):
+                    self.alphas = schedule.gradient.clone()
                 step(progress, loss_scale)
 
-            regimen.step = watched
+            schedule.step = watched
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self.weights:

@@ -176,7 +176,7 @@ def test_a_scheduled_share_is_the_schedules(tmp_path):
     callback = CompressionCallback(config, ids_of(token_rows(64)))
     trainer = trainer_of(model, callback, tmp_path, max_steps=8, weight_decay=0.3)
     trainer.train()
-    for index in callback.regimen.modules:
+    for index in callback.schedule.modules:
         found = [entry[f"compression/alpha_{index}"] for entry in figures(trainer)]
         assert found == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0]
     assert [step["alpha"] for step in model.compression_report.notes["collapsed"]] == [1.0, 1.0]

@@ -7,10 +7,10 @@ import torch
 from transformers import Trainer
 
 from hf_compress import CompressionCallback, DropBlocksConfig, ILLCConfig, MKAConfig, Plan, compress
-from hf_compress.apply import apply
-from hf_compress.edits import MergeBlocks, RemoveBlocks
+from hf_compress.plan.edits import MergeBlocks, RemoveBlocks
 from hf_compress.report.history import add_stage, model_size
-from hf_compress.report.report import Stage
+from hf_compress.report.stages import Stage
+from hf_compress.rewrite.apply import apply
 from hf_compress.training.changes import Changes
 from hf_compress.training.distillation import corresponding_blocks
 from tests.evaluation.conftest import tiny_llama

@@ -11,7 +11,16 @@ from peft import LoraConfig
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, Trainer, ViTConfig, ViTForImageClassification
 
-from hf_compress import DataOptions, DropBlocksConfig, LayerCollapseConfig, Lesson, LRPConfig, MKAConfig, compress, heal
+from hf_compress import (
+    DataOptions,
+    DistillationConfig,
+    DropBlocksConfig,
+    LayerCollapseConfig,
+    LRPConfig,
+    MKAConfig,
+    compress,
+    heal,
+)
 from hf_compress.calibration import reading
 from hf_compress.calibration.padding import padded
 from hf_compress.storage.save import save
@@ -176,7 +185,7 @@ def test_a_dataset_with_labels():
             return (model(values).logits - teacher(values).logits).square().mean().item()
 
     before = gap()
-    heal(model, teacher, rows, lesson=Lesson(label_share=0.1))
+    heal(model, teacher, rows, distillation=DistillationConfig(label_share=0.1))
     assert gap() < before
 
 
@@ -251,7 +260,7 @@ def test_labels_of_tokens_of_unequal_lengths(form, monkeypatch):
 def test_healing_on_labels_of_tokens(form):
     teacher, model = tiny_llama(4), compressed()
     before = distance(model, teacher)
-    heal(model, teacher, forms_of(ROWS)[form](), lesson=Lesson(label_share=0.2))
+    heal(model, teacher, forms_of(ROWS)[form](), distillation=DistillationConfig(label_share=0.2))
     assert distance(model, teacher) < before
 
 
@@ -312,9 +321,9 @@ def test_a_padding_token_without_an_embedding(tokenizer, texts):
         ({"temperature": 0.0}, "temperature must be a number above 0"),
     ],
 )
-def test_lessons_that_make_no_sense(settings, message):
+def test_distillation_that_make_no_sense(settings, message):
     with pytest.raises(ValueError, match=message):
-        Lesson(**settings)
+        DistillationConfig(**settings)
 
 
 def test_arguments_that_do_not_fit():

@@ -6,8 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from hf_compress.config import (
-    CompressionConfig,
+from hf_compress.methods.base.checks import (
     check_at_least,
     check_choice,
     check_not_negative,
@@ -15,11 +14,7 @@ from hf_compress.config import (
     check_share,
     is_number,
 )
-from hf_compress.methods.adaptive_compress.fit import fit_all
-from hf_compress.methods.adaptive_compress.training import Joint
-from hf_compress.plan import Plan
-from hf_compress.regimen import Regimen
-from hf_compress.workbench import Workbench
+from hf_compress.methods.base.settings import CompressionConfig
 
 SCHEDULED = ("default", "paper")
 PEERS = ("pca", "linear", "topk", "batchtopk")
@@ -149,7 +144,7 @@ class AdaptiveCompressConfig(CompressionConfig, method="adaptive_compress"):
         share = self.retention_final if retention is None else retention
         return min(hidden, max(1, math.ceil(share * hidden - 1e-9)))  # 0.95 · 20 is 19.000…, not 20
 
-    def schedule(self, steps: int) -> tuple[int, int]:
+    def phases(self, steps: int) -> tuple[int, int]:
         """Steps of warm-up and of decay, of `steps` in all."""
         warmup = steps // 5 if self.warmup_steps is None else self.warmup_steps
         decay = steps * 3 // 5 if self.decay_steps is None else self.decay_steps
@@ -157,20 +152,7 @@ class AdaptiveCompressConfig(CompressionConfig, method="adaptive_compress"):
 
     def retention(self, step: int, steps: int) -> float:
         """r(t), kept between its two ends (AdaptiveCompress, equation 6)."""
-        warmup, decay = self.schedule(steps)
+        warmup, decay = self.phases(steps)
         gone = (step - warmup) / decay if decay else float(step >= warmup)
         share = self.retention_init - (self.retention_init - self.retention_final) * gone
         return min(self.retention_init, max(self.retention_final, share))
-
-    def plan(self, bench: Workbench) -> Plan:
-        if self.mode == "observe":
-            raise ValueError(
-                "mode='observe' leaves the model as it is: hf_compress.fit(model, config, …) gives the bottlenecks; or "
-                "set mode='splice'"
-            )
-        with bench.stage("fit bottlenecks"):
-            (fitted,) = fit_all(bench.model, [self], bench.calibration)
-        return fitted.plan(bench.model)
-
-    def regimen(self) -> Regimen:
-        return Joint(self)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
 from torch import Tensor
 from tqdm import tqdm
@@ -15,20 +15,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.stacks import Stack
-from hf_compress.bottlenecks import Bottlenecks, Place
 from hf_compress.calibration.capture import StopForward, check_stream, forward, inference, stream_tokens, watch_blocks
 from hf_compress.calibration.data import Batch, Calibration, DataOptions, prepare
-from hf_compress.config import check_at_least
 from hf_compress.errors import CalibrationError
 from hf_compress.methods.adaptive_compress.adaptive import Adaptive, Paper
-from hf_compress.methods.adaptive_compress.course import Course, everywhere, processes
+from hf_compress.methods.adaptive_compress.config import AdaptiveCompressConfig
 from hf_compress.methods.adaptive_compress.learner import Learner, StreamMoments
+from hf_compress.methods.adaptive_compress.learning import Learning, everywhere, processes
 from hf_compress.methods.adaptive_compress.peers import BatchTopK, Linear, Principal, TopK
 from hf_compress.methods.adaptive_compress.progress import Progress
+from hf_compress.methods.base.checks import check_at_least
 from hf_compress.numerics.defaults import torch_defaults
-
-if TYPE_CHECKING:
-    from hf_compress.methods.adaptive_compress.config import AdaptiveCompressConfig
+from hf_compress.rewrite.bottlenecks import Bottlenecks, FittedBottleneck
 
 logger = logging.getLogger(__name__)
 
@@ -121,15 +119,15 @@ def fit_all(
         check_schedule(config, data, len(batches))
     with inference(model):
         moments = stream_moments(model, stack, sorted({i for layers in places for i in layers}), data, configs[0])
-        courses = [
-            {layer: Course(LEARNERS[config.variant](config, moments[layer], config.seed + layer)) for layer in layers}
+        learnings = [
+            {layer: Learning(LEARNERS[config.variant](config, moments[layer], config.seed + layer)) for layer in layers}
             for config, layers in zip(configs, places, strict=True)
         ]
-        progress = Progress(checkpoint, courses, configs, model, data, save_every)
-        _train(model, stack, courses, configs, batches, progress)
+        progress = Progress(checkpoint, learnings, configs, model, data, save_every)
+        _train(model, stack, learnings, configs, batches, progress)
     results = []
-    for config, mine in zip(configs, courses, strict=True):
-        found = {layer: _place(layer, course) for layer, course in mine.items()}
+    for config, mine in zip(configs, learnings, strict=True):
+        found = {layer: _place(layer, learning) for layer, learning in mine.items()}
         results.append(Bottlenecks(stack.path, found, config.to_dict(), data.tokens * config.epochs))
     return results
 
@@ -137,20 +135,20 @@ def fit_all(
 def _train(
     model: PreTrainedModel,
     stack: Stack,
-    courses: list[dict[int, Course]],
+    learnings: list[dict[int, Learning]],
     configs: Sequence[AdaptiveCompressConfig],
     batches: list[Batch],
     progress: Progress,
 ) -> None:
     """Go through the batches as often as each config asks for; a bottleneck that is done, or has stopped, sits out."""
-    wanted = sorted({layer for mine in courses for layer, course in mine.items() if course.learner.trains})
+    wanted = sorted({layer for mine in learnings for layer, learning in mine.items() if learning.learner.trains})
     rounds = max(config.epochs for config in configs)
     for done in tqdm(range(progress.done, rounds * len(batches)), desc="fitting", disable=None):
         epoch, number = divmod(done, len(batches))
         active = [
             (config, mine)
-            for config, mine in zip(configs, courses, strict=True)
-            if epoch < config.epochs and any(course.goes_on for course in mine.values())
+            for config, mine in zip(configs, learnings, strict=True)
+            if epoch < config.epochs and any(learning.goes_on for learning in mine.values())
         ]
         if not active or not wanted:
             break
@@ -247,7 +245,7 @@ def check_schedule(config: AdaptiveCompressConfig, data: Calibration, batches: i
     if _lasts(config, each * config.epochs):
         return
     needed = next(steps for steps in count(1) if _lasts(config, steps))
-    warmup, decay = config.schedule(needed)
+    warmup, decay = config.phases(needed)
     largest = max(int(batch.real.sum()) if batch.real is not None else 0 for batch in data)
     tokens = math.ceil(needed / config.updates / config.epochs) * processes() * largest
     raise CalibrationError(
@@ -258,7 +256,7 @@ def check_schedule(config: AdaptiveCompressConfig, data: Calibration, batches: i
 
 
 def _lasts(config: AdaptiveCompressConfig, steps: int) -> bool:
-    return sum(config.schedule(steps)) <= steps
+    return sum(config.phases(steps)) <= steps
 
 
 def _common_stack(model: PreTrainedModel, configs: Sequence[AdaptiveCompressConfig]) -> Stack:
@@ -280,8 +278,8 @@ def _own_share(data: Calibration) -> list[Batch]:
     return list(data.batches)[rank::world][:share]
 
 
-def _place(layer: int, course: Course) -> Place:
-    if course.stopped:
-        logger.warning("the bottleneck behind block %d %s", layer, course.stopped)
-    module, kept = course.finished()
-    return Place(module, course.learner.importance, kept, course.curve, course.stopped)
+def _place(layer: int, learning: Learning) -> FittedBottleneck:
+    if learning.stopped:
+        logger.warning("the bottleneck behind block %d %s", layer, learning.stopped)
+    module, kept = learning.finished()
+    return FittedBottleneck(module, learning.learner.importance, kept, learning.curve, learning.stopped)

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from hf_compress.methods.adaptive_compress.config import AdaptiveCompressConfig
 from hf_compress.modules.bottleneck import Bottleneck
 from hf_compress.numerics.moments import Moments
-
-if TYPE_CHECKING:
-    from hf_compress.methods.adaptive_compress.config import AdaptiveCompressConfig
-
 
 _CONSTANT = 1e-5
 

@@ -6,17 +6,14 @@ import json
 from collections.abc import Iterable, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_compress.calibration.data import Calibration
-from hf_compress.methods.adaptive_compress.course import Course, everywhere
-from hf_compress.tensor_file import read_tensors, write_tensors
-
-if TYPE_CHECKING:
-    from hf_compress.methods.adaptive_compress.config import AdaptiveCompressConfig
+from hf_compress.methods.adaptive_compress.config import AdaptiveCompressConfig
+from hf_compress.methods.adaptive_compress.learning import Learning, everywhere
+from hf_compress.numerics.tensor_file import read_tensors, write_tensors
 
 _FILE = "fitting.safetensors"
 _LOOKED_AT = 1000  # values of each parameter
@@ -35,14 +32,16 @@ class Progress:
     def __init__(
         self,
         folder: str | Path | None,
-        courses: list[dict[int, Course]],
+        learnings: list[dict[int, Learning]],
         configs: Sequence[AdaptiveCompressConfig],
         model: PreTrainedModel,
         data: Calibration,
         every: int,
     ) -> None:
         self.path = None if folder is None else Path(folder) / _FILE
-        self.courses = {f"{n}.{layer}": course for n, mine in enumerate(courses) for layer, course in mine.items()}
+        self.learnings = {
+            f"{n}.{layer}": learning for n, mine in enumerate(learnings) for layer, learning in mine.items()
+        }
         self.every = every
         self.done = 0
         if self.path is None:
@@ -62,11 +61,15 @@ class Progress:
         if self.path is None or done % self.every or everywhere()[0]:
             return
         tensors = {
-            f"{key}.{name}": tensor for key, course in self.courses.items() for name, tensor in course.state().items()
+            f"{key}.{name}": tensor
+            for key, learning in self.learnings.items()
+            for name, tensor in learning.state().items()
         }
-        facts = {key: {"curve": course.curve, "stopped": course.stopped} for key, course in self.courses.items()}
+        facts = {
+            key: {"curve": learning.curve, "stopped": learning.stopped} for key, learning in self.learnings.items()
+        }
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(self.path, tensors, {"run": self.run, "done": done, "courses": facts})
+        write_tensors(self.path, tensors, {"run": self.run, "done": done, "learnings": facts})
 
     def _read(self, path: Path) -> None:
         whole, tensors = read_tensors(path)
@@ -74,10 +77,10 @@ class Progress:
             different = [name for name, value in self.run.items() if whole["run"].get(name) != value]
             raise ValueError(f"{path} is of a run with other {', '.join(different)}: delete it, or give another folder")
         self.done = whole["done"]
-        for key, course in self.courses.items():
+        for key, learning in self.learnings.items():
             prefix = f"{key}."
-            course.restore({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
-            course.curve, course.stopped = whole["courses"][key]["curve"], whole["courses"][key]["stopped"]
+            learning.restore({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+            learning.curve, learning.stopped = whole["learnings"][key]["curve"], whole["learnings"][key]["stopped"]
 
 
 def _known_by(tensors: Iterable[Tensor]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,23 +12,21 @@ from transformers import PreTrainedModel
 
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.stacks import Stack
-from hf_compress.bottlenecks import Bottlenecks, Place
 from hf_compress.calibration.capture import inference, stream_of_output, stream_tokens
 from hf_compress.calibration.data import Batch, special_ids
 from hf_compress.calibration.decoder import has_decoder, read_before
-from hf_compress.drafts import insert_bottleneck
-from hf_compress.methods.adaptive_compress.course import Course, processes
+from hf_compress.methods.adaptive_compress.config import AdaptiveCompressConfig
 from hf_compress.methods.adaptive_compress.fit import LEARNERS, layers_of, ordinary, stream_moments
+from hf_compress.methods.adaptive_compress.learning import Learning, processes
+from hf_compress.methods.base.context import CalibrationContext
+from hf_compress.methods.base.schedule import TrainingSchedule
 from hf_compress.modules.bottleneck import BOTTLENECK, Bottleneck
-from hf_compress.plan import Plan
-from hf_compress.regimen import Regimen
-from hf_compress.workbench import Workbench
-
-if TYPE_CHECKING:
-    from hf_compress.methods.adaptive_compress.config import AdaptiveCompressConfig
+from hf_compress.plan.plan import Plan
+from hf_compress.rewrite.bottlenecks import Bottlenecks, FittedBottleneck
+from hf_compress.rewrite.builders import insert_bottleneck
 
 
-class Joint(Regimen):
+class Joint(TrainingSchedule):
     """Every micro-batch, each bottleneck learns to rebuild the stream that it is given.
 
     mode="splice": it stands in the model from the start, gated, and learns from the model's loss too; when training
@@ -45,7 +43,7 @@ class Joint(Regimen):
     def __init__(self, config: AdaptiveCompressConfig) -> None:
         super().__init__(config)
         self.found: Bottlenecks | None = None
-        self.courses: dict[int, Course] = {}
+        self.learnings: dict[int, Learning] = {}
         self.losses: dict[int, Tensor] = {}  # of this micro-batch
         self.told: dict[int, list[Tensor]] = {}  # error, active features and energy, of each micro-batch of a step
         self.hooks: list[RemovableHandle] = []
@@ -58,23 +56,23 @@ class Joint(Regimen):
         """Whether the bottlenecks stand in the model."""
         return self.config.mode == "splice"
 
-    def prepare(self, bench: Workbench) -> Plan:
+    def prepare(self, context: CalibrationContext) -> Plan:
         """Bottlenecks that start from the calibration data; in the model where they are to be spliced."""
-        config, model = self.config, bench.model
+        config, model = self.config, context.model
         if config.tie_weights and self.splices:
             raise ValueError("tied weights cannot be trained inside a model: leave tie_weights out, or observe")
-        stack = bench.stack(config.stack)
+        stack = context.stack(config.stack)
         layers = layers_of(config, stack)
-        with inference(model), bench.stage("principal directions"):
-            moments = stream_moments(model, stack, layers, bench.calibration, config)
+        with inference(model), context.step("principal directions"):
+            moments = stream_moments(model, stack, layers, context.calibration, config)
         self.stack_path = stack.path
         plan = Plan()
         for layer in layers:
-            course = Course(LEARNERS[config.variant](config, moments[layer], config.seed + layer))
-            course.learner.retain(config.retention_init)
-            self.courses[layer] = course
+            learning = Learning(LEARNERS[config.variant](config, moments[layer], config.seed + layer))
+            learning.learner.retain(config.retention_init)
+            self.learnings[layer] = learning
             if self.splices:
-                plan += insert_bottleneck(stack, layer, course.learner.module)
+                plan += insert_bottleneck(stack, layer, learning.learner.module)
         return plan
 
     def begin(self, model: PreTrainedModel, progress: float) -> None:
@@ -85,31 +83,31 @@ class Joint(Regimen):
         special = special_ids(model.config, None)
         stack = Anatomy(model).stack(self.stack_path)
         self.hooks.append(model.register_forward_pre_hook(_keeper(self, special), with_kwargs=True))
-        for layer, course in self.courses.items():
+        for layer, learning in self.learnings.items():
             watch = _watcher(self, layer, stack)
             block = stack.blocks[layer]
             if self.splices:
-                course.learner.module = _bottleneck_of(block)
-                if course.learner.module.form.select == "above":
-                    course.learner.module.threshold.requires_grad_(False)
-                self.hooks.append(course.learner.module.register_forward_pre_hook(watch))
+                learning.learner.module = _bottleneck_of(block)
+                if learning.learner.module.form.select == "above":
+                    learning.learner.module.threshold.requires_grad_(False)
+                self.hooks.append(learning.learner.module.register_forward_pre_hook(watch))
             else:
-                course.learner.module.to(model.device)
+                learning.learner.module.to(model.device)
                 self.hooks.append(block.register_forward_hook(watch))
 
     def learn(self, layer: int, stack: Stack, stream: Tensor) -> None:
         """Take in a stream (samples, positions, hidden) that one of the bottlenecks is given."""
-        course = self.courses[layer]
-        if self._real is None or not course.learner.trains:
+        learning = self.learnings[layer]
+        if self._real is None or not learning.learner.trains:
             return
         rows = stream.detach()[stream_tokens(stack, self._real, stream)]
         with torch.autocast(stream.device.type, enabled=False):
-            rows = ordinary(rows.to(course.learner.module.encoder.dtype), self.config.outliers)
+            rows = ordinary(rows.to(learning.learner.module.encoder.dtype), self.config.outliers)
             self.tokens += len(rows)
             if not self.splices:
-                course.learn(rows, self.now * self.config.updates, self.steps * self.config.updates)
+                learning.learn(rows, self.now * self.config.updates, self.steps * self.config.updates)
             elif len(rows):
-                terms = course.learner.terms(rows)
+                terms = learning.learner.terms(rows)
                 self.losses[layer] = terms.loss
                 self.told.setdefault(layer, []).append(terms.told.float())
 
@@ -123,60 +121,62 @@ class Joint(Regimen):
         if not self.splices:
             return
         for layer, parts in self.told.items():
-            course, told = self.courses[layer], torch.stack(parts).mean(0)
+            learning, told = self.learnings[layer], torch.stack(parts).mean(0)
             if processes() > 1:
                 dist.all_reduce(told)
                 told /= processes()
-            course.learner.constrain_gradients()
-            course.learner.after_step(told[2:])
+            learning.learner.constrain_gradients()
+            learning.learner.after_step(told[2:])
             retention = self.config.retention(self.now, self.steps)
-            course.learner.retain(retention)
-            course.note(self.now, retention, told)
+            learning.learner.retain(retention)
+            learning.note(self.now, retention, told)
         self.told = {}
 
-    def finish(self, bench: Workbench) -> Plan | None:
+    def finish(self, context: CalibrationContext) -> Plan | None:
         """The features that are left; nothing is solved for, which would undo what the model's loss has taught."""
         self._remove_hooks()
         places = {}
-        for layer, course in self.courses.items():
-            if self.splices and course.learner.module.form.gated:
-                course.learner.retain(self.config.retention_final)
-                module, kept = course.learner.cut()
+        for layer, learning in self.learnings.items():
+            if self.splices and learning.learner.module.form.gated:
+                learning.learner.retain(self.config.retention_final)
+                module, kept = learning.learner.cut()
             else:
-                module, kept = course.finished()
-            places[layer] = Place(module, course.learner.importance, kept, course.curve, course.stopped)
+                module, kept = learning.finished()
+            places[layer] = FittedBottleneck(
+                module, learning.learner.importance, kept, learning.curve, learning.stopped
+            )
         found = Bottlenecks(self.stack_path, places, self.config.to_dict(), self.tokens // max(1, len(places)))
         if not self.splices:
             self.found = found
             return None
-        plan = found.plan(bench.model)
-        changed = any(course.learner.module.form.gated for course in self.courses.values())
+        plan = found.plan(context.model)
+        changed = any(learning.learner.module.form.gated for learning in self.learnings.values())
         return plan if changed else Plan(notes=plan.notes)
 
     def logs(self) -> dict[str, float]:
         return {
-            f"{name}_{layer}": course.curve[name][-1]
-            for layer, course in self.courses.items()
+            f"{name}_{layer}": learning.curve[name][-1]
+            for layer, learning in self.learnings.items()
             for name in ("error", "active", "retention")
-            if course.curve[name]
+            if learning.curve[name]
         }
 
     def state(self) -> dict[str, Tensor]:
         """Importance, and what stands beside the model; what stands in it is in the checkpoint."""
         found: dict[str, Tensor] = {}
-        for layer, course in self.courses.items():
-            own = course.learner.module.state_dict().keys() if self.splices else ()
-            state = course.learner.state() if self.splices else course.state()
+        for layer, learning in self.learnings.items():
+            own = learning.learner.module.state_dict().keys() if self.splices else ()
+            state = learning.learner.state() if self.splices else learning.state()
             found |= {f"{layer}.{name}": tensor.cpu() for name, tensor in state.items() if name not in own}
         return found
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        for layer, course in self.courses.items():
+        for layer, learning in self.learnings.items():
             own = {n.partition(".")[2]: t for n, t in state.items() if n.partition(".")[0] == str(layer)}
             if self.splices:
-                course.learner.restore(own | course.learner.module.state_dict())
+                learning.learner.restore(own | learning.learner.module.state_dict())
             else:
-                course.restore(own)
+                learning.restore(own)
 
     def _remove_hooks(self) -> None:
         while self.hooks:

@@ -3,32 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 from tqdm import tqdm
 
 from hf_compress.anatomy.stacks import Stack
-from hf_compress.calibration.walks import Walk
+from hf_compress.calibration.streams import StreamPair
+from hf_compress.methods.base.context import CalibrationContext
+from hf_compress.methods.illc.config import ILLCConfig
 from hf_compress.methods.illc.reductions import REDUCTIONS
 from hf_compress.methods.illc.units import HiddenUnits, Run, observe
-from hf_compress.workbench import Workbench
-
-if TYPE_CHECKING:
-    from hf_compress.methods.illc.config import ILLCConfig
 
 _STEPS = 16  # widths that an error curve is measured at: multiples of a sixteenth
 
 
 def adaptive_widths(
-    config: ILLCConfig, bench: Workbench, stack: Stack, walks: list[Walk], uniform: dict[int, int]
+    config: ILLCConfig, context: CalibrationContext, stack: Stack, pairs: list[StreamPair], uniform: dict[int, int]
 ) -> dict[int, int]:
     """Widths of about as many hidden units in all as the uniform ones, for the least error.
 
     The curves are those of single FFNs narrowed in the original model. Starting from full width, a sixteenth of a width
     goes where it costs least, again and again, until the budget is met; the last step is cut to fit it.
     """
-    curves = _error_curves(config, bench, stack, walks, uniform)
+    curves = _error_curves(config, context, stack, pairs, uniform)
     widths = {index: max(curve) for index, curve in curves.items()}
     budget = sum(uniform.values())
     while (excess := sum(widths.values()) - budget) > 0:
@@ -45,35 +42,35 @@ def _step(curve: dict[int, float], width: int) -> tuple[int, float]:
 
 
 def _error_curves(
-    config: ILLCConfig, bench: Workbench, stack: Stack, walks: list[Walk], uniform: dict[int, int]
+    config: ILLCConfig, context: CalibrationContext, stack: Stack, pairs: list[StreamPair], uniform: dict[int, int]
 ) -> dict[int, dict[int, float]]:
     """Per block, width -> what the compensated FFN leaves unexplained, as a share of the stream that it is added to."""
-    streams = [walk.original for walk in walks]
+    streams = [pair.original for pair in pairs]
     curves: dict[int, dict[int, float]] = {}
     for index in tqdm(range(max(uniform) + 1), desc="measuring error curves", disable=None):
         if index in uniform:
-            curves[index], streams = _curve(config, HiddenUnits(bench.model, stack, index), walks, streams)
+            curves[index], streams = _curve(config, HiddenUnits(context.model, stack, index), pairs, streams)
         else:
-            streams = [walk.runner.run(index, stream) for walk, stream in zip(walks, streams, strict=True)]
+            streams = [pair.runner.run(index, stream) for pair, stream in zip(pairs, streams, strict=True)]
     return curves
 
 
 def _curve(
-    config: ILLCConfig, units: HiddenUnits, walks: list[Walk], streams: list[Tensor]
+    config: ILLCConfig, units: HiddenUnits, pairs: list[StreamPair], streams: list[Tensor]
 ) -> tuple[dict[int, float], list[Tensor]]:
     """The error curve of one block, and the streams after it."""
     after: list[Tensor] = []
     lengths: list[float] = []  # of the stream: the median of each batch, squared
 
     def runs() -> Iterator[Run]:
-        for walk, stream in zip(walks, streams, strict=True):
-            run = units.run(walk.runner, stream)
+        for pair, stream in zip(pairs, streams, strict=True):
+            run = units.run(pair.runner, stream)
             after.append(run.after)
             if run.real.any():
                 lengths.append(float(run.after[run.real].float().square().sum(-1).median()))
             yield run
 
-    statistics = observe(runs(), lambda number, run: run.written, None, config.rows_of_a_batch(len(walks)))
+    statistics = observe(runs(), lambda number, run: run.written, None, config.rows_of_a_batch(len(pairs)))
     total = len(units.writes)
     energy = statistics.all.energy / statistics.all.count / (sum(lengths) / len(lengths))
     curve = {}

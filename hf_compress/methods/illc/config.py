@@ -6,15 +6,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from hf_compress.config import (
-    CompressionConfig,
-    check_at_least,
-    check_choice,
-    check_positive,
-    is_number,
-)
-from hf_compress.plan import Plan
-from hf_compress.workbench import Workbench
+from hf_compress.methods.base.checks import check_at_least, check_choice, check_positive, is_number
+from hf_compress.methods.base.settings import CompressionConfig
 
 VARIANTS = ("compensated", "paper")
 REDUCTION_NAMES = ("elimination", "average", "representative", "magnitude", "variance", "random")
@@ -156,8 +149,3 @@ class ILLCConfig(CompressionConfig, method="illc", paper="https://arxiv.org/abs/
     def rows_of_a_batch(self, batches: int) -> int:
         """How many tokens of each of so many batches units are clustered by."""
         return -(-self.cluster_tokens // batches)
-
-    def plan(self, bench: Workbench) -> Plan:
-        from hf_compress.methods.illc.plan import plan_narrower
-
-        return plan_narrower(self, bench)

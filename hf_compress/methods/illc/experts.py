@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +20,14 @@ from hf_compress.anatomy.experts import check_experts, expert_hidden, expert_wri
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.capture import hooked, stream_tokens
 from hf_compress.calibration.runner import BlockRunner
-from hf_compress.drafts import narrow_experts
 from hf_compress.errors import CalibrationError, UnsupportedModelError
+from hf_compress.methods.illc.config import ILLCConfig
 from hf_compress.methods.illc.reductions import REDUCTIONS
 from hf_compress.methods.illc.units import UnitStatistics
 from hf_compress.modules.experts import routed
 from hf_compress.numerics.ridge import LeastSquares, is_held_out
-from hf_compress.plan import Plan
-
-if TYPE_CHECKING:
-    from hf_compress.methods.illc.config import ILLCConfig
+from hf_compress.plan.plan import Plan
+from hf_compress.rewrite.builders import narrow_experts
 
 Runs = Sequence[tuple[BlockRunner, Tensor]]  # batches, and the stream before the block
 _MEMORY = 4 * 2**30  # for the sums of as many experts as are done in one pass

@@ -1,6 +1,6 @@
 """FFNs narrowed one after another, each with the errors of those before it in sight.
 
-Two streams walk up the stack, the original model's and that of the model compressed so far. In each block the hidden
+Two streams pair up the stack, the original model's and that of the model compressed so far. In each block the hidden
 units are reduced by what they do on the compressed stream; then the output projection is solved for anew. With R the
 part of the stream that the FFN does not write, it is to make up what the original stream has beyond that:
 
@@ -15,33 +15,39 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
-from hf_compress.apply import carry_out
 from hf_compress.calibration.capture import stream_tokens, watch_module
-from hf_compress.calibration.walks import Walk
-from hf_compress.drafts import Affine
+from hf_compress.calibration.streams import StreamPair
+from hf_compress.methods.base.context import CalibrationContext
+from hf_compress.methods.illc.config import ILLCConfig
 from hf_compress.methods.illc.experts import ExpertNarrowing
-from hf_compress.methods.illc.reductions import REDUCTIONS, Reduction
-from hf_compress.methods.illc.units import AttentionHeads, BlockUnits, HiddenUnits, Run, UnitStatistics, observe
+from hf_compress.methods.illc.reductions import REDUCTIONS
+from hf_compress.methods.illc.units import (
+    AttentionHeads,
+    BlockUnits,
+    HiddenUnits,
+    Reduction,
+    Run,
+    UnitStatistics,
+    observe,
+)
 from hf_compress.numerics.ridge import LeastSquares
-from hf_compress.plan import Plan
-from hf_compress.workbench import Workbench
-
-if TYPE_CHECKING:
-    from hf_compress.methods.illc.config import ILLCConfig
+from hf_compress.plan.plan import Plan
+from hf_compress.rewrite.apply import carry_out
+from hf_compress.rewrite.builders import Affine
 
 
 class Narrowing:
     """Narrows the FFNs of a stack from the first block up; changes last until `undo` is rolled back.
 
     Args:
-        walks: batches before the first block; they go up with it.
+        pairs: batches before the first block; they go up with it.
         weights: per batch, (tokens): how much each counts; alike when None.
         choose: how so many units are chosen, in the place of the config's reduction.
     """
@@ -49,21 +55,21 @@ class Narrowing:
     def __init__(
         self,
         config: ILLCConfig,
-        bench: Workbench,
+        context: CalibrationContext,
         stack: Stack,
-        walks: list[Walk],
+        pairs: list[StreamPair],
         weights: Sequence[Tensor] | None = None,
         choose: Callable[[BlockUnits, UnitStatistics, int], Reduction] | None = None,
     ) -> None:
-        self.config, self.model, self.stack, self.walks, self.weights = config, bench.model, stack, walks, weights
+        self.config, self.model, self.stack, self.pairs, self.weights = config, context.model, stack, pairs, weights
         self.choose = choose or partial(REDUCTIONS.resolve(config.reduction_name), config)
 
     def skip(self, index: int) -> None:
         """Pass a block by, as it is."""
-        for walk in self.walks:
-            same = walk.compressed is walk.original  # nothing was changed yet
-            walk.original = walk.runner.run(index, walk.original)
-            walk.compressed = walk.original if same else walk.runner.run(index, walk.compressed)
+        for pair in self.pairs:
+            same = pair.compressed is pair.original  # nothing was changed yet
+            pair.original = pair.runner.run(index, pair.original)
+            pair.compressed = pair.original if same else pair.runner.run(index, pair.compressed)
 
     def narrow(self, index: int, heads: int | None, width: int | None, undo: Undo) -> tuple[Plan, list[dict[str, Any]]]:
         """Narrow a block to so many key and value heads, then to so many hidden units, and go past it; None for all.
@@ -71,7 +77,7 @@ class Narrowing:
         Returns:
             The plan, and what there is to tell of the attention and of the FFN.
         """
-        before = [walk.original for walk in self.walks]
+        before = [pair.original for pair in self.pairs]
         attention = [] if heads is None else [(AttentionHeads(self.model, self.stack, index), heads)]
         parts_of = Anatomy(self.model).parts(self.stack, index)
         experts = width is not None and parts_of.ffn is not None and parts_of.ffn.kind == "experts"
@@ -91,8 +97,8 @@ class Narrowing:
             plan += draft
             notes.append({"block": index, "width": width, **told})
         if self.config.iterative:
-            for walk in self.walks:
-                walk.compressed = walk.runner.run(index, walk.compressed)
+            for pair in self.pairs:
+                pair.compressed = pair.runner.run(index, pair.compressed)
         return plan, notes
 
     def _targets(self, index: int, parts: list[BlockUnits]) -> list[_Targets]:
@@ -100,21 +106,21 @@ class Narrowing:
         after: list[Tensor] = []
         written: list[list[Tensor]] = [[] for _ in parts]
         multipliers = [self._multiplier(units) for units in parts]
-        for walk in self.walks:
+        for pair in self.pairs:
             with ExitStack() as hooks:
                 seen = [hooks.enter_context(watch_module(units.output)) for units in parts]
-                walk.original = walk.runner.run(index, walk.original)
-            real = stream_tokens(self.stack, walk.runner.batch, walk.original)
+                pair.original = pair.runner.run(index, pair.original)
+            real = stream_tokens(self.stack, pair.runner.batch, pair.original)
             for units, one, kept, multiplier in zip(parts, seen, written, multipliers, strict=True):
-                run = units.read(one, walk.original, real)
+                run = units.read(one, pair.original, real)
                 kept.append(run.written if multiplier is None else run.written[:0])
-            after.append(walk.original)
+            after.append(pair.original)
         return [_Targets(after, *part) for part in zip(written, multipliers, strict=True)]
 
     def _multiplier(self, units: BlockUnits) -> float | None:
         if not self.config.iterative or self.config.target != "stream":
             return None
-        return units.multiplier(self.walks[0].runner, self.walks[0].compressed)
+        return units.multiplier(self.pairs[0].runner, self.pairs[0].compressed)
 
     def _narrow_units(
         self, units: BlockUnits, count: int, target: _Targets, before: list[Tensor]
@@ -128,18 +134,18 @@ class Narrowing:
         return units.draft(reduction, writes), notes
 
     def _experts(self, index: int, width: int, before: list[Tensor]) -> tuple[Plan, dict[str, Any]]:
-        streams = [walk.compressed for walk in self.walks] if self.config.iterative else before
-        runs = [(walk.runner, stream) for walk, stream in zip(self.walks, streams, strict=True)]
+        streams = [pair.compressed for pair in self.pairs] if self.config.iterative else before
+        runs = [(pair.runner, stream) for pair, stream in zip(self.pairs, streams, strict=True)]
         return ExpertNarrowing(self.config, self.model, self.stack, index).plan(runs, width)
 
     def _observe(self, units: BlockUnits, target: _Targets, before: list[Tensor]) -> UnitStatistics:
         """What the units do on the compressed stream; on the original one where no layer is to see another."""
 
         def runs() -> Iterator[Run]:
-            for walk, original in zip(self.walks, before, strict=True):
-                yield units.run(walk.runner, walk.compressed if self.config.iterative else original)
+            for pair, original in zip(self.pairs, before, strict=True):
+                yield units.run(pair.runner, pair.compressed if self.config.iterative else original)
 
-        return observe(runs(), target, self.weights, self.config.rows_of_a_batch(len(self.walks)))
+        return observe(runs(), target, self.weights, self.config.rows_of_a_batch(len(self.pairs)))
 
     def _solve(
         self,

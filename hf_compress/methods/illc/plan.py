@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,25 +13,23 @@ from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.capture import inference
-from hf_compress.calibration.walks import Walk, start_walks
-from hf_compress.drafts import heads_of
+from hf_compress.calibration.streams import StreamPair, start_pairs
 from hf_compress.errors import CalibrationError, UnsupportedModelError
 from hf_compress.evaluation.faithfulness import similarity
+from hf_compress.methods.base.amounts import share_of
+from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.illc.allocation import adaptive_widths
+from hf_compress.methods.illc.config import ILLCConfig
 from hf_compress.methods.illc.narrowing import Narrowing
-from hf_compress.methods.sizing import share_of
-from hf_compress.plan import Plan
-from hf_compress.record import missing, record, recorded
-from hf_compress.workbench import Workbench
-
-if TYPE_CHECKING:
-    from hf_compress.methods.illc.config import ILLCConfig
+from hf_compress.plan.plan import Plan
+from hf_compress.rewrite.builders import heads_of
+from hf_compress.rewrite.record import missing, record, recorded
 
 _EXPERT_STEP = 8  # units: what grouped kernels want of experts, in half precision
 _CLUSTERS_KEPT = 16_384  # units whose clusters are noted, in all: networks to look at are not larger
 
 
-def plan_narrower(config: ILLCConfig, bench: Workbench) -> Plan:
+def plan_narrower(config: ILLCConfig, context: CalibrationContext) -> Plan:
     """Decide the widths, then narrow FFNs from the first block up.
 
     Raises:
@@ -39,26 +37,26 @@ def plan_narrower(config: ILLCConfig, bench: Workbench) -> Plan:
         ValueError: more units asked for than there are; an `example` that is no sample of the model's.
         CalibrationError: no data, or too little to tell units apart; activations that are not finite.
     """
-    stack = bench.stack(config.stack)
-    widths = _widths(config, bench, stack) if config.gamma or config.width else {}
-    heads = _heads(config, bench, stack) if config.head_gamma else {}
-    with inference(bench.model):
-        with bench.stage("start"):
-            walks = start_walks(bench.model, stack, bench.calibration, config.tokens)
-            weights = _similarities(config, walks)
+    stack = context.stack(config.stack)
+    widths = _widths(config, context, stack) if config.gamma or config.width else {}
+    heads = _heads(config, context, stack) if config.head_gamma else {}
+    with inference(context.model):
+        with context.step("start"):
+            pairs = start_pairs(context.model, stack, context.calibration, config.tokens)
+            weights = _similarities(config, pairs)
         if config.allocation == "adaptive" and widths:
-            with bench.stage("allocate widths"):
-                widths = adaptive_widths(config, bench, stack, walks, widths)
-        with bench.stage("narrow blocks"):
-            return _narrowed(Narrowing(config, bench, stack, walks, weights), bench, heads, widths)
+            with context.step("allocate widths"):
+                widths = adaptive_widths(config, context, stack, pairs, widths)
+        with context.step("narrow blocks"):
+            return _narrowed(Narrowing(config, context, stack, pairs, weights), context, heads, widths)
 
 
-def _narrowed(narrowing: Narrowing, bench: Workbench, heads: dict[int, int], widths: dict[int, int]) -> Plan:
+def _narrowed(narrowing: Narrowing, context: CalibrationContext, heads: dict[int, int], widths: dict[int, int]) -> Plan:
     """Go up the stack and narrow the attentions of `heads` and the FFNs of `widths`."""
     plan = Plan()
     blocks: list[dict[str, Any]] = []
     last = max([*heads, *widths])
-    with bench.trial() as undo:
+    with context.trial() as undo:
         for index in tqdm(range(last + 1), desc="narrowing blocks", disable=None):
             if index not in heads and index not in widths:
                 narrowing.skip(index)
@@ -67,7 +65,7 @@ def _narrowed(narrowing: Narrowing, bench: Workbench, heads: dict[int, int], wid
             plan += draft
             blocks += notes
         if narrowing.config.plain:
-            _check_plain(bench.model, plan, undo)
+            _check_plain(context.model, plan, undo)
     if sum(len(told.get("clusters", ())) for told in blocks) > _CLUSTERS_KEPT:
         for told in blocks:
             told.pop("clusters", None)
@@ -86,11 +84,11 @@ def _check_plain(model: PreTrainedModel, plan: Plan, undo: Undo) -> None:
         )
 
 
-def _widths(config: ILLCConfig, bench: Workbench, stack: Stack) -> dict[int, int]:
+def _widths(config: ILLCConfig, context: CalibrationContext, stack: Stack) -> dict[int, int]:
     """How many hidden units the FFN of each block keeps, if all keep the same share."""
     widths: dict[int, int] = {}
     for index in range(len(stack)):
-        ffn = Anatomy(bench.model).parts(stack, index).ffn
+        ffn = Anatomy(context.model).parts(stack, index).ffn
         if ffn is None:
             continue
         if config.width is not None and config.width > ffn.width:
@@ -103,24 +101,24 @@ def _widths(config: ILLCConfig, bench: Workbench, stack: Stack) -> dict[int, int
         widths[index] = config.width or step * share_of(ffn.width // step, config.gamma or 1)
     if not widths:
         none = f"no FFN of {stack.path} can be narrowed, since none was found"
-        raise missing(none, bench.model, stack.path, ffn=True)
+        raise missing(none, context.model, stack.path, ffn=True)
     return widths
 
 
-def _heads(config: ILLCConfig, bench: Workbench, stack: Stack) -> dict[int, int]:
+def _heads(config: ILLCConfig, context: CalibrationContext, stack: Stack) -> dict[int, int]:
     """How many key and value heads the attention of each block keeps."""
-    groups = [heads_of(bench.model, stack, index).groups for index in range(len(stack))]
+    groups = [heads_of(context.model, stack, index).groups for index in range(len(stack))]
     return {index: share_of(count, config.head_gamma or 1) for index, count in enumerate(groups)}
 
 
-def _similarities(config: ILLCConfig, walks: list[Walk]) -> list[Tensor] | None:
+def _similarities(config: ILLCConfig, pairs: list[StreamPair]) -> list[Tensor] | None:
     """How near each sample is to the example, per batch; None without one."""
     if config.example is None:
         return None
     example = torch.tensor(config.example)
     weights = []
-    for walk in walks:
-        samples: Any = walk.runner.batch.inputs.get("input_values")
+    for pair in pairs:
+        samples: Any = pair.runner.batch.inputs.get("input_values")
         if samples is None or samples.ndim != 2:
             raise ValueError("example= is for models that read vectors as input_values, such as DenseForClassification")
         weights.append(similarity(samples.float(), example, config.kernel_width))

@@ -3,51 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from hf_compress.errors import CalibrationError
-from hf_compress.methods.illc.units import Units, UnitStatistics
+from hf_compress.methods.illc.config import ILLCConfig
+from hf_compress.methods.illc.units import Reduction, Units, UnitStatistics
 from hf_compress.numerics.clustering import cluster
-from hf_compress.numerics.elimination import eliminate, entries
+from hf_compress.numerics.elimination import eliminate
 from hf_compress.numerics.registry import Registry
 
-if TYPE_CHECKING:
-    from hf_compress.methods.illc.config import ILLCConfig
-
-
 _ROUNDING = 1e-5  # of the largest activation: what the same sample may differ by in another place of a batch
-
-
-@dataclass(frozen=True)
-class Reduction:
-    """Hidden units kept, clusters of them, or both: then each cluster is stood for by one unit of its own.
-
-    Attributes:
-        labels: cluster of each unit, (width).
-        kept: units, a number for each new one, in the order of the clusters if there are any.
-    """
-
-    labels: Tensor | None = None
-    kept: Tensor | None = None
-
-    def inputs(self, size: int = 1) -> Tensor:
-        """The inputs of the output projection that are left of units of `size` inputs, where units are kept."""
-        assert self.kept is not None
-        return entries(self.kept, size)
-
-    def columns(self, writes: Tensor, size: int = 1) -> Tensor:
-        """What is left of an output projection (inputs, hidden) if nothing is solved for.
-
-        Rows of the units kept, or sums over clusters.
-        """
-        if self.labels is None:
-            return writes[self.inputs(size).to(writes.device)]
-        labels = self.labels.to(writes.device)
-        return writes.new_zeros(int(labels.max()) + 1, writes.shape[1]).index_add_(0, labels, writes)
 
 
 REDUCTIONS: Registry[Callable[[ILLCConfig, Units, UnitStatistics, int], Reduction]] = Registry("reduction")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +16,42 @@ from hf_compress.anatomy.parts import linear_map
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.capture import Seen, hooked, stream_tokens, watch_module
 from hf_compress.calibration.runner import BlockRunner
-from hf_compress.drafts import Affine, heads_of, merge_units, narrow_attention, narrow_ffn
 from hf_compress.errors import CalibrationError
+from hf_compress.numerics.elimination import entries
 from hf_compress.numerics.ridge import PENALTIES, LeastSquares, RidgeFit, fit_held_out, is_held_out
-from hf_compress.plan import Plan
-
-if TYPE_CHECKING:
-    from hf_compress.methods.illc.reductions import Reduction
+from hf_compress.plan.plan import Plan
+from hf_compress.rewrite.builders import Affine, heads_of, merge_units, narrow_attention, narrow_ffn
 
 _CAUTIOUS = (0.1,)
 _TOLERANCE = 0.05  # of what comes out of a block, for rounding in half precision
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """Hidden units kept, clusters of them, or both: then each cluster is stood for by one unit of its own.
+
+    Attributes:
+        labels: cluster of each unit, (width).
+        kept: units, a number for each new one, in the order of the clusters if there are any.
+    """
+
+    labels: Tensor | None = None
+    kept: Tensor | None = None
+
+    def inputs(self, size: int = 1) -> Tensor:
+        """The inputs of the output projection that are left of units of `size` inputs, where units are kept."""
+        assert self.kept is not None
+        return entries(self.kept, size)
+
+    def columns(self, writes: Tensor, size: int = 1) -> Tensor:
+        """What is left of an output projection (inputs, hidden) if nothing is solved for.
+
+        Rows of the units kept, or sums over clusters.
+        """
+        if self.labels is None:
+            return writes[self.inputs(size).to(writes.device)]
+        labels = self.labels.to(writes.device)
+        return writes.new_zeros(int(labels.max()) + 1, writes.shape[1]).index_add_(0, labels, writes)
 
 
 @dataclass

@@ -1,5 +1,9 @@
 """LayerCollapse: an FFN's two projections made one linear map (arXiv 2311.17943)."""
 
+from hf_compress.methods.base.registry import Method, register
 from hf_compress.methods.layer_collapse.config import LayerCollapseConfig
+from hf_compress.methods.layer_collapse.plan import plan_collapses, single_collapses, training_schedule
+
+register(LayerCollapseConfig, Method(plan_collapses, training_schedule, single_collapses))
 
 __all__ = ["LayerCollapseConfig"]

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm import tqdm
 
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.parts import FFN, linear_widths
 from hf_compress.anatomy.stacks import Stack
-from hf_compress.apply import carry_out
 from hf_compress.calibration.capture import inference
 from hf_compress.errors import UnsupportedModelError
+from hf_compress.methods.base.amounts import share_of
+from hf_compress.methods.base.context import CalibrationContext
+from hf_compress.methods.layer_collapse.config import LayerCollapseConfig
 from hf_compress.methods.layer_collapse.linear import LinearFit, fit_ffns
 from hf_compress.methods.layer_collapse.trial import Trial
-from hf_compress.methods.sizing import share_of
-from hf_compress.plan import Plan
-from hf_compress.record import missing
-from hf_compress.workbench import Workbench
+from hf_compress.plan.plan import Plan
+from hf_compress.rewrite.apply import carry_out
+from hf_compress.rewrite.record import missing
 
-if TYPE_CHECKING:
-    from hf_compress.methods.layer_collapse.config import LayerCollapseConfig
-
-CRITERIA = ("stream", "loss", "linearity")
 _NO_FFN = "has no FFN with an activation"
 
 
-def plan_closed_form(config: LayerCollapseConfig, bench: Workbench) -> Plan:
+def plan_closed_form(config: LayerCollapseConfig, context: CalibrationContext) -> Plan:
     """Fit, choose, collapse, and again, until enough are collapsed.
 
     Raises:
@@ -34,16 +31,16 @@ def plan_closed_form(config: LayerCollapseConfig, bench: Workbench) -> Plan:
         ValueError: more FFNs asked for than there are.
         CalibrationError: too little data, or activations that are not finite.
     """
-    stack = bench.stack(config.stack)
-    left = collapsible(bench, stack, config.rank)
+    stack = context.stack(config.stack)
+    left = collapsible(context, stack, config.rank)
     count = len(left) if config.target_r2 is not None else count_of(config, len(left))
     plan, steps = Plan(), []
-    with inference(bench.model), bench.trial() as undo:
-        trial = Trial(bench, stack, config.choice_samples) if config.criterion == "loss" else None
+    with inference(context.model), context.trial() as undo:
+        trial = Trial(context, stack, config.choice_samples) if config.criterion == "loss" else None
         for _ in tqdm(range(count), desc="collapsing FFNs", disable=None):
-            with bench.stage("fit the FFNs"):
-                fits = fit_ffns(bench.model, stack, bench.calibration, left, config.penalty, config.rank)
-            with bench.stage("choose"):
+            with context.step("fit the FFNs"):
+                fits = fit_ffns(context.model, stack, context.calibration, left, config.penalty, config.rank)
+            with context.step("choose"):
                 costs = _costs(config.criterion, fits, trial)
             best = min(costs, key=costs.__getitem__)
             if config.target_r2 is not None:
@@ -51,8 +48,8 @@ def plan_closed_form(config: LayerCollapseConfig, bench: Workbench) -> Plan:
                 if not linear:
                     break
                 best = min(linear, key=costs.__getitem__)
-            draft = fits[best].draft(bench.model, stack, best)
-            carry_out(draft, bench.model, undo)
+            draft = fits[best].draft(context.model, stack, best)
+            carry_out(draft, context.model, undo)
             plan += draft
             left = [index for index in left if index != best]
             steps.append(_step(best, fits, costs))
@@ -61,11 +58,11 @@ def plan_closed_form(config: LayerCollapseConfig, bench: Workbench) -> Plan:
     return Plan(plan.edits, plan.tensors, {"criterion": config.criterion, "collapsed": steps})
 
 
-def collapsible(bench: Workbench, stack: Stack, rank: int | None) -> list[int]:
+def collapsible(context: CalibrationContext, stack: Stack, rank: int | None) -> list[int]:
     """The blocks whose FFN can be one linear map of fewer parameters."""
     reasons: dict[int, str] = {}
     for index, block in enumerate(stack.blocks):
-        ffn = Anatomy(bench.model).parts(stack, index).ffn
+        ffn = Anatomy(context.model).parts(stack, index).ffn
         maps = [block.get_submodule(path) for path in projections(ffn)]
         if not maps:
             reasons[index] = "has experts" if ffn is not None and ffn.experts else _NO_FFN
@@ -78,7 +75,7 @@ def collapsible(bench: Workbench, stack: Stack, rank: int | None) -> list[int]:
     if len(reasons) == len(stack):
         no_ffn = f"no FFN of {stack.path} can be made one linear map: block 0 {reasons[0]}"
         if reasons[0] == _NO_FFN:
-            raise missing(no_ffn, bench.model, stack.path, ffn=True)
+            raise missing(no_ffn, context.model, stack.path, ffn=True)
         raise UnsupportedModelError(no_ffn + ("; give a rank" if "would have" in reasons[0] else ""))
     return [index for index in range(len(stack)) if index not in reasons]
 

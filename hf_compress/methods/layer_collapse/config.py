@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-from hf_compress.config import (
-    CompressionConfig,
+from hf_compress.methods.base.amounts import check_amount
+from hf_compress.methods.base.checks import (
     check_at_least,
     check_choice,
     check_not_negative,
@@ -13,16 +13,11 @@ from hf_compress.config import (
     check_share,
     is_number,
 )
-from hf_compress.methods.layer_collapse.closed_form import CRITERIA, collapsible, count_of, plan_closed_form
-from hf_compress.methods.layer_collapse.product import plan_by_product
-from hf_compress.methods.layer_collapse.training import Blending, ClosedForm
-from hf_compress.methods.sizing import check_amount
+from hf_compress.methods.base.settings import CompressionConfig
 from hf_compress.modules.activation import BLENDS, Blend
-from hf_compress.plan import Plan
-from hf_compress.regimen import Regimen
-from hf_compress.workbench import Workbench
 
 VARIANTS = ("closed_form", "paper")
+CRITERIA = ("stream", "loss", "linearity")
 
 
 @dataclass(frozen=True)
@@ -104,15 +99,3 @@ class LayerCollapseConfig(CompressionConfig, method="layer_collapse", paper="htt
             raise ValueError(f"say how much to collapse by ratio=, num_layers= or target_r2=; got {given or 'none'}")
         if self.target_r2 is not None and not (is_number(self.target_r2) and self.target_r2 < 1):
             raise ValueError(f"target_r2 must be a number below 1, R² of a linear FFN; got {self.target_r2!r}")
-
-    def plan(self, bench: Workbench) -> Plan:
-        return plan_by_product(self, bench) if self.variant == "paper" else plan_closed_form(self, bench)
-
-    def regimen(self) -> Regimen:
-        return Blending(self) if self.variant == "paper" or self.gradual else ClosedForm(self)
-
-    def in_steps(self, bench: Workbench) -> list[CompressionConfig]:
-        if self.variant == "paper" or self.gradual or self.target_r2 is not None:
-            raise ValueError("only a closed form with a ratio or num_layers can be cut into steps; leave out every=")
-        able = collapsible(bench, bench.stack(self.stack), self.rank)
-        return [replace(self, ratio=None, num_layers=1)] * count_of(self, len(able))

@@ -22,10 +22,10 @@ from hf_compress.anatomy.parts import hidden_size, linear_widths
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.capture import forward, hooked, inference, stream_of, stream_of_output, stream_tokens
 from hf_compress.calibration.data import Batch, Calibration
-from hf_compress.drafts import linear_ffn
 from hf_compress.errors import CalibrationError
 from hf_compress.numerics.ridge import HELD_OUT, LeastSquares, is_held_out
-from hf_compress.plan import Plan
+from hf_compress.plan.plan import Plan
+from hf_compress.rewrite.builders import linear_ffn
 
 _MEMORY = 4 * 2**30
 _CONSTANT = 1e-12

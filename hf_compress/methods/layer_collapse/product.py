@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_compress.anatomy.stacks import Stack
-from hf_compress.drafts import linear_ffn
 from hf_compress.errors import NotLinearError
+from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.layer_collapse.blend import absorbed, blended
 from hf_compress.methods.layer_collapse.closed_form import collapsible
-from hf_compress.plan import Plan
-from hf_compress.workbench import Workbench
-
-if TYPE_CHECKING:
-    from hf_compress.methods.layer_collapse.config import LayerCollapseConfig
+from hf_compress.methods.layer_collapse.config import LayerCollapseConfig
+from hf_compress.plan.plan import Plan
+from hf_compress.rewrite.builders import linear_ffn
 
 
-def plan_by_product(config: LayerCollapseConfig, bench: Workbench) -> Plan:
+def plan_by_product(config: LayerCollapseConfig, context: CalibrationContext) -> Plan:
     """Collapse, from the last block to the first, every FFN with |1 − α| below the tolerance.
 
     Source: arXiv 2311.17943, algorithm 1; in plain FFNs W = W₂W₁, b = W₂b₁ + b₂.
@@ -29,10 +25,10 @@ def plan_by_product(config: LayerCollapseConfig, bench: Workbench) -> Plan:
         ValueError: no FFN has a trained α.
         NotLinearError: none is within the tolerance; it names them all.
     """
-    stack = bench.stack(config.stack)
-    alphas = {index: module.alpha.item() for index, module in blended(bench.model, stack).items()}
+    stack = context.stack(config.stack)
+    alphas = {index: module.alpha.item() for index, module in blended(context.model, stack).items()}
     if not alphas:
-        collapsible(bench, stack, config.rank)  # which says so where there is no FFN at all, as of packed weights
+        collapsible(context, stack, config.rank)  # which says so where there is no FFN at all, as of packed weights
         raise ValueError(
             "variant='paper' collapses FFNs whose activation was trained to be linear, and this model has none: train "
             "it with Trainer(..., callbacks=[CompressionCallback(config)]), or use the closed form, which needs no "
@@ -45,9 +41,9 @@ def plan_by_product(config: LayerCollapseConfig, bench: Workbench) -> Plan:
             "larger lc, raise the tolerance, or use the closed form"
         )
     plan = Plan()
-    with bench.stage("multiply"):
+    with context.step("multiply"):
         for index in near:
-            plan += product(bench.model, stack, index, config.rank)
+            plan += product(context.model, stack, index, config.rank)
     steps = [{"block": index, "alpha": alphas[index]} for index in near]
     left = {str(index): alpha for index, alpha in alphas.items() if index not in near}
     return Plan(plan.edits, plan.tensors, {"criterion": "alpha", "collapsed": steps, "not_collapsed": left})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,35 +13,34 @@ from transformers import PreTrainedModel
 
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.stacks import Stack
-from hf_compress.apply import carry_out
 from hf_compress.calibration.capture import inference
-from hf_compress.drafts import replace_activation
 from hf_compress.errors import NotLinearError
+from hf_compress.methods.base.context import CalibrationContext
+from hf_compress.methods.base.schedule import TrainingSchedule
 from hf_compress.methods.layer_collapse.blend import blended, ffn_of, fitting_blend, gated_module, mean_gates
 from hf_compress.methods.layer_collapse.closed_form import collapsible, count_of, plan_closed_form, projections
+from hf_compress.methods.layer_collapse.config import LayerCollapseConfig
 from hf_compress.methods.layer_collapse.linear import fit_ffns
 from hf_compress.methods.layer_collapse.product import plan_by_product, product
 from hf_compress.modules.activation import Blend, BlendedActivation
-from hf_compress.plan import Plan
-from hf_compress.regimen import Regimen
-from hf_compress.workbench import Workbench
-
-if TYPE_CHECKING:
-    from hf_compress.config import CompressionConfig
-    from hf_compress.methods.layer_collapse.config import LayerCollapseConfig
+from hf_compress.plan.plan import Plan
+from hf_compress.rewrite.apply import carry_out
+from hf_compress.rewrite.builders import replace_activation
 
 logger = logging.getLogger(__name__)
 
 
-class ClosedForm(Regimen):
+class ClosedForm(TrainingSchedule):
     """FFNs collapse before the first step, and training heals."""
 
-    def __init__(self, config: CompressionConfig) -> None:
+    config: LayerCollapseConfig
+
+    def __init__(self, config: LayerCollapseConfig) -> None:
         super().__init__(config)
         self.r2: dict[int, float] = {}
 
-    def prepare(self, bench: Workbench) -> Plan:
-        plan = super().prepare(bench)
+    def prepare(self, context: CalibrationContext) -> Plan:
+        plan = plan_closed_form(self.config, context)
         self.r2 = {step["block"]: step["r2"][str(step["block"])] for step in plan.notes["collapsed"]}
         return plan
 
@@ -49,7 +48,7 @@ class ClosedForm(Regimen):
         return {f"r2_{index}": r2 for index, r2 in self.r2.items()}
 
 
-class Blending(Regimen):
+class Blending(TrainingSchedule):
     """Every chosen FFN gets a share α of something linear, which is learned or scheduled.
 
     A learned α has an optimizer of its own here, not a group of the Trainer's. Under the weights' learning rate it
@@ -72,19 +71,19 @@ class Blending(Regimen):
         self.hooks: list[RemovableHandle] = []
         self.r2: dict[int, float] = {}
 
-    def prepare(self, bench: Workbench) -> Plan:
+    def prepare(self, context: CalibrationContext) -> Plan:
         """Blended activations for the FFNs to collapse; a learned α of an earlier run goes on from where it is."""
-        config, model = self.config, bench.model
-        stack = bench.stack(config.stack)
-        blocks = _chosen(config, bench)
+        config, model = self.config, context.model
+        stack = context.stack(config.stack)
+        blocks = _chosen(config, context)
         _check_trained(model, stack, blocks)
         there = blended(model, stack)
         blends = {index: _blend(config, model, stack, index) for index in blocks}
         gated = [index for index in blocks if blends[index] == "constant" and index not in there]
         constants = {}
         if gated:
-            with bench.stage("mean gates"):
-                constants = mean_gates(model, stack, bench.calibration, gated)
+            with context.step("mean gates"):
+                constants = mean_gates(model, stack, context.calibration, gated)
         start = config.alpha_init if self.learned else 0.0
         for module in there.values():  # new parameters: a run that was interrupted has left hooks on the old ones
             module.alpha = nn.Parameter(module.alpha.detach())
@@ -137,25 +136,25 @@ class Blending(Regimen):
             self.optimizer.step()
         self._write(self.alpha)
 
-    def finish(self, bench: Workbench) -> Plan:
+    def finish(self, context: CalibrationContext) -> Plan:
         """The products of projections where α is 1 within the tolerance; in closed form, unless paper, the others."""
         config = self.config
         self._remove_hooks()
         if config.variant == "paper":
             try:
-                return plan_by_product(config, bench)
+                return plan_by_product(config, context)
             except NotLinearError as error:  # the run is not lost for that: the model stays as it was trained
                 logger.warning("%s", error)
                 return Plan(notes={"not_collapsed": str(error)})
-        model, stack = bench.model, bench.stack(config.stack)
+        model, stack = context.model, context.stack(config.stack)
         plan, steps = Plan(), list[dict[str, Any]]()
-        with inference(model), bench.trial() as undo:
+        with inference(model), context.trial() as undo:
             for index, module in sorted(blended(model, stack).items(), reverse=True):
                 if abs(1 - module.alpha.item()) < config.tolerance:
                     draft = product(model, stack, index, config.rank)
                     steps.append({"block": index, "alpha": module.alpha.item()})
                 else:
-                    fit = fit_ffns(model, stack, bench.calibration, [index], config.penalty, config.rank)[index]
+                    fit = fit_ffns(model, stack, context.calibration, [index], config.penalty, config.rank)[index]
                     draft = fit.draft(model, stack, index)
                     self.r2[index] = fit.r2
                     steps.append({"block": index, "alpha": module.alpha.item(), "r2": fit.r2})
@@ -201,12 +200,12 @@ class Blending(Regimen):
             module.alpha.grad = None  # DDP leaves a zero, which lets the Trainer's optimizer decay α
 
 
-def _chosen(config: LayerCollapseConfig, bench: Workbench) -> list[int]:
+def _chosen(config: LayerCollapseConfig, context: CalibrationContext) -> list[int]:
     """The paper's: as many as asked for, the last ones, or all. Else those that the closed form would collapse."""
-    stack = bench.stack(config.stack)
+    stack = context.stack(config.stack)
     if config.variant != "paper":
-        return sorted(step["block"] for step in plan_closed_form(config, bench).notes["collapsed"])
-    able = collapsible(bench, stack, config.rank)
+        return sorted(step["block"] for step in plan_closed_form(config, context).notes["collapsed"])
+    able = collapsible(context, stack, config.rank)
     return able if config.ratio is None and config.num_layers is None else able[-count_of(config, len(able)) :]
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from hf_compress.attribution.rules import ATTENTION_RULES, AttentionRule
-from hf_compress.config import CompressionConfig, check_at_least, check_choice, check_positive, check_ratio, is_number
-from hf_compress.plan import Plan
-from hf_compress.workbench import Workbench
+from hf_compress.methods.base.checks import check_at_least, check_choice, check_positive, check_ratio, is_number
+from hf_compress.methods.base.settings import CompressionConfig
 
 VARIANTS = ("default", "paper")
 GRANULARITIES = ("weight", "n:m", "row", "neuron", "head", "block")
@@ -198,8 +197,3 @@ class LRPConfig(CompressionConfig, method="lrp", paper="https://arxiv.org/abs/25
         """
         whole = self.per == "module"
         return (whole if self.symmetric is None else self.symmetric) or (whole and bits == MODULE_BITS[-1])
-
-    def plan(self, bench: Workbench) -> Plan:
-        from hf_compress.methods.lrp.plan import plan_by_relevance
-
-        return plan_by_relevance(self, bench)

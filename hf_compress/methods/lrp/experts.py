@@ -11,21 +11,21 @@ from torch.nn.modules.conv import _ConvNd
 
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
-from hf_compress.apply import carry_out
 from hf_compress.calibration.capture import forward, hooked
 from hf_compress.calibration.data import Batch
-from hf_compress.drafts import split_experts
 from hf_compress.errors import UnsupportedModelError
+from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.lrp.linears import some_batch
-from hf_compress.plan import Plan
-from hf_compress.workbench import Workbench
+from hf_compress.plan.plan import Plan
+from hf_compress.rewrite.apply import carry_out
+from hf_compress.rewrite.builders import split_experts
 
 logger = logging.getLogger(__name__)
 _TOLERANCE = {torch.float32: 2e-3, torch.float64: 2e-3}  # of the size of what is written, in TF32; else below
 _TOLERANCE_HALF = 3e-2
 
 
-def plan_separation(bench: Workbench, stack: Stack, undo: Undo) -> Plan:
+def plan_separation(context: CalibrationContext, stack: Stack, undo: Undo) -> Plan:
     """Give the experts of every block linear maps of their own; the model stays changed until `undo` is rolled back.
 
     Experts that cannot be taken apart stay as they are, and a warning says so.
@@ -36,15 +36,15 @@ def plan_separation(bench: Workbench, stack: Stack, undo: Undo) -> Plan:
     plan = Plan()
     for path in _in_tensors(stack):
         try:
-            plan += split_experts(bench.model, path)
+            plan += split_experts(context.model, path)
         except UnsupportedModelError as error:
             logger.warning("tensors of three dimensions stay as they are: %s", error)
     if plan.edits:
-        given = _given(bench, some_batch(bench), [path for edit in plan.module_edits for path in edit.paths])
-        before = {path: _written(bench.model.get_submodule(path), args) for path, args in given.items()}
-        carry_out(plan, bench.model, undo)
+        given = _given(context, some_batch(context), [path for edit in plan.module_edits for path in edit.paths])
+        before = {path: _written(context.model.get_submodule(path), args) for path, args in given.items()}
+        carry_out(plan, context.model, undo)
         for path, args in given.items():
-            _check_same(path, before[path], _written(bench.model.get_submodule(path), args))
+            _check_same(path, before[path], _written(context.model.get_submodule(path), args))
     return plan
 
 
@@ -59,7 +59,7 @@ def _in_tensors(stack: Stack) -> list[str]:
     ]
 
 
-def _given(bench: Workbench, batch: Batch, paths: list[str]) -> dict[str, tuple[Any, ...]]:
+def _given(context: CalibrationContext, batch: Batch, paths: list[str]) -> dict[str, tuple[Any, ...]]:
     """What modules are given in a forward pass."""
     found: dict[str, tuple[Any, ...]] = {}
 
@@ -67,9 +67,9 @@ def _given(bench: Workbench, batch: Batch, paths: list[str]) -> dict[str, tuple[
         return lambda module, args, kwargs: found.__setitem__(path, (*args, *kwargs.values()))
 
     with hooked(
-        bench.model.get_submodule(path).register_forward_pre_hook(keep(path), with_kwargs=True) for path in paths
+        context.model.get_submodule(path).register_forward_pre_hook(keep(path), with_kwargs=True) for path in paths
     ):
-        forward(bench.model, batch)
+        forward(context.model, batch)
     return found
 
 

@@ -1,4 +1,4 @@
-"""What the linear maps of a block read, on the streams of walks."""
+"""What the linear maps of a block read, on the streams of pairs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from hf_compress.anatomy.parts import linear_map
 from hf_compress.anatomy.stacks import Stack
-from hf_compress.calibration.walks import Walk
+from hf_compress.calibration.streams import StreamPair
 from hf_compress.methods.lrp.scores import watch_rows
 
 _MEMORY = 4 * 2**30  # for the Gram matrices of as many linear maps as are solved for in one pass of a block
@@ -34,7 +34,7 @@ def few_at_once(linears: Mapping[str, nn.Module]) -> Iterator[dict[str, nn.Modul
         yield part
 
 
-def grams_of(stack: Stack, index: int, linears: Mapping[str, nn.Module], walks: list[Walk]) -> dict[str, Tensor]:
+def grams_of(stack: Stack, index: int, linears: Mapping[str, nn.Module], pairs: list[StreamPair]) -> dict[str, Tensor]:
     """Σ x xᵀ over what each linear map of a block reads at real tokens, (inputs, inputs) float64."""
     sums: dict[str, Tensor] = {}
 
@@ -42,13 +42,13 @@ def grams_of(stack: Stack, index: int, linears: Mapping[str, nn.Module], walks: 
         gram = rows.double().T @ rows.double()
         sums[path] = sums[path] + gram if path in sums else gram
 
-    for walk in walks:
-        with watch_rows(stack, walk.runner.batch, linears, add):
-            walk.runner.run(index, walk.compressed)
+    for pair in pairs:
+        with watch_rows(stack, pair.runner.batch, linears, add):
+            pair.runner.run(index, pair.compressed)
     return sums
 
 
-def advance(walks: list[Walk], index: int) -> None:
+def advance(pairs: list[StreamPair], index: int) -> None:
     """Take the compressed stream past a block."""
-    for walk in walks:
-        walk.compressed = walk.runner.run(index, walk.compressed)
+    for pair in pairs:
+        pair.compressed = pair.runner.run(index, pair.compressed)

@@ -13,9 +13,9 @@ from hf_compress.anatomy.parts import is_linear, linear_map
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.capture import forward, hooked, inference
 from hf_compress.calibration.data import Batch
-from hf_compress.probe import Probe
-from hf_compress.record import missing
-from hf_compress.workbench import Workbench
+from hf_compress.methods.base.context import CalibrationContext
+from hf_compress.rewrite.probe import Probe
+from hf_compress.rewrite.record import missing
 
 logger = logging.getLogger(__name__)
 _TOLERANCE = 0.05  # of what is written; half precision is far from it, and another map farther
@@ -32,7 +32,7 @@ def block_linears(stack: Stack) -> dict[str, nn.Module]:
     }
 
 
-def changeable_linears(bench: Workbench, stack: Stack) -> dict[str, nn.Module]:
+def changeable_linears(context: CalibrationContext, stack: Stack) -> dict[str, nn.Module]:
     """Those of them that may be stored in another form.
 
     Left out, and a warning says so, are those that do something else when they run, such as routers, which choose
@@ -43,7 +43,7 @@ def changeable_linears(bench: Workbench, stack: Stack) -> dict[str, nn.Module]:
         UnsupportedModelError: there are none.
     """
     found = block_linears(stack)
-    plain, other = _kinds(bench, found)
+    plain, other = _kinds(context, found)
     unread = found.keys() - plain - other
     spared = {path for path in unread if "experts." in path and type(found[path]) in (nn.Linear, Conv1D)}
     _tell("something else than linear maps when they run", other)
@@ -51,7 +51,7 @@ def changeable_linears(bench: Workbench, stack: Stack) -> dict[str, nn.Module]:
     found = {path: module for path, module in found.items() if path in plain | spared}
     if not found:
         what = f"the blocks of {stack.path} have no linear maps to prune or to store in few bits"
-        raise missing(what, bench.model, stack.path)
+        raise missing(what, context.model, stack.path)
     return found
 
 
@@ -60,7 +60,7 @@ def _tell(what: str, paths: set[str]) -> None:
         logger.warning("%d linear maps stay dense, %s among them: they are %s", len(paths), min(paths), what)
 
 
-def _kinds(bench: Workbench, linears: Mapping[str, nn.Module]) -> tuple[set[str], set[str]]:
+def _kinds(context: CalibrationContext, linears: Mapping[str, nn.Module]) -> tuple[set[str], set[str]]:
     """Which of them compute x Wᵀ + b on the data, and which compute something else."""
     plain: set[str] = set()
     other: set[str] = set()
@@ -68,10 +68,10 @@ def _kinds(bench: Workbench, linears: Mapping[str, nn.Module]) -> tuple[set[str]
     def watch(path: str) -> Callable[..., None]:
         return lambda module, args, output: (plain if _is_plain(module, args, output) else other).add(path)
 
-    batches = [some_batch(bench)] if bench.data is None else bench.data.spread(min(_BATCHES, len(bench.data)))
-    with inference(bench.model), hooked(m.register_forward_hook(watch(path)) for path, m in linears.items()):
+    batches = [some_batch(context)] if context.data is None else context.data.spread(min(_BATCHES, len(context.data)))
+    with inference(context.model), hooked(m.register_forward_hook(watch(path)) for path, m in linears.items()):
         for batch in batches:
-            forward(bench.model, batch)
+            forward(context.model, batch)
             if linears.keys() == plain | other:
                 break
     return plain - other, other
@@ -88,9 +88,9 @@ def _is_plain(module: Any, args: tuple[Any, ...], output: Any) -> bool:
     return not gap > _TOLERANCE * float(expected.norm())  # NaN is found later, and told of in its own words
 
 
-def some_batch(bench: Workbench) -> Batch:
+def some_batch(context: CalibrationContext) -> Batch:
     """A batch to see what the model does; made up where there is no data."""
-    return Probe.of(bench.model).batch if bench.data is None else bench.data.batches[0]
+    return Probe.of(context.model).batch if context.data is None else context.data.batches[0]
 
 
 def weights_of(linears: Mapping[str, nn.Module]) -> dict[str, Tensor]:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from hf_compress.methods.sizing import share_of
-
-if TYPE_CHECKING:
-    from hf_compress.methods.lrp.config import LRPConfig
+from hf_compress.methods.base.amounts import share_of
+from hf_compress.methods.lrp.config import LRPConfig
 
 
 def kept_weights(config: LRPConfig, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:

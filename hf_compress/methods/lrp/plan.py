@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hf_compress.calibration.capture import inference
-from hf_compress.methods.lrp.config import STRUCTURED
+from hf_compress.methods.base.context import CalibrationContext
+from hf_compress.methods.lrp.config import STRUCTURED, LRPConfig
 from hf_compress.methods.lrp.units import plan_units
 from hf_compress.methods.lrp.weights import plan_weights
-from hf_compress.plan import Plan
-from hf_compress.workbench import Workbench
-
-if TYPE_CHECKING:
-    from hf_compress.methods.lrp.config import LRPConfig
+from hf_compress.plan.plan import Plan
 
 
-def plan_by_relevance(config: LRPConfig, bench: Workbench) -> Plan:
+def plan_by_relevance(config: LRPConfig, context: CalibrationContext) -> Plan:
     """Decide what goes and how precisely the rest is kept.
 
     Raises:
@@ -25,28 +22,28 @@ def plan_by_relevance(config: LRPConfig, bench: Workbench) -> Plan:
         ValueError: nothing would be left, or a budget that does not suffice.
         CalibrationError: no data, or data that gives NaN.
     """
-    bench = _counting_what_is_read(bench)
+    context = _counting_what_is_read(context)
     structured = config.prunes and config.granularity in STRUCTURED
     if structured and config.granularity == "block" and config.quantizes:
         raise ValueError("leave blocks out in a compress() of its own, and then give bits= to what is left")
     plan = Plan()
     notes: dict[str, Any] = {"score": config.score_name}
-    with inference(bench.model), bench.trial() as undo:
+    with inference(context.model), context.trial() as undo:
         if structured:
-            part = plan_units(config, bench, bench.stack(config.stack), undo)
+            part = plan_units(config, context, context.stack(config.stack), undo)
             plan, notes = part, notes | part.notes
         if config.quantizes or (config.prunes and not structured):
-            part = plan_weights(config, bench, bench.stack(config.stack), undo, config.prunes and not structured)
+            part = plan_weights(config, context, context.stack(config.stack), undo, config.prunes and not structured)
             plan, notes = plan.then(part), notes | part.notes
     return Plan(plan.edits, plan.tensors, notes)
 
 
-def _counting_what_is_read(bench: Workbench) -> Workbench:
+def _counting_what_is_read(context: CalibrationContext) -> CalibrationContext:
     """The workbench; of an encoder, with data of which special tokens count.
 
     Elsewhere they are kept out of statistics, since what decoders have there is huge and tells nothing. The head of an
     encoder reads nothing else, often: solved for all other tokens alone, weights take its outputs off.
     """
-    model = bench.model
+    model = context.model
     causal = model.can_generate() or any(getattr(part, "is_causal", False) for part in model.modules())
-    return bench if causal or bench.data is None else replace(bench, data=bench.data.with_special_tokens())
+    return context if causal or context.data is None else replace(context, data=context.data.with_special_tokens())

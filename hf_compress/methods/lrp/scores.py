@@ -1,11 +1,10 @@
-"""What weights, hidden units and heads are worth: by relevance, and by the scores that it is held against."""
+"""What weights, hidden units and heads are cost: by relevance, and by the scores that it is held against."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +24,9 @@ from hf_compress.calibration.capture import (
 from hf_compress.calibration.data import Batch
 from hf_compress.calibration.objective import speaks
 from hf_compress.calibration.routing import Route, watch_routes
+from hf_compress.methods.base.context import CalibrationContext
+from hf_compress.methods.lrp.config import LRPConfig
 from hf_compress.methods.lrp.linears import weights_of
-from hf_compress.workbench import Workbench
-
-if TYPE_CHECKING:
-    from hf_compress.methods.lrp.config import LRPConfig
 
 
 @dataclass
@@ -46,22 +43,26 @@ class Scores:
     slopes: dict[str, Tensor] = field(default_factory=dict)
 
 
-def some_batches(bench: Workbench, tokens: int) -> Sequence[Batch]:
+def some_batches(context: CalibrationContext, tokens: int) -> Sequence[Batch]:
     """Batches of about so many tokens (or samples), spread over the calibration data."""
-    data = bench.calibration
+    data = context.calibration
     total = data.tokens or data.samples
     return data.spread(max(1, min(len(data), round(len(data) * tokens / total))))
 
 
 def score(
-    config: LRPConfig, bench: Workbench, linears: Mapping[str, nn.Module], writers: Mapping[str, nn.Module], name: str
+    config: LRPConfig,
+    context: CalibrationContext,
+    linears: Mapping[str, nn.Module],
+    writers: Mapping[str, nn.Module],
+    name: str,
 ) -> Scores:
     """The scores called `name` of the weights of `linears` and of what `writers` read.
 
     Of a linear map that they tell nothing of, such as that of an expert which no token was given to, they are the
     weights' sizes; but 0 where weights are compared across maps.
     """
-    found = _scores(config, bench, linears, writers, name)
+    found = _scores(config, context, linears, writers, name)
     if config.scope != "model":
         for path, values in found.weights.items():
             if not bool(values.any()):
@@ -70,7 +71,11 @@ def score(
 
 
 def _scores(
-    config: LRPConfig, bench: Workbench, linears: Mapping[str, nn.Module], writers: Mapping[str, nn.Module], name: str
+    config: LRPConfig,
+    context: CalibrationContext,
+    linears: Mapping[str, nn.Module],
+    writers: Mapping[str, nn.Module],
+    name: str,
 ) -> Scores:
     weights = weights_of(linears)
     if name == "random":
@@ -78,12 +83,12 @@ def _scores(
     if name == "magnitude":
         sizes = {path: linear_map(module).detach().float().norm(dim=1) for path, module in writers.items()}
         return Scores({path: weight.abs() for path, weight in weights.items()}, sizes)
-    batches = some_batches(bench, config.tokens)
+    batches = some_batches(context, config.tokens)
     if name == "wanda":
-        norms = input_norms(bench, batches, {**linears, **writers}, bench.stack(config.stack))
+        norms = input_norms(context, batches, {**linears, **writers}, context.stack(config.stack))
         sizes = {p: linear_map(m).detach().float().norm(dim=1) * norms[p] for p, m in writers.items()}
         return Scores({path: weight.abs() * norms[path] for path, weight in weights.items()}, sizes)
-    sums = relevances(config, bench, batches, linears, writers, signed=name == "signed")
+    sums = relevances(config, context, batches, linears, writers, signed=name == "signed")
     count = max(1, sums.samples)
     if name == "signed":
         return Scores(_over(sums.signed, count), _over(sums.signed_units, count))
@@ -94,7 +99,7 @@ def _scores(
 
 def relevances(
     config: LRPConfig,
-    bench: Workbench,
+    context: CalibrationContext,
     batches: Sequence[Batch],
     linears: Mapping[str, nn.Module],
     writers: Mapping[str, nn.Module],
@@ -103,10 +108,10 @@ def relevances(
     """Sums of relevances, or of their sizes, as the config says what is explained."""
     target = config.target
     if target == "auto":
-        known = any(batch.labels is not None or speaks(bench.model, batch) for batch in batches)
+        known = any(batch.labels is not None or speaks(context.model, batch) for batch in batches)
         target = "label" if known else "predicted"
     return relevance_sums(
-        bench.model,
+        context.model,
         batches,
         linears,
         writers,
@@ -118,7 +123,7 @@ def relevances(
 
 
 def input_norms(
-    bench: Workbench, batches: Sequence[Batch], modules: Mapping[str, nn.Module], stack: Stack
+    context: CalibrationContext, batches: Sequence[Batch], modules: Mapping[str, nn.Module], stack: Stack
 ) -> dict[str, Tensor]:
     """Root of the mean square of what modules read, (inputs) float32 each, over real tokens.
 
@@ -131,10 +136,10 @@ def input_norms(
         sums[path] = sums.get(path, 0) + rows.float().square().sum(dim=0)
         counts[path] = counts.get(path, 0) + len(rows)
 
-    with inference(bench.model):
+    with inference(context.model):
         for batch in batches:
             with watch_rows(stack, batch, modules, add):
-                forward(bench.model, batch)
+                forward(context.model, batch)
     unread = {path: torch.zeros(len(map_ := linear_map(m)), device=map_.device) for path, m in modules.items()}
     return unread | {path: (total / max(1, counts[path])).sqrt() for path, total in sums.items()}
 

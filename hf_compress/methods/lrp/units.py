@@ -2,47 +2,43 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
-from hf_compress.calibration.walks import start_walks
-from hf_compress.drafts import heads_of
-from hf_compress.edits import RemoveBlocks
+from hf_compress.calibration.streams import start_pairs
 from hf_compress.errors import UnsupportedModelError
+from hf_compress.methods.base.amounts import blocks_to_remove, share_of
+from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.illc.config import ILLCConfig
 from hf_compress.methods.illc.narrowing import Narrowing
-from hf_compress.methods.illc.reductions import Reduction, best
-from hf_compress.methods.illc.units import BlockUnits, UnitStatistics
+from hf_compress.methods.illc.reductions import best
+from hf_compress.methods.illc.units import BlockUnits, Reduction, UnitStatistics
+from hf_compress.methods.lrp.config import LRPConfig
 from hf_compress.methods.lrp.scores import score
-from hf_compress.methods.sizing import blocks_to_remove, share_of
-from hf_compress.plan import Plan
-from hf_compress.record import missing
-from hf_compress.workbench import Workbench
-
-if TYPE_CHECKING:
-    from hf_compress.methods.lrp.config import LRPConfig
+from hf_compress.plan.edits import RemoveBlocks
+from hf_compress.plan.plan import Plan
+from hf_compress.rewrite.builders import heads_of
+from hf_compress.rewrite.record import missing
 
 _Writer = tuple[int, str, nn.Module]  # of a block by its number, the path and the projection that reads its units
 
 
-def plan_units(config: LRPConfig, bench: Workbench, stack: Stack, undo: Undo) -> Plan:
+def plan_units(config: LRPConfig, context: CalibrationContext, stack: Stack, undo: Undo) -> Plan:
     """Leave hidden units, heads or blocks out; the model stays changed until `undo` is rolled back.
 
     Raises:
         UnsupportedModelError: the blocks have none, or experts.
         ValueError: nothing would be left of a block.
     """
-    writers = _writers(config, bench, stack)
-    with bench.stage("score units"):
-        scores = score(config, bench, {}, {name: module for _, name, module in writers}, config.score_name).units
+    writers = _writers(config, context, stack)
+    with context.step("score units"):
+        scores = score(config, context, {}, {name: module for _, name, module in writers}, config.score_name).units
     if config.granularity == "block":
         return _without_blocks(config, stack, writers, scores)
-    counts = _counts(config, bench, stack, writers, scores)
+    counts = _counts(config, context, stack, writers, scores)
 
     def choose(units: BlockUnits, statistics: UnitStatistics, count: int) -> Reduction:
         name = next(path for index, path, module in writers if index == units.index)
@@ -55,9 +51,9 @@ def plan_units(config: LRPConfig, bench: Workbench, stack: Stack, undo: Undo) ->
         tokens=config.tokens,
     )
     plan, notes = Plan(), []
-    with bench.stage("narrow blocks"):
-        walks = start_walks(bench.model, stack, bench.calibration, config.tokens)
-        narrowing = Narrowing(solving, bench, stack, walks, choose=choose)
+    with context.step("narrow blocks"):
+        pairs = start_pairs(context.model, stack, context.calibration, config.tokens)
+        narrowing = Narrowing(solving, context, stack, pairs, choose=choose)
         for index in range(max(counts) + 1):
             if index not in counts:
                 narrowing.skip(index)
@@ -71,11 +67,11 @@ def plan_units(config: LRPConfig, bench: Workbench, stack: Stack, undo: Undo) ->
     return Plan(plan.edits, plan.tensors, {"blocks": notes})
 
 
-def _writers(config: LRPConfig, bench: Workbench, stack: Stack) -> list[_Writer]:
+def _writers(config: LRPConfig, context: CalibrationContext, stack: Stack) -> list[_Writer]:
     """The output projections that read the units."""
     found = []
     for index in range(len(stack)):
-        parts = Anatomy(bench.model).parts(stack, index)
+        parts = Anatomy(context.model).parts(stack, index)
         if parts.ffn is not None and parts.ffn.experts is not None and config.granularity != "head":
             raise UnsupportedModelError(
                 f"block {index} of {stack.path} has experts, whose units relevance does not reach one by one: take "
@@ -85,17 +81,17 @@ def _writers(config: LRPConfig, bench: Workbench, stack: Stack) -> list[_Writer]
         read_by = {"neuron": (ffn,), "head": (parts.attention_output,), "block": (ffn, parts.attention_output)}
         own = read_by[config.granularity]
         names = [f"{stack.path}.{index}.{path}" for path in own if path]
-        found += [(index, name, bench.model.get_submodule(name)) for name in names]
+        found += [(index, name, context.model.get_submodule(name)) for name in names]
     if not found:
         what = "parts that write to the stream" if config.granularity == "block" else f"{config.granularity}s"
         what = f"the blocks of {stack.path} have no {what} that could be left out"
-        raise missing(what, bench.model, stack.path, ffn=config.granularity == "neuron")
+        raise missing(what, context.model, stack.path, ffn=config.granularity == "neuron")
     return found
 
 
 def _counts(
     config: LRPConfig,
-    bench: Workbench,
+    context: CalibrationContext,
     stack: Stack,
     writers: list[_Writer],
     scores: dict[str, Tensor],
@@ -107,7 +103,7 @@ def _counts(
     least = everything.sort(descending=True).values[share_of(len(everything), share) - 1]
     for index, name, _ in writers:
         if config.granularity == "head":
-            counts[index] = share_of(heads_of(bench.model, stack, index).groups, share)
+            counts[index] = share_of(heads_of(context.model, stack, index).groups, share)
         elif config.variant == "paper":
             counts[index] = int((scores[name] > 0).sum())
         elif config.scope == "model":

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_compress.anatomy.kinds import block_kind
 from hf_compress.anatomy.stacks import Stack
-from hf_compress.anatomy.surgery import remove_blocks
 from hf_compress.anatomy.undo import Undo
-from hf_compress.edits import MergeBlocks
+from hf_compress.methods.base.amounts import blocks_to_remove
+from hf_compress.methods.base.context import CalibrationContext
+from hf_compress.methods.mka.config import MKAConfig
 from hf_compress.methods.mka.similarity import block_similarity
-from hf_compress.methods.sizing import blocks_to_remove
-from hf_compress.plan import Plan
-from hf_compress.workbench import Workbench
-
-if TYPE_CHECKING:
-    from hf_compress.methods.mka.config import MKAConfig
+from hf_compress.plan.edits import MergeBlocks
+from hf_compress.plan.plan import Plan
+from hf_compress.rewrite.blocks import remove_blocks
 
 
-def plan_by_averaging(config: MKAConfig, bench: Workbench) -> Plan:
+def plan_by_averaging(config: MKAConfig, context: CalibrationContext) -> Plan:
     """Merge the most similar like-kind neighbours, again and again, on the model itself, and take it all back.
 
     The fused block stands in the earlier one's place and takes part again.
@@ -31,7 +29,7 @@ def plan_by_averaging(config: MKAConfig, bench: Workbench) -> Plan:
     Raises:
         ValueError: no two neighbouring blocks are of one kind, or no block would be left.
     """
-    stack = bench.stack(config.stack)
+    stack = context.stack(config.stack)
     bounded = config.ratio is not None or config.num_merges is not None
     most = len(stack)
     if bounded:
@@ -39,7 +37,7 @@ def plan_by_averaging(config: MKAConfig, bench: Workbench) -> Plan:
     groups = [[index] for index in range(len(stack))]  # of the blocks that became one, in the model's own numbering
     merges: list[dict[str, Any]] = []
     matrix: Tensor | None = None
-    with bench.trial() as undo:
+    with context.trial() as undo:
         while len(merges) < most:
             pairs = _like_neighbours(stack)
             if not pairs and merges and not bounded:
@@ -50,8 +48,8 @@ def plan_by_averaging(config: MKAConfig, bench: Workbench) -> Plan:
                     "merged; ask for fewer merges, or leave blocks out instead (DropBlocksConfig)"
                 )
             if matrix is None or config.iterative:
-                with bench.stage("measure similarity"):
-                    matrix = block_similarity(config, bench.model, stack, bench.calibration)
+                with context.step("measure similarity"):
+                    matrix = block_similarity(config, context.model, stack, context.calibration)
                 if not merges:
                     first = matrix.clone()
             pair = _most_similar(stack, pairs, matrix)
@@ -60,7 +58,7 @@ def plan_by_averaging(config: MKAConfig, bench: Workbench) -> Plan:
                 break
             alpha = min(1.0, max(0.0, similarity)) if config.alpha is None else config.alpha
             merges.append({"blocks": groups[pair] + groups[pair + 1], "similarity": similarity, "alpha": alpha})
-            _fuse(bench, stack, pair, alpha, undo)
+            _fuse(context, stack, pair, alpha, undo)
             groups[pair] += groups.pop(pair + 1)
             matrix = _without(matrix, pair)
         tensors = _tensors(stack, groups)
@@ -82,12 +80,12 @@ def _most_similar(stack: Stack, pairs: list[int], matrix: Tensor) -> int:
     return max(pairs, key=lambda index: matrix[index, index + 1].item())
 
 
-def _fuse(bench: Workbench, stack: Stack, pair: int, alpha: float, undo: Undo) -> None:
+def _fuse(context: CalibrationContext, stack: Stack, pair: int, alpha: float, undo: Undo) -> None:
     """Turn block `pair` into alpha * itself + (1 - alpha) * the next, parameter by parameter, and take the next out."""
     later = dict(stack.blocks[pair + 1].named_parameters())
     for name, parameter in stack.blocks[pair].named_parameters():
         undo.write(parameter, alpha * parameter.detach().double() + (1 - alpha) * later[name].detach().double())
-    remove_blocks(bench.model, stack, [pair + 1], undo)
+    remove_blocks(context.model, stack, [pair + 1], undo)
 
 
 def _without(matrix: Tensor, pair: int) -> Tensor:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-from hf_compress.config import (
-    CompressionConfig,
+from hf_compress.methods.base.amounts import check_amount
+from hf_compress.methods.base.checks import (
     check_at_least,
     check_choice,
     check_not_negative,
     check_positive,
     check_share,
 )
-from hf_compress.methods.sizing import blocks_to_remove, check_amount
-from hf_compress.modules.packed import CompactLinear
+from hf_compress.methods.base.settings import CompressionConfig
 from hf_compress.numerics.manifold import MANIFOLDS
 from hf_compress.numerics.similarity import SIMILARITIES
-from hf_compress.plan import Plan
-from hf_compress.record import missing
-from hf_compress.workbench import Workbench
 
 VARIANTS = ("refit", "paper")
 SIMILARITY_NAMES = (*sorted(SIMILARITIES), "block_influence")
@@ -85,19 +81,3 @@ class MKAConfig(CompressionConfig, method="mka", paper="https://arxiv.org/abs/24
             raise ValueError(
                 "threshold and alpha belong to variant='paper'; the refit chooses by loss and averages nothing"
             )
-
-    def plan(self, bench: Workbench) -> Plan:
-        from hf_compress.methods.mka.average import plan_by_averaging
-        from hf_compress.methods.mka.refit import plan_by_refitting
-
-        stack = bench.stack(self.stack)
-        if any(isinstance(part, CompactLinear) for part in stack.blocks.modules()):
-            what = f"the weights of {stack.path} are in no form that can be averaged or solved for"
-            raise missing(what, bench.model, stack.path)
-        return plan_by_averaging(self, bench) if self.variant == "paper" else plan_by_refitting(self, bench)
-
-    def in_steps(self, bench: Workbench) -> list[CompressionConfig]:
-        if self.ratio is None and self.num_merges is None:
-            raise ValueError("a threshold does not say how many merges there will be; give ratio= or num_merges=")
-        count = blocks_to_remove(len(bench.stack(self.stack)), self.ratio, self.num_merges, "num_merges")
-        return [replace(self, ratio=None, num_merges=1)] * count

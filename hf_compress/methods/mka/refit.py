@@ -5,7 +5,7 @@ same stream. What one block can take over of the next is what is linear in its o
 has a closed form (`Writers.fit`).
 
 First *choose*: again and again, let every block in turn absorb the next, by a local fit on a few calibration samples,
-and keep the candidate that costs least on other samples. Then *correct*, from the original weights: walk up the stack,
+and keep the candidate that costs least on other samples. Then *correct*, from the original weights: pair up the stack,
 with the original model beside, and solve each block for the original stream at the next block's input. So a block that
 absorbed others learns what they gave, and the ones above undo what errors still reach them.
 """
@@ -13,7 +13,7 @@ absorbed others learns what they gave, and the ones above undo what errors still
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
@@ -24,16 +24,14 @@ from hf_compress.calibration.capture import inference
 from hf_compress.calibration.data import Batch
 from hf_compress.calibration.objective import batch_loss, mean_loss, reference_for
 from hf_compress.calibration.runner import BlockRunner
-from hf_compress.calibration.walks import Walk, start_walks
-from hf_compress.edits import Edit, MergeBlocks
+from hf_compress.calibration.streams import StreamPair, start_pairs
 from hf_compress.errors import CalibrationError
+from hf_compress.methods.base.amounts import blocks_to_remove
+from hf_compress.methods.base.context import CalibrationContext
+from hf_compress.methods.mka.config import MKAConfig
 from hf_compress.methods.mka.writers import PENALTIES, Writers
-from hf_compress.methods.sizing import blocks_to_remove
-from hf_compress.plan import Plan
-from hf_compress.workbench import Workbench
-
-if TYPE_CHECKING:
-    from hf_compress.methods.mka.config import MKAConfig
+from hf_compress.plan.edits import Edit, MergeBlocks
+from hf_compress.plan.plan import Plan
 
 # Penalty of the local fits, which are many and on little data.
 _LOCAL_PENALTY = 0.1
@@ -41,27 +39,27 @@ _LOCAL_PENALTY = 0.1
 _SETTLED = 0.99
 
 
-def plan_by_refitting(config: MKAConfig, bench: Workbench) -> Plan:
+def plan_by_refitting(config: MKAConfig, context: CalibrationContext) -> Plan:
     """Choose the blocks to absorb, then solve for the projections of those that stay.
 
     Raises:
         ValueError: no block would be left; fewer than eight calibration samples.
     """
-    stack = bench.stack(config.stack)
+    stack = context.stack(config.stack)
     count = blocks_to_remove(len(stack), config.ratio, config.num_merges, "num_merges")
-    if bench.calibration.samples < 8:
+    if context.calibration.samples < 8:
         raise CalibrationError(
-            f"{bench.calibration.samples} calibration samples are too few to solve for projections: "
+            f"{context.calibration.samples} calibration samples are too few to solve for projections: "
             "at least 8 are needed, some hundreds are better"
         )
-    with inference(bench.model):
-        with bench.stage("choose which blocks to merge"):
-            chooser = _Chooser(bench, stack, bench.calibration.some(config.choice_samples, least=3))
-            absorbed, merges = _choose(bench, chooser, count)
+    with inference(context.model):
+        with context.step("choose which blocks to merge"):
+            chooser = _Chooser(context, stack, context.calibration.some(config.choice_samples, least=3))
+            absorbed, merges = _choose(context, chooser, count)
         chooser.record(absorbed)
         plain = chooser.loss()
-        with bench.trial() as undo, bench.stage("solve for the projections"):
-            tensors, fits = _correct(bench, stack, absorbed, config.refit_tokens, undo)
+        with context.trial() as undo, context.step("solve for the projections"):
+            tensors, fits = _correct(context, stack, absorbed, config.refit_tokens, undo)
             refitted = chooser.loss()
     # Never worse than the plain blocks left out: what does not help on the choice's own samples is not kept.
     notes = {"merges": merges, "fits": fits, "loss": {"blocks left out": plain, "refitted": refitted}}
@@ -78,14 +76,14 @@ def _edits(stack: Stack, absorbed: Sequence[int]) -> list[Edit]:
 # --- choosing ---------------------------------------------------------------------------------------------------------
 
 
-def _choose(bench: Workbench, chooser: _Chooser, count: int) -> tuple[list[int], list[dict[str, Any]]]:
+def _choose(context: CalibrationContext, chooser: _Chooser, count: int) -> tuple[list[int], list[dict[str, Any]]]:
     """The blocks to absorb into those before them, and the loss of every candidate at every step.
 
     The first block has none before it to absorb it, and is never a candidate.
     """
     absorbed: list[int] = []
     history: list[dict[str, Any]] = []
-    with bench.trial() as undo:
+    with context.trial() as undo:
         for _ in tqdm(range(count), desc="choosing blocks to merge", disable=None):
             chooser.record(absorbed)
             candidates = [index for index in range(1, len(chooser.stack)) if index not in absorbed]
@@ -100,9 +98,9 @@ def _choose(bench: Workbench, chooser: _Chooser, count: int) -> tuple[list[int],
 class _Chooser:
     """Compares candidates on a few batches: of three, two to fit and one to score."""
 
-    def __init__(self, bench: Workbench, stack: Stack, batches: list[Batch]) -> None:
-        self.bench, self.stack = bench, stack
-        self.runners = runners = [BlockRunner(bench.model, stack, batch) for batch in batches]
+    def __init__(self, context: CalibrationContext, stack: Stack, batches: list[Batch]) -> None:
+        self.context, self.stack = context, stack
+        self.runners = runners = [BlockRunner(context.model, stack, batch) for batch in batches]
         self.fitting = [r for i, r in enumerate(runners) if i % 3 != 2 or len(runners) < 3]
         self.scoring = [r for i, r in enumerate(runners) if i % 3 == 2 or len(runners) < 3]
         self.absorbed: list[int] = []
@@ -115,7 +113,7 @@ class _Chooser:
         for runner in self.runners:
             output, self.streams[id(runner)] = runner.record(absorbed)
             if id(runner) not in self.references:
-                self.references[id(runner)] = reference_for(self.bench.model, output, runner.batch)
+                self.references[id(runner)] = reference_for(self.context.model, output, runner.batch)
 
     def _before(self, index: int) -> int:
         return max(i for i in range(index) if i not in self.absorbed)
@@ -124,7 +122,7 @@ class _Chooser:
         """Mean loss on the scoring batches once the block before `index` has absorbed it; stays so with an `undo`."""
         keeper = self._before(index)
         with Undo() as trial:
-            writers = Writers(self.bench.model, self.stack, keeper)
+            writers = Writers(self.context.model, self.stack, keeper)
             starts = [self.streams[id(runner)][keeper] for runner in self.fitting]
             targets = [runner.run(index, self.streams[id(runner)][index]) for runner in self.fitting]
             fit = writers.fit(self.fitting, starts, targets, [_LOCAL_PENALTY])
@@ -142,15 +140,15 @@ class _Chooser:
         return self._mean((runner, runner.record(self.absorbed)[0]) for runner in self.runners)
 
     def _mean(self, outputs: Iterable[tuple[BlockRunner, Any]]) -> float:
-        pairs = [batch_loss(self.bench.model, out, r.batch, self.references[id(r)]) for r, out in outputs]
-        return mean_loss(sum(loss for loss, _ in pairs), sum(weight for _, weight in pairs))
+        losses = [batch_loss(self.context.model, out, r.batch, self.references[id(r)]) for r, out in outputs]
+        return mean_loss(sum(loss for loss, _ in losses), sum(weight for _, weight in losses))
 
 
 # --- correcting -------------------------------------------------------------------------------------------------------
 
 
 def _correct(
-    bench: Workbench, stack: Stack, absorbed: Sequence[int], tokens: int, undo: Undo
+    context: CalibrationContext, stack: Stack, absorbed: Sequence[int], tokens: int, undo: Undo
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     """Solve every block that stays, from the first that absorbs another on, for the original stream after it.
 
@@ -159,7 +157,7 @@ def _correct(
     Returns:
         New parameters by name, and each block's held-out error and penalty.
     """
-    walks = start_walks(bench.model, stack, bench.calibration, tokens)
+    pairs = start_pairs(context.model, stack, context.calibration, tokens)
     kept = [index for index in range(len(stack)) if index not in absorbed]
     fits: list[dict[str, Any]] = []
     tensors: dict[str, Tensor] = {}
@@ -167,26 +165,26 @@ def _correct(
     for index, end in tqdm(list(zip(kept, [*kept[1:], len(stack)], strict=True)), desc="solving", disable=None):
         if settled and index > max(absorbed):
             break
-        for walk in walks:
+        for pair in pairs:
             for passed in range(index, end):
-                walk.original = walk.runner.run(passed, walk.original)
+                pair.original = pair.runner.run(passed, pair.original)
         if not settled or end > index + 1:
-            fit = _fit(bench, stack, index, walks, undo)
+            fit = _fit(context, stack, index, pairs, undo)
             fits.append({"block": index, "absorbed": list(range(index + 1, end))} | fit)
             settled = fit["error"] > _SETTLED
             if fit["penalty"] is not None:
                 tensors |= {f"{stack.path}.{index}.{name}": p for name, p in stack.blocks[index].named_parameters()}
-        for walk in walks:
-            walk.compressed = walk.runner.run(index, walk.compressed) if fits else walk.original
+        for pair in pairs:
+            pair.compressed = pair.runner.run(index, pair.compressed) if fits else pair.original
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}, fits
 
 
-def _fit(bench: Workbench, stack: Stack, index: int, walks: list[Walk], undo: Undo) -> dict[str, Any]:
+def _fit(context: CalibrationContext, stack: Stack, index: int, pairs: list[StreamPair], undo: Undo) -> dict[str, Any]:
     """Solve for one block's projections and write them; how far from the target they end, and the penalty."""
-    writers = Writers(bench.model, stack, index)
-    penalties = PENALTIES if len(walks) >= 4 else [_LOCAL_PENALTY]  # too few to hold any out, and to choose by
-    streams, targets = [w.compressed for w in walks], [w.original for w in walks]
-    fit = writers.fit([w.runner for w in walks], streams, targets, penalties)
+    writers = Writers(context.model, stack, index)
+    penalties = PENALTIES if len(pairs) >= 4 else [_LOCAL_PENALTY]  # too few to hold any out, and to choose by
+    streams, targets = [w.compressed for w in pairs], [w.original for w in pairs]
+    fit = writers.fit([w.runner for w in pairs], streams, targets, penalties)
     if fit is None:
         return {"error": 1.0, "penalty": None}
     writers.apply(fit.change, undo)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -12,11 +10,9 @@ from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.data import Calibration
 from hf_compress.calibration.statistics import BlockStatistics, block_statistics
 from hf_compress.errors import CalibrationError
+from hf_compress.methods.mka.config import MKAConfig
 from hf_compress.numerics.manifold import embed
 from hf_compress.numerics.similarity import similarity_matrix
-
-if TYPE_CHECKING:
-    from hf_compress.methods.mka.config import MKAConfig
 
 
 def block_similarity(config: MKAConfig, model: PreTrainedModel, stack: Stack, calibration: Calibration) -> Tensor:

@@ -1,0 +1,130 @@
+"""compress(): anatomy and calibration data in, a plan, the plan carried out and checked, a stage of its history."""
+
+from __future__ import annotations
+
+import json
+from time import perf_counter
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_compress.anatomy.adapters import check_no_adapters
+from hf_compress.calibration.data import Calibration, DataOptions, prepare
+from hf_compress.errors import UnsupportedModelError
+from hf_compress.methods.base.context import CalibrationContext
+from hf_compress.methods.base.registry import plan_for
+from hf_compress.methods.base.settings import CompressionConfig
+from hf_compress.modules.kernels import check_no_kernels
+from hf_compress.numerics.defaults import check_not_inference, torch_defaults
+from hf_compress.plan.plan import Plan
+from hf_compress.report.history import add_stage, history_of, model_size
+from hf_compress.report.stages import Size, Stage, Step
+from hf_compress.rewrite.apply import apply
+from hf_compress.rewrite.probe import Probe
+
+
+@torch_defaults()
+def compress(
+    model: PreTrainedModel,
+    config: CompressionConfig,
+    calibration: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    options: DataOptions | None = None,
+) -> PreTrainedModel:
+    """Make `model` smaller by the method of `config`. **Changes the model it is given**, and returns it.
+
+    Args:
+        model: any Transformers model whose blocks can be found; on one device, not quantized.
+        config: a method's settings, such as `MKAConfig(ratio=0.25)`.
+        calibration: texts, a `datasets.Dataset`, a DataLoader or other iterable of batches, a LongTensor of token ids,
+            or pixel values; see `hf_compress.calibration.data.prepare`. Some methods need none.
+        tokenizer: the model's own; needed for texts.
+        options: batch size, maximum length, and text column of the calibration data.
+
+    Returns:
+        `model`, smaller, with its history as its `compression_report`: a `CompressionReport` of this change and of all
+        before it that are known (see `history_of`). It saves with `save_pretrained` and loads with `from_pretrained` to
+        the same outputs, bit for bit; that was checked.
+
+    Raises:
+        ValueError, TypeError: bad settings, data, or model; each message names the value, the expectation, the remedy.
+            In every case, on interruption too, the model is as it was.
+    """
+    _check_arguments(model, config)
+    start = perf_counter()
+    data = _prepare(calibration, model, tokenizer, options)
+    context = CalibrationContext(model, data, {"prepare calibration data": perf_counter() - start} if data else {})
+    history, before = history_of(model), model_size(model)
+    plan = _plan(config, context)
+    with context.step("apply and check"):
+        apply(plan, model, Probe.of(model, data.batches[0] if data else None))
+    add_stage(model, stage_of(config, plan, context, before, model_size(model)), history)
+    return model
+
+
+@torch_defaults()
+def make_plan(
+    model: PreTrainedModel,
+    config: CompressionConfig,
+    calibration: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    options: DataOptions | None = None,
+) -> Plan:
+    """What `compress` would do to `model`, without doing it. Arguments and errors are those of `compress`."""
+    _check_arguments(model, config)
+    return _plan(config, CalibrationContext(model, _prepare(calibration, model, tokenizer, options)))
+
+
+def _plan(config: CompressionConfig, context: CalibrationContext) -> Plan:
+    with context.naming_failures():
+        return plan_for(config, context)
+
+
+def _prepare(
+    data: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, options: DataOptions | None
+) -> Calibration | None:
+    return None if data is None else prepare(data, model, tokenizer, options)
+
+
+def _check_arguments(model: Any, config: Any) -> None:
+    check_model(model)
+    if not isinstance(config, CompressionConfig):
+        raise TypeError(f"config must be a method's settings, such as MKAConfig(ratio=0.25); got {config!r}")
+
+
+def check_model(model: Any) -> None:
+    """Raise unless `model` is a plain Transformers model with all of its weights in one place."""
+    if isinstance(model, torch.nn.Module):
+        check_no_adapters(model)
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model must be a transformers.PreTrainedModel; got {type(model).__name__}")
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise UnsupportedModelError("the model is quantized: compress it first, quantize it afterwards")
+    check_no_kernels(model)
+    check_not_inference(model)
+    if meta := [name for name, p in model.named_parameters() if p.device.type == "meta"]:
+        raise UnsupportedModelError(
+            f"{len(meta)} parameters, such as {meta[0]}, are on the meta device or offloaded: load the model without "
+            "device_map='auto', into memory that holds all of it"
+        )
+    devices = {str(p.device) for p in model.parameters()}
+    if len(devices) > 1:
+        raise UnsupportedModelError(f"the model is spread over {sorted(devices)}: put it on one device with model.to()")
+    if broken := next((n for n, p in model.named_parameters() if not torch.isfinite(p).all()), None):
+        raise ValueError(f"the parameter {broken} holds NaN or infinity: this model is broken already")
+
+
+def stage_of(config: CompressionConfig, plan: Plan, context: CalibrationContext, before: Size, after: Size) -> Stage:
+    """The stage of a model's history that a plan was which has been carried out and checked."""
+    return Stage(
+        method=config.method,
+        config=config.to_dict(),
+        before=before,
+        after=after,
+        edits=json.loads(plan.to_json())["edits"],  # with lists for tuples, as they come back from a file
+        notes=plan.notes,
+        steps=[Step(name, seconds) for name, seconds in context.seconds.items()],
+        calibration=context.data.describe() if context.data else {},
+        parity=True,  # apply() raises otherwise
+    )

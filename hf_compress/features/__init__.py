@@ -1,0 +1,1 @@
+"""Looking at bottlenecks: pages, probing, reconstruction."""

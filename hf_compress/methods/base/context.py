@@ -1,0 +1,93 @@
+"""What a method works on while it decides: the model, its anatomy, and calibration data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from time import perf_counter
+from traceback import walk_tb
+
+import torch
+from transformers import PreTrainedModel
+
+from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.stacks import Stack
+from hf_compress.anatomy.undo import Undo
+from hf_compress.calibration.data import Calibration
+from hf_compress.errors import CalibrationError, PlanError, UnsupportedModelError, one_line
+
+
+@dataclass
+class CalibrationContext:
+    """A model and calibration data, for a method to make a plan from.
+
+    A method may try changes out on the model, inside `trial()`; it is as it was when the trial ends.
+
+    Attributes:
+        model: the model to decide about.
+        data: calibration data, or None.
+        seconds: how long each stage of planning took.
+    """
+
+    model: PreTrainedModel
+    data: Calibration | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """The model's anatomy as it is now."""
+        return Anatomy(self.model)
+
+    @property
+    def calibration(self) -> Calibration:
+        """The calibration data; CalibrationError where there is none."""
+        if self.data is None:
+            raise CalibrationError("this method needs calibration data: pass calibration=, such as texts")
+        return self.data
+
+    def stack(self, path: str | None) -> Stack:
+        """The residual stack to work on; see `Anatomy.stack`."""
+        return self.anatomy.stack(path)
+
+    def trial(self) -> Undo:
+        """Changes made through it last until the end of the `with` block that it opens."""
+        return Undo()
+
+    @contextmanager
+    def naming_failures(self) -> Iterator[None]:
+        """Let errors out of the model's own code name the part: it may not run on the data, or as a method tries it.
+
+        Raises:
+            UnsupportedModelError: in the place of any other error that comes from a module of the model.
+        """
+        try:
+            yield
+        except (UnsupportedModelError, CalibrationError, PlanError, torch.OutOfMemoryError, MemoryError, ImportError):
+            raise
+        except Exception as error:
+            if (path := _failing(self.model, error)) is None:
+                raise
+            raise UnsupportedModelError(
+                f"{path} does not run ({one_line(error)}): either it reads sizes or weights of its parts itself, where "
+                "a change of those does not reach it, or it does not take this data; take another method, or other data"
+            ) from error
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Time a stage of planning."""
+        start = perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - start
+
+
+def _failing(model: PreTrainedModel, error: Exception) -> str | None:
+    """The path of the innermost module that an error comes from; None where our own code has raised it."""
+    frames = [frame for frame, _ in walk_tb(error.__traceback__)]
+    if frames[-1].f_globals.get("__name__", "").startswith("hf_compress."):
+        return None
+    paths = {id(module): path or type(model).__name__ for path, module in model.named_modules()}
+    callers = (paths.get(id(frame.f_locals.get("self"))) for frame in reversed(frames))
+    return next((path for path in callers if path is not None), None)

@@ -1,0 +1,94 @@
+"""What the settings of all methods have in common: data that checks itself, found by the name of its method."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import asdict, dataclass, fields
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
+from typing import Any, ClassVar
+
+from hf_compress.methods.base.checks import check_kind
+from hf_compress.methods.base.recipes import read_recipe
+
+_REGISTRY: dict[str, type[CompressionConfig]] = {}
+
+
+@dataclass(frozen=True)
+class CompressionConfig:
+    """Settings of a compression method: data, and nothing that works with it (see `registry`).
+
+        @dataclass(frozen=True)
+        class MyConfig(CompressionConfig, method="mine", paper="https://..."):
+            ratio: float = 0.5
+
+    Every field carries `metadata={"help": ...}`, which the command line and the docs show.
+    """
+
+    method: ClassVar[str]
+    paper: ClassVar[str | None]
+
+    def __init_subclass__(cls, method: str, paper: str | None = None) -> None:
+        super().__init_subclass__()
+        if method in _REGISTRY:
+            raise ValueError(f"method {method!r} is registered already, by {_REGISTRY[method].__name__}")
+        cls.method, cls.paper = method, paper
+        _REGISTRY[method] = cls
+        own = getattr(cls, "__post_init__", None)
+
+        def check(self: CompressionConfig) -> None:
+            if own is not None:
+                own(self)
+            for field in fields(self):
+                check_kind(field.name, getattr(self, field.name), str(field.type))
+
+        cls.__post_init__ = check  # type: ignore[attr-defined]  # what a dataclass calls
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields and the method's name: JSON values only, the inverse of `from_dict`."""
+        return {"method": self.method, **asdict(self)}
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> CompressionConfig:
+        """The config that `values` describes. Unknown keys, as from a newer version, are dropped with a warning."""
+        values = dict(values)
+        if "method" not in values:
+            raise ValueError(
+                f"a config needs the key 'method', one of {', '.join(method_names())}; got {sorted(values)}"
+            )
+        cls = config_class(values.pop("method"))
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            warnings.warn(f"{cls.__name__} does not know {', '.join(unknown)}; ignored", stacklevel=2)
+        return cls(**{key: value for key, value in values.items() if key in known})
+
+    @staticmethod
+    def from_yaml(path: str | Path) -> CompressionConfig:
+        """The config in a recipe file (YAML or JSON): `method` and the config's own fields."""
+        return CompressionConfig.from_dict(read_recipe(path))
+
+    def to_json(self) -> str:
+        """`to_dict` as JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+
+def config_class(method: str) -> type[CompressionConfig]:
+    """The config class registered under a method's name."""
+    if method not in method_names():
+        raise ValueError(f"unknown method {method!r}; known are {', '.join(method_names())}")
+    return _REGISTRY[method]
+
+
+def method_names() -> list[str]:
+    """The names of all methods, in alphabetical order."""
+    methods = import_module("hf_compress.methods")  # from here on upward: whoever is there registers
+    for module in iter_modules(methods.__path__):
+        import_module(f"{methods.__name__}.{module.name}")
+    return sorted(_REGISTRY)
+
+
+def setting_names() -> set[str]:
+    """The names of the settings of all methods that have been imported so far."""
+    return {field.name for cls in _REGISTRY.values() for field in fields(cls)}

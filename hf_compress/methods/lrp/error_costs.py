@@ -1,0 +1,81 @@
+"""What a squared error of each weight costs, which bits are given by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from hf_compress.anatomy.parts import linear_map
+from hf_compress.anatomy.stacks import Stack
+from hf_compress.calibration.streams import start_pairs
+from hf_compress.methods.base.context import CalibrationContext
+from hf_compress.methods.lrp.config import LRPConfig
+from hf_compress.methods.lrp.fisher import energies
+from hf_compress.methods.lrp.grams import advance, few_at_once, grams_of, linears_of
+from hf_compress.methods.lrp.precision import ErrorCosts
+from hf_compress.methods.lrp.scores import score, some_batches
+from hf_compress.numerics.rounding import unexplained
+
+
+def error_costs(
+    config: LRPConfig,
+    context: CalibrationContext,
+    stack: Stack,
+    linears: Mapping[str, nn.Module],
+    *,
+    slopes: Mapping[str, Tensor],
+    kept: Mapping[str, Tensor],
+) -> ErrorCosts:
+    """What a squared error of each weight costs, (outputs, inputs), for the path of its linear map.
+
+    By Fisher information, E g_i² of the output times the energy of the input, or, where the rounding is compensated,
+    what of that later inputs cannot make up for. By relevance, (E |R| / |w|)²: R is w times the slope of the output
+    explained, so an error e moves that by e times the slope. By error alone, and where all get the same bits, 1.
+
+    Args:
+        slopes: E |R| / |w|, where they are known from the scores.
+        kept: bool, which weights stay, of pruned maps: then it is what errors of those cost, (1, kept), and their
+            rounding is not compensated.
+    """
+    if config.allocation == "fisher":
+        compensated = config.rounding == "compensated" and not kept
+        return _of_kept(kept, _fisher(config, context, stack, linears, compensated))
+    if config.allocation == "relevance":
+        known = slopes or score(config, context, linears, {}, "relevance").slopes
+        return _of_kept(kept, lambda path: known[path].square())
+    return _of_kept(kept, lambda path: _full(linears[path], 1.0))
+
+
+def _of_kept(kept: Mapping[str, Tensor], cost: ErrorCosts) -> ErrorCosts:
+    return lambda path: cost(path)[kept[path]][None] if path in kept else cost(path)
+
+
+def _fisher(
+    config: LRPConfig, context: CalibrationContext, stack: Stack, linears: Mapping[str, nn.Module], compensated: bool
+) -> ErrorCosts:
+    found = energies(context.model, stack, some_batches(context, config.tokens), linears, config.seed)
+    read = _unexplained(config, context, stack, linears) if compensated else found.read
+    used = found.rows.keys() & read.keys()
+    return lambda path: torch.outer(found.of_outputs(path), read[path]) if path in used else _full(linears[path], 0.0)
+
+
+def _full(linear: nn.Module, value: float) -> Tensor:
+    """A number for each weight, (outputs, inputs), that takes no memory."""
+    weight = linear_map(linear).T
+    return torch.tensor(value, dtype=torch.float32, device=weight.device).expand(weight.shape)
+
+
+def _unexplained(
+    config: LRPConfig, context: CalibrationContext, stack: Stack, linears: Mapping[str, nn.Module]
+) -> dict[str, Tensor]:
+    """Of the inputs of every linear map, block by block, so that there are never more Gram matrices than a block's."""
+    pairs = start_pairs(context.model, stack, context.calibration, config.tokens)
+    found: dict[str, Tensor] = {}
+    for index in tqdm(range(len(stack)), desc="weighing inputs", disable=None):
+        for own in few_at_once(linears_of(stack, index, linears)):
+            found |= {path: unexplained(gram) for path, gram in grams_of(stack, index, own, pairs).items()}
+        advance(pairs, index)
+    return found

@@ -1,0 +1,69 @@
+"""One number of bits for whole linear maps, as formats have it that know no others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_compress.calibration.capture import forward, hooked
+from hf_compress.calibration.data import Batch
+from hf_compress.methods.lrp.config import MODULE_BITS, LRPConfig
+from hf_compress.methods.lrp.precision import ErrorCosts, errors_of_groups, stored_bits
+from hf_compress.numerics.budget import spend_on_items
+
+
+def read_together(model: PreTrainedModel, batch: Batch, linears: Mapping[str, nn.Module]) -> list[list[str]]:
+    """The paths of linear maps, those together that stand in one module and read the same tensor on a batch.
+
+    So queries, keys and values are one, and gate and up: vLLM computes each of these in one product, for which it takes
+    the number of bits of the first (its `compressed_tensors/utils.py`, `_match_fused_layer`).
+    """
+    given: dict[str, object] = {}  # kept until all are seen, so that no tensor gets the place of another
+
+    def keep(path: str) -> Callable[..., None]:
+        return lambda module, args: given.__setitem__(path, args[0] if args else None)
+
+    with hooked(module.register_forward_pre_hook(keep(path)) for path, module in linears.items()):
+        forward(model, batch)
+    together: dict[tuple[str, int], list[str]] = {}
+    for path in linears:
+        read = given.get(path)
+        key = (path, 0) if read is None else (path.rpartition(".")[0], id(read))
+        together.setdefault(key, []).append(path)
+    return list(together.values())
+
+
+def bits_of_modules(
+    config: LRPConfig,
+    weights: Mapping[str, Tensor],
+    cost: ErrorCosts,
+    together: Iterable[Sequence[str]],
+    budget: int,
+) -> dict[str, Tensor]:
+    """Numbers of bits of all groups, (outputs, groups of a row), by the path of the linear map; one number in each map.
+
+    The sum of errors is the least of all that the budget allows (see `spend_on_items`).
+
+    Args:
+        weights: (outputs, inputs) float32.
+        cost: what a squared error of each weight costs, of the weight's shape, by path.
+        together: the maps that get the same number of bits, by their paths.
+        budget: bits that all maps may take, with all that is stored, as many as at the fewest bits at least.
+    """
+    errors = {path: errors_of_groups(config, MODULE_BITS, weights[path], cost(path)).cpu() for path in weights}
+    if config.allocation == "uniform":  # all groups alike, however hard they are to round
+        mean = torch.cat(list(errors.values())).mean(dim=0, keepdim=True)
+        errors = {path: mean.expand_as(own) for path, own in errors.items()}
+    items = [list(paths) for paths in together]
+    sums = torch.stack([torch.stack([errors[path].sum(dim=0) for path in paths]).sum(dim=0) for paths in items])
+    counts = [sum(len(errors[path]) for path in paths) for paths in items]
+    sizes = [[count * stored_bits(config, bits) for bits in MODULE_BITS] for count in counts]
+    found: dict[str, Tensor] = {}
+    for paths, choice in zip(items, spend_on_items(sums, sizes, budget), strict=True):
+        for path in paths:
+            shape = (len(weights[path]), len(errors[path]) // len(weights[path]))
+            found[path] = torch.full(shape, MODULE_BITS[choice], device=weights[path].device)
+    return {path: found[path] for path in weights}

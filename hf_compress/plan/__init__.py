@@ -1,0 +1,1 @@
+"""Plans: edits and tensors as data, and their algebra."""

@@ -1,0 +1,1 @@
+"""Carrying plans out: modules, blocks, config fields, records, and the checks."""

@@ -1,0 +1,126 @@
+"""Carries a plan out on a live model: all of it, checked, or nothing."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.stacks import Stack
+from hf_compress.anatomy.undo import Undo
+from hf_compress.errors import PlanError
+from hf_compress.numerics.defaults import torch_defaults
+from hf_compress.plan.edits import ModuleEdit, Seal
+from hf_compress.plan.plan import Plan
+from hf_compress.rewrite.blocks import kept_blocks, remove_blocks
+from hf_compress.rewrite.guard import check_left_out, outputs_without
+from hf_compress.rewrite.parity import check_parity
+from hf_compress.rewrite.probe import Probe
+from hf_compress.rewrite.record import after_removal, record, recorded, unsealed
+from hf_compress.rewrite.restructure import Site, restructure
+
+
+@torch_defaults()
+def apply(plan: Plan, model: PreTrainedModel, probe: Probe | None = None) -> None:
+    """Change `model` as `plan` says, and prove that it is what it should be and can be saved and loaded.
+
+    That is: with its blocks gone it gives what it gives while they are there and hand their stream through (see
+    `guard`), and so does a model rebuilt from its config (see `parity`).
+
+    Args:
+        plan: made for this very model.
+        model: changed in place. Its config says afterwards what it has become, by its own fields where they can.
+        probe: inputs on which they have to agree, kept with the model for when it is saved; made up when None.
+
+    Raises:
+        PlanError: the plan names blocks, modules or parameters that the model does not have, or sizes that do not fit.
+        UnsupportedModelError: the model does not run afterwards, or its config cannot say what it has become
+            (`ParityError`). In every case, on interruption too, the model is as it was.
+    """
+    probe = probe or Probe.of(model)
+    undo = Undo()
+    try:
+        edits: list[ModuleEdit] = [edit for edit in recorded(model.config) if not isinstance(edit, Seal)]
+        plan = change_modules(plan, model, undo)
+        edits += plan.module_edits
+        removed = removed_blocks(plan, model)
+        whole = outputs_without(model, removed, probe)
+        for stack, blocks in removed.items():
+            edits = after_removal(edits, stack.path, len(stack), blocks)
+            remove_blocks(model, stack, blocks, undo)
+        record(model, edits, undo)
+        check_left_out(model, removed, whole, check_parity(model, probe))
+        probe.keep(model)
+    except BaseException:
+        undo.rollback()
+        raise
+
+
+def carry_out(plan: Plan, model: PreTrainedModel, undo: Undo) -> Plan:
+    """Change modules, write the plan's tensors, and take its blocks out, recording each step in `undo`.
+
+    Returns:
+        As `change_modules`.
+    """
+    plan = change_modules(plan, model, undo)
+    for stack, blocks in removed_blocks(plan, model).items():
+        remove_blocks(model, stack, blocks, undo)
+    return plan
+
+
+def change_modules(plan: Plan, model: PreTrainedModel, undo: Undo) -> Plan:
+    """Change modules and write the plan's tensors, all blocks still there, recording each step in `undo`.
+
+    Returns:
+        The plan as it was carried out, with the paths of modules that a seal had hidden.
+    """
+    device = model.device
+    plan = unsealed(plan, model, undo)
+    site = Site(model, undo)
+    for edit in plan.module_edits:
+        restructure(edit, site)
+    _write(plan.tensors, model, device, undo)
+    return plan
+
+
+def removed_blocks(plan: Plan, model: PreTrainedModel) -> dict[Stack, tuple[int, ...]]:
+    """The stacks that a plan takes blocks out of, and which; ValueError where a stack does not have them."""
+    anatomy = Anatomy(model)
+    removed = {anatomy.stack(path): plan.removed(path) for path in plan.stacks}
+    for stack, blocks in removed.items():
+        kept_blocks(stack, blocks)
+    return removed
+
+
+def _write(tensors: dict[str, Tensor], model: PreTrainedModel, device: torch.device, undo: Undo) -> None:
+    """Give tensors of the model new values; those that an edit has made get their memory here."""
+    own = _named_tensors(model)
+    if unknown := sorted(set(tensors) - set(own)):
+        raise PlanError(f"the plan has tensors for parameters that {type(model).__name__} does not have: {unknown[:5]}")
+    for name, value in tensors.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise PlanError(f"the plan's tensor for {name} holds NaN or infinity")
+        current = own[name]
+        if current.device.type != "meta":
+            undo.write(current, value)
+            continue
+        if current.shape != value.shape:
+            raise PlanError(f"{name} is {tuple(current.shape)} after the plan; its tensor is {tuple(value.shape)}")
+        if current.dtype != value.dtype and not current.is_floating_point():
+            raise PlanError(f"{name} is kept as {current.dtype}; its tensor is {value.dtype}")
+        owner, _, last = name.rpartition(".")
+        made = value.detach().to(device, current.dtype, copy=True, memory_format=torch.contiguous_format)
+        if isinstance(current, nn.Parameter):
+            made = nn.Parameter(made, requires_grad=current.requires_grad)
+        module = model.get_submodule(owner)
+        undo.put(module._parameters if isinstance(made, nn.Parameter) else module._buffers, last, made)
+    if empty := sorted(name for name, tensor in _named_tensors(model).items() if tensor.device.type == "meta"):
+        raise PlanError(f"the plan changes {', '.join(empty[:5])} but gives no values for them")
+
+
+def _named_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }

@@ -1,0 +1,327 @@
+"""compress(): from a model and data to a smaller model, checked, with a report; or an error and the model as it was."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.api.compress import compress, make_plan
+from hf_compress.calibration.data import DataOptions
+from hf_compress.errors import CalibrationError, ParityError, UnsupportedModelError
+from hf_compress.methods.drop_blocks import DropBlocksConfig
+from hf_compress.methods.mka import MKAConfig
+from hf_compress.report.report import CompressionReport
+from hf_compress.storage.save import own_memory, save
+from tests.architectures.changes import Trace
+from tests.architectures.tiny import tiny_model
+from tests.conftest import in_dtype, leftovers
+
+REFIT = MKAConfig(num_merges=2)
+PAPER = MKAConfig(num_merges=2, variant="paper", components=3)
+DROP = DropBlocksConfig(num_blocks=2, criterion="perplexity")
+METHODS = {"mka": REFIT, "paper": PAPER, "drop_blocks": DROP}
+SMALL = DataOptions(batch_size=3)
+
+
+# --- what comes out ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_model_itself_is_changed_and_returned(model, framing_tokenizer, texts, method):
+    result = compress(model, METHODS[method], texts, framing_tokenizer, SMALL)
+    assert result is model
+    assert len(model.model.layers) == model.config.num_hidden_layers == 3
+    assert [layer.self_attn.layer_idx for layer in model.model.layers] == [0, 1, 2]
+    assert leftovers(model) == []
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_saved_model_is_the_one_in_memory(make_llama, framing_tokenizer, texts, ids, tmp_path, method, dtype, tied):
+    model = in_dtype(make_llama(layers=4, tied=tied), dtype)
+    compress(model, METHODS[method], texts, framing_tokenizer, SMALL)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    model.save_pretrained(tmp_path / "plain")
+    save(model, tmp_path / "checked", framing_tokenizer)
+    for folder in ("plain", "checked"):
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / folder)
+        own_memory(loaded)
+        with torch.no_grad():
+            assert torch.equal(loaded(ids).logits, model(ids).logits)
+        options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+        assert torch.equal(loaded.generate(ids[:2], **options), model.generate(ids[:2], **options))
+
+
+def test_the_report(model, framing_tokenizer, texts):
+    parameters = sum(p.numel() for p in model.parameters())
+    block = sum(p.numel() for p in model.model.layers[0].parameters())
+    report = compress(model, REFIT, texts, framing_tokenizer, SMALL).compression_report
+    assert isinstance(report, CompressionReport)
+    assert (report.method, report.config) == ("mka", REFIT.to_dict())
+    assert report.before.blocks == {"model.layers": 5}
+    assert report.after.blocks == {"model.layers": 3}
+    assert report.before.parameters == parameters
+    assert report.after.parameters == parameters - 2 * block
+    assert report.before.bytes - report.after.bytes >= 8 * block
+    assert report.calibration == {"samples": 12, "tokens": sum(len(t.split()) for t in texts), "truncated": 0}
+    assert report.stages[0].parity is True
+    assert {edit["edit"] for edit in report.edits} == {"MergeBlocks"}
+    assert sum(len(edit["absorbed"]) for edit in report.edits) == 2
+    names = [step.name for step in report.stages[0].steps]
+    assert names[0] == "prepare calibration data"
+    assert names[-1] == "apply and check"
+    assert all(step.seconds >= 0 for step in report.stages[0].steps)
+    assert {"python", "torch", "transformers"} <= set(report.stages[0].environment)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_report_comes_back_from_json(model, framing_tokenizer, texts, tmp_path, method):
+    report = compress(model, METHODS[method], texts, framing_tokenizer, SMALL).compression_report
+    text = report.to_json(tmp_path / "report.json")
+    assert CompressionReport.from_json(text) == report
+    assert json.loads((tmp_path / "report.json").read_text()) == json.loads(text) == report.to_dict()
+
+
+def test_truncated_samples_are_in_the_report(model, tokenizer, texts):
+    compress(model, DROP, texts, tokenizer, DataOptions(max_length=4))
+    assert model.compression_report.calibration["truncated"] == sum(len(text.split()) > 4 for text in texts)
+
+
+def test_a_method_without_data_needs_none(model):
+    report = compress(model, DropBlocksConfig(ratio=0.4, criterion="last")).compression_report
+    assert report.calibration == {}
+    assert report.after.blocks == {"model.layers": 3}
+
+
+def test_a_compressed_model_can_be_compressed_again(model, framing_tokenizer, texts):
+    compress(model, REFIT, texts, framing_tokenizer, SMALL)
+    compress(model, DropBlocksConfig(num_blocks=1, criterion="last"))
+    assert len(model.model.layers) == 2
+    assert [stage.before.blocks for stage in model.compression_report.stages] == [{"model.layers": n} for n in (5, 3)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_mode_gradients_and_flags_stay(model, framing_tokenizer, texts, method):
+    model.train()
+    for layer in model.model.layers:
+        layer.mlp.down_proj.weight.requires_grad_(False)
+    compress(model, METHODS[method], texts, framing_tokenizer, SMALL)
+    assert all(module.training for module in model.modules())
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    assert [name for name, flag in flags.items() if not flag] == [
+        f"model.layers.{i}.mlp.down_proj.weight" for i in range(3)
+    ]
+    model(torch.tensor([[5, 6, 7]])).logits.sum().backward()
+    assert model.model.layers[2].mlp.up_proj.weight.grad is not None
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_seed_gives_the_same_model(make_llama, framing_tokenizer, texts, method):
+    states = []
+    for noise in (1, 2):
+        torch.manual_seed(noise)
+        model = make_llama(layers=5)
+        torch.manual_seed(noise)
+        states.append(compress(model, METHODS[method], texts, framing_tokenizer, SMALL).state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_plan_alone_changes_nothing(model, framing_tokenizer, texts, method):
+    before = Trace.of(model)
+    plan = make_plan(model, METHODS[method], texts, framing_tokenizer, SMALL)
+    assert len(plan.removed("model.layers")) == 2
+    assert before.difference(model) is None
+    assert not hasattr(model, "compression_report")
+    assert leftovers(model) == []
+
+
+# --- bad input: a typed error, and the model as it was ----------------------------------------------------------------
+
+
+def spoil(model, value):
+    with torch.no_grad():
+        model.model.layers[2].self_attn.o_proj.weight[0, 0] = value
+
+
+def overflow(model):
+    """Weights that are finite, and activations that are not."""
+    with torch.no_grad():
+        model.model.layers[3].mlp.down_proj.weight.fill_(3e38)
+        model.model.layers[3].mlp.up_proj.weight.fill_(3e38)
+
+
+BAD_DATA = {
+    "none": (None, True, "needs calibration data: pass calibration="),
+    "empty": ([], True, "calibration data is empty"),
+    "one string": ("a text", True, "not one string"),
+    "no tokenizer": (["w1 w2 w3"] * 12, False, "pass tokenizer="),
+    "other ids": (torch.full((12, 8), 999), True, "999.*the model knows 0 to 63"),
+    "too few": (["w1 w2 w3"] * 3, True, "3 calibration samples are too few.*at least"),
+    "unknown": (object(), True, "cannot be a object"),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", BAD_DATA)
+def test_bad_data_leaves_the_model_alone(model, tokenizer, method, kind):
+    if (method, kind) == ("drop_blocks", "too few"):
+        pytest.skip("leaving blocks out estimates nothing: any number of samples will do")
+    data, tokenized, message = BAD_DATA[kind]
+    before = Trace.of(model)
+    with pytest.raises(CalibrationError, match=f"(?s){message}"):
+        compress(model, METHODS[method], data, tokenizer if tokenized else None)
+    assert before.difference(model) is None
+    assert leftovers(model) == []
+
+
+def test_how_many_samples_are_needed_is_said(model, tokenizer, texts):
+    config = MKAConfig(num_merges=1, variant="paper", components=11)
+    with pytest.raises(CalibrationError, match=r"12 calibration samples are too few.*at least 13 are needed"):
+        compress(model, config, texts, tokenizer)
+    compress(model, MKAConfig(num_merges=1, variant="paper", components=10), texts, tokenizer)
+    with pytest.raises(CalibrationError, match=r"7 calibration samples are too few.*at least 8 are needed"):
+        compress(tiny_model("llama"), MKAConfig(num_merges=1), torch.full((7, 5), 9))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_activations_that_are_not_finite_name_the_block(model, framing_tokenizer, texts, method):
+    overflow(model)
+    before = Trace.of(model)
+    with pytest.raises(CalibrationError, match=r"block model\.layers\.3 gives NaN or infinite activations"):
+        compress(model, METHODS[method], texts, framing_tokenizer)
+    assert before.difference(model) is None
+    assert leftovers(model) == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite_are_named(model, framing_tokenizer, texts, value):
+    spoil(model, value)
+    with pytest.raises(ValueError, match=r"model\.layers\.2\.self_attn\.o_proj\.weight holds NaN or infinity"):
+        compress(model, REFIT, texts, framing_tokenizer)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        DropBlocksConfig(num_blocks=5, criterion="last"),
+        DropBlocksConfig(ratio=0.99),
+        MKAConfig(num_merges=5),
+        MKAConfig(num_merges=9, variant="paper"),
+        MKAConfig(ratio=0.95, variant="paper"),
+    ],
+)
+def test_some_block_must_be_left(model, framing_tokenizer, texts, config):
+    before = Trace.of(model)
+    with pytest.raises(ValueError, match="of 5 blocks and leaves none; at most 4 can go"):
+        compress(model, config, texts, framing_tokenizer)
+    assert before.difference(model) is None
+
+
+def test_blocks_of_different_kinds_are_not_averaged(ids):
+    model = tiny_model("gemma3_text")  # sliding and full attention in turn
+    before = Trace.of(model)
+    with pytest.raises(ValueError, match=r"no two neighbouring blocks of the 4 in model\.layers are of one kind"):
+        compress(model, PAPER, ids)
+    assert before.difference(model) is None
+
+
+def test_a_stack_that_is_not_there(model):
+    with pytest.raises(ValueError, match=r"no residual stack 'model\.h'; this model has model\.layers"):
+        compress(model, DropBlocksConfig(num_blocks=1, criterion="last", stack="model.h"))
+
+
+def test_what_the_config_cannot_say_is_refused(ids):
+    model = tiny_model("diffllama")  # a number of every block depends on its place
+    before = Trace.of(model)
+    with pytest.raises(ParityError, match="lambda_init"):
+        compress(model, MKAConfig(num_merges=1), ids)
+    assert before.difference(model) is None
+
+
+def test_a_model_cast_whole_would_load_with_other_buffers(model):
+    """model.to(bfloat16) rounds the rotary frequencies, from_pretrained(dtype=bfloat16) does not."""
+    model.to(torch.bfloat16)
+    before = Trace.of(model)
+    with pytest.raises(ParityError, match=r"the buffer model\.rotary_emb\.inv_freq would have other values"):
+        compress(model, DropBlocksConfig(num_blocks=1, criterion="last"))
+    assert before.difference(model) is None
+
+
+def test_weights_on_the_meta_device(model):
+    with torch.device("meta"):
+        empty = type(model)(model.config)
+    with pytest.raises(UnsupportedModelError, match=r"such as model\.embed_tokens\.weight, are on the meta device"):
+        compress(empty, DROP)
+    model.model.layers[4].to("meta")
+    with pytest.raises(UnsupportedModelError, match=r"such as model\.layers\.4\."):
+        compress(model, DROP)
+
+
+def test_a_quantized_model(model):
+    model.hf_quantizer = object()
+    with pytest.raises(UnsupportedModelError, match="quantized: compress it first"):
+        compress(model, DROP)
+
+
+@pytest.mark.parametrize("thing", [None, "a name", torch.nn.Linear(2, 2)])
+def test_something_that_is_no_model(thing):
+    with pytest.raises(TypeError, match=f"must be a transformers.PreTrainedModel; got {type(thing).__name__}"):
+        compress(thing, DROP)
+
+
+@pytest.mark.parametrize("thing", [None, "mka", MKAConfig, {"ratio": 0.5}])
+@pytest.mark.parametrize("function", [compress, make_plan])
+def test_something_that_is_no_config(model, function, thing):
+    with pytest.raises(TypeError, match=r"config must be a method's settings, such as MKAConfig\(ratio=0.25\)"):
+        function(model, thing)
+
+
+# --- interruption -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.9, 0.999])
+def test_an_interrupted_run_leaves_the_model_as_it_was(make_llama, framing_tokenizer, texts, method, share):
+    model = make_llama(layers=5)
+    for parameter in model.model.layers[1].parameters():
+        parameter.requires_grad_(False)
+    calls, limit = [0], float("inf")
+
+    def count(*_):
+        calls[0] += 1
+        if calls[0] > limit:
+            raise KeyboardInterrupt
+
+    norm = model.model.norm
+    handle = norm.register_forward_hook(count)
+    before = Trace.of(model)
+    make_plan(model, METHODS[method], texts, framing_tokenizer, SMALL)
+    planning, calls[0] = calls[0], 0
+    limit = max(1, int(planning * share))
+    with pytest.raises(KeyboardInterrupt):
+        compress(model, METHODS[method], texts, framing_tokenizer, SMALL)
+    handle.remove()
+    assert before.difference(model) is None
+    assert leftovers(model) == []
+    assert not hasattr(model, "compression_report")
+    assert [p.requires_grad for p in model.model.layers[1].parameters()] == [False] * 9
+    assert len(Anatomy(model).stack()) == 5
+
+
+def test_an_interruption_of_the_check_leaves_the_model_as_it_was(model, framing_tokenizer, texts, monkeypatch):
+    import hf_compress.rewrite.apply as apply_module
+
+    def interrupt(model, probe):
+        assert len(model.model.layers) == 3
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(apply_module, "check_parity", interrupt)
+    before = Trace.of(model)
+    with pytest.raises(KeyboardInterrupt):
+        compress(model, REFIT, texts, framing_tokenizer, SMALL)
+    assert before.difference(model) is None

@@ -1,0 +1,304 @@
+"""Drafts against hooks on the untouched model: what a changed FFN has to compute, by the names its authors gave it."""
+
+import struct
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.undo import Undo
+from hf_compress.modules.packed import MixedPrecisionLinear
+from hf_compress.plan.plan import Plan
+from hf_compress.rewrite.apply import apply, carry_out
+from hf_compress.rewrite.builders import (
+    insert_bottleneck,
+    linear_ffn,
+    narrow_experts,
+    narrow_ffn,
+    pack_linear,
+    replace_activation,
+)
+from tests.architectures.changes import forward
+from tests.architectures.tiny import tiny_inputs, tiny_model
+from tests.ffns import (
+    FAMILIES,
+    HIDDEN,
+    assert_close,
+    bias_of,
+    built,
+    families,
+    hooked,
+    masked,
+    matrix_of,
+    noise,
+    some_units,
+)
+from tests.plans import linear_bottleneck
+
+
+def test_the_matrices_of_the_oracle_are_those_of_the_modules():
+    """Both layouts, since everything here rests on it."""
+    x = noise(2, 3)
+    for module in (nn.Linear(3, 5), Conv1D(5, 3)):
+        torch.testing.assert_close(x @ matrix_of(module) + module.bias, module(x))
+
+
+# --- narrower ---------------------------------------------------------------------------------------------------------
+
+
+@families()
+def test_narrow_ffn_is_the_original_with_the_other_hidden_units_masked(name):
+    model, stack, inputs, reference = built(name)
+    family = FAMILIES[name]
+    units = some_units(family.width, 40)
+    expected = masked(model, family, units, inputs)
+    carry_out(narrow_ffn(model, stack, family.index, units.tolist()), model, Undo())
+    assert_close(forward(model, inputs), expected, reference)
+
+
+@families()
+def test_keeping_every_unit_changes_nothing_at_all(name):
+    model, stack, inputs, reference = built(name)
+    family = FAMILIES[name]
+    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    carry_out(narrow_ffn(model, stack, family.index, range(family.width)), model, Undo())
+    assert torch.equal(forward(model, inputs), reference)
+    assert list(model.state_dict()) == list(state)
+    assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
+
+
+@families(["llama", "phi3", "gpt2", "bert", "opt"])
+def test_another_order_of_every_unit_changes_rounding_alone(name):
+    model, stack, inputs, reference = built(name)
+    family = FAMILIES[name]
+    carry_out(narrow_ffn(model, stack, family.index, some_units(family.width, family.width)), model, Undo())
+    assert_close(forward(model, inputs), reference)
+
+
+@families(["llama", "phi3", "gpt2", "bert", "opt"])
+def test_the_units_stand_in_the_order_given(name):
+    model, stack, _, _ = built(name)
+    family = FAMILIES[name]
+    units = some_units(family.width, 7).tolist()
+    first, last = (model.get_submodule(family.path(path)) for path in (family.first, family.last))
+    into, out, bias = matrix_of(first), matrix_of(last), bias_of(first, into_width(first))
+    carry_out(narrow_ffn(model, stack, family.index, units), model, Undo())
+    new_first, new_last = (model.get_submodule(family.path(path)) for path in (family.first, family.last))
+    for place, unit in enumerate(units):
+        assert torch.equal(matrix_of(new_first)[:, place], into[:, unit])
+        assert torch.equal(bias_of(new_first, into_width(new_first))[place], bias[unit])
+        assert torch.equal(matrix_of(new_last)[place], out[unit])
+        if name == "phi3":  # all gates come before all ups
+            assert torch.equal(matrix_of(new_first)[:, 7 + place], into[:, family.width + unit])
+    assert matrix_of(new_last).shape == (7, HIDDEN)
+    assert torch.equal(bias_of(new_last, HIDDEN), bias_of(last, HIDDEN))
+
+
+def into_width(module):
+    return matrix_of(module).shape[1]
+
+
+def test_one_unit_is_enough():
+    model, stack, inputs, _ = built("llama")
+    family = FAMILIES["llama"]
+    expected = masked(model, family, torch.tensor([17]), inputs)
+    carry_out(narrow_ffn(model, stack, family.index, [17]), model, Undo())
+    assert_close(forward(model, inputs), expected)
+
+
+@families(["llama", "phi3", "gpt2", "bert", "opt"])
+def test_one_width_for_every_ffn_is_said_by_the_config_alone(name):
+    model, stack, _, _ = built(name)
+    units = [some_units(FAMILIES[name].width, 48, seed).tolist() for seed in range(len(stack))]
+    apply(sum((narrow_ffn(model, stack, index, kept) for index, kept in enumerate(units)), start=Plan()), model)
+    assert not hasattr(model.config, "quantization_config")
+    field = {"gpt2": "n_inner", "opt": "ffn_dim"}.get(name, "intermediate_size")
+    assert getattr(model.config, field) == 48
+
+
+def test_keeping_every_unit_leaves_no_record():
+    model, stack, inputs, reference = built("llama")
+    before = model.config.to_dict()
+    apply(narrow_ffn(model, stack, 1, range(96)), model)
+    assert model.config.to_dict() == before
+    assert torch.equal(forward(model, inputs), reference)
+
+
+# --- experts ----------------------------------------------------------------------------------------------------------
+
+# Block, hidden units of an expert, the tensor that projects back, and which of its axes the units are.
+EXPERTS = {
+    "mixtral": (1, 96, "mlp.experts.down_proj", 2),
+    "olmoe": (0, 96, "mlp.experts.down_proj", 2),
+    "qwen3_moe": (1, 48, "mlp.experts.down_proj", 2),
+    "deepseek_v3": (2, 48, "mlp.experts.down_proj", 2),  # with an expert that all tokens share
+    "granitemoe": (0, 96, "block_sparse_moe.experts.down_proj", 2),
+    "jamba": (1, 96, "feed_forward.experts.down_proj", 2),
+    "gpt_oss": (1, 96, "mlp.experts.down_proj", 1),  # transposed, interleaved, with biases
+    "llama4_text": (1, 96, "feed_forward.experts.down_proj", 1),  # transposed
+}
+COUNT = 4
+
+
+def units_of_experts(width, count):
+    """(experts, count): other units, in no order, for each expert."""
+    return torch.stack([some_units(width, count, seed) for seed in range(COUNT)])
+
+
+@torch.no_grad()
+def masked_experts(model, down, axis, units, inputs):
+    """What the original gives when the way back from the other hidden units of each expert is cut."""
+    original = down.clone()
+    for expert in range(COUNT):
+        for unit in range(down.shape[axis]):
+            if unit not in units[expert].tolist():
+                if axis == 1:
+                    down[expert, unit, :] = 0
+                else:
+                    down[expert, :, unit] = 0
+    output = forward(model, inputs)
+    down.copy_(original)
+    return output
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_narrow_experts_is_the_original_with_the_other_hidden_units_cut_off(name):
+    model = tiny_model(name)
+    index, width, path, axis = EXPERTS[name]
+    stack, inputs = Anatomy(model).stack(), tiny_inputs(model)
+    down = model.get_parameter(f"{stack.path}.{index}.{path}")
+    assert down.shape[axis] == width
+    units, reference = units_of_experts(width, width // 2), forward(model, inputs)
+    expected = masked_experts(model, down, axis, units, inputs)
+    carry_out(narrow_experts(model, stack, index, units), model, Undo())
+    assert_close(forward(model, inputs), expected, reference)
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_keeping_every_unit_of_every_expert_changes_nothing_at_all(name):
+    model = tiny_model(name)
+    index, width, _, _ = EXPERTS[name]
+    stack, inputs = Anatomy(model).stack(), tiny_inputs(model)
+    reference = forward(model, inputs)
+    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    carry_out(narrow_experts(model, stack, index, torch.arange(width).expand(COUNT, -1)), model, Undo())
+    assert torch.equal(forward(model, inputs), reference)
+    assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
+
+
+def test_gate_and_up_of_a_unit_stay_neighbours_where_they_were():
+    model = tiny_model("gpt_oss")
+    stack = Anatomy(model).stack()
+    experts = stack.blocks[0].mlp.experts
+    before = {name: p.detach().clone() for name, p in experts.named_parameters()}
+    units = units_of_experts(96, 8)
+    carry_out(narrow_experts(model, stack, 0, units), model, Undo())
+    after = dict(stack.blocks[0].mlp.experts.named_parameters())
+    for expert in range(COUNT):
+        for place, unit in enumerate(units[expert].tolist()):
+            for half in (0, 1):
+                new, old = 2 * place + half, 2 * unit + half
+                for name in ("gate_up_proj", "gate_up_proj_bias"):
+                    assert torch.equal(after[name][expert, ..., new], before[name][expert, ..., old])
+            assert torch.equal(after["down_proj"][expert, place], before["down_proj"][expert, unit])
+    assert torch.equal(after["down_proj_bias"], before["down_proj_bias"])
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_one_width_for_all_experts_is_said_by_the_config_alone(name):
+    model = tiny_model(name)
+    stack = Anatomy(model).stack()
+    plans = [narrow_experts(model, stack, index, units_of_experts(96, 48)) for index in range(len(stack))]
+    apply(sum(plans, start=Plan()), model)
+    assert model.config.intermediate_size == 48
+    assert (getattr(model.config, "quantization_config", None) or {}).get("quant_method") != "hf_compress"
+
+
+# --- packed -----------------------------------------------------------------------------------------------------------
+
+
+def bfloat16_at_least(value):
+    """A bfloat16 is the upper half of a float32."""
+    upper = struct.unpack("<I", struct.pack("<f", value))[0] >> 16
+    down, up = (struct.unpack("<f", struct.pack("<I", half << 16))[0] for half in (upper, upper + 1))
+    return down if down >= value else up
+
+
+def rounded(matrix, bits, group_size):
+    """(outputs, inputs) rounded to nearest, group by group and weight by weight, as symmetric packing has it."""
+    result = matrix.clone()
+    for row in range(matrix.shape[0]):
+        for group in range(matrix.shape[1] // group_size):
+            columns = range(group * group_size, (group + 1) * group_size)
+            half = 2 ** (int(bits[row, group]) - 1)
+            reach = max(abs(matrix[row, column].item()) for column in columns)
+            step = bfloat16_at_least(reach / (half - 1))
+            for column in columns:
+                result[row, column] = step * round(matrix[row, column].item() / step)
+    return result
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("llama", "model.layers.1.mlp.down_proj"),
+        ("gpt2", "transformer.h.1.attn.c_proj"),  # transposed, with a bias
+        ("opt", "model.decoder.layers.1.self_attn.out_proj"),  # with a bias
+        ("phi3", "model.layers.0.self_attn.o_proj"),
+    ],
+)
+def test_a_packed_map_is_the_original_rounded(name, path):
+    model, _, inputs, reference = built(name)
+    module = model.get_submodule(path)
+    matrix = matrix_of(module).T
+    outputs, width = matrix.shape
+    bits = torch.randint(3, 6, (outputs, width // 16), generator=torch.Generator().manual_seed(11))
+    expected_matrix = rounded(matrix, bits, 16)
+    bias = module.bias
+
+    def instead(module, args, output):
+        return args[0] @ expected_matrix.T + (0 if bias is None else bias)
+
+    with hooked(module.register_forward_hook(instead)):
+        expected = forward(model, inputs)
+    carry_out(pack_linear(model, path, bits, 16), model, Undo())
+    packed = model.get_submodule(path)
+    assert isinstance(packed, MixedPrecisionLinear)
+    torch.testing.assert_close(packed.unpacked(), expected_matrix)
+    assert (packed.bias is None) == (bias is None)
+    assert_close(forward(model, inputs), expected, reference)
+
+
+def test_many_bits_are_almost_the_original():
+    model, _, inputs, reference = built("gpt2")
+    path = "transformer.h.0.mlp.c_fc"
+    carry_out(pack_linear(model, path, torch.full((256, 8), 8), 8, symmetric=False), model, Undo())
+    got = forward(model, inputs)
+    assert (got - reference).abs().max() < 0.02 * reference.abs().max()
+    assert not torch.equal(got, reference)
+
+
+# --- drafts only look -------------------------------------------------------------------------------------------------
+
+EVERY = {
+    "narrow": lambda m, s: narrow_ffn(m, s, 1, [3, 1]),
+    "linear": lambda m, s: linear_ffn(m, s, 1, [noise(HIDDEN, HIDDEN)], noise(HIDDEN)),
+    "low rank": lambda m, s: linear_ffn(m, s, 1, [noise(HIDDEN, 3), noise(3, HIDDEN)]),
+    "bottleneck": lambda m, s: insert_bottleneck(s, 1, linear_bottleneck(noise(HIDDEN, 3), noise(3, HIDDEN))),
+    "activation": lambda m, s: replace_activation(m, s, 1, "identity", 0.5),
+    "packed": lambda m, s: pack_linear(m, "transformer.h.1.mlp.c_fc", torch.full((256, 8), 4), 8),
+}
+
+
+@pytest.mark.parametrize("draft", EVERY)
+def test_a_draft_leaves_the_model_alone(draft):
+    model, stack, inputs, reference = built("gpt2")
+    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    modules = [(path, id(module)) for path, module in model.named_modules()]
+    plan = EVERY[draft](model, stack)
+    assert plan.edits
+    assert [(path, id(module)) for path, module in model.named_modules()] == modules
+    assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
+    assert torch.equal(forward(model, inputs), reference)
