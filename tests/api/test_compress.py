@@ -14,9 +14,9 @@ from hf_compress.methods.drop_blocks import DropBlocksConfig
 from hf_compress.methods.mka import MKAConfig
 from hf_compress.report.report import CompressionReport
 from hf_compress.storage.save import own_memory, save
-from tests.architectures.changes import Trace
-from tests.architectures.tiny import tiny_model
-from tests.conftest import in_dtype, leftovers
+from tests.helpers.changes import Trace
+from tests.helpers.models import in_dtype, leftovers
+from tests.helpers.tiny import tiny_model
 
 REFIT = MKAConfig(num_merges=2)
 PAPER = MKAConfig(num_merges=2, variant="paper", components=3)

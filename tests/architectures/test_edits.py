@@ -19,10 +19,10 @@ from hf_compress.rewrite import builders
 from hf_compress.rewrite.apply import apply
 from hf_compress.rewrite.probe import quiet
 from hf_compress.storage.save import save
-from tests.architectures.changes import forward
-from tests.architectures.matrix import FAMILIES
-from tests.architectures.tiny import CannotBuild, tiny_inputs
-from tests.plans import linear_bottleneck
+from tests.helpers.changes import forward
+from tests.helpers.matrix import FAMILIES
+from tests.helpers.plans import linear_bottleneck
+from tests.helpers.tiny import CannotBuild, tiny_inputs
 
 SIDES = {"causal": (None,), "encoder": (None,), "seq2seq": ("encoder", "decoder"), "vlm": (None,)}
 TYPES = [(key, kind, side) for key, sides in SIDES.items() for kind in FAMILIES[key].types for side in sides]

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tests.architectures import matrix
-from tests.architectures.matrix import CANNOT, DOCUMENT, FAMILIES, PARTLY, REFUSED, SURVIVES, Verdict, documented
+from tests.helpers import matrix
+from tests.helpers.matrix import CANNOT, DOCUMENT, FAMILIES, PARTLY, REFUSED, SURVIVES, Verdict, documented
 
 # One of each way that a config speaks of blocks, so that a mistake shows before the slow test runs.
 QUICK = [

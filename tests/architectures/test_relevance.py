@@ -9,10 +9,10 @@ from hf_compress.calibration.data import Batch
 from hf_compress.calibration.objective import first_tensor
 from hf_compress.errors import UnsupportedModelError
 from hf_compress.rewrite.probe import quiet
-from tests.architectures.changes import Trace
-from tests.architectures.matrix import FAMILIES
-from tests.architectures.tiny import CannotBuild, tiny_inputs
-from tests.conftest import leftovers
+from tests.helpers.changes import Trace
+from tests.helpers.matrix import FAMILIES
+from tests.helpers.models import leftovers
+from tests.helpers.tiny import CannotBuild, tiny_inputs
 
 TYPES = [(key, kind) for key, family in FAMILIES.items() for kind in family.types]
 # What has to pass: were all refused, no test would fail.

@@ -17,8 +17,8 @@ from hf_compress.evaluation.faithfulness import (
     structural_unfaithfulness,
 )
 from hf_compress.methods.illc import ILLCConfig
-from tests.architectures.tiny import tiny_model
-from tests.ffns import noise
+from tests.helpers.ffns import noise
+from tests.helpers.tiny import tiny_model
 
 SAMPLES = 7
 

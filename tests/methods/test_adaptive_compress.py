@@ -13,9 +13,9 @@ from hf_compress.calibration.data import special_ids
 from hf_compress.errors import CalibrationError
 from hf_compress.methods.adaptive_compress.training import Joint, _keeper
 from hf_compress.modules.bottleneck import BOTTLENECK
-from tests.architectures.tiny import tiny_seq2seq_model
-from tests.conftest import in_dtype, leftovers
-from tests.plans import hooks
+from tests.helpers.models import in_dtype, leftovers
+from tests.helpers.plans import hooks
+from tests.helpers.tiny import tiny_seq2seq_model
 
 EVERY = ("default", "paper", "pca", "linear", "topk", "batchtopk")
 
@@ -88,7 +88,7 @@ def test_a_second_bottleneck_behind_a_block_is_refused_and_nothing_changed(model
 def test_a_gradient_checkpointed_model_cannot_be_trained_with_them(model, ids, tmp_path):
     from transformers import Trainer
 
-    from tests.training.runs import arguments, token_rows
+    from tests.helpers.runs import arguments, token_rows
 
     callback = hfc.CompressionCallback(config(), ids)
     trainer = Trainer(
@@ -101,7 +101,7 @@ def test_a_gradient_checkpointed_model_cannot_be_trained_with_them(model, ids, t
 def test_tied_weights_inside_a_model_are_refused(model, ids, tmp_path):
     from transformers import Trainer
 
-    from tests.training.runs import arguments
+    from tests.helpers.runs import arguments
 
     with pytest.raises(ValueError, match="tied weights cannot be trained inside a model"):
         Trainer(model, arguments(tmp_path), callbacks=[hfc.CompressionCallback(config(tie_weights=True), ids)])
@@ -115,7 +115,7 @@ def test_too_little_data(model, ids):
 def test_training_leaves_padding_and_special_tokens_out(model, tmp_path, monkeypatch):
     from transformers import Trainer
 
-    from tests.training.runs import arguments
+    from tests.helpers.runs import arguments
 
     seen = []
     own = Joint.learn

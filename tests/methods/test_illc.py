@@ -7,7 +7,6 @@ import torch
 from transformers import GraniteConfig, GraniteForCausalLM
 
 import hf_compress as hfc
-from examples.round_trip import LLAMA, build, logits
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.undo import Undo
 from hf_compress.api.compress import compress, make_plan
@@ -17,10 +16,11 @@ from hf_compress.methods.illc.config import COMPENSATIONS, REDUCTION_NAMES
 from hf_compress.rewrite.apply import apply, carry_out
 from hf_compress.rewrite.builders import merge_units, narrow_ffn
 from hf_compress.storage.save import save
-from tests.architectures.changes import Trace, forward
-from tests.architectures.tiny import tiny_model
-from tests.conftest import leftovers
-from tests.ffns import FAMILIES, assert_close, bias_of, built, families, hooked, matrix_of, noise, some_units
+from tests.helpers.changes import Trace, forward
+from tests.helpers.ffns import FAMILIES, assert_close, bias_of, built, families, hooked, matrix_of, noise, some_units
+from tests.helpers.models import leftovers
+from tests.helpers.round_trip import LLAMA, build, logits
+from tests.helpers.tiny import tiny_model
 
 NAMES = ("Llama", "GPT-2", "BERT", "ViT")
 IDS = torch.randint(4, 90, (32, 12), generator=torch.Generator().manual_seed(7))

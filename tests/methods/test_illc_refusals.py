@@ -6,7 +6,6 @@ from contextlib import suppress
 import pytest
 import torch
 
-from examples.round_trip import build
 from hf_compress import DenseConfig, DenseForClassification
 from hf_compress.api.compress import compress
 from hf_compress.calibration.data import DataOptions
@@ -15,9 +14,10 @@ from hf_compress.methods.base.settings import CompressionConfig, config_class
 from hf_compress.methods.illc import ILLCConfig, units
 from hf_compress.methods.illc.units import UnitStatistics
 from hf_compress.numerics.ridge import LeastSquares
-from tests.architectures.changes import Trace
-from tests.architectures.tiny import tiny_model, tiny_seq2seq_model
-from tests.conftest import leftovers
+from tests.helpers.changes import Trace
+from tests.helpers.models import leftovers
+from tests.helpers.round_trip import build
+from tests.helpers.tiny import tiny_model, tiny_seq2seq_model
 
 IDS = torch.randint(4, 90, (32, 12), generator=torch.Generator().manual_seed(7))
 FLOATS = torch.randn(32, 6, generator=torch.Generator().manual_seed(7))

@@ -11,7 +11,7 @@ from hf_compress.calibration.capture import forward, inference
 from hf_compress.calibration.data import DataOptions, prepare
 from hf_compress.methods.lrp import LRPConfig, grams
 from hf_compress.methods.lrp.scores import watch_rows
-from tests.architectures.tiny import tiny_model
+from tests.helpers.tiny import tiny_model
 
 SHARED = "model.layers.0.mlp.shared_expert.up_proj"
 IDS = torch.randint(8, 90, (3, 7), generator=torch.Generator().manual_seed(1))

@@ -7,7 +7,6 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import hf_compress as hfc
-from examples.round_trip import build, logits
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.api.compress import compress
 from hf_compress.calibration.data import DataOptions
@@ -16,9 +15,10 @@ from hf_compress.methods.lrp import LRPConfig, weights
 from hf_compress.modules.packed import MixedPrecisionLinear
 from hf_compress.modules.sparse import SparseLinear
 from hf_compress.storage.save import save
-from tests.architectures.changes import Trace
-from tests.architectures.tiny import tiny_model
-from tests.conftest import leftovers
+from tests.helpers.changes import Trace
+from tests.helpers.models import leftovers
+from tests.helpers.round_trip import build, logits
+from tests.helpers.tiny import tiny_model
 
 IDS = torch.randint(8, 90, (32, 12), generator=torch.Generator().manual_seed(7))
 FLOATS = torch.randn(32, 6, generator=torch.Generator().manual_seed(7))

@@ -20,9 +20,9 @@ from hf_compress.methods.mka.writers import Writers
 from hf_compress.plan.edits import MergeBlocks, RemoveBlocks
 from hf_compress.plan.plan import Plan
 from hf_compress.rewrite.apply import apply
-from tests.architectures.changes import Trace
-from tests.architectures.tiny import tiny_base_model, tiny_inputs, tiny_model
-from tests.conftest import leftovers
+from tests.helpers.changes import Trace
+from tests.helpers.models import leftovers
+from tests.helpers.tiny import tiny_base_model, tiny_inputs, tiny_model
 
 LAYERS = "model.layers"
 

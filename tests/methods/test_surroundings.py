@@ -10,9 +10,9 @@ from transformers import LlamaForCausalLM
 
 import hf_compress as hfc
 from hf_compress.storage.save import own_memory
-from tests.architectures.changes import same
-from tests.architectures.tiny import tiny_base_model
-from tests.evaluation.conftest import tiny_llama
+from tests.helpers.changes import same
+from tests.helpers.language import tiny_llama
+from tests.helpers.tiny import tiny_base_model
 
 IDS = torch.randint(4, 60, (24, 24), generator=torch.Generator().manual_seed(0))
 ADAPTIVE = {"layers": [1], "updates": 2, "warmup_steps": 1, "decay_steps": 1}

@@ -12,9 +12,9 @@ from hf_compress.rewrite.apply import apply, carry_out
 from hf_compress.rewrite.builders import heads_of, narrow_attention
 from hf_compress.rewrite.record import recorded
 from hf_compress.storage.save import save
-from tests.architectures.changes import Trace, forward
-from tests.architectures.tiny import tiny_base_model, tiny_inputs, tiny_model, tiny_seq2seq_model
-from tests.ffns import assert_close, hooked, noise
+from tests.helpers.changes import Trace, forward
+from tests.helpers.ffns import assert_close, hooked, noise
+from tests.helpers.tiny import tiny_base_model, tiny_inputs, tiny_model, tiny_seq2seq_model
 
 # grouped queries, norms of queries and keys by head; one key for each query; biases; two modules; parallel blocks
 FAMILIES = {

@@ -17,9 +17,8 @@ from hf_compress.rewrite.apply import apply, carry_out
 from hf_compress.rewrite.builders import insert_bottleneck, narrow_ffn, replace_activation
 from hf_compress.rewrite.record import recorded
 from hf_compress.rewrite.restructure import Site, restructure
-from tests.architectures.changes import forward
-from tests.architectures.tiny import tiny_inputs, tiny_model
-from tests.plans import (
+from tests.helpers.changes import forward
+from tests.helpers.plans import (
     BLOCK,
     DOWN,
     GATED,
@@ -35,6 +34,7 @@ from tests.plans import (
     pack_plan,
     stack_of,
 )
+from tests.helpers.tiny import tiny_inputs, tiny_model
 
 
 @pytest.fixture

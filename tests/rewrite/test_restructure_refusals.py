@@ -24,9 +24,8 @@ from hf_compress.plan.plan import Plan
 from hf_compress.rewrite.apply import apply
 from hf_compress.rewrite.builders import narrow_experts, narrow_ffn, replace_activation
 from hf_compress.rewrite.restructure import Site, restructure
-from tests.architectures.changes import forward
-from tests.architectures.tiny import tiny_base_model, tiny_inputs, tiny_model
-from tests.plans import (
+from tests.helpers.changes import forward
+from tests.helpers.plans import (
     BLOCK,
     DOWN,
     GATED,
@@ -39,6 +38,7 @@ from tests.plans import (
     pack_plan,
     stack_of,
 )
+from tests.helpers.tiny import tiny_base_model, tiny_inputs, tiny_model
 
 
 @pytest.fixture

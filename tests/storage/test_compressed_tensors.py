@@ -12,44 +12,26 @@ import torch
 from safetensors.torch import load_file
 
 import hf_compress.storage.compressed_tensors as written
-from examples.round_trip import EDITS, build, logits
 from hf_compress.anatomy.anatomy import Anatomy
-from hf_compress.anatomy.parts import is_linear, linear_map
 from hf_compress.api.compress import compress
 from hf_compress.calibration.data import DataOptions
 from hf_compress.errors import ParityError, UnsupportedModelError
 from hf_compress.methods.lrp import LRPConfig
 from hf_compress.modules.packed import MixedPrecisionLinear
-from hf_compress.plan.plan import Plan
 from hf_compress.report.report import REPORT_FILE
 from hf_compress.rewrite.apply import apply
 from hf_compress.rewrite.builders import pack_linear, sparsify_linear
 from hf_compress.storage.compressed_tensors import save_compressed_tensors
 from hf_compress.storage.manifest import MANIFEST_FILE, verify_files
 from hf_compress.storage.save import save
-from tests.conftest import in_dtype
-from tests.evaluation.conftest import tiny_llama
+from tests.helpers.language import tiny_llama
+from tests.helpers.linears import linears, pack_all
+from tests.helpers.models import in_dtype
+from tests.helpers.round_trip import EDITS, build, logits
 
 IDS = torch.randint(4, 90, (32, 12), generator=torch.Generator().manual_seed(7))
 HERE = "model.layers.1.mlp.gate_proj"
 SIZE = 16
-
-
-def linears(model):
-    path = Anatomy(model).stack().path
-    return {name: m for name, m in model.named_modules() if name.startswith(f"{path}.") and is_linear(m)}
-
-
-def pack_all(model, symmetric=True, bits=(4, 8), size=SIZE, only=None):
-    """Every linear map of the blocks in one number of bits, by turns."""
-    plan = Plan()
-    for turn, (path, module) in enumerate(linears(model).items()):
-        if only is None or path in only:
-            inputs, outputs = linear_map(module).shape
-            own = torch.full((outputs, -(-inputs // size)), bits[turn % len(bits)])
-            plan += pack_linear(model, path, own, size, symmetric)
-    apply(plan, model)
-    return model
 
 
 def packed(model):

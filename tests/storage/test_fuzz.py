@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_compress.plan import edits as all_edits
 from hf_compress.rewrite.probe import quiet
-from tests.storage.untrusted import (
+from tests.helpers.untrusted import (
     LONG,
     check,
     config_of,

@@ -16,8 +16,7 @@ from hf_compress.methods.drop_blocks import DropBlocksConfig
 from hf_compress.report.report import REPORT_FILE, CompressionReport
 from hf_compress.storage.hub import push_to_hub, stale_files
 from hf_compress.storage.manifest import verify_files
-from tests.storage.conftest import OTHER, READER, WRITER
-from tests.storage.hub_server import DROP, HubServer
+from tests.helpers.hub_server import DROP, OTHER, READER, WRITER, HubServer
 
 REPO = "me/small"
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own

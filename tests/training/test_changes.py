@@ -13,8 +13,8 @@ from hf_compress.report.stages import Stage
 from hf_compress.rewrite.apply import apply
 from hf_compress.training.changes import Changes
 from hf_compress.training.distillation import corresponding_blocks
-from tests.evaluation.conftest import tiny_llama
-from tests.training.runs import arguments, ids_of, token_rows
+from tests.helpers.language import tiny_llama
+from tests.helpers.runs import arguments, ids_of, token_rows
 
 STACK = "model.layers"
 

@@ -20,8 +20,8 @@ from hf_compress import (
     MKAConfig,
 )
 from hf_compress.training.checkpoint import STATE_FILE
-from tests.evaluation.conftest import tiny_llama
-from tests.training.runs import (
+from tests.helpers.language import tiny_llama
+from tests.helpers.runs import (
     CALIBRATION,
     PAPER,
     arguments,
