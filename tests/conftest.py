@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before Transformers is imported
+os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side, and tiny models lose more to threads than they win
 
 from collections.abc import Callable
 

@@ -38,13 +38,19 @@ def linears(model):
         model = copy.deepcopy(model)
         for mixture in {name.rpartition(".")[0] for name in tables}:
             carry_out(split_experts(model, mixture), model, Undo())
+    return modules_of(model)
+
+
+def modules_of(model):
+    """The linear modules in the blocks, by path."""
+    blocks = f"{Anatomy(model).stack().path}."
     return {name: module for name, module in model.named_modules() if name.startswith(blocks) and is_linear(module)}
 
 
 def pack_all(model, symmetric=True, bits=(4, 8), size=16, only=None):
     """Every linear map of the blocks in one number of bits, by turns."""
     plan = Plan()
-    for turn, (path, module) in enumerate(linears(model).items()):
+    for turn, (path, module) in enumerate(modules_of(model).items()):
         if only is None or path in only:
             inputs, outputs = linear_map(module).shape
             own = torch.full((outputs, -(-inputs // size)), bits[turn % len(bits)])

@@ -280,7 +280,6 @@ def test_no_connection(hub, small, monkeypatch):
 
 def test_no_xet_storage(hub, small, monkeypatch):
     monkeypatch.setenv("HF_HOME", constants.HF_HUB_CACHE)  # read when it is imported
-    pytest.importorskip("hf_xet")
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
     with pytest.raises(HubError, match=r"Hub or its storage cannot be reached \(ConnectionError: .*xet-write-token"):
         push_to_hub(small, REPO)

@@ -222,7 +222,6 @@ def test_r2_is_logged_in_closed_form(tmp_path):
 
 
 def test_tensorboard_gets_the_figures(tmp_path):
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     args = arguments(tmp_path, report_to=["tensorboard"])
