@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 import hf_compress as hfc
 from hf_compress.anatomy.anatomy import Anatomy
@@ -12,8 +11,7 @@ from hf_compress.calibration.capture import stream_tokens
 from hf_compress.calibration.data import special_ids
 from hf_compress.errors import CalibrationError
 from hf_compress.methods.adaptive_compress.training import Joint, _keeper
-from hf_compress.modules.bottleneck import BOTTLENECK
-from tests.helpers.models import in_dtype, leftovers
+from tests.helpers.models import leftovers
 from tests.helpers.plans import hooks
 from tests.helpers.tiny import tiny_seq2seq_model
 
@@ -30,12 +28,9 @@ def logits(model, ids):
 
 
 @pytest.mark.parametrize("variant", EVERY)
-def test_what_is_spliced_loads_bit_for_bit(variant, model, ids, tmp_path):
+def test_what_is_spliced(variant, model, ids):
     width = model.config.hidden_size
     hfc.compress(model, config(variant=variant), ids)
-    model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert torch.equal(logits(loaded, ids), logits(model, ids))
     edits = [edit for edit in model.config.quantization_config["plan"] if edit["edit"] == "InsertBottleneck"]
     assert [edit["block"] for edit in edits] == ["model.layers.1", "model.layers.3"]
     assert {edit["width"] for edit in edits} == {2 * width if "topk" in variant else width // 2}
@@ -57,15 +52,6 @@ def test_the_report_says_what_is_kept(model, ids):
         place = notes["bottlenecks"][block]
         assert (place["features"], place["of"], place["retention"]) == (8, 16, 0.5)
         assert 0 < place["error"] < 1
-
-
-def test_in_half_precision(model, ids, tmp_path):
-    model = in_dtype(model, torch.bfloat16)
-    hfc.compress(model, config(), ids)
-    assert model.model.layers[1].get_submodule(BOTTLENECK).encoder.dtype == torch.bfloat16
-    model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert torch.equal(logits(loaded, ids), logits(model, ids))
 
 
 def test_observing_is_for_fit(model, ids):

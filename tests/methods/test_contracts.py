@@ -63,6 +63,8 @@ ROWS = {
     "averaged": Row(hfc.MKAConfig(num_merges=1, variant="paper", components=3), (no_choice("similarity"),), samples=4),
     "dropped": Row(hfc.DropBlocksConfig(num_blocks=1), (no_choice("criterion"), no_share("ratio"))),
     "dropped by loss": Row(hfc.DropBlocksConfig(num_blocks=1, criterion="perplexity")),
+    "dropped by angle": Row(hfc.DropBlocksConfig(num_blocks=1, criterion="angular")),
+    "dropped at random": Row(hfc.DropBlocksConfig(num_blocks=1, criterion="random"), data=False),
     "the last dropped": Row(hfc.DropBlocksConfig(num_blocks=1, criterion="last"), data=False),
     "collapsed": Row(
         hfc.LayerCollapseConfig(num_layers=1), (no_choice("variant"), no_choice("criterion"), no_share("ratio"))
@@ -75,6 +77,8 @@ ROWS = {
     "sparse": Row(hfc.LRPConfig(sparsity=0.5), (no_choice("variant"), no_choice("score"), no_share("sparsity"))),
     "sparse by relevance": Row(hfc.LRPConfig(sparsity=0.5, score="relevance", granularity="row")),
     "sparse at random": Row(hfc.LRPConfig(sparsity=0.5, score="random")),
+    "sparse in few bits": Row(hfc.LRPConfig(sparsity=0.5, bits=7, group_size=8, score="magnitude")),
+    "narrow in few bits": Row(hfc.LRPConfig(granularity="neuron", sparsity=0.25, bits=7, group_size=8, score="wanda")),
     "packed": Row(hfc.LRPConfig(bits=7, group_size=8), (no_choice("allocation"), no_share("bits"))),
     "packed by relevance": Row(hfc.LRPConfig(bits=7, group_size=8, allocation="relevance")),
     "split": Row(hfc.LRPConfig(variant="paper", split=(8, 4), prune=False)),

@@ -336,14 +336,6 @@ def test_solving_takes_away_error_on_data_that_was_not_seen(model):
     assert solved < 0.95 * plain
 
 
-def test_the_same_plan_twice(model):
-    first, second = (plan_of(model, calibration_of(model), num_merges=2) for _ in range(2))
-    assert first.edits == second.edits
-    assert first.notes == second.notes
-    assert first.tensors.keys() == second.tensors.keys()
-    assert all(torch.equal(first.tensors[name], second.tensors[name]) for name in first.tensors)
-
-
 @pytest.mark.parametrize("model_type", ["bert", "vit", "mixtral", "gemma3_text", "olmo2"])
 def test_other_families_are_compressed_or_left_plain(model_type):
     model = (tiny_base_model if model_type in ("bert", "vit") else tiny_model)(model_type)
