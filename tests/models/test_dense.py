@@ -231,10 +231,15 @@ def run(code, *arguments):
     "imports",
     [
         "import hf_compress",
-        "from transformers import AutoConfig, AutoModelForSequenceClassification\nimport hf_compress",
         "import transformers.trainer\nimport hf_compress",
-        "import hf_compress\nimport transformers.modeling_utils",
-        "import hf_compress.models.dense",
+        *(
+            pytest.param(imports, marks=pytest.mark.slow)
+            for imports in (
+                "from transformers import AutoConfig, AutoModelForSequenceClassification\nimport hf_compress",
+                "import hf_compress\nimport transformers.modeling_utils",
+                "import hf_compress.models.dense",
+            )
+        ),
     ],
 )
 def test_the_package_alone_is_enough_to_load_it(imports, tmp_path):
