@@ -266,3 +266,8 @@ def test_paired_difference_is_the_ratio_of_sums_and_far_surer_than_the_losses(mo
     assert error == pytest.approx((len(gaps) / (len(gaps) - 1) * squares) ** 0.5 / first.tokens)
     with pytest.raises(ValueError, match="different texts"):
         second.loss_difference(perplexity(model, tokenizer, texts[:2]))
+
+
+def test_no_tokenizer_is_said_in_words():
+    with pytest.raises(TypeError, match="tokenizer is a NoneType; expected the model's own"):
+        perplexity(None, None, ["a text"])
