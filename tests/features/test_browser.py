@@ -10,11 +10,11 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
-from tests.report.test_features import TOP, made
 
 from hf_compress.features.report import feature_report
 from hf_compress.report.canvas import BLUE, INK, VERMILION
 from hf_compress.rewrite.bottlenecks import Bottlenecks
+from tests.features.test_report import TOP, made
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 # Prints where everything is, as soon as the page is laid out. It is put into a copy of the page alone.

@@ -17,6 +17,7 @@ from transformers import OPTForCausalLM, PreTrainedTokenizerFast
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.calibration.data import DataOptions
 from hf_compress.errors import CalibrationError
+from hf_compress.features import charts
 from hf_compress.features.logits import _gain
 from hf_compress.features.report import feature_report
 from hf_compress.features.tallies import Largest
@@ -24,7 +25,6 @@ from hf_compress.features.words import _pieces
 from hf_compress.methods.adaptive_compress.config import AdaptiveCompressConfig
 from hf_compress.methods.adaptive_compress.fit import fit
 from hf_compress.modules.bottleneck import BOTTLENECK, Bottleneck, Form
-from hf_compress.report import feature_charts
 from hf_compress.report.history import model_size
 from hf_compress.report.report import CompressionReport
 from hf_compress.report.stages import Stage
@@ -582,7 +582,7 @@ def points(chart: str) -> list[tuple[float, float]]:
 
 def test_curves_lie_where_their_axes_say():
     """A value on a line of the grid is drawn at its height; x runs over the whole width; both axes have names."""
-    retention, error = feature_charts.learning(CURVE).split("</figure>")[:2]
+    retention, error = charts.learning(CURVE).split("</figure>")[:2]
     assert "training step" in retention
     assert ">retention</text>" in retention
     assert ">error</text>" in error
@@ -602,10 +602,10 @@ def test_curves_lie_where_their_axes_say():
 def test_curves_of_thousands_of_steps_are_means():
     steps = [float(step) for step in range(5000)]
     curve = {"step": steps, "retention": [1.0] * 5000, "error": [1.0 + step % 2 for step in range(5000)]}
-    chart = feature_charts.learning(curve)
+    chart = charts.learning(curve)
     found = points(chart.split("</figure>")[1])
     assert 200 <= len(found) <= 400
-    assert feature_charts._thinned(list(zip(steps, curve["error"], strict=True)))[0] == (6.0, pytest.approx(1 + 6 / 13))
+    assert charts._thinned(list(zip(steps, curve["error"], strict=True)))[0] == (6.0, pytest.approx(1 + 6 / 13))
 
 
 @pytest.mark.parametrize(
@@ -620,7 +620,7 @@ def test_curves_of_thousands_of_steps_are_means():
 )
 def test_odd_curves(curve):
     """Every number stays within its chart."""
-    chart = feature_charts.learning(curve)
+    chart = charts.learning(curve)
     assert chart.count("<figure>") == sum(name in curve for name in ("retention", "error"))
     assert "nan" not in chart
     for part in chart.split("</figure>")[:-1]:
@@ -631,14 +631,14 @@ def test_odd_curves(curve):
 
 
 def test_what_is_not_known_of_the_training_is_said():
-    assert "not known" in feature_charts.learning({})
-    assert "not known" in feature_charts.spectrum([], None)
-    assert "none was measured" in feature_charts.spectrum([0.0, 0.0], [0, 1])
+    assert "not known" in charts.learning({})
+    assert "not known" in charts.spectrum([], None)
+    assert "none was measured" in charts.spectrum([0.0, 0.0], [0, 1])
 
 
 def test_spectrum():
     """Dots for what is kept, crosses for what is cut, in falling order, on a log scale; zeros on the lowest line."""
-    chart = feature_charts.spectrum([1.0, 100.0, 0.0, 10.0], [1, 3])
+    chart = charts.spectrum([1.0, 100.0, 0.0, 10.0], [1, 3])
     dots = re.search(r'class="dots" d="(.*?)"', chart)[1]
     crosses = re.search(r'class="crosses" d="(.*?)"', chart)[1]
     places = [
@@ -654,10 +654,10 @@ def test_spectrum():
     assert "cut (2)" in chart
     assert "1 below 0.001 stand on the lowest line" in chart
     assert "importance (log scale)" in chart
-    assert "cut not told apart" in feature_charts.spectrum([1.0, 2.0], None)
+    assert "cut not told apart" in charts.spectrum([1.0, 2.0], None)
 
 
 def test_spectra_of_thousands_of_features_are_thinned():
-    chart = feature_charts.spectrum([float(value) for value in range(1, 10001)], range(5000, 10000))
+    chart = charts.spectrum([float(value) for value in range(1, 10001)], range(5000, 10000))
     assert 600 <= chart.count("m-2.2") + chart.count("m-3.5") <= 800
     assert "kept (5,000)" in chart
