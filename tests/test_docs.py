@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-import subprocess
+import runpy
 import sys
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+from transformers.utils import logging
 
 import hf_compress
 
@@ -68,12 +69,17 @@ def test_the_index_has_every_page() -> None:
     assert listed == {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
 
 
-def test_the_picture_of_the_readme_is_made_by_the_command_beneath_it(tmp_path: Path) -> None:
+def test_the_picture_of_the_readme_is_made_by_the_command_beneath_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     picture, script = re.findall(r"\]\((docs/img/\S+)\)[^`]*`python (\S+)`", readme)[0]
     drawn = tmp_path / Path(picture).name
-    command = [sys.executable, ROOT / script, "--output", drawn]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(sys, "argv", [script, "--output", str(drawn)])
+    monkeypatch.syspath_prepend(ROOT / Path(script).parent)
+    level = logging.get_verbosity()
+    runpy.run_path(str(ROOT / script), run_name="__main__")
+    logging.set_verbosity(level)  # which what the benchmarks share turns down
+    del sys.modules["common"]
     assert drawn.stat().st_size == pytest.approx((ROOT / picture).stat().st_size, rel=0.2)
     assert (ROOT / picture).stat().st_size < 100_000
