@@ -94,3 +94,8 @@ def test_a_recipe_that_is_no_mapping(tmp_path):
     path.write_text("- mka\n")
     with pytest.raises(ValueError, match=r"recipe\.yaml: a recipe is a mapping.*got list"):
         CompressionConfig.from_yaml(path)
+
+
+def test_settings_cannot_be_changed():
+    with pytest.raises(AttributeError):
+        MKAConfig(0.5).ratio = 2
