@@ -88,7 +88,7 @@ def _range(within: str) -> str:
     low, high = _ends(within)
     if high < inf:
         return f" in {within}" if low > -inf else f" {'of at most' if within[-1] == ']' else 'below'} {high:g}"
-    return f" {'of at least' if within[0] == '[' else 'above'} {low:g}" if low > -inf else ", finite"
+    return f" {'of at least' if within[0] == '[' else 'above'} {low:g}" if low > -inf else " that are finite"
 
 
 def _fits(value: Any, kind: Any, within: str) -> bool:
