@@ -16,7 +16,7 @@ ROOT = PACKAGE.parent
 
 # Lowest first. A module may import from its own room, and from rooms on the floors below.
 FLOORS = [
-    {"errors"},
+    {"errors", "checks"},
     {"numerics"},
     {"modules", "models"},
     {"plan", "anatomy"},

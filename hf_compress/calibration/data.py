@@ -17,6 +17,7 @@ from hf_compress.calibration.decoder import has_decoder, one_later, read_before,
 from hf_compress.calibration.padding import pad_id, padded
 from hf_compress.calibration.reading import check_dimensions, read
 from hf_compress.calibration.tables import PER_TOKEN, dimensions
+from hf_compress.checks import check_fields, setting
 from hf_compress.errors import CalibrationError
 
 logger = logging.getLogger(__name__)
@@ -114,18 +115,13 @@ class DataOptions:
             such as a generator or a streaming dataset. A batch of the user's is not cut.
     """
 
-    batch_size: int = 8
-    max_length: int | None = None
+    batch_size: int = setting(8, within="[1, inf)")
+    max_length: int | None = setting(None, within="[1, inf)")
     text_column: str | None = None
-    max_samples: int | None = None
+    max_samples: int | None = setting(None, within="[1, inf)")
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "max_length", "max_samples"):
-            value = getattr(self, name)
-            if value is None and name != "batch_size":
-                continue
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1; got {value!r}")
+        check_fields(self)
 
 
 def prepare(

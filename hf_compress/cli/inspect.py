@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -57,7 +57,7 @@ def analyze(  # noqa: PLR0913 (each of them is an option of the command)
     from hf_compress.storage.staging import check_writable
 
     quiet_libraries()
-    config = MKAConfig(ratio=0.5, similarity=similarity)
+    config = MKAConfig(ratio=0.5, similarity=cast(Any, similarity))
     options = DataOptions(batch_size, max_length, text_column)
     if output is not None:
         check_writable(output)  # before any work is done

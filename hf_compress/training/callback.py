@@ -23,7 +23,7 @@ from transformers import (
 
 from hf_compress.api.compress import check_model, stage_of
 from hf_compress.calibration.data import Calibration, DataOptions, prepare
-from hf_compress.methods.base.checks import check_at_least, check_ratio
+from hf_compress.checks import check
 from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.base.registry import plan_for, schedule_for, steps_for
 from hf_compress.methods.base.schedule import TrainingSchedule
@@ -82,8 +82,8 @@ class CompressionCallback(ObjectiveCallback):
     ) -> None:
         if not isinstance(config, CompressionConfig):
             raise TypeError(f"config must be a method's settings, such as MKAConfig(ratio=0.25); got {config!r}")
-        check_at_least("every", every, 1)
-        check_ratio("teacher_share", teacher_share)
+        check("every", every, int | None, "[1, inf)")
+        check("teacher_share", teacher_share, float, "(0, 1)")
         self.config, self.schedule = config, schedule_for(config)
         self.calibration, self.tokenizer, self.options = calibration, tokenizer, options
         self.every, self.teacher, self.teacher_share = every, teacher, teacher_share

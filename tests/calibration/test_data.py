@@ -272,13 +272,6 @@ def test_two_columns_of_strings_and_none_named(model, tokenizer, texts):
         prepare(Dataset.from_dict({"a": texts, "b": texts}), model, tokenizer)
 
 
-@pytest.mark.parametrize("values", [{"batch_size": 0}, {"batch_size": None}, {"batch_size": 2.0}, {"max_length": 0}])
-def test_bad_options(values):
-    ((name, value),) = values.items()
-    with pytest.raises(ValueError, match=f"{name} must be a whole number of at least 1; got {value}"):
-        DataOptions(**values)
-
-
 def test_a_batch_counts_its_samples():
     assert Batch({"input_ids": torch.zeros(3, 4)}, None).samples == 3
 

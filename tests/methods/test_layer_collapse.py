@@ -179,24 +179,6 @@ def test_all_of_them_and_with_a_rank(model, framing_tokenizer, texts, tmp_path):
     assert all(layer.mlp.up_proj.weight.shape[0] == 2 for layer in loaded.model.layers)
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({}, "ratio=, num_layers= or target_r2=; got none"),
-        ({"ratio": 0.5, "target_r2": 0.5}, "got .'ratio', 'target_r2'"),
-        ({"ratio": 1.5}, "ratio must lie strictly between 0 and 1"),
-        ({"num_layers": 0}, "num_layers must be a whole number"),
-        ({"target_r2": 1.0}, "target_r2 must be a number below 1"),
-        ({"ratio": 0.5, "criterion": "magic"}, "criterion must be one of"),
-        ({"ratio": 0.5, "rank": 0}, "rank must be a whole number"),
-        ({"ratio": 0.5, "penalty": -1.0}, "penalty must be a number of at least 0"),
-    ],
-)
-def test_settings_that_make_no_sense(settings, message):
-    with pytest.raises(ValueError, match=message):
-        LayerCollapseConfig(**settings)
-
-
 def refused(model, config, error, message, data=None):
     before = Trace.of(model)
     ids = torch.randint(4, 20, (96, 12)) if data is None else data

@@ -286,8 +286,8 @@ def test_widths_in_the_config_and_in_its_file(given, kept, written, tmp_path):
         ({"hidden_act": "rectified"}, "hidden_act must be .* such as relu, gelu or silu .*; got 'rectified'"),
         ({"hidden_act": None}, "hidden_act must be .*; got None"),
         ({"gated": 1}, "gated must be True or False; got 1"),
-        ({"initializer_range": 0}, "initializer_range must be a positive number, or None"),
-        ({"initializer_range": float("nan")}, "initializer_range must be a positive number, or None"),
+        ({"initializer_range": 0}, "initializer_range must be a number above 0"),
+        ({"initializer_range": float("nan")}, "initializer_range must be a number above 0"),
         ({"problem_type": "ranking"}, "problem_type must be one of regression, .*; got 'ranking'"),
     ],
 )

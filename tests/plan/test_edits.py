@@ -289,7 +289,7 @@ def test_what_is_no_switch(kind, name):
 
 def test_what_is_no_skip():
     for skip in (-0.01, 1.01, float("nan"), float("inf"), True, False, "0.1", None, [0.1], "1" * 1000):
-        refused(InsertBottleneck, "skip", skip, "^skip must be a number between 0 and 1")
+        refused(InsertBottleneck, "skip", skip, r"^skip must be a number in \[0, 1\]")
 
 
 @pytest.mark.parametrize("skip", [0, 0.0, 0.5, 1, 1.0])
@@ -311,10 +311,10 @@ def test_a_bottleneck_is_no_wider_than_the_stream():
         ({"select": None}, "select must be one of all, top, above; got None"),
         ({"active": None}, 'active is for select="top", and a number of features there; got None'),
         ({"active": 0}, "active is for select"),
-        ({"active": True}, "active is for select"),
+        ({"active": True}, "active must be a whole number; got True"),
         ({"active": 17}, "of 16 features no 17 can be active"),
         ({"select": "all"}, "active is for select"),
-        ({"gated": 1}, "gated must be true or false; got 1"),
+        ({"gated": 1}, "gated must be True or False; got 1"),
     ],
 )
 def test_what_is_no_form_of_a_bottleneck(changes, message):

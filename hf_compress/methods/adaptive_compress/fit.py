@@ -17,6 +17,7 @@ from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.capture import StopForward, check_stream, forward, inference, stream_tokens, watch_blocks
 from hf_compress.calibration.data import Batch, Calibration, DataOptions, prepare
+from hf_compress.checks import check
 from hf_compress.errors import CalibrationError
 from hf_compress.methods.adaptive_compress.adaptive import Adaptive, Paper
 from hf_compress.methods.adaptive_compress.config import AdaptiveCompressConfig
@@ -24,7 +25,6 @@ from hf_compress.methods.adaptive_compress.learner import Learner, StreamMoments
 from hf_compress.methods.adaptive_compress.learning import Learning, everywhere, processes
 from hf_compress.methods.adaptive_compress.peers import BatchTopK, Linear, Principal, TopK
 from hf_compress.methods.adaptive_compress.progress import Progress
-from hf_compress.methods.base.checks import check_at_least
 from hf_compress.numerics.defaults import torch_defaults
 from hf_compress.rewrite.bottlenecks import Bottlenecks, FittedBottleneck
 
@@ -96,7 +96,7 @@ def fit(
         ValueError, TypeError: layers that there are not, too little data for the schedule, a checkpoint of another run.
         CalibrationError: activations that are not finite.
     """
-    check_at_least("save_every", save_every, 1)
+    check("save_every", save_every, int, "[1, inf)")
     several = isinstance(config, Sequence)
     configs: list[Any] = list(config) if isinstance(config, Sequence) else [config]
     data = prepare(calibration, model, tokenizer, options)

@@ -138,7 +138,7 @@ class Joint(TrainingSchedule):
         places = {}
         for layer, learning in self.learnings.items():
             if self.splices and learning.learner.module.form.gated:
-                learning.learner.retain(self.config.retention_final)
+                learning.learner.retain(self.config.kept)
                 module, kept = learning.learner.cut()
             else:
                 module, kept = learning.finished()

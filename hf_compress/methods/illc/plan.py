@@ -38,7 +38,7 @@ def plan_narrower(config: ILLCConfig, context: CalibrationContext) -> Plan:
         CalibrationError: no data, or too little to tell units apart; activations that are not finite.
     """
     stack = context.stack(config.stack)
-    widths = _widths(config, context, stack) if config.gamma or config.width else {}
+    widths = _widths(config, context, stack) if config.amount is not None else {}
     heads = _heads(config, context, stack) if config.head_gamma else {}
     with inference(context.model):
         with context.step("start"):
@@ -98,7 +98,7 @@ def _widths(config: ILLCConfig, context: CalibrationContext, stack: Stack) -> di
                 f"block {index} of {stack.path} has experts, which all get one width: leave out allocation='adaptive'"
             )
         step = _EXPERT_STEP if ffn.kind == "experts" and ffn.width % _EXPERT_STEP == 0 else 1
-        widths[index] = config.width or step * share_of(ffn.width // step, config.gamma or 1)
+        widths[index] = config.width or step * share_of(ffn.width // step, config.kept)
     if not widths:
         none = f"no FFN of {stack.path} can be narrowed, since none was found"
         raise missing(none, context.model, stack.path, ffn=True)

@@ -11,7 +11,6 @@ from hf_compress.anatomy.parts import FFN, linear_widths
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.capture import inference
 from hf_compress.errors import UnsupportedModelError
-from hf_compress.methods.base.amounts import share_of
 from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.layer_collapse.config import LayerCollapseConfig
 from hf_compress.methods.layer_collapse.linear import LinearFit, fit_ffns
@@ -89,11 +88,11 @@ def projections(ffn: FFN | None) -> tuple[str, ...]:
 
 def count_of(config: LayerCollapseConfig, total: int) -> int:
     """How many FFNs: all of them may go, as the stream goes on past them."""
-    if config.num_layers is None:
-        return share_of(total, config.ratio or 0)
-    if config.num_layers > total:
-        raise ValueError(f"num_layers={config.num_layers} asks for more FFNs than the {total} that can be collapsed")
-    return config.num_layers
+    assert config.amount is not None, "these settings say how much"
+    count = config.amount.of(total)
+    if count > total:
+        raise ValueError(f"num_layers={count} asks for more FFNs than the {total} that can be collapsed")
+    return count
 
 
 def _costs(criterion: str, fits: dict[int, LinearFit], trial: Trial | None) -> dict[int, float]:

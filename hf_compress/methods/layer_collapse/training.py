@@ -206,7 +206,7 @@ def _chosen(config: LayerCollapseConfig, context: CalibrationContext) -> list[in
     if config.variant != "paper":
         return sorted(step["block"] for step in plan_closed_form(config, context).notes["collapsed"])
     able = collapsible(context, stack, config.rank)
-    return able if config.ratio is None and config.num_layers is None else able[-count_of(config, len(able)) :]
+    return able if config.amount is None else able[-count_of(config, len(able)) :]
 
 
 def _blend(config: LayerCollapseConfig, model: PreTrainedModel, stack: Stack, index: int) -> Blend:

@@ -10,7 +10,7 @@ from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.streams import start_pairs
 from hf_compress.errors import UnsupportedModelError
-from hf_compress.methods.base.amounts import blocks_to_remove, share_of
+from hf_compress.methods.base.amounts import share_of
 from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.illc.config import ILLCConfig
 from hf_compress.methods.illc.narrowing import Narrowing
@@ -97,7 +97,7 @@ def _counts(
     scores: dict[str, Tensor],
 ) -> dict[int, int]:
     """How many units (or key and value heads) each block keeps."""
-    share = 1 - (config.sparsity or 0)
+    share = 1 - config.removed
     counts = {}
     everything = torch.cat([scores[name] for _, name, _ in writers])
     least = everything.sort(descending=True).values[share_of(len(everything), share) - 1]
@@ -120,6 +120,7 @@ def _without_blocks(config: LRPConfig, stack: Stack, writers: list[_Writer], sco
     totals = torch.zeros(len(stack), dtype=torch.float32)
     for index, name, _ in writers:
         totals[index] += float(scores[name].sum())
-    count = blocks_to_remove(len(stack), config.sparsity, None, "sparsity")
+    assert config.amount is not None, "these settings say how much"
+    count = config.amount.of_blocks(len(stack))
     removed = sorted(totals.argsort()[:count].tolist())
     return Plan((RemoveBlocks(stack.path, tuple(removed)),), notes={"relevance": totals.tolist()})

@@ -26,7 +26,6 @@ from hf_compress.calibration.objective import batch_loss, mean_loss, reference_f
 from hf_compress.calibration.runner import BlockRunner
 from hf_compress.calibration.streams import StreamPair, start_pairs
 from hf_compress.errors import CalibrationError
-from hf_compress.methods.base.amounts import blocks_to_remove
 from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.mka.config import MKAConfig
 from hf_compress.methods.mka.writers import PENALTIES, Writers
@@ -46,7 +45,8 @@ def plan_by_refitting(config: MKAConfig, context: CalibrationContext) -> Plan:
         ValueError: no block would be left; fewer than eight calibration samples.
     """
     stack = context.stack(config.stack)
-    count = blocks_to_remove(len(stack), config.ratio, config.num_merges, "num_merges")
+    assert config.amount is not None, "these settings say how much"
+    count = config.amount.of_blocks(len(stack))
     if context.calibration.samples < 8:
         raise CalibrationError(
             f"{context.calibration.samples} calibration samples are too few to solve for projections: "
