@@ -60,7 +60,7 @@ def refused(model, data, error, message, **settings):
         (HALF | {"scope": "magic"}, "scope must be one of layer, model, row; got 'magic'"),
         (HALF | {"compensation": "magic"}, "compensation must be one of auto, none; got 'magic'"),
         (HALF | {"target": "magic"}, "target must be one of auto, label, predicted; got 'magic'"),
-        (HALF | {"attention": "magic"}, "attention must be one of attnlrp, cp; got 'magic'"),
+        (HALF | {"composite": "magic"}, "unknown composite 'magic'"),
         (FOUR | {"allocation": "magic"}, "allocation must be one of error, fisher, relevance, uniform; got 'magic'"),
         (FOUR | {"rounding": "magic"}, "rounding must be one of compensated, nearest; got 'magic'"),
         *((HALF | {"tokens": bad}, "tokens must be a whole number of at least 1; got") for bad in (0, -1, 2.5, True)),

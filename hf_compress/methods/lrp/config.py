@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from hf_compress.attribution.rules import ATTENTION_RULES, AttentionRule
+from hf_compress.attribution.composites import COMPOSITES
 from hf_compress.methods.base.checks import check_at_least, check_choice, check_positive, check_ratio, is_number
 from hf_compress.methods.base.settings import CompressionConfig
 
@@ -85,7 +85,10 @@ class LRPConfig(CompressionConfig, method="lrp", paper="https://arxiv.org/abs/25
         default="auto",
         metadata={"help": "what is explained: label (of texts: next words), predicted, or auto: what there is"},
     )
-    attention: AttentionRule = field(default="attnlrp", metadata={"help": "attnlrp, or cp: without queries and keys"})
+    composite: str = field(
+        default="attnlrp",
+        metadata={"help": "rules of relevance: attnlrp, cp (without queries and keys), or one that is registered"},
+    )
     tokens: int = field(default=32768, metadata={"help": "calibration tokens that weights are scored and solved on"})
     seed: int = field(default=0, metadata={"help": "of score=random, and of the outputs drawn for allocation=fisher"})
     stack: str | None = field(default=None, metadata={"help": "path of the residual stack; found when not given"})
@@ -100,7 +103,7 @@ class LRPConfig(CompressionConfig, method="lrp", paper="https://arxiv.org/abs/25
         check_choice("per", self.per, PERS)
         check_choice("rounding", self.rounding, ROUNDINGS)
         check_choice("target", self.target, ("auto", "label", "predicted"))
-        check_choice("attention", self.attention, ATTENTION_RULES)
+        COMPOSITES.resolve(self.composite)
         check_ratio("sparsity", self.sparsity)
         for name in ("tokens", "group_size"):
             check_at_least(name, getattr(self, name), 1)
