@@ -80,7 +80,7 @@ def test_what_it_measures(
 
 
 def test_it_refuses(quiet_attention: ModuleType, model: LlamaForCausalLM) -> None:
-    with pytest.raises(ValueError, match=r"ratio must lie strictly between 0 and 1.*got 1\.5"):
+    with pytest.raises(ValueError, match=r"ratio must be .*; got 1\.5"):
         quiet_attention.QuietAttentionConfig(ratio=1.5)
     with pytest.raises(CalibrationError, match="pass calibration="):
         compress(model, quiet_attention.QuietAttentionConfig())

@@ -99,7 +99,7 @@ def _compress(
 
 def _show(out: Console, report: Any) -> None:
     out.print(edits_table(report.edits))
-    out.print(report.table())
+    out.print(str(report), markup=False, soft_wrap=True)
 
 
 def _save(

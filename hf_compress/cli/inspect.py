@@ -109,7 +109,7 @@ def info(
 
 def _show(report: CompressionReport) -> None:
     out = console()
-    out.print(report.table())
+    out.print(str(report), markup=False, soft_wrap=True)
     for number, stage in enumerate(report.stages, 1):
         out.print(edits_table(stage.edits, title=f"{number}. {stage.method}" if len(report.stages) > 1 else "plan"))
         settings = {name: value for name, value in stage.config.items() if value is not None and name != "method"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from hf_compress.attribution.rules import AttentionRule
+from hf_compress.attribution.composites import COMPOSITES
 from hf_compress.checks import setting
 from hf_compress.methods.base.amounts import AMOUNT
 from hf_compress.methods.base.settings import CompressionConfig
@@ -69,12 +69,15 @@ class LRPConfig(CompressionConfig, method="lrp", paper="https://arxiv.org/abs/25
     target: Literal["auto", "label", "predicted"] = setting(
         "auto", "what is explained: label (of texts: next words), predicted, or auto: what there is"
     )
-    attention: AttentionRule = setting("attnlrp", "attnlrp, or cp: without queries and keys")
+    composite: str = setting(
+        "attnlrp", "rules of relevance: attnlrp, cp (without queries and keys), or one that is registered"
+    )
     tokens: int = setting(32768, "calibration tokens that weights are scored and solved on", "[1, inf)")
     seed: int = setting(0, "of score=random, and of the outputs drawn for allocation=fisher", "[0, inf)")
     stack: str | None = setting(None, "path of the residual stack; found when not given")
 
     def __post_init__(self) -> None:
+        COMPOSITES.resolve(self.composite)
         if self.group_size % 8:
             raise ValueError(f"group_size must be a multiple of 8, so that groups fill bytes; got {self.group_size}")
         if self.pattern[0] >= self.pattern[1]:

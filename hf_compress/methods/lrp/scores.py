@@ -118,7 +118,7 @@ def relevances(
         target,  # type: ignore[arg-type]  # the config has checked it
         signed=signed,
         absolute=not signed,
-        attention=config.attention,
+        composite=config.composite,
     )
 
 
