@@ -23,11 +23,12 @@ from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.capture import forward, hooked, inference, stream_of, stream_of_output, stream_tokens
 from hf_compress.calibration.data import Batch, Calibration
 from hf_compress.errors import CalibrationError
-from hf_compress.numerics.ridge import HELD_OUT, LeastSquares, is_held_out
+from hf_compress.methods.base.grams import few_at_once
+from hf_compress.methods.base.ridge import HELD_OUT, HeldOutSums, is_held_out
+from hf_compress.numerics.ridge import LeastSquares
 from hf_compress.plan.plan import Plan
 from hf_compress.rewrite.builders import linear_ffn
 
-_MEMORY = 4 * 2**30
 _CONSTANT = 1e-12
 
 
@@ -77,10 +78,9 @@ def fit_ffns(
             f"(more samples, or a smaller batch_size); got {len(data)}"
         )
     held_out = [number for number in range(len(data)) if is_held_out(number)] or [len(data) - 1]
-    at_once = max(1, _MEMORY // (32 * hidden_size(stack.configs[0][0]) ** 2))
     fits: dict[int, LinearFit] = {}
-    for start in range(0, len(blocks), at_once):
-        sums = {index: _Sums(model, stack, index) for index in blocks[start : start + at_once]}
+    for part in few_at_once(dict.fromkeys(blocks, 32 * hidden_size(stack.configs[0][0]) ** 2)):
+        sums = {index: _Sums(model, stack, index) for index in part}
         with inference(model):
             for number, batch in enumerate(tqdm(data, desc="reading FFNs", disable=None)):
                 with _watching(sums.values()):
@@ -102,7 +102,7 @@ class _Sums:
         self.stack, self.name = stack, f"{stack.path}.{index}"
         self.reader, self.writer = block.get_submodule(ffn.inputs[0]), block.get_submodule(ffn.output)
         hidden = linear_widths(self.reader)[0]
-        self.fitted, self.held = LeastSquares(hidden, hidden), LeastSquares(hidden, hidden)
+        self.sums = HeldOutSums.empty(hidden, hidden)
         self.block = block
         self.residual = True
         self.lengths: list[float] = []  # of the stream: the median of each batch, squared
@@ -122,22 +122,23 @@ class _Sums:
                 f"the FFN of {self.name} reads or writes NaN or infinite activations on the calibration data; load the "
                 "model in float32 or bfloat16, or look for the sample that causes it"
             )
-        (self.held if held_out else self.fitted).update(x, y)
+        self.sums.update(x, y, held=held_out)
         if real.any():
             self.lengths.append(float(stream[real].float().square().sum(-1).median()))
 
     def solve(self, penalty: float, rank: int | None) -> LinearFit:
         """Fitted without the held-out batches to be judged by them, then with them."""
-        judged, bias = _affine(self.fitted, penalty, rank)
-        error = self.held.error(_product(judged), bias)
-        mean = self.held.y_sum / self.held.count
-        energy = self.held.energy / self.held.count
+        judged, bias = _affine(self.sums.fitted, penalty, rank)
+        held = self.sums.held
+        error = held.error(_product(judged), bias)
+        mean = held.y_sum / held.count
+        energy = held.energy / held.count
         variance = energy - float(mean @ mean)
         # Of an output that does not vary, rounding is all that could be explained.
         r2 = 1.0 if variance <= _CONSTANT * energy else 1 - error / variance
         length = sum(self.lengths) / len(self.lengths)
         in_stream = error / max(length, 1e-300) if self.residual else 1 - r2
-        return LinearFit(*_affine(self.fitted.merge(self.held), penalty, rank), r2, in_stream)
+        return LinearFit(*_affine(self.sums.all, penalty, rank), r2, in_stream)
 
 
 def _affine(sums: LeastSquares, penalty: float, rank: int | None) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -148,11 +149,9 @@ def _affine(sums: LeastSquares, penalty: float, rank: int | None) -> tuple[tuple
     weight, bias = sums.solve_affine(penalty)
     if rank is None:
         return (weight,), bias
-    centred = sums.gram - torch.outer(sums.x_sum, sums.x_sum) / sums.count
-    directions = torch.linalg.eigh(weight.T @ centred @ weight).eigenvectors[:, -rank:]
+    directions = torch.linalg.eigh(weight.T @ sums.centred_gram @ weight).eigenvectors[:, -rank:]
     maps = (weight @ directions, directions.T)
-    mean = sums.x_sum / sums.count
-    return maps, sums.y_sum / sums.count - mean @ _product(maps)
+    return maps, sums.y_sum / sums.count - sums.mean @ _product(maps)
 
 
 def _rows(x: Tensor) -> int:

@@ -18,7 +18,7 @@ from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.lrp.config import BITS, MODULE_BITS, LRPConfig
 from hf_compress.methods.lrp.error_costs import error_costs
 from hf_compress.methods.lrp.experts import plan_separation
-from hf_compress.methods.lrp.grams import advance, few_at_once, grams_of, linears_of
+from hf_compress.methods.lrp.grams import advance, grams_of, in_parts, linears_of
 from hf_compress.methods.lrp.linears import changeable_linears, weights_of
 from hf_compress.methods.lrp.masks import kept_weights
 from hf_compress.methods.lrp.module_bits import bits_of_modules, read_together
@@ -62,7 +62,7 @@ def _plan_linears(config: LRPConfig, context: CalibrationContext, stack: Stack, 
         plan = Plan()
         for index in tqdm(range(len(stack)), desc="solving blocks", disable=None):
             draft = Plan()
-            for own in few_at_once(linears_of(stack, index, linears)):
+            for own in in_parts(linears_of(stack, index, linears)):
                 grams = grams_of(stack, index, own, pairs)
                 for path in own:
                     draft += _draft(config, context, path, linears[path], grams.get(path), decisions)

@@ -29,7 +29,7 @@ from hf_compress.errors import CalibrationError
 from hf_compress.methods.base.amounts import blocks_to_remove
 from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.mka.config import MKAConfig
-from hf_compress.methods.mka.writers import PENALTIES, Writers
+from hf_compress.methods.mka.writers import Writers
 from hf_compress.plan.edits import Edit, MergeBlocks
 from hf_compress.plan.plan import Plan
 
@@ -127,7 +127,7 @@ class _Chooser:
             targets = [runner.run(index, self.streams[id(runner)][index]) for runner in self.fitting]
             fit = writers.fit(self.fitting, starts, targets, [_LOCAL_PENALTY])
             if fit is not None:
-                writers.apply(fit.change, trial if undo is None else undo)
+                writers.apply(fit.weight, trial if undo is None else undo)
             return self._score(keeper, index)
 
     def _score(self, keeper: int, index: int) -> float:
@@ -182,10 +182,9 @@ def _correct(
 def _fit(context: CalibrationContext, stack: Stack, index: int, pairs: list[StreamPair], undo: Undo) -> dict[str, Any]:
     """Solve for one block's projections and write them; how far from the target they end, and the penalty."""
     writers = Writers(context.model, stack, index)
-    penalties = PENALTIES if len(pairs) >= 4 else [_LOCAL_PENALTY]  # too few to hold any out, and to choose by
     streams, targets = [w.compressed for w in pairs], [w.original for w in pairs]
-    fit = writers.fit([w.runner for w in pairs], streams, targets, penalties)
+    fit = writers.fit([w.runner for w in pairs], streams, targets)
     if fit is None:
         return {"error": 1.0, "penalty": None}
-    writers.apply(fit.change, undo)
+    writers.apply(fit.weight, undo)
     return {"error": fit.error, "penalty": fit.penalty}
