@@ -23,7 +23,7 @@ from hf_compress.methods.lrp.linears import changeable_linears, weights_of
 from hf_compress.methods.lrp.masks import kept_weights
 from hf_compress.methods.lrp.module_bits import bits_of_modules, read_together
 from hf_compress.methods.lrp.precision import bits_of_groups, overhead
-from hf_compress.methods.lrp.scores import Scores, score, some_batches
+from hf_compress.methods.lrp.scores import Scores, score
 from hf_compress.modules.packed import filled
 from hf_compress.numerics.masked import solve_masked
 from hf_compress.plan.plan import Plan
@@ -140,7 +140,7 @@ def _bits(
         )
     cost = error_costs(config, context, stack, linears, slopes=slopes, kept=kept)
     if whole:
-        together = read_together(context.model, some_batches(context, 1)[0], linears)
+        together = read_together(context.model, context.calibration.batches[0], linears)
         return bits_of_modules(config, weights, cost, together, int(asked * stored + 1e-6))
     return bits_of_groups(config, BITS, weights, cost, budget)
 
