@@ -69,27 +69,21 @@ class UnitStatistics(HeldOutSums):
 
 
 class Units(Protocol):
-    """What a reduction has to know of units: hidden ones of an FFN or of one expert, or heads of an attention."""
+    """What a reduction has to know of units: hidden ones of an FFN or of one expert, or heads of an attention.
 
-    @property
-    def writes(self) -> Tensor:
-        """The output projection, (inputs, hidden) float32, a row or several for each unit."""
+    Attributes:
+        writes: the output projection, (inputs, hidden) float32, a row or several for each unit.
+        size: how many rows a unit has there.
+        index: a number of their own, for those who draw lots.
+        name: whose they are, for messages.
+        biased: whether a bias is added to what they write.
+    """
 
-    @property
-    def size(self) -> int:
-        """How many rows a unit has there."""
-
-    @property
-    def index(self) -> int:
-        """A number of their own, for those who draw lots."""
-
-    @property
-    def name(self) -> str:
-        """Whose they are, for messages."""
-
-    @property
-    def biased(self) -> bool:
-        """Whether a bias is added to what they write."""
+    writes: Tensor
+    size: int
+    index: int
+    name: str
+    biased: bool
 
 
 class BlockUnits(ABC):
@@ -101,7 +95,7 @@ class BlockUnits(ABC):
         biased: whether it has a bias.
     """
 
-    size = 1
+    size: int = 1
 
     def __init__(self, model: PreTrainedModel, stack: Stack, index: int, output: str) -> None:
         self.model, self.stack, self.index, self.name = model, stack, index, f"{stack.path}.{index}"
@@ -207,8 +201,7 @@ def observe(
     sums: HeldOutSums | None = None
     rows = []
     for number, run in enumerate(runs):
-        if sums is None:
-            sums = HeldOutSums.empty(run.hidden.shape[1], run.written.shape[1], run.hidden.device)
+        sums = sums or HeldOutSums.empty(run.hidden.shape[1], run.written.shape[1], run.hidden.device)
         counts = None if weights is None else weights[number]
         sums.update(run.hidden, targets(number, run), counts, held=is_held_out(number))
         some = run.hidden if counts is None else run.hidden * counts[:, None].sqrt().to(run.hidden)

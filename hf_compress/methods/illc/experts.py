@@ -32,7 +32,7 @@ from hf_compress.rewrite.builders import narrow_experts
 _FEW = 8  # tokens: an expert that gets fewer keeps the units that are largest
 
 
-@dataclass(frozen=True)
+@dataclass
 class ExpertUnits:
     """The hidden units of one expert; as `HiddenUnits`, for the reductions."""
 

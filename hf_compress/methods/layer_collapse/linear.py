@@ -7,24 +7,24 @@ survives.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.parts import hidden_size, linear_widths
 from hf_compress.anatomy.stacks import Stack
-from hf_compress.calibration.capture import forward, hooked, inference, stream_of, stream_of_output, stream_tokens
+from hf_compress.calibration.capture import forward, hooked, inference, stream_tokens, watch_blocks
 from hf_compress.calibration.data import Batch, Calibration
 from hf_compress.errors import CalibrationError
 from hf_compress.methods.base.grams import few_at_once
 from hf_compress.methods.base.ridge import HELD_OUT, HeldOutSums, is_held_out
+from hf_compress.methods.layer_collapse.blend import ffn_of
 from hf_compress.numerics.ridge import LeastSquares
 from hf_compress.plan.plan import Plan
 from hf_compress.rewrite.builders import linear_ffn
@@ -83,7 +83,7 @@ def fit_ffns(
         sums = {index: _Sums(model, stack, index) for index in part}
         with inference(model):
             for number, batch in enumerate(tqdm(data, desc="reading FFNs", disable=None)):
-                with _watching(sums.values()):
+                with _watching(stack, sums):
                     forward(model, batch)
                 for one in sums.values():
                     one.add(batch, held_out=number in held_out)
@@ -95,15 +95,12 @@ class _Sums:
     """What one FFN reads and writes, summed up."""
 
     def __init__(self, model: PreTrainedModel, stack: Stack, index: int) -> None:
-        ffn = Anatomy(model).parts(stack, index).ffn
-        assert ffn is not None
+        ffn, block = ffn_of(model, stack, index), stack.blocks[index]
         assert ffn.output is not None
-        block = stack.blocks[index]
         self.stack, self.name = stack, f"{stack.path}.{index}"
         self.reader, self.writer = block.get_submodule(ffn.inputs[0]), block.get_submodule(ffn.output)
         hidden = linear_widths(self.reader)[0]
         self.sums = HeldOutSums.empty(hidden, hidden)
-        self.block = block
         self.residual = True
         self.lengths: list[float] = []  # of the stream: the median of each batch, squared
         self.seen: dict[str, Tensor] = {}
@@ -164,28 +161,17 @@ def _product(maps: Sequence[Tensor]) -> Tensor:
 
 
 @contextmanager
-def _watching(sums: Iterable[_Sums]) -> Iterator[None]:
+def _watching(stack: Stack, sums: Mapping[int, _Sums]) -> Iterator[None]:
     """Have the FFNs keep what they read and write, for one batch."""
-    handles = []
-    for one in sums:
 
-        def read(module: nn.Module, args: tuple[Any, ...], one: _Sums = one) -> None:
-            one.seen["x"] = args[0]
+    def passed(index: int, before: Tensor, after: Tensor) -> None:
+        if index in sums:
+            sums[index].seen |= {"stream": before, "out": after}
 
-        def wrote(module: nn.Module, args: tuple[Any, ...], output: Tensor, one: _Sums = one) -> None:
-            one.seen["y"] = output
+    def hooks(seen: dict[str, Tensor], reader: nn.Module, writer: nn.Module) -> Iterator[RemovableHandle]:
+        yield reader.register_forward_pre_hook(lambda _, args: seen.__setitem__("x", args[0]))
+        yield writer.register_forward_hook(lambda _, args, output: seen.__setitem__("y", output))
 
-        def entered(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], one: _Sums = one) -> None:
-            one.seen["stream"] = stream_of(args, kwargs)
-
-        def left(module: nn.Module, args: tuple[Any, ...], output: Any, one: _Sums = one) -> None:
-            one.seen["out"] = stream_of_output(output)
-
-        handles += [
-            one.reader.register_forward_pre_hook(read),
-            one.writer.register_forward_hook(wrote),
-            one.block.register_forward_pre_hook(entered, with_kwargs=True),
-            one.block.register_forward_hook(left),
-        ]
-    with hooked(handles):
+    handles = (handle for one in sums.values() for handle in hooks(one.seen, one.reader, one.writer))
+    with watch_blocks(stack, passed), hooked(handles):
         yield
