@@ -34,3 +34,9 @@ def start_pairs(model: PreTrainedModel, stack: Stack, calibration: Calibration, 
     """
     runners = [BlockRunner(model, stack, batch) for batch in calibration.about(tokens, calibration.tokens, least=4)]
     return [StreamPair(runner, stream, stream) for runner in runners for stream in [runner.start()]]
+
+
+def advance(pairs: list[StreamPair], index: int) -> None:
+    """Take the compressed stream past a block."""
+    for pair in pairs:
+        pair.compressed = pair.runner.run(index, pair.compressed)

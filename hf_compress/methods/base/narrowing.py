@@ -26,7 +26,7 @@ from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.capture import stream_tokens, watch_module
 from hf_compress.calibration.runner import BlockRunner
-from hf_compress.calibration.streams import StreamPair
+from hf_compress.calibration.streams import StreamPair, advance
 from hf_compress.methods.base.units import (
     AttentionHeads,
     BlockUnits,
@@ -98,8 +98,7 @@ class Narrowing:
                 plan += draft
                 notes.append({"block": index, "width": count, **draft.notes})
             if self.compensation.iterative:
-                for pair in self.pairs:
-                    pair.compressed = pair.runner.run(index, pair.compressed)
+                advance(self.pairs, index)
         return Plan(plan.edits, plan.tensors, {"blocks": notes})
 
     def _skip(self, index: int) -> None:
@@ -168,7 +167,6 @@ class Narrowing:
 
     def _observe(self, units: BlockUnits, target: _Targets, before: list[Tensor]) -> UnitStatistics:
         """What the units do on the compressed stream; on the original one where no layer is to see another."""
-
         runs = (units.run(pair.runner, stream) for pair, stream in zip(self.pairs, self._below(before), strict=True))
         return observe(runs, target, self.weights, self.row_tokens)
 

@@ -36,9 +36,3 @@ def grams_of(stack: Stack, index: int, linears: Mapping[str, nn.Module], pairs: 
         with watch_rows(stack, pair.runner.batch, linears, add):
             pair.runner.run(index, pair.compressed)
     return {path: moments.gram for path, moments in sums.items()}
-
-
-def advance(pairs: list[StreamPair], index: int) -> None:
-    """Take the compressed stream past a block."""
-    for pair in pairs:
-        pair.compressed = pair.runner.run(index, pair.compressed)

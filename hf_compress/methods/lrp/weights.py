@@ -13,12 +13,12 @@ from tqdm import tqdm
 from hf_compress.anatomy.parts import linear_map
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
-from hf_compress.calibration.streams import start_pairs
+from hf_compress.calibration.streams import advance, start_pairs
 from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.lrp.config import BITS, MODULE_BITS, LRPConfig
 from hf_compress.methods.lrp.error_costs import error_costs
 from hf_compress.methods.lrp.experts import plan_separation
-from hf_compress.methods.lrp.grams import advance, grams_of, in_parts, linears_of
+from hf_compress.methods.lrp.grams import grams_of, in_parts, linears_of
 from hf_compress.methods.lrp.linears import changeable_linears, weights_of
 from hf_compress.methods.lrp.masks import kept_weights
 from hf_compress.methods.lrp.module_bits import bits_of_modules, read_together

@@ -79,12 +79,9 @@ class Writers:
 
     def apply(self, change: Tensor, undo: Undo) -> None:
         """Add a solved change to the weights, and its last row to the first bias that there is."""
-        start = 0
-        for module in self.modules:
+        for module, rows in zip(self.modules, change.split(self.widths), strict=False):
             weight = linear_map(module)
-            rows = change[start : start + len(weight)].to(weight.device)
-            undo.write(weight, weight.detach().double() + rows)
-            start += len(weight)
+            undo.write(weight, weight.detach().double() + rows.to(weight.device))
         if self.biased:
             bias = self.biases[0]
             undo.write(bias, bias.detach().double() + change[-1].to(bias.device))
@@ -111,7 +108,7 @@ class Writers:
             real = stream_tokens(runner.stack, runner.batch, stream)
             missing = (target - output)[real].double() / multiplier
             sums.update(features[real], missing, held=is_held_out(number))
-        if sums.all.energy == 0:  # the target is what the block gives already
+        if sums.fitted.energy + sums.held.energy == 0:  # the target is what the block gives already
             return None
         fit = sums.fit(penalties=penalties, parts=self.widths)
         return fit if fit.error < 1 else None
