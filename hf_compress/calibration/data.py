@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -91,7 +92,13 @@ class Calibration:
 
     def some(self, samples: int, least: int = 1) -> list[Batch]:
         """Batches that hold about `samples` samples, evenly spread over the data, `least` at least."""
-        return self.spread(max(least, -(-samples * len(self) // self.samples)))
+        return self.about(samples, self.samples, least)
+
+    def about(
+        self, amount: int, total: int, least: int = 1, rounded: Callable[[float], int] = math.ceil
+    ) -> list[Batch]:
+        """As many batches, evenly spread, as hold about `amount` of the `total` tokens or samples; `least` at least."""
+        return self.spread(max(least, rounded(amount * len(self) / max(1, total))))
 
     def with_special_tokens(self) -> Calibration:
         """The same, but that all tokens count which the model attends to."""

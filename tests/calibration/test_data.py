@@ -298,3 +298,21 @@ def test_labels_that_are_no_classes(labels):
 
 def tiny_classifier():
     return DenseForClassification(DenseConfig(input_size=6, hidden_size=8, intermediate_size=12, num_labels=3))
+
+
+@pytest.mark.parametrize(
+    ("amount", "options", "expected"),
+    [
+        (30, {}, [0, 3, 6]),
+        (31, {}, [0, 2, 5, 7]),  # at least so many,
+        (31, {"rounded": round}, [0, 3, 6]),  # or the nearest
+        (1, {}, [0]),
+        (0, {"rounded": round}, [0]),
+        (1, {"least": 2}, [0, 5]),
+        (10**9, {}, list(range(10))),
+    ],
+)
+def test_about_so_many_tokens(amount, options, expected):
+    batches = [Batch({"input_ids": torch.zeros(1, 10)}, torch.ones(1, 10, dtype=torch.bool)) for _ in range(10)]
+    found = Calibration(batches).about(amount, 100, **options)
+    assert [next(i for i, batch in enumerate(batches) if batch is one) for one in found] == expected

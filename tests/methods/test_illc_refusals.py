@@ -11,9 +11,10 @@ from hf_compress import DenseConfig, DenseForClassification
 from hf_compress.api.compress import compress
 from hf_compress.calibration.data import DataOptions
 from hf_compress.errors import CalibrationError, PlanError, UnsupportedModelError
+from hf_compress.methods.base import units
 from hf_compress.methods.base.settings import CompressionConfig, config_class
-from hf_compress.methods.illc import ILLCConfig, units
-from hf_compress.methods.illc.units import UnitStatistics
+from hf_compress.methods.base.units import UnitStatistics
+from hf_compress.methods.illc import ILLCConfig
 from hf_compress.numerics.ridge import LeastSquares
 from tests.architectures.changes import Trace
 from tests.architectures.tiny import tiny_model, tiny_seq2seq_model

@@ -21,12 +21,12 @@ from hf_compress.attribution.scores import relevance_sums
 from hf_compress.calibration.capture import forward as run_batch
 from hf_compress.calibration.capture import inference
 from hf_compress.calibration.data import DataOptions, prepare
-from hf_compress.calibration.streams import start_pairs
+from hf_compress.calibration.streams import advance, start_pairs
 from hf_compress.errors import UnsupportedModelError
 from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.lrp import LRPConfig, experts, weights
 from hf_compress.methods.lrp.fisher import energies
-from hf_compress.methods.lrp.grams import advance, grams_of, linears_of
+from hf_compress.methods.lrp.grams import grams_of, linears_of
 from hf_compress.methods.lrp.scores import input_norms, watch_rows
 from hf_compress.modules.experts import Expert, SeparateExperts
 from hf_compress.modules.packed import MixedPrecisionLinear

@@ -127,7 +127,7 @@ def fit_all(
         _train(model, stack, learnings, configs, batches, progress)
     results = []
     for config, mine in zip(configs, learnings, strict=True):
-        found = {layer: _place(layer, learning) for layer, learning in mine.items()}
+        found = {layer: _fitted(layer, learning) for layer, learning in mine.items()}
         results.append(Bottlenecks(stack.path, found, config.to_dict(), data.tokens * config.epochs))
     return results
 
@@ -199,7 +199,7 @@ def stream_moments(
     def learn(layer: int, rows: Tensor) -> None:
         own = moments.setdefault(layer, StreamMoments(rows.shape[1], rows.device))
         own.update(rows)
-        if float(own.raw.count) >= _START_TOKENS * rows.shape[1]:
+        if own.raw.count >= _START_TOKENS * rows.shape[1]:
             missing.remove(layer)
 
     for number in _spread_order(len(data)):
@@ -207,7 +207,7 @@ def stream_moments(
             break
         watch_rows(model, stack, tuple(missing), data.batches[number], config.outliers, learn)
     for layer, own in moments.items():
-        tokens, hidden = int(own.raw.count), own.raw.width
+        tokens, hidden = int(own.raw.count), own.raw.inputs
         if tokens < hidden:
             raise CalibrationError(
                 f"{tokens} tokens behind block {layer} are too few to tell {hidden} features apart: pass at least "
@@ -278,7 +278,7 @@ def _own_share(data: Calibration) -> list[Batch]:
     return list(data.batches)[rank::world][:share]
 
 
-def _place(layer: int, learning: Learning) -> FittedBottleneck:
+def _fitted(layer: int, learning: Learning) -> FittedBottleneck:
     if learning.stopped:
         logger.warning("the bottleneck behind block %d %s", layer, learning.stopped)
     module, kept = learning.finished()

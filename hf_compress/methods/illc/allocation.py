@@ -10,9 +10,9 @@ from tqdm import tqdm
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.streams import StreamPair
 from hf_compress.methods.base.context import CalibrationContext
+from hf_compress.methods.base.units import HiddenUnits, Run, observe
 from hf_compress.methods.illc.config import ILLCConfig
 from hf_compress.methods.illc.reductions import REDUCTIONS
-from hf_compress.methods.illc.units import HiddenUnits, Run, observe
 
 _STEPS = 16  # widths that an error curve is measured at: multiples of a sixteenth
 

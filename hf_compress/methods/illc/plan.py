@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from hf_compress.anatomy.anatomy import Anatomy
@@ -18,9 +19,11 @@ from hf_compress.errors import CalibrationError, UnsupportedModelError
 from hf_compress.evaluation.faithfulness import similarity
 from hf_compress.methods.base.amounts import share_of
 from hf_compress.methods.base.context import CalibrationContext
+from hf_compress.methods.base.narrowing import Compensation, Narrowing
 from hf_compress.methods.illc.allocation import adaptive_widths
 from hf_compress.methods.illc.config import ILLCConfig
-from hf_compress.methods.illc.narrowing import Narrowing
+from hf_compress.methods.illc.experts import ExpertNarrowing
+from hf_compress.methods.illc.reductions import REDUCTIONS
 from hf_compress.plan.plan import Plan
 from hf_compress.rewrite.builders import heads_of
 from hf_compress.rewrite.record import missing, record, recorded
@@ -48,30 +51,26 @@ def plan_narrower(config: ILLCConfig, context: CalibrationContext) -> Plan:
             with context.step("allocate widths"):
                 widths = adaptive_widths(config, context, stack, pairs, widths)
         with context.step("narrow blocks"):
-            return _narrowed(Narrowing(config, context, stack, pairs, weights), context, heads, widths)
-
-
-def _narrowed(narrowing: Narrowing, context: CalibrationContext, heads: dict[int, int], widths: dict[int, int]) -> Plan:
-    """Go up the stack and narrow the attentions of `heads` and the FFNs of `widths`."""
-    plan = Plan()
-    blocks: list[dict[str, Any]] = []
-    last = max([*heads, *widths])
-    with context.trial() as undo:
-        for index in tqdm(range(last + 1), desc="narrowing blocks", disable=None):
-            if index not in heads and index not in widths:
-                narrowing.skip(index)
-                continue
-            draft, notes = narrowing.narrow(index, heads.get(index), widths.get(index), undo)
-            plan += draft
-            blocks += notes
-        if narrowing.config.plain:
-            _check_plain(context.model, plan, undo)
+            narrowing = Narrowing(
+                context.model,
+                stack,
+                pairs,
+                partial(REDUCTIONS.resolve(config.reduction_name), config),
+                Compensation(config.compensation_name, config.target, config.iterative, config.bias),
+                weights,
+                config.rows_of_a_batch(len(pairs)),
+                lambda index, *asked: ExpertNarrowing(config, context.model, stack, index).plan(*asked),
+            )
+            with context.trial() as undo:
+                plan = narrowing.run(heads, widths, undo)
+                if config.plain:
+                    _check_plain(context.model, plan, undo)
+    blocks = plan.notes["blocks"]
     if sum(len(told.get("clusters", ())) for told in blocks) > _CLUSTERS_KEPT:
         for told in blocks:
             told.pop("clusters", None)
-    config = narrowing.config
     summary = {"reduction": config.reduction_name, "compensation": config.compensation_name, "blocks": blocks}
-    return Plan(plan.edits, plan.tensors, summary)
+    return replace(plan, notes=summary)
 
 
 def _check_plain(model: PreTrainedModel, plan: Plan, undo: Undo) -> None:

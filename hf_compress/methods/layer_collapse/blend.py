@@ -6,12 +6,13 @@ import copy
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.parts import FFN, linear_map
 from hf_compress.anatomy.stacks import Stack
-from hf_compress.calibration.capture import forward, hooked, inference, stream_of, stream_tokens
+from hf_compress.calibration.capture import forward, hooked, inference, stream_tokens, watch_blocks
 from hf_compress.calibration.data import Calibration
 from hf_compress.errors import CalibrationError, UnsupportedModelError
 from hf_compress.modules.activation import Blend, BlendedActivation
@@ -52,25 +53,23 @@ def mean_gates(model: PreTrainedModel, stack: Stack, data: Calibration, blocks: 
     """
     sums: dict[int, Tensor] = {}
     counts = dict.fromkeys(blocks, 0)
-    seen: dict[tuple[str, int], Tensor] = {}
-    handles = []
-    for index in blocks:
-        ffn, block = ffn_of(model, stack, index), stack.blocks[index]
+    streams: dict[int, Tensor] = {}
+    gates: dict[int, Tensor] = {}
 
-        def activated(module: nn.Module, args: tuple, output: Tensor, index: int = index) -> None:
-            seen["gate", index] = output
+    def hook(index: int) -> RemovableHandle:
+        activation = stack.blocks[index].get_submodule(ffn_of(model, stack, index).activation or "")
+        return activation.register_forward_hook(lambda _, args, output: gates.__setitem__(index, output))
 
-        def entered(module: nn.Module, args: tuple, kwargs: dict, index: int = index) -> None:
-            seen["stream", index] = stream_of(args, kwargs)
+    def passed(index: int, before: Tensor, after: Tensor) -> None:
+        if index in counts:
+            streams[index] = before
 
-        handles.append(block.get_submodule(ffn.activation or "").register_forward_hook(activated))
-        handles.append(block.register_forward_pre_hook(entered, with_kwargs=True))
-    with hooked(handles), inference(model):
+    with watch_blocks(stack, passed), hooked(hook(index) for index in blocks), inference(model):
         for batch in data:
             forward(model, batch)
             for index in blocks:
-                real = stream_tokens(stack, batch, seen["stream", index])
-                gate = seen["gate", index].view(*real.shape, -1)[real].double().cpu()
+                real = stream_tokens(stack, batch, streams[index])
+                gate = gates[index].view(*real.shape, -1)[real].double().cpu()
                 sums[index] = sums.get(index, torch.zeros(gate.shape[-1], dtype=torch.float64)) + gate.sum(0)
                 counts[index] += len(gate)
     means = {index: total / counts[index] for index, total in sums.items()}
