@@ -147,7 +147,9 @@ def test_names_that_are_taken():
         hfc.LRPConfig(sparsity=0.5, composite="yours")
 
 
-@pytest.mark.parametrize("arguments", [("mine", Held()), (3, GRADIENT), ("mine", Composite)], ids=["a rule", "no name", "a class"])
+@pytest.mark.parametrize(
+    "arguments", [("mine", Held()), (3, GRADIENT), ("mine", Composite)], ids=["a rule", "no name", "a class"]
+)
 def test_what_is_no_composite(arguments):
     with pytest.raises(TypeError, match="takes a name and a Composite"):
         composites.register_composite(*arguments)
