@@ -25,20 +25,14 @@ from hf_compress.modules.activation import Blend
 from hf_compress.modules.bottleneck import BOTTLENECK, Bottleneck
 from hf_compress.modules.packed import pack
 from hf_compress.modules.sparse import GROUP, pack_mask, pack_row
-from hf_compress.plan.edits import (
-    InsertBottleneck,
-    LinearFFN,
-    NarrowAttention,
-    NarrowExperts,
-    NarrowFFN,
-    PackLinear,
-    ReplaceActivation,
-    SparsifyLinear,
-    SplitExperts,
-)
 from hf_compress.plan.plan import Plan
+from hf_compress.rewrite.edits.attention import NarrowAttention
+from hf_compress.rewrite.edits.bottleneck import InsertBottleneck
+from hf_compress.rewrite.edits.experts import NarrowExperts, SplitExperts
+from hf_compress.rewrite.edits.ffn import LinearFFN, NarrowFFN, ReplaceActivation
+from hf_compress.rewrite.edits.packed import PackLinear, SparsifyLinear
 from hf_compress.rewrite.record import missing
-from hf_compress.rewrite.restructure import Site, linear_ffn_paths
+from hf_compress.rewrite.site import Site
 
 Affine = tuple[Tensor, Tensor | None]  # a matrix that multiplies from the right, and a bias
 
@@ -238,9 +232,8 @@ def linear_ffn(
     activation = f"{path}.{ffn.activation}" if ffn.activation else None
     edit = LinearFFN(inputs, output, rank, bias is not None, activation)
     tensors: dict[str, Tensor] = {}
-    for name, like, matrix in zip(
-        linear_ffn_paths(edit, Site(model, Undo())), (inputs[-1], output) if rank else (output,), maps, strict=True
-    ):
+    paths = edit.map_paths(Site(model, Undo()))
+    for name, like, matrix in zip(paths, (inputs[-1], output) if rank else (output,), maps, strict=True):
         tensors |= _linear(model, name, matrix, bias if like == output else None, like)
     return Plan((edit,), tensors)
 

@@ -11,10 +11,13 @@ from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.routing import watch_routes
 from hf_compress.errors import PlanError, UnsupportedModelError
 from hf_compress.modules.experts import Expert, SeparateExperts
-from hf_compress.plan.edits import NarrowExperts, PackLinear, RemoveBlocks, SplitExperts
+from hf_compress.plan.edits import RemoveBlocks
 from hf_compress.plan.plan import Plan
 from hf_compress.rewrite.apply import apply, carry_out
 from hf_compress.rewrite.builders import narrow_experts, replace_activation, split_experts
+from hf_compress.rewrite.edits import plan_from_json
+from hf_compress.rewrite.edits.experts import NarrowExperts, SplitExperts
+from hf_compress.rewrite.edits.packed import PackLinear
 from hf_compress.storage.save import save
 from tests.architectures.changes import Trace, forward
 from tests.architectures.tiny import tiny_base_model, tiny_inputs, tiny_model
@@ -503,7 +506,7 @@ def test_blocks_that_go_afterwards(tmp_path):
 
 def test_the_edit_is_plain_data():
     plan = Plan((SplitExperts("model.layers.0.mlp.experts"),))
-    assert Plan.from_json(plan.to_json()).edits == plan.edits
+    assert plan_from_json(plan.to_json()).edits == plan.edits
     assert plan.edits[0].paths == ("model.layers.0.mlp.experts",)
     for bad in ("", "a..b", 3, None, "a b"):
         with pytest.raises(PlanError, match="experts must be the path of a module"):

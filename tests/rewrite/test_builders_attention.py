@@ -6,10 +6,11 @@ import torch
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.undo import Undo
 from hf_compress.errors import PlanError, UnsupportedModelError
-from hf_compress.plan.edits import NarrowAttention, edit_from_dict
 from hf_compress.plan.plan import Plan
 from hf_compress.rewrite.apply import apply, carry_out
 from hf_compress.rewrite.builders import heads_of, narrow_attention
+from hf_compress.rewrite.edits import edit_from_dict
+from hf_compress.rewrite.edits.attention import NarrowAttention
 from hf_compress.rewrite.record import recorded
 from hf_compress.storage.save import save
 from tests.architectures.changes import Trace, forward

@@ -13,11 +13,12 @@ from hf_compress.api.compress import compress
 from hf_compress.errors import ParityError, PlanError
 from hf_compress.methods.drop_blocks import DropBlocksConfig
 from hf_compress.methods.mka import MKAConfig
-from hf_compress.plan.edits import NarrowFFN, RemoveBlocks, Seal
+from hf_compress.plan.edits import RemoveBlocks
 from hf_compress.plan.plan import Plan
 from hf_compress.rewrite import builders
 from hf_compress.rewrite.apply import apply
-from hf_compress.rewrite.record import after_removal, record, recorded
+from hf_compress.rewrite.edits.sealed import Seal
+from hf_compress.rewrite.record import record, recorded
 from hf_compress.storage.save import save
 from tests.architectures.tiny import tiny_model
 
@@ -205,13 +206,6 @@ def test_a_failure_leaves_no_record(monkeypatch):
         assert model.state_dict().keys() == state.keys()
         assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
         assert not any(module._forward_hooks for module in model.modules())
-
-
-def test_after_removal_of_blocks_with_long_numbers():
-    edits = [NarrowFFN((f"h.{i}.up",), f"h.{i}.down", 3) for i in (1, 10, 11)]
-    assert [edit.output for edit in after_removal(edits, "h", 12, (0, 10))] == ["h.0.down", "h.9.down"]
-    other = NarrowFFN(("g.1.up",), "g.1.down", 3)
-    assert after_removal([other], "h", 12, (0, 1)) == [other]
 
 
 def test_a_record_of_another_quantizer_is_none_of_ours():

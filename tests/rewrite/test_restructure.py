@@ -11,12 +11,13 @@ from hf_compress.modules.activation import BlendedActivation
 from hf_compress.modules.bottleneck import BOTTLENECK, Form
 from hf_compress.modules.packed import MixedPrecisionLinear
 from hf_compress.modules.sealed import Sealed
-from hf_compress.plan.edits import NarrowFFN, RemoveBlocks, Seal
+from hf_compress.plan.edits import RemoveBlocks
 from hf_compress.plan.plan import Plan
 from hf_compress.rewrite.apply import apply, carry_out
 from hf_compress.rewrite.builders import insert_bottleneck, narrow_ffn, replace_activation
+from hf_compress.rewrite.edits.ffn import NarrowFFN
+from hf_compress.rewrite.edits.sealed import Seal
 from hf_compress.rewrite.record import recorded
-from hf_compress.rewrite.restructure import Site, restructure
 from tests.architectures.changes import forward
 from tests.architectures.tiny import tiny_inputs, tiny_model
 from tests.plans import (
@@ -183,11 +184,6 @@ def test_the_hook_of_a_bottleneck_goes_with_its_block(model):
     apply(plan, model)
     assert [hasattr(block, BOTTLENECK) for block in model.model.layers] == [False, True, False]
     assert [len(block._forward_hooks) for block in model.model.layers] == [0, 1, 0]
-
-
-def test_an_edit_of_blocks_is_none_of_modules(model):
-    with pytest.raises(PlanError, match="RemoveBlocks is no edit of modules"):
-        restructure(RemoveBlocks("model.layers", (0,)), Site(model, Undo()))
 
 
 # --- several edits ----------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ from hf_compress.plan.edits import MergeBlocks, RemoveBlocks
 from hf_compress.report.history import add_stage, model_size
 from hf_compress.report.stages import Stage
 from hf_compress.rewrite.apply import apply
-from hf_compress.training.changes import Changes
 from hf_compress.training.distillation import corresponding_blocks
 from tests.evaluation.conftest import tiny_llama
 from tests.training.runs import arguments, ids_of, token_rows
@@ -82,14 +81,12 @@ CHAINS = {
 @pytest.mark.parametrize("case", CHAINS)
 def test_chains_of_plans(case):
     steps, expected, last = CHAINS[case]
-    model, changes = numbered(), Changes()
+    model, changes = numbered(), Plan()
     for step in steps:
-        plan = Plan((step,))
-        changes.add(plan, model)
-        apply(plan, model)
+        changes = changes.then(Plan((step,)))
+        apply(Plan((step,)), model)
     found = [(e.kept, *e.absorbed) if isinstance(e, MergeBlocks) else e.blocks for e in changes.edits]
     assert found == expected
-    assert Changes(changes.to_list()).edits == changes.edits
     before, after = model_size(numbered()), model_size(model)
     add_stage(model, Stage("any", {}, before, after, changes.to_list(), {}, [], {}, True), None)
     assert corresponding_blocks(model, numbered()) == list(enumerate(last))

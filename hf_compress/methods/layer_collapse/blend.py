@@ -15,7 +15,7 @@ from hf_compress.calibration.capture import forward, hooked, inference, stream_o
 from hf_compress.calibration.data import Calibration
 from hf_compress.errors import CalibrationError, UnsupportedModelError
 from hf_compress.modules.activation import Blend, BlendedActivation
-from hf_compress.rewrite.restructure import shared_scope
+from hf_compress.rewrite.site import shared_scope
 
 _ROWS = 1024  # of the identity matrix, put through a gated FFN at once
 
