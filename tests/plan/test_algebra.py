@@ -1,4 +1,4 @@
-"""The algebra of edits against the slowest oracle: a list of blocks from which one plan after another takes some out."""
+"""The algebra of edits against the slowest oracle: a list of blocks, from which one plan after another takes some."""
 
 from functools import reduce
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import hf_compress.rewrite.apply as apply_module
+from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.undo import Undo
 from hf_compress.errors import PlanError, UnsupportedModelError
 from hf_compress.plan.edits import RemoveBlocks
@@ -33,7 +34,6 @@ from tests.plans import (
     bottleneck_plan,
     linear_plan,
     pack_plan,
-    stack_of,
 )
 
 
@@ -222,7 +222,7 @@ def test_an_activation_in_a_module_of_its_own_goes_with_it_unnamed():
 def done_before(model):
     """What goes well before something fails: other blocks, so that there is something to take back."""
     return (
-        narrow_ffn(model, stack_of(model), 3, range(0, 96, 2))
+        narrow_ffn(Anatomy(model).block(3), range(0, 96, 2))
         + bottleneck_plan(model, 2)
         + Plan(tensors={"model.norm.weight": torch.full((HIDDEN,), 7.0)})
         + Plan((RemoveBlocks("model.layers", (1,)),))
@@ -277,7 +277,7 @@ FAILING = {
         "but it is MixedPrecisionLinear",
     ),
     "constants of another width": (
-        lambda m: replace_activation(m, stack_of(m), 0, "constant", 0.5, torch.zeros(7)),
+        lambda m: replace_activation(Anatomy(m).block(0), "constant", 0.5, torch.zeros(7)),
         "does not run after the change",
     ),
     "a block that is not there": (lambda m: Plan((RemoveBlocks("model.layers", (9,)),)), "has the blocks"),
@@ -335,7 +335,7 @@ def test_a_failure_leaves_an_already_changed_model_as_it_was(model):
 
 
 def experts_plan(model, width=24):
-    return narrow_experts(model, stack_of(model), 0, torch.arange(width).expand(4, -1))
+    return narrow_experts(Anatomy(model).block(0), torch.arange(width).expand(4, -1))
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.anatomy import Block
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.capture import stream_tokens, watch_module
@@ -78,10 +78,11 @@ class Narrowing:
             The plan, and what there is to tell of the attention and of the FFN.
         """
         before = [pair.original for pair in self.pairs]
-        attention = [] if heads is None else [(AttentionHeads(self.model, self.stack, index), heads)]
-        parts_of = Anatomy(self.model).parts(self.stack, index)
+        block = Block(self.model, self.stack, index)
+        attention = [] if heads is None else [(AttentionHeads(block), heads)]
+        parts_of = block.parts
         experts = width is not None and parts_of.ffn is not None and parts_of.ffn.kind == "experts"
-        ffn = [] if width is None or experts else [(HiddenUnits(self.model, self.stack, index), width)]
+        ffn = [] if width is None or experts else [(HiddenUnits(block), width)]
         parts: list[tuple[BlockUnits, int]] = [*attention, *ffn]
         targets = self._targets(index, [units for units, _ in parts])
         plan, notes = Plan(), []
@@ -136,7 +137,7 @@ class Narrowing:
     def _experts(self, index: int, width: int, before: list[Tensor]) -> tuple[Plan, dict[str, Any]]:
         streams = [pair.compressed for pair in self.pairs] if self.config.iterative else before
         runs = [(pair.runner, stream) for pair, stream in zip(self.pairs, streams, strict=True)]
-        return ExpertNarrowing(self.config, self.model, self.stack, index).plan(runs, width)
+        return ExpertNarrowing(self.config, Block(self.model, self.stack, index)).plan(runs, width)
 
     def _observe(self, units: BlockUnits, target: _Targets, before: list[Tensor]) -> UnitStatistics:
         """What the units do on the compressed stream; on the original one where no layer is to see another."""
@@ -164,7 +165,7 @@ class Narrowing:
         else:
             with Undo() as trial:
                 carry_out(units.draft(reduction, None), self.model, trial)
-                left = self._observe(HiddenUnits(self.model, self.stack, units.index), target, before)
+                left = self._observe(HiddenUnits(units.block), target, before)
         affine = units.biased or (self.config.bias and units.size == 1)
         if self.config.compensation_name == "bias":
             return (columns, _mean_gap(left.all, columns).float() if affine or units.size == 1 else None), {}

@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.anatomy import Anatomy, Block
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.capture import inference
@@ -107,7 +107,7 @@ def _widths(config: ILLCConfig, context: CalibrationContext, stack: Stack) -> di
 
 def _heads(config: ILLCConfig, context: CalibrationContext, stack: Stack) -> dict[int, int]:
     """How many key and value heads the attention of each block keeps."""
-    groups = [heads_of(context.model, stack, index).groups for index in range(len(stack))]
+    groups = [heads_of(Block(context.model, stack, index)).groups for index in range(len(stack))]
     return {index: share_of(count, config.head_gamma or 1) for index, count in enumerate(groups)}
 
 

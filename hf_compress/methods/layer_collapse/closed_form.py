@@ -6,7 +6,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.anatomy import Anatomy, Block
 from hf_compress.anatomy.parts import FFN, linear_widths
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.capture import inference
@@ -48,7 +48,7 @@ def plan_closed_form(config: LayerCollapseConfig, context: CalibrationContext) -
                 if not linear:
                     break
                 best = min(linear, key=costs.__getitem__)
-            draft = fits[best].draft(context.model, stack, best)
+            draft = fits[best].draft(Block(context.model, stack, best))
             carry_out(draft, context.model, undo)
             plan += draft
             left = [index for index in left if index != best]

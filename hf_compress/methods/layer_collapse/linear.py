@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.anatomy import Anatomy, Block
 from hf_compress.anatomy.parts import hidden_size, linear_widths
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.capture import forward, hooked, inference, stream_of, stream_of_output, stream_tokens
@@ -50,9 +50,9 @@ class LinearFit:
     r2: float
     in_stream: float
 
-    def draft(self, model: PreTrainedModel, stack: Stack, index: int) -> Plan:
+    def draft(self, block: Block) -> Plan:
         """The plan that puts it in the place of a block's FFN."""
-        return linear_ffn(model, stack, index, [factor.float() for factor in self.maps], self.bias.float())
+        return linear_ffn(block, [factor.float() for factor in self.maps], self.bias.float())
 
 
 def fit_ffns(

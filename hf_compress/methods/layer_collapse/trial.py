@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hf_compress.anatomy.anatomy import Block
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.objective import batch_loss, mean_loss, reference_for
@@ -24,7 +25,7 @@ class Trial:
         streams = [runner.record()[1] for runner in self.runners]
         losses = {}
         for index, fit in fits.items():
-            draft = fit.draft(self.context.model, self.stack, index)
+            draft = fit.draft(Block(self.context.model, self.stack, index))
             with Undo() as undo:
                 carry_out(draft, self.context.model, undo)
                 pairs = []
