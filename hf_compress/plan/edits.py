@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import chain
 from typing import Any, ClassVar, Self
 
 from hf_compress.errors import PlanError
@@ -18,6 +19,9 @@ EDITS: dict[str, type[Edit]] = {}
 _PATH = re.compile(r"\w{1,100}(\.\w{1,100}){0,20}", re.ASCII)
 _MAX_SIZE = 2**31
 _MAX_PATHS = 4  # projections into one FFN
+
+Path = str  # of a module in the model
+Paths = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -112,43 +116,39 @@ class MergeBlocks(StackEdit):
 class ModuleEdit(Edit, abstract=True):
     """A change to single modules, named by their paths in the model.
 
+    Fields are checked by their types: a `Path`, `Paths`, an int, which is a size, or a bool. What else there is to
+    check is the edit's own affair.
+
     Attributes:
-        path_fields: which fields name them.
         leaves: what there is afterwards, where methods find no linear map or FFN any longer.
         replaces_ffn: whether that stands for an FFN, and nothing is left of what it was before.
     """
 
-    path_fields: ClassVar[tuple[str, ...]] = ()
     leaves: ClassVar[str] = ""
     replaces_ffn: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        several = {field.name for field in fields(self) if str(field.type).startswith("tuple")}
-        for name in self.path_fields:
-            value = getattr(self, name)
-            if value is None and getattr(type(self), name, ...) is None:
-                continue  # it may be left out
-            if name in several and not (isinstance(value, (list, tuple)) and 1 <= len(value) <= _MAX_PATHS):
-                raise PlanError(f"{name} must be a list of 1 to {_MAX_PATHS} paths of modules; got {short(value)}")
-            for path in value if name in several else (value,):
-                _check_path(name, path)
-            if name in several:
-                object.__setattr__(self, name, tuple(value))
+        for field in fields(self):
+            value, (kind, *optional) = getattr(self, field.name), str(field.type).split(" | ")
+            if kind in _CHECKS and not (optional and value is None):
+                _CHECKS[kind](field.name, value)
+            if kind == "Paths":
+                object.__setattr__(self, field.name, tuple(value))
+
+    def _located(self) -> dict[str, tuple[str, ...]]:
+        """The paths that each field has."""
+        values = {one.name: getattr(self, one.name) for one in fields(self) if str(one.type).startswith("Path")}
+        return {name: value if isinstance(value, tuple) else (value,) for name, value in values.items() if value}
 
     @property
     def paths(self) -> tuple[str, ...]:
         """Every module path that the edit names."""
-        values = [getattr(self, name) for name in self.path_fields]
-        return tuple(path for value in values for path in (value if isinstance(value, tuple) else (value,)) if path)
+        return tuple(chain.from_iterable(self._located().values()))
 
     def moved(self, rename: Callable[[str], str]) -> Self:
         """The same edit in a model whose modules have other paths."""
-        changes: dict[str, Any] = {}
-        for name in self.path_fields:
-            value = getattr(self, name)
-            if value is not None:
-                changes[name] = tuple(rename(path) for path in value) if isinstance(value, tuple) else rename(value)
-        return replace(self, **changes)
+        changes: dict[str, Any] = {name: tuple(map(rename, paths)) for name, paths in self._located().items()}
+        return replace(self, **{n: v if isinstance(getattr(self, n), tuple) else v[0] for n, v in changes.items()})
 
     def restructure(self, site: Any) -> None:
         """Change the modules; their new tensors are on the meta device.
@@ -167,14 +167,24 @@ def _check_path(name: str, value: Any) -> None:
         raise PlanError(f'{name} must be the path of a module, such as "model.layers.0"; got {short(value)}')
 
 
+def _check_paths(name: str, values: Any) -> None:
+    if not isinstance(values, (list, tuple)) or not 1 <= len(values) <= _MAX_PATHS:
+        raise PlanError(f"{name} must be a list of 1 to {_MAX_PATHS} paths of modules; got {short(values)}")
+    for path in values:
+        _check_path(name, path)
+
+
 def check_size(name: str, value: Any) -> None:
     if type(value) is not int or not 1 <= value < _MAX_SIZE:
         raise PlanError(f"{name} must be a positive whole number; got {short(value)}")
 
 
-def check_bool(name: str, value: Any) -> None:
+def _check_bool(name: str, value: Any) -> None:
     if type(value) is not bool:
         raise PlanError(f"{name} must be true or false; got {short(value)}")
+
+
+_CHECKS = {"Path": _check_path, "Paths": _check_paths, "int": check_size, "bool": _check_bool}
 
 
 def _block_indices(name: str, values: Any) -> tuple[int, ...]:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import ClassVar
 
 from hf_compress.anatomy.parts import linear_widths
 from hf_compress.errors import PlanError
-from hf_compress.plan.edits import ModuleEdit, check_size
+from hf_compress.plan.edits import ModuleEdit, Path
 from hf_compress.rewrite.site import Site, resized
 
 # What attention calls its heads, those of keys and values, and the width of all heads.
@@ -28,19 +27,16 @@ class NarrowAttention(ModuleEdit):
         width: of one head, which stays.
     """
 
-    query: str
-    key: str
-    value: str
-    output: str
+    query: Path
+    key: Path
+    value: Path
+    output: Path
     heads: int
     groups: int
     width: int
-    path_fields: ClassVar = ("query", "key", "value", "output")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("heads", "groups", "width"):
-            check_size(name, getattr(self, name))
         if self.heads % self.groups:
             raise PlanError(f"heads must be a multiple of groups; got {self.heads} and {self.groups}")
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from hf_compress.errors import PlanError
 from hf_compress.modules.bottleneck import BOTTLENECK, Bottleneck, Form, Norm, Select, through_bottleneck
-from hf_compress.plan.edits import ModuleEdit, check_size, short_text
+from hf_compress.plan.edits import ModuleEdit, Path, short_text
 from hf_compress.rewrite.site import Site
 
 
@@ -18,7 +17,7 @@ class InsertBottleneck(ModuleEdit):
     One that is gated, as while it is trained, gives place to a later one.
     """
 
-    block: str
+    block: Path
     hidden: int
     width: int
     skip: float = 0.1
@@ -26,16 +25,13 @@ class InsertBottleneck(ModuleEdit):
     select: Select = "all"
     active: int | None = None
     gated: bool = False
-    path_fields: ClassVar = ("block",)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        check_size("hidden", self.hidden)
-        check_size("width", self.width)
         try:
             selects = self.form.select != "all"
         except ValueError as error:
             raise PlanError(short_text(str(error))) from None
+        super().__post_init__()
         if self.width > self.hidden and not selects:
             raise PlanError(f"a bottleneck must be narrower than the stream, {self.hidden}; got {self.width} features")
         if self.active is not None and self.active > self.width:

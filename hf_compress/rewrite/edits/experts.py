@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import ClassVar
 
 from hf_compress.anatomy.experts import check_experts, expert_tables
 from hf_compress.anatomy.parts import expert_axes
 from hf_compress.errors import PlanError, UnsupportedModelError
 from hf_compress.modules.experts import SeparateExperts
-from hf_compress.plan.edits import ModuleEdit, check_size
+from hf_compress.plan.edits import ModuleEdit, Path
 from hf_compress.rewrite.site import Site, empty, set_width
 
 
@@ -18,13 +17,8 @@ from hf_compress.rewrite.site import Site, empty, set_width
 class NarrowExperts(ModuleEdit):
     """Every expert of a mixture has fewer hidden units: `width` are left. `experts` holds their tensors."""
 
-    experts: str
+    experts: Path
     width: int
-    path_fields: ClassVar = ("experts",)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_size("width", self.width)
 
     def describe(self) -> str:
         return f"{self.width} hidden units in each expert"
@@ -53,8 +47,7 @@ class NarrowExperts(ModuleEdit):
 class SplitExperts(ModuleEdit):
     """Every expert of a mixture has linear maps of its own; see `SeparateExperts`. `experts` held their tensors."""
 
-    experts: str
-    path_fields: ClassVar = ("experts",)
+    experts: Path
 
     def describe(self) -> str:
         return "linear maps of its own for each expert"

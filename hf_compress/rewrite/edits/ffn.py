@@ -12,7 +12,7 @@ from torch import nn
 from hf_compress.anatomy.parts import linear_widths
 from hf_compress.errors import PlanError
 from hf_compress.modules.activation import BLENDS, Blend, BlendedActivation
-from hf_compress.plan.edits import ModuleEdit, check_bool, check_size, short
+from hf_compress.plan.edits import ModuleEdit, Path, Paths, short
 from hf_compress.rewrite.site import Site, resized, set_width, shared_scope
 
 
@@ -27,16 +27,10 @@ class NarrowFFN(ModuleEdit):
         bias: whether the output projection gets a bias that it did not have.
     """
 
-    inputs: tuple[str, ...]
-    output: str
+    inputs: Paths
+    output: Path
     width: int
     bias: bool = False
-    path_fields: ClassVar = ("inputs", "output")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_size("width", self.width)
-        check_bool("bias", self.bias)
 
     def describe(self) -> str:
         return f"{self.width} hidden units" + (", the output with a bias" if self.bias else "")
@@ -83,20 +77,13 @@ class LinearFFN(ModuleEdit):
         activation: of the FFN; needed where it stands in the block itself, beside other parts.
     """
 
-    inputs: tuple[str, ...]
-    output: str
+    inputs: Paths
+    output: Path
     rank: int | None = None
     bias: bool = True
-    activation: str | None = None
-    path_fields: ClassVar = ("inputs", "output", "activation")
+    activation: Path | None = None
     leaves: ClassVar = "one linear map"
     replaces_ffn: ClassVar = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.rank is not None:
-            check_size("rank", self.rank)
-        check_bool("bias", self.bias)
 
     def describe(self) -> str:
         maps = f"two linear maps of rank {self.rank}" if self.rank else "one linear map"
@@ -172,21 +159,18 @@ def _scope_of(site: Site, paths: tuple[str, ...]) -> str:
 class ReplaceActivation(ModuleEdit):
     """An activation is blended with what a linear map can absorb; see `BlendedActivation`."""
 
-    activation: str
+    activation: Path
     blend: Blend
     width: int | None = None
-    path_fields: ClassVar = ("activation",)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.blend not in BLENDS:
             raise PlanError(f"blend must be one of {', '.join(BLENDS)}; got {short(self.blend)}")
         if (self.blend == "constant") != (self.width is not None):
             raise PlanError(
                 f'width is for the blend "constant", and needed there; got {short(self.width)} with {self.blend}'
             )
-        if self.width is not None:
-            check_size("width", self.width)
+        super().__post_init__()
 
     def describe(self) -> str:
         return f"blended with {self.blend}"

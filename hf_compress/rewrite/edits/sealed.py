@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from hf_compress.errors import PlanError
 from hf_compress.modules.sealed import Sealed
-from hf_compress.plan.edits import ModuleEdit
+from hf_compress.plan.edits import ModuleEdit, Path
 from hf_compress.rewrite.site import Site
 
 
@@ -15,8 +14,7 @@ from hf_compress.rewrite.site import Site
 class Seal(ModuleEdit):
     """A module is `Sealed`, because the other edits leave every shape as it was; added where it is needed."""
 
-    module: str
-    path_fields: ClassVar = ("module",)
+    module: Path
 
     def describe(self) -> str:
         return "loads with hf_compress only"
