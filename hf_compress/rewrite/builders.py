@@ -132,11 +132,8 @@ def heads_of(block: Block) -> Heads:
     """The heads of a block's attention; UnsupportedModelError where they cannot be told apart."""
     output = block.parts.attention_output
     if output is None:
-        raise missing(
-            f"found no attention in {block.path} with projections whose heads could be told apart",
-            block.model,
-            block.path,
-        )
+        what = f"found no attention in {block.path} with projections whose heads could be told apart"
+        raise missing(what, block.model, block.path)
     heads = attention_heads(block.module, output, block.path)
     check_distances(block.model, heads, block.path)
     return heads
