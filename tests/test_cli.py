@@ -287,10 +287,16 @@ def test_info_says_what_was_done_and_checks_it(small: Path, model_folder: str) -
 
 def test_info_shows_the_record_of_a_model_that_needs_the_plugin(model_folder: str, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_folder)
-    apply(narrow_ffn(model, Anatomy(model).stack(), 1, range(8)), model)
+    apply(narrow_ffn(Anatomy(model).block(1), range(8)), model)
     result = run("info", save(model, tmp_path / "narrow"))
     assert result.exit_code == 0, result.output
-    for part in ("loads with `import hf_compress`", "NarrowFFN", "model.layers.1", "width: 8", "parity check passed"):
+    for part in (
+        "loads with `import hf_compress`",
+        "NarrowFFN",
+        "model.layers.1",
+        "8 hidden units",
+        "parity check passed",
+    ):
         assert part in result.stdout
 
 

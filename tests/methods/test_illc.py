@@ -8,7 +8,7 @@ from transformers import GraniteConfig, GraniteForCausalLM
 
 import hf_compress as hfc
 from examples.round_trip import LLAMA, build, logits
-from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.anatomy import Anatomy, Block
 from hf_compress.anatomy.undo import Undo
 from hf_compress.api.compress import compress, make_plan
 from hf_compress.calibration.data import DataOptions
@@ -267,7 +267,7 @@ def test_units_that_are_alike_merge_without_loss(name):
                 halves = parameter.split(family.width, axis)
                 parameter.copy_(torch.cat([half.index_select(axis, labels) for half in halves], axis))
     expected = forward(model, given)
-    carry_out(merge_units(model, stack, family.index, labels), model, Undo())
+    carry_out(merge_units(Block(model, stack, family.index), labels), model, Undo())
     assert matrix_of(model.get_submodule(family.path(family.last))).shape[0] == 40
     assert_close(forward(model, given), expected)
 
@@ -283,7 +283,7 @@ def test_units_kept_write_what_they_are_told(name, biased):
     added = bias_of(last, hidden) if bias is None else bias
     with hooked(last.register_forward_hook(lambda _, args, out: args[0][..., units] @ matrix + added)):
         expected = forward(model, given)
-    carry_out(narrow_ffn(model, stack, family.index, units, (matrix, bias)), model, Undo())
+    carry_out(narrow_ffn(Block(model, stack, family.index), units, (matrix, bias)), model, Undo())
     assert_close(forward(model, given), expected, reference)
 
 
@@ -291,4 +291,4 @@ def test_units_kept_write_what_they_are_told(name, biased):
 def test_labels_that_leave_a_cluster_empty_or_a_unit_out(labels):
     model = build("Llama")
     with pytest.raises(ValueError, match="labels must give each of 64 hidden units a cluster, none of them empty"):
-        merge_units(model, Anatomy(model).stack(), 0, labels)
+        merge_units(Anatomy(model).block(0), labels)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from examples.round_trip import build, logits
-from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.anatomy import Anatomy, Block
 from hf_compress.api.compress import compress
 from hf_compress.calibration.data import DataOptions
 from hf_compress.errors import UnsupportedModelError
@@ -30,7 +30,7 @@ def run(model, **settings):
 
 def heads(model):
     stack = Anatomy(model).stack()
-    return [heads_of(model, stack, index) for index in range(len(stack))]
+    return [heads_of(Block(model, stack, index)) for index in range(len(stack))]
 
 
 @pytest.mark.parametrize("settings", [{}, {"gamma": 0.5}], ids=["attention alone", "with FFNs"])

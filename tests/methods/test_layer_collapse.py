@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from examples.round_trip import build, inputs
-from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.anatomy import Anatomy, Block
 from hf_compress.api.compress import compress, make_plan
 from hf_compress.calibration.data import DataOptions, prepare
 from hf_compress.errors import CalibrationError, UnsupportedModelError
@@ -134,7 +134,7 @@ def test_each_sees_the_errors_of_those_before(criterion, model, framing_tokenize
     fit = fit_ffns(model, stack, data, [first], config.penalty)[first]
     changed = copy.deepcopy(model)
     own = Anatomy(changed).stack()
-    apply(linear_ffn(changed, own, first, [fit.maps[0].float()], fit.bias.float()), changed)
+    apply(linear_ffn(Block(changed, own, first), [fit.maps[0].float()], fit.bias.float()), changed)
     fit = fit_ffns(changed, Anatomy(changed).stack(), data, [second], config.penalty)[second]
     name = f"model.layers.{second}.mlp.down_proj"
     assert torch.equal(plan.tensors[f"{name}.weight"], fit.maps[0].float().T)
@@ -148,7 +148,7 @@ def test_the_loss_is_that_of_the_collapsed_model(model, framing_tokenizer, texts
     assert step["block"] == min(range(5), key=lambda i: step["cost"][str(i)])
     for index, fit in fit_ffns(model, Anatomy(model).stack(), data, [0, 4], config.penalty).items():
         changed = copy.deepcopy(model)
-        apply(linear_ffn(changed, Anatomy(changed).stack(), index, [fit.maps[0].float()], fit.bias.float()), changed)
+        apply(linear_ffn(Anatomy(changed).block(index), [fit.maps[0].float()], fit.bias.float()), changed)
         loss = count = 0.0
         for batch in data:
             ids = batch.inputs["input_ids"].long()

@@ -179,7 +179,7 @@ def test_gates_without_data_are_told():
 
 def test_what_an_earlier_run_has_blended_keeps_its_share():
     model = tiny_dense(num_hidden_layers=3, hidden_act="gelu")
-    carry_out(replace_activation(model, Anatomy(model).stack(), 1, "identity", 0.625), model, Undo())
+    carry_out(replace_activation(Anatomy(model).block(1), "identity", 0.625), model, Undo())
     before = model.layers[1].mlp.act_fn
     model, schedule = begun(paper(alpha_init=0.125, blend="leaky"), model=model)
     assert model.layers[1].mlp.act_fn is before

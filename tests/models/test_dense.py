@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 from transformers import Trainer, TrainingArguments
 
 import hf_compress as hfc
-from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.anatomy import Anatomy, Block
 from hf_compress.calibration.data import Batch, DataOptions, prepare
 from hf_compress.errors import CalibrationError
 from hf_compress.plan.plan import Plan
@@ -367,7 +367,7 @@ def test_layer_collapse(fields, tmp_path):
 def test_narrower_ffns_are_said_by_the_config_alone(widths, fields, tmp_path):
     model, x = dense(**fields), samples()
     stack = Anatomy(model).stack()
-    drafts = [narrow_ffn(model, stack, index, list(range(width))) for index, width in enumerate(widths)]
+    drafts = [narrow_ffn(Block(model, stack, index), list(range(width))) for index, width in enumerate(widths)]
     apply(sum(drafts, start=Plan()), model, Probe.of(model, Batch({"input_values": x}, None)))
     model.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))

@@ -8,23 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_compress.errors import PlanError
-from hf_compress.plan.edits import (
-    Edit,
-    InsertBottleneck,
-    LinearFFN,
-    MergeBlocks,
-    ModuleEdit,
-    NarrowExperts,
-    NarrowFFN,
-    PackLinear,
-    RemoveBlocks,
-    ReplaceActivation,
-    Seal,
-    SplitExperts,
-    StackEdit,
-    edit_from_dict,
-)
+from hf_compress.plan.edits import Edit, MergeBlocks, ModuleEdit, RemoveBlocks, StackEdit
 from hf_compress.plan.plan import Plan
+from hf_compress.rewrite.edits import edit_from_dict, plan_from_json
+from hf_compress.rewrite.edits.bottleneck import InsertBottleneck
+from hf_compress.rewrite.edits.experts import NarrowExperts, SplitExperts
+from hf_compress.rewrite.edits.ffn import LinearFFN, NarrowFFN, ReplaceActivation
+from hf_compress.rewrite.edits.packed import PackLinear
+from hf_compress.rewrite.edits.sealed import Seal
 
 MLP = "model.layers.0.mlp"
 GATED = (f"{MLP}.gate_proj", f"{MLP}.up_proj")
@@ -146,7 +137,7 @@ def test_json_gives_every_edit_back(edit):
 @given(st.lists(module_edits, max_size=5))
 def test_json_gives_a_plan_of_them_back(several):
     plan = Plan(tuple(several))
-    assert Plan.from_json(plan.to_json()) == plan
+    assert plan_from_json(plan.to_json()) == plan
 
 
 @pytest.mark.parametrize("kind", KINDS)

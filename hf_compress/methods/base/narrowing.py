@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.anatomy import Block
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.capture import stream_tokens, watch_module
@@ -114,13 +114,14 @@ class Narrowing:
         The original stream goes past the block.
         """
         before = [pair.original for pair in self.pairs]
-        ffn = Anatomy(self.model).parts(self.stack, index).ffn
+        block = Block(self.model, self.stack, index)
+        ffn = block.parts.ffn
         experts = ffn is not None and ffn.kind == "experts"
         parts: list[tuple[BlockUnits, int]] = []
         if heads is not None:
-            parts.append((AttentionHeads(self.model, self.stack, index), heads))
+            parts.append((AttentionHeads(block), heads))
         if width is not None and not experts:
-            parts.append((HiddenUnits(self.model, self.stack, index), width))
+            parts.append((HiddenUnits(block), width))
         targets = self._targets(index, [units for units, _ in parts])
         for (units, count), target in zip(parts, targets, strict=True):
             yield count, self._plan(units, count, target, before)
@@ -187,7 +188,7 @@ class Narrowing:
         else:
             with Undo() as trial:
                 carry_out(units.draft(reduction, None), self.model, trial)
-                left = self._observe(HiddenUnits(self.model, self.stack, units.index), target, before)
+                left = self._observe(HiddenUnits(units.block), target, before)
         affine = units.biased or (self.compensation.bias and units.size == 1)
         if self.compensation.by == "bias":
             return (columns, _mean_gap(left.all, columns).float() if affine or units.size == 1 else None), {}

@@ -9,11 +9,9 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.anatomy import Block
 from hf_compress.anatomy.parts import linear_map
-from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.capture import Seen, hooked, stream_tokens, watch_module
 from hf_compress.calibration.runner import BlockRunner
 from hf_compress.errors import CalibrationError
@@ -97,9 +95,9 @@ class BlockUnits(ABC):
 
     size: int = 1
 
-    def __init__(self, model: PreTrainedModel, stack: Stack, index: int, output: str) -> None:
-        self.model, self.stack, self.index, self.name = model, stack, index, f"{stack.path}.{index}"
-        self.output: nn.Module = stack.blocks[index].get_submodule(output)
+    def __init__(self, block: Block, output: str) -> None:
+        self.block, self.index, self.name = block, block.index, block.path
+        self.output: nn.Module = block.module.get_submodule(output)
         self.writes = linear_map(self.output).detach().float()
         self.biased = self.output._parameters.get("bias") is not None
 
@@ -111,7 +109,7 @@ class BlockUnits(ABC):
         """Run the block on a stream."""
         with watch_module(self.output) as seen:
             after = runner.run(self.index, stream)
-        return self.read(seen, after, stream_tokens(self.stack, runner.batch, after))
+        return self.read(seen, after, stream_tokens(self.block.stack, runner.batch, after))
 
     def read(self, seen: Seen, after: Tensor, real: Tensor) -> Run:
         """A run of the block from what the projection was seen to do in it."""
@@ -141,32 +139,32 @@ class BlockUnits(ABC):
 class HiddenUnits(BlockUnits):
     """The hidden units of a block's FFN."""
 
-    def __init__(self, model: PreTrainedModel, stack: Stack, index: int) -> None:
-        ffn = Anatomy(model).parts(stack, index).ffn
+    def __init__(self, block: Block) -> None:
+        ffn = block.parts.ffn
         assert ffn is not None
         assert ffn.output is not None
-        super().__init__(model, stack, index, ffn.output)
+        super().__init__(block, ffn.output)
         self.name = f"the FFN of {self.name}"
 
     def draft(self, reduction: Reduction, writes: Affine | None) -> Plan:
         if reduction.kept is not None:
-            return narrow_ffn(self.model, self.stack, self.index, reduction.kept, writes)
+            return narrow_ffn(self.block, reduction.kept, writes)
         assert reduction.labels is not None
-        return merge_units(self.model, self.stack, self.index, reduction.labels, writes)
+        return merge_units(self.block, reduction.labels, writes)
 
 
 class AttentionHeads(BlockUnits):
     """The key and value heads of a block's attention, each with the queries that read it."""
 
-    def __init__(self, model: PreTrainedModel, stack: Stack, index: int) -> None:
-        heads = heads_of(model, stack, index)
-        super().__init__(model, stack, index, heads.output)
+    def __init__(self, block: Block) -> None:
+        heads = heads_of(block)
+        super().__init__(block, heads.output)
         self.name = f"the attention of {self.name}"
         self.size = heads.per_group * heads.width
 
     def draft(self, reduction: Reduction, writes: Affine | None) -> Plan:
         assert reduction.kept is not None
-        return narrow_attention(self.model, self.stack, self.index, reduction.kept, writes)
+        return narrow_attention(self.block, reduction.kept, writes)
 
 
 class Run(NamedTuple):

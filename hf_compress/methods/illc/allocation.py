@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from torch import Tensor
 from tqdm import tqdm
 
+from hf_compress.anatomy.anatomy import Block
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.streams import StreamPair
 from hf_compress.methods.base.context import CalibrationContext
@@ -49,7 +50,7 @@ def _error_curves(
     curves: dict[int, dict[int, float]] = {}
     for index in tqdm(range(max(uniform) + 1), desc="measuring error curves", disable=None):
         if index in uniform:
-            curves[index], streams = _curve(config, HiddenUnits(context.model, stack, index), pairs, streams)
+            curves[index], streams = _curve(config, HiddenUnits(Block(context.model, stack, index)), pairs, streams)
         else:
             streams = [pair.runner.run(index, stream) for pair, stream in zip(pairs, streams, strict=True)]
     return curves

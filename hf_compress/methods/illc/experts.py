@@ -11,11 +11,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.anatomy import Block
 from hf_compress.anatomy.experts import check_experts, expert_hidden, expert_writes
-from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.capture import stream_tokens, watch_arguments
 from hf_compress.calibration.runner import BlockRunner
 from hf_compress.errors import CalibrationError, UnsupportedModelError
@@ -50,13 +48,13 @@ class ExpertNarrowing:
         UnsupportedModelError: experts that cannot be looked into one by one.
     """
 
-    def __init__(self, config: ILLCConfig, model: PreTrainedModel, stack: Stack, index: int) -> None:
-        ffn = Anatomy(model).parts(stack, index).ffn
+    def __init__(self, config: ILLCConfig, block: Block) -> None:
+        ffn = block.parts.ffn
         assert ffn is not None
         assert ffn.experts is not None
-        self.config, self.model, self.stack, self.index = config, model, stack, index
-        self.name = f"{stack.path}.{index}.{ffn.experts}"
-        self.experts: nn.Module = model.get_submodule(self.name)
+        self.config, self.block = config, block
+        self.name = f"{block.path}.{ffn.experts}"
+        self.experts: nn.Module = block.module.get_submodule(ffn.experts)
         check_experts(self.experts, self.name)
         if config.reduction_name == "average":
             raise UnsupportedModelError(f"{self.name}: the units of experts are kept, not merged; take representative")
@@ -75,13 +73,13 @@ class ExpertNarrowing:
                 kept.append(units)
                 writes.append(written)
                 tokens.append(len(statistics.rows))
-        draft = narrow_experts(self.model, self.stack, self.index, torch.stack(kept), torch.stack(writes))
+        draft = narrow_experts(self.block, torch.stack(kept), torch.stack(writes))
         return replace(draft, notes={"experts": count, "rows": tokens})
 
     def _reduce(self, number: int, statistics: UnitStatistics, width: int) -> tuple[Tensor, Tensor]:
         """The units that an expert keeps, (width), and what they write, (width, hidden)."""
         old = self.writes[number].float()
-        units = ExpertUnits(old, self.index * len(self.writes) + number, f"{self.name} {number}")
+        units = ExpertUnits(old, self.block.index * len(self.writes) + number, f"{self.name} {number}")
         few = len(statistics.rows) < max(_FEW, width if self.config.reduction_name == "representative" else 0)
         reduction = REDUCTIONS["magnitude" if few else self.config.reduction_name](
             self.config, units, statistics, width
@@ -113,9 +111,9 @@ class ExpertNarrowing:
     def _routing(self, runner: BlockRunner, stream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the experts are given in a run of the block, of real tokens: states, chosen experts, weights."""
         with watch_arguments({self.name: self.experts}) as given:
-            after = runner.run(self.index, stream)
+            after = runner.run(self.block.index, stream)
         seen = given[self.name]
-        real = stream_tokens(self.stack, runner.batch, after).flatten()
+        real = stream_tokens(self.block.stack, runner.batch, after).flatten()
         if len(seen) != 1 or len(seen[0]) != 3 or any(len(part.flatten(0, -2)) != len(real) for part in seen[0]):
             raise UnsupportedModelError(f"{self.name} is not given tokens, experts and weights once in a forward pass")
         states, index, weights = (part.flatten(0, -2)[real] for part in seen[0])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.anatomy import Anatomy, Block
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.capture import inference
@@ -59,7 +59,7 @@ def plan_narrower(config: ILLCConfig, context: CalibrationContext) -> Plan:
                 Compensation(config.compensation_name, config.target, config.iterative, config.bias),
                 weights,
                 config.rows_of_a_batch(len(pairs)),
-                lambda index, *asked: ExpertNarrowing(config, context.model, stack, index).plan(*asked),
+                lambda index, *asked: ExpertNarrowing(config, Block(context.model, stack, index)).plan(*asked),
             )
             with context.trial() as undo:
                 plan = narrowing.run(heads, widths, undo)
@@ -106,7 +106,7 @@ def _widths(config: ILLCConfig, context: CalibrationContext, stack: Stack) -> di
 
 def _heads(config: ILLCConfig, context: CalibrationContext, stack: Stack) -> dict[int, int]:
     """How many key and value heads the attention of each block keeps."""
-    groups = [heads_of(context.model, stack, index).groups for index in range(len(stack))]
+    groups = [heads_of(Block(context.model, stack, index)).groups for index in range(len(stack))]
     return {index: share_of(count, config.head_gamma or 1) for index, count in enumerate(groups)}
 
 

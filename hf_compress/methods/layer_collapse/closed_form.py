@@ -7,7 +7,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.anatomy import Anatomy, Block
 from hf_compress.anatomy.parts import FFN, linear_widths
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
@@ -50,7 +50,7 @@ def plan_closed_form(config: LayerCollapseConfig, context: CalibrationContext) -
                 if not linear:
                     break
                 best = min(linear, key=costs.__getitem__)
-            draft = fits[best].draft(context.model, stack, best)
+            draft = fits[best].draft(Block(context.model, stack, best))
             carry_out(draft, context.model, undo)
             plan += draft
             left = [index for index in left if index != best]
@@ -113,7 +113,7 @@ def _losses(fits: dict[int, LinearFit], runners: Sequence[LossRunner]) -> dict[i
     for index, fit in fits.items():
         with Undo() as undo:
             model = runners[0].model
-            carry_out(fit.draft(model, runners[0].stack, index), model, undo)
+            carry_out(fit.draft(Block(model, runners[0].stack, index)), model, undo)
             losses[index] = mean_of([r.loss_after(index, r.run(index, r.streams[index])) for r in runners])
     return losses
 

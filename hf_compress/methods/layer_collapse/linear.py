@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from hf_compress.anatomy.anatomy import Block
 from hf_compress.anatomy.parts import hidden_size, linear_widths
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.capture import forward, hooked, inference, stream_tokens, watch_blocks
@@ -51,9 +52,9 @@ class LinearFit:
     r2: float
     in_stream: float
 
-    def draft(self, model: PreTrainedModel, stack: Stack, index: int) -> Plan:
+    def draft(self, block: Block) -> Plan:
         """The plan that puts it in the place of a block's FFN."""
-        return linear_ffn(model, stack, index, [factor.float() for factor in self.maps], self.bias.float())
+        return linear_ffn(block, [factor.float() for factor in self.maps], self.bias.float())
 
 
 def fit_ffns(
@@ -80,7 +81,7 @@ def fit_ffns(
     held_out = [number for number in range(len(data)) if is_held_out(number)] or [len(data) - 1]
     fits: dict[int, LinearFit] = {}
     for part in few_at_once(dict.fromkeys(blocks, 32 * hidden_size(stack.configs[0][0]) ** 2)):
-        sums = {index: _Sums(model, stack, index) for index in part}
+        sums = {index: _Sums(Block(model, stack, index)) for index in part}
         with inference(model):
             for number, batch in enumerate(tqdm(data, desc="reading FFNs", disable=None)):
                 with _watching(stack, sums):
@@ -94,11 +95,11 @@ def fit_ffns(
 class _Sums:
     """What one FFN reads and writes, summed up."""
 
-    def __init__(self, model: PreTrainedModel, stack: Stack, index: int) -> None:
-        ffn, block = ffn_of(model, stack, index), stack.blocks[index]
+    def __init__(self, block: Block) -> None:
+        ffn = ffn_of(block)
         assert ffn.output is not None
-        self.stack, self.name = stack, f"{stack.path}.{index}"
-        self.reader, self.writer = block.get_submodule(ffn.inputs[0]), block.get_submodule(ffn.output)
+        self.stack, self.name = block.stack, block.path
+        self.reader, self.writer = block.module.get_submodule(ffn.inputs[0]), block.module.get_submodule(ffn.output)
         hidden = linear_widths(self.reader)[0]
         self.sums = HeldOutSums.empty(hidden, hidden)
         self.residual = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.anatomy import Anatomy, Block
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.streams import start_pairs
@@ -85,7 +85,7 @@ def _counts(
     least = everything.sort(descending=True).values[share_of(len(everything), share) - 1]
     for index, name, _ in writers:
         if config.granularity == "head":
-            counts[index] = share_of(heads_of(context.model, stack, index).groups, share)
+            counts[index] = share_of(heads_of(Block(context.model, stack, index)).groups, share)
         elif config.variant == "paper":
             counts[index] = int((scores[name] > 0).sum())
         elif config.scope == "model":
