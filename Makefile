@@ -1,8 +1,11 @@
-# make install | demo | test | check. PYTHON picks the interpreter, VENV the place of the environment.
+# make install | demo | test | check. PYTHON picks the interpreter, VENV the place of the environment, WORKERS how many
+# processes run the tests: as many as there are cores, each with one thread.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
+WORKERS ?= auto
+PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile
 
 .PHONY: install demo test lint types slow check
 
@@ -19,7 +22,7 @@ demo: install
 	$(BIN)/hf-compress demo
 
 test: install
-	$(BIN)/pytest
+	$(PYTEST)
 
 lint: install
 	$(BIN)/ruff check .
@@ -29,6 +32,6 @@ types: install
 	$(BIN)/mypy
 
 slow: install
-	$(BIN)/pytest -m slow
+	$(PYTEST) -m slow
 
 check: lint types test slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before Transformers is imported
+os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side, and tiny models lose more to threads than they win
 
 from collections.abc import Callable
 
@@ -16,8 +17,8 @@ from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerF
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.data import Calibration, DataOptions, prepare
-from tests.architectures.tiny import tiny_model
-from tests.evaluation.conftest import WORDS, tiny_llama, word_tokenizer, words
+from tests.helpers.language import WORDS, tiny_llama, word_tokenizer, words
+from tests.helpers.tiny import tiny_model
 
 LENGTHS = (9, 3, 12, 5, 7, 12, 4, 10, 6, 11, 8, 5)
 
@@ -51,13 +52,6 @@ def make_llama() -> Callable[..., LlamaForCausalLM]:
     return tiny_llama
 
 
-def in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """`model` as from_pretrained loads it in a dtype: unlike model.to(), that leaves buffers in float32."""
-    own = type(model)._from_config(model.config, dtype=dtype).eval()
-    own.load_state_dict(model.state_dict())
-    return own
-
-
 @pytest.fixture
 def stack(model: PreTrainedModel) -> Stack:
     return Anatomy(model).stack()
@@ -79,14 +73,3 @@ def ids() -> Tensor:
 def tiny() -> Callable[..., PreTrainedModel]:
     """A causal model of a given type, in which every parameter matters."""
     return tiny_model
-
-
-def leftovers(model: PreTrainedModel) -> list[str]:
-    """Hooks and replaced forwards that somebody forgot to take off."""
-    found = []
-    for path, module in model.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
-            found.append(f"hooks of {path}")
-        if "forward" in vars(module):
-            found.append(f"forward of {path}")
-    return found

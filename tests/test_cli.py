@@ -35,7 +35,7 @@ from hf_compress.methods.mka import MKAConfig
 from hf_compress.rewrite.apply import apply
 from hf_compress.rewrite.builders import narrow_ffn
 from hf_compress.storage.save import save
-from tests.evaluation.conftest import tiny_llama, word_tokenizer, words
+from tests.helpers.language import tiny_llama, word_tokenizer, words
 
 COMMANDS = ("compress", "analyze", "evaluate", "info", "verify", "push", "demo", "methods")
 

@@ -1,4 +1,4 @@
-"""Imports point down the floors of the house, `import hf_compress` costs nothing, and every public name is there."""
+"""Imports point down the floors, tests share by `tests.helpers` alone, and `import hf_compress` costs nothing."""
 
 import ast
 import subprocess
@@ -13,6 +13,7 @@ from hf_compress.methods.base.settings import config_class, method_names
 
 PACKAGE = Path(hf_compress.__file__).parent
 ROOT = PACKAGE.parent
+TESTS = Path(__file__).parent
 
 # Lowest first. A module may import from its own room, and from rooms on the floors below.
 FLOORS = [
@@ -128,6 +129,48 @@ def test_numerics_know_nothing_of_transformers():
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not any(name.startswith("transformers") for name in names), path
+
+
+def shared_otherwise(source: str) -> list[str]:
+    """What a test takes from other tests, from conftest, from examples or from benchmarks."""
+    found: list[str] = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            found += [f"{module}.{alias.name}" for alias in node.names] if module == "tests" else [module]
+    foreign = {
+        "",
+        "conftest",
+        "tests",
+        "examples",
+        "benchmarks",
+        *(path.name for path in TESTS.iterdir() if path.is_dir()),
+    }
+    return [name for name in found if name.split(".")[0] in foreign and not name.startswith("tests.helpers")]
+
+
+@pytest.mark.parametrize("path", sorted(TESTS.rglob("*.py")), ids=lambda path: str(path.relative_to(TESTS)))
+def test_tests_share_by_helpers_alone(path):
+    assert shared_otherwise(path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("from tests.training.test_resume import made", ["tests.training.test_resume"]),
+        ("from tests.evaluation.conftest import WORDS", ["tests.evaluation.conftest"]),
+        ("from tests import conftest", ["tests.conftest"]),
+        ("def f():\n    from examples.round_trip import build", ["examples.round_trip"]),
+        ("import anatomy.test_parts", ["anatomy.test_parts"]),
+        ("from . import conftest", ["."]),
+        ("from .test_lrp import dense", [".test_lrp"]),
+        ("import torch\nfrom tests import helpers\nfrom tests.helpers.tiny import tiny_model", []),
+    ],
+)
+def test_what_the_test_of_tests_can_see(source, expected):
+    assert shared_otherwise(source) == expected
 
 
 def run(code: str) -> str:

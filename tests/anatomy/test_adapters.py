@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 
 import hf_compress as hfc
 from hf_compress.anatomy.adapters import check_no_adapters
-from tests.evaluation.conftest import tiny_llama
-from tests.training.runs import Snapshot, same, state_of
+from tests.helpers.language import tiny_llama
+from tests.helpers.runs import Snapshot, same, state_of
 
 IDS = torch.randint(4, 60, (16, 12), generator=torch.Generator().manual_seed(7))
 DROP = hfc.DropBlocksConfig(num_blocks=1, criterion="last")

@@ -7,8 +7,8 @@ from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.experts import check_experts, expert_hidden, expert_writes
 from hf_compress.errors import UnsupportedModelError
 from hf_compress.modules.experts import routed
-from tests.architectures.tiny import tiny_model
-from tests.ffns import HIDDEN, noise
+from tests.helpers.ffns import HIDDEN, noise
+from tests.helpers.tiny import tiny_model
 
 # plain; gate and up interleaved, transposed, with biases and a gate of its own; shared experts beside them
 FAMILIES = ["mixtral", "gpt_oss", "qwen3_moe", "deepseek_v3", "olmoe", "ernie4_5_moe"]

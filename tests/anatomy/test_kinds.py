@@ -3,7 +3,7 @@
 import pytest
 
 from hf_compress.anatomy.anatomy import Anatomy
-from tests.architectures.tiny import tiny_model
+from tests.helpers.tiny import tiny_model
 
 
 def kinds(model_type):

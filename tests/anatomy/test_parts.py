@@ -8,7 +8,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.parts import expert_axes, hidden_size, linear_map, linear_widths
 from hf_compress.errors import UnsupportedModelError
-from tests.architectures.tiny import tiny_base_model, tiny_model, tiny_seq2seq_model
+from tests.helpers.tiny import tiny_base_model, tiny_model, tiny_seq2seq_model
 
 
 def parts(model, index=0, path=None):

@@ -6,8 +6,8 @@ from torch import nn
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.stacks import find_stacks
 from hf_compress.errors import UnsupportedModelError
-from tests.architectures.overrides import DEPTH
-from tests.architectures.tiny import tiny_base_model, tiny_model, tiny_seq2seq_model, tiny_vision_language_model
+from tests.helpers.overrides import DEPTH
+from tests.helpers.tiny import tiny_base_model, tiny_model, tiny_seq2seq_model, tiny_vision_language_model
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,9 @@ from hf_compress.methods.drop_blocks import DropBlocksConfig
 from hf_compress.methods.layer_collapse import LayerCollapseConfig
 from hf_compress.methods.layer_collapse.linear import fit_ffns
 from hf_compress.methods.mka import MKAConfig
-from tests.architectures.tiny import tiny_base_model, tiny_model
-from tests.conftest import leftovers
-from tests.evaluation.conftest import tiny_llama, word_tokenizer, words
+from tests.helpers.language import tiny_llama, word_tokenizer, words
+from tests.helpers.models import leftovers
+from tests.helpers.tiny import tiny_base_model, tiny_model
 
 TEXTS = [words(20, seed) for seed in range(24)]
 TOKENIZER = word_tokenizer(add_special=False)

@@ -4,19 +4,16 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
-from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.api.compress import compress, make_plan
 from hf_compress.calibration.data import DataOptions
 from hf_compress.errors import CalibrationError, ParityError, UnsupportedModelError
 from hf_compress.methods.drop_blocks import DropBlocksConfig
 from hf_compress.methods.mka import MKAConfig
 from hf_compress.report.report import CompressionReport
-from hf_compress.storage.save import own_memory, save
-from tests.architectures.changes import Trace
-from tests.architectures.tiny import tiny_model
-from tests.conftest import in_dtype, leftovers
+from tests.helpers.changes import Trace
+from tests.helpers.models import leftovers
+from tests.helpers.tiny import tiny_model
 
 REFIT = MKAConfig(num_merges=2)
 PAPER = MKAConfig(num_merges=2, variant="paper", components=3)
@@ -35,25 +32,6 @@ def test_the_model_itself_is_changed_and_returned(model, framing_tokenizer, text
     assert len(model.model.layers) == model.config.num_hidden_layers == 3
     assert [layer.self_attn.layer_idx for layer in model.model.layers] == [0, 1, 2]
     assert leftovers(model) == []
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("tied", [False, True])
-def test_the_saved_model_is_the_one_in_memory(make_llama, framing_tokenizer, texts, ids, tmp_path, method, dtype, tied):
-    model = in_dtype(make_llama(layers=4, tied=tied), dtype)
-    compress(model, METHODS[method], texts, framing_tokenizer, SMALL)
-    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
-    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
-    model.save_pretrained(tmp_path / "plain")
-    save(model, tmp_path / "checked", framing_tokenizer)
-    for folder in ("plain", "checked"):
-        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / folder)
-        own_memory(loaded)
-        with torch.no_grad():
-            assert torch.equal(loaded(ids).logits, model(ids).logits)
-        options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
-        assert torch.equal(loaded.generate(ids[:2], **options), model.generate(ids[:2], **options))
 
 
 def test_the_report(model, framing_tokenizer, texts):
@@ -104,42 +82,6 @@ def test_a_compressed_model_can_be_compressed_again(model, framing_tokenizer, te
     assert [stage.before.blocks for stage in model.compression_report.stages] == [{"model.layers": n} for n in (5, 3)]
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_mode_gradients_and_flags_stay(model, framing_tokenizer, texts, method):
-    model.train()
-    for layer in model.model.layers:
-        layer.mlp.down_proj.weight.requires_grad_(False)
-    compress(model, METHODS[method], texts, framing_tokenizer, SMALL)
-    assert all(module.training for module in model.modules())
-    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    assert [name for name, flag in flags.items() if not flag] == [
-        f"model.layers.{i}.mlp.down_proj.weight" for i in range(3)
-    ]
-    model(torch.tensor([[5, 6, 7]])).logits.sum().backward()
-    assert model.model.layers[2].mlp.up_proj.weight.grad is not None
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_the_same_seed_gives_the_same_model(make_llama, framing_tokenizer, texts, method):
-    states = []
-    for noise in (1, 2):
-        torch.manual_seed(noise)
-        model = make_llama(layers=5)
-        torch.manual_seed(noise)
-        states.append(compress(model, METHODS[method], texts, framing_tokenizer, SMALL).state_dict())
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_plan_alone_changes_nothing(model, framing_tokenizer, texts, method):
-    before = Trace.of(model)
-    plan = make_plan(model, METHODS[method], texts, framing_tokenizer, SMALL)
-    assert len(plan.removed("model.layers")) == 2
-    assert before.difference(model) is None
-    assert not hasattr(model, "compression_report")
-    assert leftovers(model) == []
-
-
 # --- bad input: a typed error, and the model as it was ----------------------------------------------------------------
 
 
@@ -153,30 +95,6 @@ def overflow(model):
     with torch.no_grad():
         model.model.layers[3].mlp.down_proj.weight.fill_(3e38)
         model.model.layers[3].mlp.up_proj.weight.fill_(3e38)
-
-
-BAD_DATA = {
-    "none": (None, True, "needs calibration data: pass calibration="),
-    "empty": ([], True, "calibration data is empty"),
-    "one string": ("a text", True, "not one string"),
-    "no tokenizer": (["w1 w2 w3"] * 12, False, "pass tokenizer="),
-    "other ids": (torch.full((12, 8), 999), True, "999.*the model knows 0 to 63"),
-    "too few": (["w1 w2 w3"] * 3, True, "3 calibration samples are too few.*at least"),
-    "unknown": (object(), True, "cannot be a object"),
-}
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("kind", BAD_DATA)
-def test_bad_data_leaves_the_model_alone(model, tokenizer, method, kind):
-    if (method, kind) == ("drop_blocks", "too few"):
-        pytest.skip("leaving blocks out estimates nothing: any number of samples will do")
-    data, tokenized, message = BAD_DATA[kind]
-    before = Trace.of(model)
-    with pytest.raises(CalibrationError, match=f"(?s){message}"):
-        compress(model, METHODS[method], data, tokenizer if tokenized else None)
-    assert before.difference(model) is None
-    assert leftovers(model) == []
 
 
 def test_how_many_samples_are_needed_is_said(model, tokenizer, texts):
@@ -230,11 +148,6 @@ def test_blocks_of_different_kinds_are_not_averaged(ids):
     assert before.difference(model) is None
 
 
-def test_a_stack_that_is_not_there(model):
-    with pytest.raises(ValueError, match=r"no residual stack 'model\.h'; this model has model\.layers"):
-        compress(model, DropBlocksConfig(num_blocks=1, criterion="last", stack="model.h"))
-
-
 def test_what_the_config_cannot_say_is_refused(ids):
     model = tiny_model("diffllama")  # a number of every block depends on its place
     before = Trace.of(model)
@@ -282,35 +195,6 @@ def test_something_that_is_no_config(model, function, thing):
 
 
 # --- interruption -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("share", [0.02, 0.5, 0.9, 0.999])
-def test_an_interrupted_run_leaves_the_model_as_it_was(make_llama, framing_tokenizer, texts, method, share):
-    model = make_llama(layers=5)
-    for parameter in model.model.layers[1].parameters():
-        parameter.requires_grad_(False)
-    calls, limit = [0], float("inf")
-
-    def count(*_):
-        calls[0] += 1
-        if calls[0] > limit:
-            raise KeyboardInterrupt
-
-    norm = model.model.norm
-    handle = norm.register_forward_hook(count)
-    before = Trace.of(model)
-    make_plan(model, METHODS[method], texts, framing_tokenizer, SMALL)
-    planning, calls[0] = calls[0], 0
-    limit = max(1, int(planning * share))
-    with pytest.raises(KeyboardInterrupt):
-        compress(model, METHODS[method], texts, framing_tokenizer, SMALL)
-    handle.remove()
-    assert before.difference(model) is None
-    assert leftovers(model) == []
-    assert not hasattr(model, "compression_report")
-    assert [p.requires_grad for p in model.model.layers[1].parameters()] == [False] * 9
-    assert len(Anatomy(model).stack()) == 5
 
 
 def test_an_interruption_of_the_check_leaves_the_model_as_it_was(model, framing_tokenizer, texts, monkeypatch):

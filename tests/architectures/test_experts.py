@@ -8,7 +8,7 @@ from hf_compress.methods.lrp import LRPConfig
 from hf_compress.modules.experts import SeparateExperts
 from hf_compress.modules.packed import MixedPrecisionLinear
 from hf_compress.storage.save import save
-from tests.architectures.tiny import tiny_model
+from tests.helpers.tiny import tiny_model
 
 FAMILIES = [
     *("afmoe", "aria_text", "axk1", "axk2", "bailing_hybrid", "beam", "cohere2_moe", "deepseek_v2", "deepseek_v3"),

@@ -1,10 +1,9 @@
 """Every architecture survives losing blocks, or is refused in words; docs/architectures.md says which."""
 
 import pytest
-import torch
 
-from tests.architectures import matrix
-from tests.architectures.matrix import CANNOT, DOCUMENT, FAMILIES, PARTLY, REFUSED, SURVIVES, Verdict, documented
+from tests.helpers import matrix
+from tests.helpers.matrix import CANNOT, DOCUMENT, FAMILIES, PARTLY, REFUSED, SURVIVES, Verdict, documented
 
 # One of each way that a config speaks of blocks, so that a mistake shows before the slow test runs.
 QUICK = [
@@ -18,15 +17,6 @@ ALL = [(key, name) for key, family in FAMILIES.items() for name in family.types]
 @pytest.fixture(scope="module")
 def tables() -> dict[str, dict[str, Verdict]]:
     return documented(DOCUMENT.read_text(encoding="utf-8"))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Tiny models lose more to threads than they win."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def check(key: str, model_type: str, tables: dict[str, dict[str, Verdict]]) -> None:

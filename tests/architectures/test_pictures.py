@@ -1,14 +1,10 @@
 """The tiny inputs reach every block of every stack: pictures and sounds run the towers, and matter to the text."""
 
-from collections import Counter
-
 import pytest
 import torch
-from transformers import PreTrainedModel
 
-from hf_compress.anatomy.anatomy import Anatomy
-from tests.architectures import tiny
-from tests.architectures.changes import forward, generate
+from tests.helpers import tiny
+from tests.helpers.changes import forward, generate, runs_of_blocks
 
 # Of the causal language models, those that read more than text.
 _READ_MORE = ("gemma3", "gemma4", "git", "got_ocr2", "moss_transcribe_diarize", "phi4_multimodal")
@@ -17,18 +13,6 @@ MODELS = [
     *((tiny.tiny_model, name) for name in _READ_MORE),
     *((tiny.tiny_seq2seq_model, name) for name in ("bart", "t5", "whisper")),
 ]
-
-
-def runs_of_blocks(model: PreTrainedModel) -> dict[str, list[int]]:
-    """How often one forward pass of the tiny inputs runs each block of each stack."""
-    runs: Counter[tuple[str, int]] = Counter()
-    stacks = Anatomy(model).stacks
-    for stack in stacks:
-        for index, block in enumerate(stack.blocks):
-            place = (stack.path, index)
-            block.register_forward_pre_hook(lambda *_, place=place: runs.update([place]))
-    forward(model, tiny.tiny_inputs(model))
-    return {stack.path: [runs[stack.path, index] for index in range(len(stack))] for stack in stacks}
 
 
 @pytest.mark.parametrize(("build", "model_type"), MODELS)

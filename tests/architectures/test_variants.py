@@ -4,10 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.architectures import tiny
-from tests.architectures.changes import forward
-from tests.architectures.test_pictures import runs_of_blocks
-from tests.architectures.variants import BY_NAME, VARIANTS, Variant
+from tests.helpers import tiny
+from tests.helpers.changes import forward, runs_of_blocks
+from tests.helpers.variants import BY_NAME, VARIANTS, Variant
 
 # These say what is so anyway, or what only other stacks than those of the tiny model read.
 _NO_OTHER = {"nemotron_h", "esmc"}

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 import hf_compress as hfc
-from examples.round_trip import build
 from hf_compress.anatomy.parts import is_linear
 from hf_compress.calibration.data import Batch, Calibration, DataOptions, prepare
 from hf_compress.errors import CalibrationError
-from tests.architectures.changes import Trace
-from tests.architectures.tiny import randomise
-from tests.conftest import in_dtype, leftovers
+from tests.helpers.changes import Trace
+from tests.helpers.models import in_dtype, leftovers
+from tests.helpers.round_trip import build
+from tests.helpers.tiny import randomise
 
 IDS = torch.randint(4, 90, (3, 7), generator=torch.Generator().manual_seed(7))
 PIXELS = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(7))

@@ -9,14 +9,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 import hf_compress as hfc
-from examples.round_trip import GPT2, MODELS, build
 from hf_compress.attribution import attach
 from hf_compress.attribution.attach import lrp_rules
 from hf_compress.attribution.passes import explaining
 from hf_compress.errors import UnsupportedModelError
-from tests.architectures.changes import Trace
-from tests.architectures.tiny import randomise, tiny_model
-from tests.conftest import leftovers
+from tests.helpers.changes import Trace
+from tests.helpers.models import leftovers
+from tests.helpers.round_trip import GPT2, MODELS, build
+from tests.helpers.tiny import randomise, tiny_model
 
 IDS = torch.randint(4, 90, (2, 7), generator=torch.Generator().manual_seed(7))
 PIXELS = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(7))

@@ -9,7 +9,6 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_compress as hfc
-from examples.round_trip import LLAMA, build
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.parts import is_linear, linear_map
 from hf_compress.attribution.passes import explaining, logits_of
@@ -18,9 +17,10 @@ from hf_compress.attribution.targets import explained
 from hf_compress.calibration.data import Batch, DataOptions, prepare
 from hf_compress.errors import CalibrationError, UnsupportedModelError
 from hf_compress.modules.packed import CompactLinear
-from tests.architectures.changes import Trace
-from tests.architectures.tiny import randomise
-from tests.conftest import leftovers
+from tests.helpers.changes import Trace
+from tests.helpers.models import leftovers
+from tests.helpers.round_trip import LLAMA, build
+from tests.helpers.tiny import randomise
 
 IDS = torch.randint(4, 90, (6, 7), generator=torch.Generator().manual_seed(7))
 FLOATS = torch.randn(6, 5, generator=torch.Generator().manual_seed(7))

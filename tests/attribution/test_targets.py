@@ -16,12 +16,12 @@ from transformers import (
 )
 
 import hf_compress as hfc
-from examples.round_trip import LLAMA, TEXT, build
 from hf_compress.calibration.data import Batch, Calibration
 from hf_compress.errors import CalibrationError, UnsupportedModelError
-from tests.architectures.changes import Trace
-from tests.architectures.tiny import randomise
-from tests.conftest import leftovers
+from tests.helpers.changes import Trace
+from tests.helpers.models import leftovers
+from tests.helpers.round_trip import LLAMA, TEXT, build
+from tests.helpers.tiny import randomise
 
 IDS = torch.randint(4, 90, (3, 7), generator=torch.Generator().manual_seed(7))
 PIXELS = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(7))

@@ -11,8 +11,8 @@ from hf_compress.api.compress import make_plan
 from hf_compress.calibration.capture import forward, inference, watch_arguments
 from hf_compress.calibration.data import prepare
 from hf_compress.calibration.objective import first_tensor
-from tests.architectures.tiny import tiny_base_model, tiny_config
-from tests.evaluation.conftest import WORDS, tiny_llama
+from tests.helpers.language import WORDS, tiny_llama
+from tests.helpers.tiny import tiny_base_model, tiny_config
 
 SIZES = {
     "vocab_size": len(WORDS),

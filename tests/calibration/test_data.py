@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from hf_compress import DenseConfig, DenseForClassification
 from hf_compress.calibration.data import Batch, Calibration, DataOptions, position_limit, prepare, special_ids
 from hf_compress.errors import CalibrationError
-from tests.architectures.tiny import tiny_base_model, tiny_model
-from tests.evaluation.conftest import POSITIONS, WORDS, words
+from tests.helpers.language import POSITIONS, WORDS, words
+from tests.helpers.tiny import tiny_base_model, tiny_model
 
 BOS, EOS, PAD = WORDS.index("<s>"), WORDS.index("</s>"), WORDS.index("<pad>")
 

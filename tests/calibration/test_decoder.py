@@ -17,8 +17,8 @@ from hf_compress.calibration.losses import losses_without
 from hf_compress.calibration.objective import batch_loss, first_tensor, output_tokens
 from hf_compress.errors import CalibrationError
 from hf_compress.methods.lrp.scores import watch_rows
-from tests.architectures.tiny import tiny_base_model, tiny_config, tiny_inputs, tiny_model, tiny_seq2seq_model
-from tests.evaluation.conftest import POSITIONS
+from tests.helpers.language import POSITIONS
+from tests.helpers.tiny import tiny_base_model, tiny_config, tiny_inputs, tiny_model, tiny_seq2seq_model
 
 TYPES = (
     "t5",

@@ -15,8 +15,8 @@ from hf_compress.calibration.objective import batch_loss, mean_loss, reference_f
 from hf_compress.plan.edits import RemoveBlocks
 from hf_compress.plan.plan import Plan
 from hf_compress.rewrite.apply import apply
-from tests.architectures.tiny import tiny_base_model, tiny_inputs, tiny_model, tiny_seq2seq_model
-from tests.conftest import leftovers
+from tests.helpers.models import leftovers
+from tests.helpers.tiny import tiny_base_model, tiny_inputs, tiny_model, tiny_seq2seq_model
 
 
 def slow_loss(model, calibration):

@@ -15,8 +15,8 @@ from hf_compress.calibration import reading
 from hf_compress.calibration.data import DataOptions, prepare
 from hf_compress.calibration.reading import read, read_texts
 from hf_compress.errors import CalibrationError
-from tests.architectures.tiny import tiny_seq2seq_model
-from tests.evaluation.conftest import WORDS, tiny_llama
+from tests.helpers.language import WORDS, tiny_llama
+from tests.helpers.tiny import tiny_seq2seq_model
 
 TEXTS = ["w1 w2 w3", "w4 w5", "w6"]
 IDS = [[WORDS.index(word) for word in text.split()] for text in TEXTS]

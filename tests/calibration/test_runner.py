@@ -22,9 +22,9 @@ from hf_compress.calibration.runner import BlockRunner, replaced_forwards
 from hf_compress.errors import CalibrationError, UnsupportedModelError
 from hf_compress.rewrite.apply import carry_out
 from hf_compress.rewrite.builders import insert_bottleneck
-from tests.architectures.tiny import tiny_base_model, tiny_inputs, tiny_model, tiny_seq2seq_model
-from tests.conftest import leftovers
-from tests.plans import linear_bottleneck
+from tests.helpers.models import leftovers
+from tests.helpers.plans import linear_bottleneck
+from tests.helpers.tiny import tiny_base_model, tiny_inputs, tiny_model, tiny_seq2seq_model
 
 BUILDERS = {
     "llama": tiny_model,

@@ -9,9 +9,9 @@ from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.calibration.data import Calibration, DataOptions, prepare
 from hf_compress.calibration.statistics import block_statistics, pool
 from hf_compress.errors import CalibrationError
-from tests.architectures.tiny import tiny_base_model, tiny_seq2seq_model
-from tests.conftest import leftovers
-from tests.evaluation.conftest import WORDS
+from tests.helpers.language import WORDS
+from tests.helpers.models import leftovers
+from tests.helpers.tiny import tiny_base_model, tiny_seq2seq_model
 
 
 def token_streams(model, stack, ids):

@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 from typer.testing import CliRunner
 
 from hf_compress.cli import app
-from tests.evaluation.conftest import tiny_llama, word_tokenizer, words
+from tests.helpers.language import tiny_llama, word_tokenizer, words
 
 COMMANDS = typer.main.get_command(app).commands
 DROP = ("--method", "drop_blocks", "--num", "1")

@@ -17,8 +17,8 @@ from hf_compress.evaluation.faithfulness import (
     structural_unfaithfulness,
 )
 from hf_compress.methods.illc import ILLCConfig
-from tests.architectures.tiny import tiny_model
-from tests.ffns import noise
+from tests.helpers.ffns import noise
+from tests.helpers.tiny import tiny_model
 
 SAMPLES = 7
 
@@ -113,7 +113,6 @@ def test_similarity_falls_off_with_the_distance():
 
 
 def test_metrics_of_evaluate_say_the_same():
-    pytest.importorskip("evaluate")
     from hf_compress.evaluation.metrics import InputOutputUnfaithfulness, StructuralUnfaithfulness
 
     new, old = noise(SAMPLES, 5, seed=1).double(), noise(SAMPLES, 5, seed=2).double()

@@ -22,8 +22,8 @@ from hf_compress.errors import UnsupportedModelError
 from hf_compress.evaluation.harness import run_tasks
 from hf_compress.evaluation.kinds import check_predicts_text
 from hf_compress.evaluation.size import parameter_count
-from tests.architectures.tiny import tiny_model
-from tests.evaluation.conftest import WORDS, tiny_llama
+from tests.helpers.language import WORDS, tiny_llama
+from tests.helpers.tiny import tiny_model
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 VIT = {**SIZES, "image_size": 8, "patch_size": 4}

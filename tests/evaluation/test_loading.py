@@ -16,7 +16,7 @@ from transformers import (
 from hf_compress import DenseConfig, DenseForClassification, evaluate
 from hf_compress.errors import UnsupportedModelError
 from hf_compress.evaluation.loading import load_saved
-from tests.evaluation.conftest import tiny_llama
+from tests.helpers.language import tiny_llama
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 MODELS = {

@@ -14,7 +14,7 @@ import pytest
 from hf_compress.features.report import feature_report
 from hf_compress.report.canvas import BLUE, INK, VERMILION
 from hf_compress.rewrite.bottlenecks import Bottlenecks
-from tests.features.test_report import TOP, made
+from tests.helpers.bottlenecks import TOP, fitted
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 # Prints where everything is, as soon as the page is laid out. It is put into a copy of the page alone.
@@ -49,10 +49,10 @@ def page(tmp_path_factory) -> Path:
     """A report on two bottlenecks, with texts of one long word among them."""
     import torch
 
-    from tests.evaluation.conftest import tiny_llama, word_tokenizer, words
+    from tests.helpers.language import tiny_llama, word_tokenizer, words
 
-    found = made(0, width=14)
-    found.places[1] = made(1, form=TOP).places[1]
+    found = fitted(0, width=14)
+    found.places[1] = fitted(1, form=TOP).places[1]
     found = Bottlenecks(found.stack, found.places, {})
     steps = list(range(200))
     curve = {

@@ -18,7 +18,7 @@ from hf_compress.features.probing import (
     random_features,
     sparse_probing,
 )
-from tests.ffns import noise
+from tests.helpers.ffns import noise
 
 
 def classes_of(*sizes, seed=0):

@@ -15,10 +15,10 @@ from hf_compress.features.reconstruction import (
 )
 from hf_compress.modules.bottleneck import Bottleneck, Form
 from hf_compress.rewrite.bottlenecks import Bottlenecks, FittedBottleneck
-from tests.architectures.tiny import tiny_base_model, tiny_inputs, tiny_model, tiny_seq2seq_model
-from tests.conftest import in_dtype, leftovers
-from tests.evaluation.conftest import tiny_llama, words
-from tests.plans import Before
+from tests.helpers.language import tiny_llama, words
+from tests.helpers.models import in_dtype, leftovers
+from tests.helpers.plans import Before
+from tests.helpers.tiny import tiny_base_model, tiny_inputs, tiny_model, tiny_seq2seq_model
 
 HIDDEN, SPECIAL = 16, 4  # ids below are special
 OPTIONS = DataOptions(batch_size=3)

@@ -24,28 +24,15 @@ from hf_compress.features.tallies import Largest
 from hf_compress.features.words import _pieces
 from hf_compress.methods.adaptive_compress.config import AdaptiveCompressConfig
 from hf_compress.methods.adaptive_compress.fit import fit
-from hf_compress.modules.bottleneck import BOTTLENECK, Bottleneck, Form
+from hf_compress.modules.bottleneck import BOTTLENECK, Form
 from hf_compress.report.history import model_size
 from hf_compress.report.report import CompressionReport
 from hf_compress.report.stages import Stage
 from hf_compress.rewrite.apply import apply
-from hf_compress.rewrite.bottlenecks import Bottlenecks, FittedBottleneck
-from tests.architectures.tiny import tiny_base_model, tiny_model, tiny_seq2seq_model
-from tests.conftest import leftovers
-
-LINEAR, TOP = Form(), Form(skip=0.0, select="top", active=3)
-CURVE = {"step": [0.0, 1.0, 2.0], "retention": [1.0, 0.9, 0.8], "error": [0.3, 0.2, 0.25]}
-
-
-def made(layer: int = 1, hidden: int = 16, width: int = 6, form: Form = LINEAR, stack: str = "model.layers"):
-    """A bottleneck of random maps: of `width` + 2 features trained, the second and the last were cut."""
-    generator = torch.Generator().manual_seed(layer)
-    module = Bottleneck(hidden, width, form)
-    for parameter in module.parameters():
-        parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
-    kept = torch.tensor([0, *range(2, width + 1)])
-    place = FittedBottleneck(module.requires_grad_(False), torch.arange(width + 2, 0.0, -1), kept, CURVE)
-    return Bottlenecks(stack, {layer: place}, {})
+from hf_compress.rewrite.bottlenecks import Bottlenecks
+from tests.helpers.bottlenecks import CURVE, LINEAR, TOP, fitted
+from tests.helpers.models import leftovers
+from tests.helpers.tiny import tiny_base_model, tiny_model, tiny_seq2seq_model
 
 
 def report(tmp_path, model, texts, tokenizer, found=None, **more) -> str:
@@ -127,7 +114,7 @@ def close(found, expected):
 @pytest.mark.parametrize("form", [LINEAR, TOP, Form(norm="lost"), Form(norm="none", select="above")])
 def test_cards(form, model, framing_tokenizer, texts, tmp_path):
     """Order, figures and examples; special tokens and padding are in none of them."""
-    found = made(form=form)
+    found = fitted(form=form)
     module = found.places[1].module
     page = report(tmp_path, model, texts, framing_tokenizer, found, features=4, examples=5)
     rows = streams(model, framing_tokenizer, texts, 1)
@@ -150,7 +137,7 @@ def test_cards(form, model, framing_tokenizer, texts, tmp_path):
 
 def test_header(model, framing_tokenizer, texts, tmp_path):
     """Explained variance, over all tokens at once; features active; tokens."""
-    found = made(form=TOP)
+    found = fitted(form=TOP)
     module = found.places[1].module
     page = report(tmp_path, model, texts, framing_tokenizer, found)
     rows = torch.cat(streams(model, framing_tokenizer, texts, 1)).double()
@@ -169,7 +156,7 @@ def test_header(model, framing_tokenizer, texts, tmp_path):
 def test_examples_stand_in_their_text(model, framing_tokenizer, texts, tmp_path):
     """Ten tokens on either side at most, dots where there is more, and the right token marked."""
     longer = [" ".join(texts)[:150], *texts]
-    page = report(tmp_path, model, longer, framing_tokenizer, made(), examples=12)
+    page = report(tmp_path, model, longer, framing_tokenizer, fitted(), examples=12)
     checked = 0
     for one in cards(page):
         for (text, token, _), context in zip(one.places["pos"] + one.places["neg"], one.contexts, strict=True):
@@ -187,7 +174,7 @@ def test_examples_stand_in_their_text(model, framing_tokenizer, texts, tmp_path)
 
 def test_a_page_does_not_depend_on_batches(model, framing_tokenizer, texts, tmp_path):
     first, *others = (
-        cards(report(tmp_path, model, texts, framing_tokenizer, made(), options=DataOptions(batch_size=size)))
+        cards(report(tmp_path, model, texts, framing_tokenizer, fitted(), options=DataOptions(batch_size=size)))
         for size in (1, 5, 12)
     )
     for shown in others:
@@ -218,7 +205,7 @@ def test_only_the_largest_are_kept():
 def test_dead_features(model, tokenizer, texts, tmp_path):
     """Of a linear code, those of no code, or next to none; of others, only the former. They have no cards."""
     for form, expected in ((LINEAR, "#2, #5"), (Form(norm="none", select="above"), "#2")):
-        found = made(form=form)
+        found = fitted(form=form)
         module = found.places[1].module
         if form is LINEAR:
             module.encoder[:, 1] = 0
@@ -251,7 +238,7 @@ def weighted(model):
 def test_logit_effects(kind, stack, plus, tokenizer, texts, tmp_path):
     """W′_i · diag(g) · Uᵀ; Gemma's norms store their gain less 1."""
     model, gain = weighted(tiny_model(kind))
-    found = made(hidden=len(gain), stack=stack)
+    found = fitted(hidden=len(gain), stack=stack)
     page = report(tmp_path, model, texts, tokenizer, found)
     embeddings = model.get_output_embeddings().weight.data[: len(tokenizer)]
     module, kept = found.places[1].module, found.places[1].kept.tolist()
@@ -278,13 +265,13 @@ def test_the_gain_of_a_norm(hidden, norm):
 def test_a_norm_that_is_not_found_is_left_out(tokenizer, texts, tmp_path):
     """BERT's head has a dense layer before its norm; a model with no norm at all needs none."""
     model = tiny_model("bert")
-    page = report(tmp_path, model, texts, tokenizer, made(hidden=64, stack="bert.encoder.layer"))
+    page = report(tmp_path, model, texts, tokenizer, fitted(hidden=64, stack="bert.encoder.layer"))
     assert "no single norm, and is left out" in page
     llama = tiny_model("llama")
     llama.model.norm = torch.nn.Identity()
-    page = report(tmp_path, llama, texts, tokenizer, made(hidden=llama.config.hidden_size))
+    page = report(tmp_path, llama, texts, tokenizer, fitted(hidden=llama.config.hidden_size))
     assert "has no final norm" in page
-    effects = made(hidden=llama.config.hidden_size).places[1].module.decoder @ llama.lm_head.weight.data.T
+    effects = fitted(hidden=llama.config.hidden_size).places[1].module.decoder @ llama.lm_head.weight.data.T
     shown = {round(value, 2) for one in cards(page) for words in one.words for _, value in words}
     assert shown <= {round(float(f"{value:.3g}"), 2) for value in effects.flatten().tolist()}
 
@@ -292,7 +279,7 @@ def test_a_norm_that_is_not_found_is_left_out(tokenizer, texts, tmp_path):
 def test_encoders(framing_tokenizer, texts, tmp_path):
     """Without output embeddings there are no words, and a sentence that says so."""
     model = tiny_base_model("bert")
-    found = made(hidden=64, stack="encoder.layer")
+    found = fitted(hidden=64, stack="encoder.layer")
     page = report(tmp_path, model, texts, framing_tokenizer, found)
     assert "has no output embeddings" in page
     shown = cards(page)
@@ -308,7 +295,7 @@ def test_encoders(framing_tokenizer, texts, tmp_path):
 def test_encoder_decoders(side, words, tokenizer, texts, tmp_path):
     """A decoder reads the text one place to the right, so the token at a place is the one before."""
     model = tiny_seq2seq_model("t5")
-    page = report(tmp_path, model, texts, tokenizer, made(hidden=model.config.d_model, stack=f"{side}.block"))
+    page = report(tmp_path, model, texts, tokenizer, fitted(hidden=model.config.d_model, stack=f"{side}.block"))
     assert words in page
     for one in cards(page):
         for (text, token, _), context in zip(one.places["pos"] + one.places["neg"], one.contexts, strict=True):
@@ -320,7 +307,7 @@ def test_decoders_that_are_given_a_text_of_their_own(tmp_path, tokenizer, ids):
     model = tiny_seq2seq_model("t5")
     own = ids.flip(1)
     batches = [{"input_ids": ids[:3], "decoder_input_ids": own[:3]}]
-    page = report(tmp_path, model, batches, tokenizer, made(hidden=model.config.d_model, stack="decoder.block"))
+    page = report(tmp_path, model, batches, tokenizer, fitted(hidden=model.config.d_model, stack="decoder.block"))
     for one in cards(page):
         for (text, token, _), context in zip(one.places["pos"] + one.places["neg"], one.contexts, strict=True):
             assert re.search(r"<mark>(.*)</mark>", context)[1].strip("␣") == tokenizer.decode([own[text, token]])
@@ -331,7 +318,7 @@ def test_a_head_that_reads_another_stream(tokenizer, texts, tmp_path):
     config = tiny_model("opt").config
     config.word_embed_proj_dim = config.hidden_size // 2
     model = OPTForCausalLM(config).eval()
-    page = report(tmp_path, model, texts, tokenizer, made(hidden=config.hidden_size, stack="model.decoder.layers"))
+    page = report(tmp_path, model, texts, tokenizer, fitted(hidden=config.hidden_size, stack="model.decoder.layers"))
     assert "do not read this stream" in page
     assert 'class="words"' not in page
 
@@ -341,7 +328,7 @@ def test_a_head_that_reads_another_stream(tokenizer, texts, tmp_path):
 
 def test_spliced_bottlenecks_read_what_goes_into_them(model, framing_tokenizer, texts, tmp_path):
     """The same cards as before they were spliced in; what is known of their training comes from the report."""
-    found = made()
+    found = fitted()
     before = report(tmp_path, model, texts, framing_tokenizer, found)
     apply(found.plan(model), model)
     bare = report(tmp_path, model, texts, framing_tokenizer)
@@ -374,7 +361,7 @@ def test_spliced_bottlenecks_read_what_goes_into_them(model, framing_tokenizer, 
 )
 def test_notes(entry, numbers, sentence, model, tokenizer, texts, tmp_path):
     """Importance tells which features were kept; notes of a bottleneck of another width are of another one."""
-    apply(made().plan(model), model)
+    apply(fitted().plan(model), model)
     noted(model, {"1": entry})
     page = report(tmp_path, model, texts, tokenizer)
     assert sorted(one.index for one in cards(page)) == numbers
@@ -385,8 +372,8 @@ def test_notes(entry, numbers, sentence, model, tokenizer, texts, tmp_path):
 
 def test_several_blocks(model, tokenizer, texts, tmp_path):
     """A section for each, and nothing of the model is changed; what comes later reads what the first has changed."""
-    found = made(0)
-    found.places[3] = made(3, width=4).places[3]
+    found = fitted(0)
+    found.places[3] = fitted(3, width=4).places[3]
     page = report(tmp_path, model, texts, tokenizer, found)
     assert re.findall(r"<h2>(.*?)</h2>", page) == ["Behind block 0", "Behind block 3"]
     assert [len(cards(part)) for part in page.split("<h2>")[1:]] == [6, 4]
@@ -408,7 +395,7 @@ def test_several_blocks(model, tokenizer, texts, tmp_path):
 
 
 def test_bottlenecks_in_training_count_their_open_features(model, tokenizer, texts, tmp_path):
-    found = made(width=8, form=Form(gated=True))
+    found = fitted(width=8, form=Form(gated=True))
     module = found.places[1].module
     module.gate[torch.tensor([1, 6])] = 0
     apply(found.plan(model), model)
@@ -441,18 +428,18 @@ def test_what_fit_gives(variant, model, tokenizer, texts, tmp_path):
     ("found", "more", "message"),
     [
         (None, {}, r"no bottlenecks in its blocks: pass bottlenecks="),
-        (made(9), {}, r"behind block 9, but model.layers has the blocks 0 to 4"),
-        (made(hidden=12), {}, r"a stream 12 wide; that of model.layers is 16"),
-        (made(stack="encoder.layer"), {}, r"no residual stack 'encoder.layer'"),
+        (fitted(9), {}, r"behind block 9, but model.layers has the blocks 0 to 4"),
+        (fitted(hidden=12), {}, r"a stream 12 wide; that of model.layers is 16"),
+        (fitted(stack="encoder.layer"), {}, r"no residual stack 'encoder.layer'"),
         (Bottlenecks("model.layers", {}, {}), {}, r"has no places"),
-        (made(), {"features": 0}, r"features must be a whole number of at least 1; got 0"),
-        (made(), {"examples": True}, r"examples must be a whole number"),
-        (made(), {"examples": 2.0}, r"examples must be a whole number"),
-        (made(), {"path": "page.pdf"}, r"must end in .html; got 'page.pdf'"),
-        (made(), {"tokenizer": None}, r"tokenizer is None"),
-        (made(), {"texts": [""]}, r"data is empty"),
-        (made(), {"texts": None}, r"no calibration data"),
-        (made(), {"texts": torch.randn(2, 3, 16)}, r"takes none of|no token ids"),
+        (fitted(), {"features": 0}, r"features must be a whole number of at least 1; got 0"),
+        (fitted(), {"examples": True}, r"examples must be a whole number"),
+        (fitted(), {"examples": 2.0}, r"examples must be a whole number"),
+        (fitted(), {"path": "page.pdf"}, r"must end in .html; got 'page.pdf'"),
+        (fitted(), {"tokenizer": None}, r"tokenizer is None"),
+        (fitted(), {"texts": [""]}, r"data is empty"),
+        (fitted(), {"texts": None}, r"no calibration data"),
+        (fitted(), {"texts": torch.randn(2, 3, 16)}, r"takes none of|no token ids"),
     ],
 )
 def test_refusals(found, more, message, model, tokenizer, texts, tmp_path, monkeypatch):
@@ -468,7 +455,7 @@ def test_refusals(found, more, message, model, tokenizer, texts, tmp_path, monke
 def test_pictures_have_no_tokens(tokenizer, tmp_path):
     model = tiny_base_model("vit")
     size, channels = model.config.image_size, model.config.num_channels
-    found = made(hidden=model.config.hidden_size, stack=Anatomy(model).stack().path)
+    found = fitted(hidden=model.config.hidden_size, stack=Anatomy(model).stack().path)
     with pytest.raises(ValueError, match=r"the data no token ids: features are shown on text"):
         report(tmp_path, model, torch.randn(2, channels, size, size), tokenizer, found)
     assert leftovers(model) == []
@@ -476,7 +463,7 @@ def test_pictures_have_no_tokens(tokenizer, tmp_path):
 
 def test_a_batch_without_real_tokens_counts_for_nothing(model, framing_tokenizer, texts, tmp_path):
     """A text that is empty between its special tokens has its number all the same."""
-    page = report(tmp_path, model, ["", *texts[:3]], framing_tokenizer, made(), options=DataOptions(batch_size=1))
+    page = report(tmp_path, model, ["", *texts[:3]], framing_tokenizer, fitted(), options=DataOptions(batch_size=1))
     assert f"<dd>{sum(len(text.split()) for text in texts[:3])}</dd>" in page
     assert {text for one in cards(page) for text, *_ in one.places["pos"]} == {1, 2, 3}
 
@@ -484,7 +471,7 @@ def test_a_batch_without_real_tokens_counts_for_nothing(model, framing_tokenizer
 def test_activations_that_are_not_finite(model, tokenizer, texts, tmp_path):
     model.model.layers[1].mlp.down_proj.weight.data.fill_(torch.nan)
     with pytest.raises(CalibrationError, match=r"block model.layers.1 gives NaN"):
-        report(tmp_path, model, texts, tokenizer, made())
+        report(tmp_path, model, texts, tokenizer, fitted())
     assert leftovers(model) == []
 
 
@@ -533,8 +520,8 @@ def test_nothing_in_a_text_breaks_the_page(model, tmp_path):
     tokenizer = evil_tokenizer()
     ids = torch.arange(2, len(tokenizer)).repeat(2, 3)
     model.name_or_path = "<b>name</b> & co"
-    plain = Checked(report(tmp_path, model, torch.full((2, 6), 2), tokenizer, made()))
-    page = report(tmp_path, model, ids, tokenizer, made(), features=6)
+    plain = Checked(report(tmp_path, model, torch.full((2, 6), 2), tokenizer, fitted()))
+    page = report(tmp_path, model, ids, tokenizer, fitted(), features=6)
     checked = Checked(page)
     assert {tag for tag, _ in checked.tags} <= {tag for tag, _ in plain.tags} | {"mark"}
     for seen in ("<script>alert(1)</script>", "</style>", "&amp;", '"><img/src=x>', "⏎", "⇥", "⟨U+202E⟩", "␀", "-->"):
@@ -545,8 +532,8 @@ def test_nothing_in_a_text_breaks_the_page(model, tmp_path):
 
 def test_pages_are_whole_in_themselves(model, framing_tokenizer, texts, tmp_path):
     """No script, nothing loaded, links that lead within the page alone, and every one of them leads somewhere."""
-    found = made(0)
-    found.places[3] = made(3, form=TOP).places[3]
+    found = fitted(0)
+    found.places[3] = fitted(3, form=TOP).places[3]
     page = report(tmp_path, model, texts, framing_tokenizer, found)
     checked = Checked(page)
     assert page.startswith("<!doctype html>")

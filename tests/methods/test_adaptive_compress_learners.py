@@ -16,10 +16,10 @@ from hf_compress.methods.adaptive_compress import AdaptiveCompressConfig
 from hf_compress.methods.adaptive_compress.fit import LEARNERS
 from hf_compress.methods.adaptive_compress.learner import StreamMoments
 from hf_compress.methods.adaptive_compress.learning import Learning
-from tests.architectures.tiny import tiny_base_model, tiny_seq2seq_model
-from tests.conftest import in_dtype, leftovers
-from tests.evaluation.conftest import words
-from tests.plans import Before
+from tests.helpers.language import words
+from tests.helpers.models import in_dtype, leftovers
+from tests.helpers.plans import Before
+from tests.helpers.tiny import tiny_base_model, tiny_seq2seq_model
 
 HIDDEN, TOKENS = 5, 9
 VARIANTS = ("default", "paper", "pca", "linear", "topk", "batchtopk")

@@ -1,26 +1,27 @@
 """ILLC on Transformers: what becomes of whole models, in memory and in files."""
 
 import json
+from typing import get_args
 
 import pytest
 import torch
 from transformers import GraniteConfig, GraniteForCausalLM
 
 import hf_compress as hfc
-from examples.round_trip import LLAMA, build, logits
 from hf_compress.anatomy.anatomy import Anatomy, Block
 from hf_compress.anatomy.undo import Undo
 from hf_compress.api.compress import compress, make_plan
 from hf_compress.calibration.data import DataOptions
 from hf_compress.methods.illc import ILLCConfig
-from hf_compress.methods.illc.config import COMPENSATIONS, REDUCTION_NAMES
+from hf_compress.methods.illc.config import Compensation, Reduction
 from hf_compress.rewrite.apply import apply, carry_out
 from hf_compress.rewrite.builders import merge_units, narrow_ffn
 from hf_compress.storage.save import save
-from tests.architectures.changes import Trace, forward
-from tests.architectures.tiny import tiny_model
-from tests.conftest import leftovers
-from tests.ffns import FAMILIES, assert_close, bias_of, built, families, hooked, matrix_of, noise, some_units
+from tests.helpers.changes import Trace, forward
+from tests.helpers.ffns import FAMILIES, assert_close, bias_of, built, families, hooked, matrix_of, noise, some_units
+from tests.helpers.models import leftovers
+from tests.helpers.round_trip import LLAMA, build, logits
+from tests.helpers.tiny import tiny_model
 
 NAMES = ("Llama", "GPT-2", "BERT", "ViT")
 IDS = torch.randint(4, 90, (32, 12), generator=torch.Generator().manual_seed(7))
@@ -105,8 +106,8 @@ def test_a_plan_is_made_without_a_trace_and_is_what_compress_does(name, settings
     assert torch.equal(logits(model), logits(other))
 
 
-@pytest.mark.parametrize("compensation", COMPENSATIONS)
-@pytest.mark.parametrize("reduction", REDUCTION_NAMES)
+@pytest.mark.parametrize("compensation", get_args(Compensation))
+@pytest.mark.parametrize("reduction", get_args(Reduction))
 def test_every_reduction_with_every_compensation(reduction, compensation, tmp_path):
     model = build("Llama")
     run(model, width=20, reduction=reduction, compensation=compensation)

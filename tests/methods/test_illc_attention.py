@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from examples.round_trip import build, logits
 from hf_compress.anatomy.anatomy import Anatomy, Block
 from hf_compress.api.compress import compress
 from hf_compress.calibration.data import DataOptions
@@ -14,10 +13,11 @@ from hf_compress.numerics.ridge import LeastSquares
 from hf_compress.rewrite.builders import heads_of
 from hf_compress.rewrite.record import recorded
 from hf_compress.storage.save import save
-from tests.architectures.changes import Trace
-from tests.architectures.tiny import tiny_model
-from tests.conftest import leftovers
-from tests.ffns import matrix_of, noise
+from tests.helpers.changes import Trace
+from tests.helpers.ffns import matrix_of, noise
+from tests.helpers.models import leftovers
+from tests.helpers.round_trip import build, logits
+from tests.helpers.tiny import tiny_model
 
 IDS = torch.randint(4, 90, (32, 12), generator=torch.Generator().manual_seed(7))
 PIXELS = torch.randn(32, 3, 16, 16, generator=torch.Generator().manual_seed(7))

@@ -6,7 +6,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from examples.round_trip import build, inputs
 from hf_compress.anatomy.anatomy import Anatomy, Block
 from hf_compress.api.compress import compress, make_plan
 from hf_compress.calibration.data import DataOptions, prepare
@@ -17,8 +16,9 @@ from hf_compress.rewrite.apply import apply
 from hf_compress.rewrite.builders import linear_ffn
 from hf_compress.rewrite.record import recorded
 from hf_compress.storage.save import save
-from tests.architectures.changes import Trace
-from tests.architectures.tiny import tiny_model
+from tests.helpers.changes import Trace
+from tests.helpers.round_trip import build, inputs
+from tests.helpers.tiny import tiny_model
 
 SMALL = DataOptions(batch_size=3)
 

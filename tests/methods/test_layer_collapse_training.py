@@ -24,8 +24,8 @@ from hf_compress.modules.activation import BlendedActivation
 from hf_compress.rewrite.apply import apply, carry_out
 from hf_compress.rewrite.builders import replace_activation
 from hf_compress.rewrite.record import recorded
-from tests.conftest import leftovers
-from tests.training.runs import arguments, dense_rows, figures, loss_on, same, state_of, tiny_dense
+from tests.helpers.models import leftovers
+from tests.helpers.runs import arguments, dense_rows, figures, loss_on, same, state_of, tiny_dense
 
 
 def paper(**settings):

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import hf_compress as hfc
-from examples.round_trip import build, logits, train
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.parts import is_linear, linear_map
 from hf_compress.api.compress import compress, make_plan
@@ -18,36 +17,33 @@ from hf_compress.methods.lrp import LRPConfig
 from hf_compress.modules.packed import MixedPrecisionLinear
 from hf_compress.modules.sparse import SparseLinear
 from hf_compress.plan.plan import Plan
-from hf_compress.rewrite.apply import apply
 from hf_compress.storage.save import save
-from tests.architectures.changes import Trace, forward
-from tests.architectures.tiny import randomise, tiny_seq2seq_model
-from tests.conftest import in_dtype, leftovers
-from tests.linears import linears
+from tests.helpers.changes import Trace, forward
+from tests.helpers.linears import (
+    FLOATS,
+    IDS,
+    buffer_bytes,
+    data_of,
+    dense,
+    linears,
+    mask_of,
+    masks,
+    stored,
+    weight_of,
+)
+from tests.helpers.models import in_dtype
+from tests.helpers.round_trip import build, train
+from tests.helpers.tiny import randomise, tiny_seq2seq_model
 
-IDS = torch.randint(4, 90, (32, 12), generator=torch.Generator().manual_seed(7))
-PIXELS = torch.randn(32, 3, 16, 16, generator=torch.Generator().manual_seed(7))
-FLOATS = torch.randn(40, 6, generator=torch.Generator().manual_seed(7))
 CLASSES = torch.randint(0, 3, (40,), generator=torch.Generator().manual_seed(8))
 ALL = ("Llama", "Qwen3", "Mixtral", "GPT-2", "BERT", "ViT", "Dense")
 WITHOUT_EXPERTS = tuple(name for name in ALL if name != "Mixtral")
 PAPER = {"variant": "paper"}
 
 
-def dense(**fields):
-    """Without biases, so that relevance is gradient times input."""
-    torch.manual_seed(0)
-    sizes = {"input_size": 6, "hidden_size": 8, "intermediate_size": 20, "num_hidden_layers": 3, "num_labels": 3}
-    return hfc.DenseForClassification(hfc.DenseConfig(**sizes | {"use_bias": False} | fields)).eval()
-
-
 def made(name):
     """A model in which everything matters; 32 wide where there is a choice."""
     return dense(hidden_size=32, intermediate_size=64) if name == "Dense" else build(name)
-
-
-def data_of(model):
-    return {"pixel_values": PIXELS, "input_values": FLOATS}.get(model.main_input_name, IDS)
 
 
 def run(model, data=None, **settings):
@@ -62,33 +58,6 @@ def output(model):
 
 def blocks(model):
     return Anatomy(model).stack().blocks
-
-
-def stored(model, kind):
-    """The maps that are stored otherwise, by path."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, kind)}
-
-
-def weight_of(module):
-    """(outputs, inputs), whatever the module."""
-    return module.unpacked().detach() if hasattr(module, "unpacked") else linear_map(module).T.detach()
-
-
-def mask_of(module):
-    """The ones of a mask, bit by bit."""
-    ones = [byte >> place & 1 for byte in module.mask.tolist() for place in range(8)]
-    shape = (module.out_features, module.in_features)
-    return torch.tensor(ones[: shape[0] * shape[1]]).view(shape).bool()
-
-
-def masks(model):
-    return {name: mask_of(module) for name, module in stored(model, SparseLinear).items()}
-
-
-def buffer_bytes(model):
-    """Bytes of all that the maps store, beside biases."""
-    maps = [*stored(model, SparseLinear).values(), *stored(model, MixedPrecisionLinear).values()]
-    return sum(t.numel() * t.element_size() for m in maps for n, t in m.state_dict().items() if n != "bias")
 
 
 def is_plain(model):
@@ -666,30 +635,6 @@ def test_what_needs_no_data_works_without():
 
 
 # --- the same each time -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"sparsity": 0.5},
-        {"sparsity": 0.5, "bits": 3},
-        {"bits": 4, "group_size": 32},
-        {"granularity": "neuron", "sparsity": 0.25, "bits": 5, "group_size": 16},
-        {"granularity": "head", "sparsity": 0.5},
-        PAPER | {"granularity": "neuron", "split": (8, 4)},
-    ],
-    ids=str,
-)
-def test_a_plan_is_made_without_a_trace_and_is_what_compress_does(settings):
-    model, other = made("Llama"), made("Llama")
-    before = Trace.of(model)
-    plan = make_plan(model, LRPConfig(**settings), IDS, options=DataOptions(batch_size=8))
-    assert before.difference(model) is None
-    assert leftovers(model) == []
-    torch.manual_seed(123)  # nothing draws from torch's own generator
-    run(other, **settings)
-    apply(plan, model)
-    assert torch.equal(logits(model), logits(other))
 
 
 @pytest.mark.parametrize("granularity", ["weight", "neuron"])

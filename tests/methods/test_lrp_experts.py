@@ -11,7 +11,6 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
-from examples.round_trip import train
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.undo import Undo
 from hf_compress.api.compress import compress, make_plan
@@ -36,11 +35,12 @@ from hf_compress.plan.plan import Plan
 from hf_compress.rewrite.apply import apply, carry_out
 from hf_compress.rewrite.builders import split_experts
 from hf_compress.storage.save import save
-from tests.architectures.changes import Trace, forward, generate
-from tests.architectures.tiny import randomise, tiny_model
-from tests.conftest import in_dtype, leftovers
-from tests.methods.test_lrp import buffer_bytes, mask_of, masks, stored, weight_of
-from tests.stock import stock_outcomes
+from tests.helpers.changes import Trace, forward, generate
+from tests.helpers.linears import buffer_bytes, mask_of, masks, stored, weight_of
+from tests.helpers.models import in_dtype, leftovers
+from tests.helpers.round_trip import train
+from tests.helpers.stock import stock_outcomes
+from tests.helpers.tiny import randomise, tiny_model
 
 HIDDEN, WIDTH, BLOCKS, SPECIAL = 32, 48, 2, 1
 LENGTHS = (9, 3, 7, 1, 5, 8)  # none as long as the batch of another

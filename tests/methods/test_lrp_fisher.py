@@ -6,7 +6,6 @@ from torch import nn
 from torch.distributions import Bernoulli, Categorical, Independent, Normal, kl_divergence
 from transformers import AutoModelForSequenceClassification
 
-from examples.round_trip import build
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.parts import is_linear, linear_map
 from hf_compress.api.compress import compress
@@ -19,10 +18,11 @@ from hf_compress.methods.lrp.fisher import energies
 from hf_compress.methods.lrp.linears import block_linears
 from hf_compress.modules.packed import MixedPrecisionLinear
 from hf_compress.numerics.rounding import unexplained
-from tests.architectures.changes import Trace, forward
-from tests.architectures.tiny import _build, tiny_base_model, tiny_model, tiny_seq2seq_model
-from tests.conftest import in_dtype, leftovers
-from tests.methods.test_lrp import FLOATS, data_of, dense
+from tests.helpers.changes import Trace, forward
+from tests.helpers.linears import FLOATS, data_of, dense
+from tests.helpers.models import in_dtype, leftovers
+from tests.helpers.round_trip import build
+from tests.helpers.tiny import tiny_base_model, tiny_model, tiny_of, tiny_seq2seq_model
 
 IDS = torch.randint(8, 90, (12, 10), generator=torch.Generator().manual_seed(7))
 MASK = torch.arange(10) < torch.tensor([10, 3, 7, 10, 1, 5, 8, 2, 10, 6, 4, 9])[:, None]
@@ -305,7 +305,7 @@ def test_worth_foretells_the_divergence(kind):
 FAMILIES = {
     "bloom": (lambda: tiny_model("bloom"), None),
     "falcon": (lambda: tiny_model("falcon"), None),
-    "roberta classifier": (lambda: _build(AutoModelForSequenceClassification, "roberta", 0), None),
+    "roberta classifier": (lambda: tiny_of(AutoModelForSequenceClassification, "roberta", 0), None),
     "whisper": (lambda: tiny_seq2seq_model("whisper"), None),
     "t5 encoder": (lambda: tiny_seq2seq_model("t5"), "encoder.block"),
     "t5 decoder": (lambda: tiny_seq2seq_model("t5"), "decoder.block"),

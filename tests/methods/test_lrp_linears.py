@@ -13,7 +13,7 @@ from hf_compress.methods.base import grams
 from hf_compress.methods.lrp import LRPConfig
 from hf_compress.methods.lrp.grams import in_parts
 from hf_compress.methods.lrp.scores import watch_rows
-from tests.architectures.tiny import tiny_model
+from tests.helpers.tiny import tiny_model
 
 SHARED = "model.layers.0.mlp.shared_expert.up_proj"
 IDS = torch.randint(8, 90, (3, 7), generator=torch.Generator().manual_seed(1))

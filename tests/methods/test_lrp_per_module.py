@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from examples.round_trip import build
 from hf_compress.anatomy.parts import linear_map
 from hf_compress.api.compress import compress
 from hf_compress.calibration.data import Batch, DataOptions
@@ -17,8 +16,9 @@ from hf_compress.methods.lrp.module_bits import read_together
 from hf_compress.modules.packed import MixedPrecisionLinear, PackedLinear, pack
 from hf_compress.numerics.budget import spend_on_items
 from hf_compress.storage.save import save
-from tests.conftest import leftovers
-from tests.linears import linears
+from tests.helpers.linears import linears
+from tests.helpers.models import leftovers
+from tests.helpers.round_trip import build
 
 IDS = torch.randint(4, 90, (32, 12), generator=torch.Generator().manual_seed(7))
 SIZE = 32

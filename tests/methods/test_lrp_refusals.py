@@ -7,18 +7,17 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import hf_compress as hfc
-from examples.round_trip import build, logits
-from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.api.compress import compress
 from hf_compress.calibration.data import DataOptions
 from hf_compress.errors import CalibrationError, PlanError, UnsupportedModelError
-from hf_compress.methods.lrp import LRPConfig, weights
+from hf_compress.methods.lrp import LRPConfig
 from hf_compress.modules.packed import MixedPrecisionLinear
 from hf_compress.modules.sparse import SparseLinear
 from hf_compress.storage.save import save
-from tests.architectures.changes import Trace
-from tests.architectures.tiny import tiny_model
-from tests.conftest import leftovers
+from tests.helpers.changes import Trace
+from tests.helpers.models import leftovers
+from tests.helpers.round_trip import build, logits
+from tests.helpers.tiny import tiny_model
 
 IDS = torch.randint(8, 90, (32, 12), generator=torch.Generator().manual_seed(7))
 FLOATS = torch.randn(32, 6, generator=torch.Generator().manual_seed(7))
@@ -201,78 +200,9 @@ def test_maps_that_are_shared(settings):
     refused(model, IDS, PlanError, r"model\.layers\.[12]\.mlp\.\w+ is shared .* and cannot be changed", **settings)
 
 
-def test_a_stack_that_there_is_not():
-    refused(
-        build("Llama"),
-        IDS,
-        ValueError,
-        "no residual stack 'nowhere'; this model has model.layers",
-        stack="nowhere",
-        **HALF,
-    )
-
-
 # --- data -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [HALF, FOUR | {"group_size": 32}, NEURONS, PAPER, HALF | {"score": "wanda"}, HALF | {"score": "magnitude"}],
-    ids=str,
-)
-def test_no_data(settings):
-    """Magnitudes need none, but what makes up for the weights that go does."""
-    refused(build("Llama"), None, CalibrationError, "this method needs calibration data", **settings)
 
 
 def test_no_labels():
     message = "target='label' explains the logit of each sample's label, and the data has none"
     refused(dense(), FLOATS, CalibrationError, message, target="label", **HALF)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite(value):
-    model = dense()
-    with torch.no_grad():
-        model.layers[1].mlp.up_proj.weight[0, 0] = value
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight holds NaN or infinity"):
-        compress(model, LRPConfig(sparsity=0.5), FLOATS)
-    after = model.state_dict()
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[n].nan_to_num(7.0), after[n].nan_to_num(7.0)) for n in before)
-    assert leftovers(model) == []
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [HALF, HALF | {"score": "wanda"}, HALF | {"score": "magnitude"}, NEURONS, {"bits": 7, "group_size": 8}],
-    ids=str,
-)
-def test_activations_that_are_not_finite(settings):
-    model = dense(residual=True)
-    with torch.no_grad():
-        model.layers[1].mlp.up_proj.weight.fill_(3e38)
-    refused(model, FLOATS, (CalibrationError, ValueError), "NaN or infinit", **settings)
-
-
-# --- interruptions ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("settings", [HALF, HALF | FOUR], ids=str)
-def test_an_interruption_leaves_nothing_behind(settings, monkeypatch):
-    """In the third of four blocks: two are changed by then."""
-    calls = []
-
-    def interrupted(*arguments):
-        calls.append(arguments)
-        if len(calls) > 15:
-            raise KeyboardInterrupt("enough")
-        return sparsify_linear(*arguments)
-
-    sparsify_linear = weights.sparsify_linear
-    monkeypatch.setattr(weights, "sparsify_linear", interrupted)
-    model = build("Llama")
-    refused(model, IDS, KeyboardInterrupt, "enough", **settings)
-    assert len(calls) == 16
-    assert len(Anatomy(model).stack()) == 4

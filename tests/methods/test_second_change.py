@@ -11,10 +11,10 @@ import hf_compress as hfc
 from hf_compress.anatomy.anatomy import Block
 from hf_compress.calibration.data import DataOptions
 from hf_compress.rewrite.builders import heads_of, narrow_ffn
-from tests.architectures.changes import Trace
-from tests.architectures.tiny import tiny_model
-from tests.conftest import leftovers
-from tests.evaluation.conftest import tiny_llama
+from tests.helpers.changes import Trace
+from tests.helpers.language import tiny_llama
+from tests.helpers.models import leftovers
+from tests.helpers.tiny import tiny_model
 
 IDS = torch.randint(4, 60, (32, 12), generator=torch.Generator().manual_seed(7))
 OPTIONS = DataOptions(batch_size=8)

@@ -9,7 +9,7 @@ from torch import nn
 
 from hf_compress.models import from_scikit_learn, from_sequential
 from hf_compress.storage.save import save
-from tests.ffns import noise
+from tests.helpers.ffns import noise
 
 X, Y = load_iris(return_X_y=True)
 

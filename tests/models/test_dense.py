@@ -22,7 +22,7 @@ from hf_compress.rewrite.apply import apply
 from hf_compress.rewrite.builders import narrow_ffn
 from hf_compress.rewrite.probe import Probe
 from hf_compress.storage.save import own_memory
-from tests.ffns import hooked
+from tests.helpers.ffns import hooked
 
 FEATURES = 6
 ACTIVATIONS = {

@@ -12,9 +12,9 @@ from hf_compress import LRPConfig, compress
 from hf_compress.anatomy.parts import is_linear
 from hf_compress.modules.packed import CompactLinear
 from hf_compress.storage.save import own_memory
-from tests.architectures.changes import same
-from tests.conftest import in_dtype
-from tests.evaluation.conftest import tiny_llama
+from tests.helpers.changes import same
+from tests.helpers.language import tiny_llama
+from tests.helpers.models import in_dtype
 
 IDS = torch.randint(4, 60, (24, 24), generator=torch.Generator().manual_seed(0))
 FORMS = {

@@ -11,8 +11,8 @@ from hf_compress.anatomy.undo import Undo
 from hf_compress.modules.bottleneck import BOTTLENECK, Bottleneck, Form, through_bottleneck
 from hf_compress.rewrite.apply import carry_out
 from hf_compress.rewrite.builders import insert_bottleneck
-from tests.architectures.tiny import tiny_inputs, tiny_model
-from tests.plans import linear_bottleneck
+from tests.helpers.plans import linear_bottleneck
+from tests.helpers.tiny import tiny_inputs, tiny_model
 
 HIDDEN, FEATURES = 6, 3
 NORMS = ("kept", "lost", "none")

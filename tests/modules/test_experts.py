@@ -19,9 +19,9 @@ from hf_compress.rewrite.edits import plan_from_json
 from hf_compress.rewrite.edits.experts import NarrowExperts, SplitExperts
 from hf_compress.rewrite.edits.packed import PackLinear
 from hf_compress.storage.save import save
-from tests.architectures.changes import Trace, forward
-from tests.architectures.tiny import tiny_base_model, tiny_inputs, tiny_model
-from tests.stock import stock_outcomes
+from tests.helpers.changes import Trace, forward
+from tests.helpers.stock import stock_outcomes
+from tests.helpers.tiny import tiny_base_model, tiny_inputs, tiny_model
 
 TOKENS, CHOICES = 9, 2
 GATED = ("mixtral", "qwen3_moe", "aria_text", "gpt_oss", "openai_privacy_filter")

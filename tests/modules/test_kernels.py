@@ -14,7 +14,7 @@ from hf_compress.evaluation.size import parameter_count, stored_bytes
 from hf_compress.modules.kernels import KernelLinear
 from hf_compress.modules.packed import MixedPrecisionLinear, pack
 from hf_compress.numerics.four_bit import digits_of
-from tests.conftest import in_dtype
+from tests.helpers.models import in_dtype
 
 IDS = torch.randint(4, 60, (12, 8), generator=torch.Generator().manual_seed(5))
 REMEDY = "can be neither saved, changed nor explained: load the model again for that"

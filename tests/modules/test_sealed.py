@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from hf_compress.modules.sealed import Sealed
-from tests.architectures.tiny import tiny_model
+from tests.helpers.tiny import tiny_model
 
 
 class Scaled(nn.LayerNorm):

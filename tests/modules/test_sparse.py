@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch.nn import functional
 
-from examples.round_trip import build, logits
 from hf_compress.errors import PlanError
 from hf_compress.modules.packed import MixedPrecisionLinear, Packing, pack
 from hf_compress.modules.sparse import SparseLinear, pack_mask, pack_row, row_length
@@ -14,7 +13,8 @@ from hf_compress.rewrite.builders import pack_linear, sparsify_linear
 from hf_compress.rewrite.edits import edit_from_dict, plan_from_json
 from hf_compress.rewrite.edits.packed import SparsifyLinear
 from hf_compress.storage.save import save
-from tests.architectures.changes import Trace
+from tests.helpers.changes import Trace
+from tests.helpers.round_trip import build, logits
 
 OUTPUTS, INPUTS = 5, 13  # 65 weights: neither a mask of whole bytes nor groups of whole rows
 SIZES = [(5, 13), (1, 1), (3, 8), (7, 3), (16, 16), (1, 65)]

@@ -23,10 +23,10 @@ from hf_compress.modules.activation import BlendedActivation
 from hf_compress.rewrite.apply import apply, carry_out
 from hf_compress.rewrite.builders import replace_activation
 from hf_compress.storage.save import save
-from tests.architectures.changes import Trace, forward
-from tests.architectures.tiny import tiny_inputs, tiny_model, tiny_seq2seq_model
-from tests.conftest import in_dtype, leftovers
-from tests.ffns import FAMILIES, PLAIN, assert_close, bias_of, built, families, hooked, matrix_of, noise
+from tests.helpers.changes import Trace, forward
+from tests.helpers.ffns import FAMILIES, PLAIN, assert_close, bias_of, built, families, hooked, matrix_of, noise
+from tests.helpers.models import in_dtype, leftovers
+from tests.helpers.tiny import tiny_inputs, tiny_model, tiny_seq2seq_model
 
 ALPHAS = (0.0, 0.25, 0.9, 1.0, 1.5)
 GATED = [name for name in FAMILIES if name not in PLAIN]

@@ -12,7 +12,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import hf_compress as hfc
-from tests.architectures.tiny import randomise
+from tests.helpers.tiny import randomise
 
 FEATURES, CLASSES, SAMPLES = 4, 3, 2
 ACTIVATIONS = {

@@ -18,8 +18,8 @@ from hf_compress.methods.mka import MKAConfig
 from hf_compress.numerics.manifold import embed
 from hf_compress.numerics.similarity import similarity_matrix
 from hf_compress.plan.edits import MergeBlocks
-from tests.architectures.changes import Trace
-from tests.architectures.tiny import tiny_model
+from tests.helpers.changes import Trace
+from tests.helpers.tiny import tiny_model
 
 EMBEDDED = {"components": 3, "neighbors": 2}
 

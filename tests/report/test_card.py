@@ -13,7 +13,7 @@ from hf_compress.evaluation.evaluate import TaskScore
 from hf_compress.evaluation.size import parameter_count
 from hf_compress.report.card import CardDetails, model_card
 from hf_compress.report.stages import Step
-from tests.report.cards import code_of, cut_down, ours, perplexity, restage, result, rows_of
+from tests.helpers.cards import code_of, cut_down, ours, perplexity, restage, result, rows_of
 
 
 @pytest.fixture

@@ -26,8 +26,8 @@ from hf_compress.report.card_edits import MOST_ROWS
 from hf_compress.report.report import REPORT_FILE
 from hf_compress.rewrite.edits.sealed import Seal
 from hf_compress.rewrite.record import entry_of
-from tests.evaluation.conftest import tiny_llama
-from tests.report.cards import code_of, cut_down, healed, restage, rows_of
+from tests.helpers.cards import code_of, cut_down, healed, restage, rows_of
+from tests.helpers.language import tiny_llama
 
 
 @pytest.fixture

@@ -25,10 +25,10 @@ from hf_compress import (
 from hf_compress.report.history import model_size
 from hf_compress.report.report import REPORT_FILE
 from hf_compress.storage.compressed_tensors import save_compressed_tensors
-from tests.evaluation.conftest import tiny_llama
-from tests.report.cards import code_of, rows_of
-from tests.storage.test_compressed_tensors import pack_all
-from tests.training.runs import arguments, ids_of, token_rows
+from tests.helpers.cards import code_of, rows_of
+from tests.helpers.language import tiny_llama
+from tests.helpers.linears import pack_all
+from tests.helpers.runs import arguments, ids_of, token_rows
 
 DROP = DropBlocksConfig(num_blocks=1, criterion="last")
 IDS = ids_of(token_rows(48))

@@ -14,8 +14,8 @@ from hf_compress.report.card import CardDetails, model_card
 from hf_compress.report.markdown import escape, fence, in_words, measured, one_line
 from hf_compress.report.report import CompressionReport
 from hf_compress.report.stages import Size, Stage, Step
-from tests.evaluation.conftest import tiny_llama
-from tests.report.cards import PARSER, result
+from tests.helpers.cards import PARSER, result
+from tests.helpers.language import tiny_llama
 
 SECTIONS = ["How to load it", "What was changed", "Size", "Evaluation", "How it was made", "Limitations"]
 NASTY = [

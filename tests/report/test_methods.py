@@ -9,9 +9,9 @@ from transformers import Trainer
 import hf_compress as hfc
 from hf_compress.methods.base.settings import method_names
 from hf_compress.report.report import CompressionReport
-from tests.evaluation.conftest import tiny_llama
-from tests.report.cards import healed
-from tests.training.runs import arguments, token_rows
+from tests.helpers.cards import healed
+from tests.helpers.language import tiny_llama
+from tests.helpers.runs import arguments, token_rows
 
 IDS = torch.randint(4, 30, (12, 8), generator=torch.Generator().manual_seed(5))
 SPARSE = {"method": "lrp", "sparsity": 0.5}

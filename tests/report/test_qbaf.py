@@ -7,8 +7,8 @@ import torch
 from hf_compress import DenseConfig, DenseForClassification
 from hf_compress.errors import UnsupportedModelError
 from hf_compress.report.qbaf import draw_qbaf, qbaf
-from tests.architectures.tiny import tiny_model
-from tests.ffns import noise
+from tests.helpers.ffns import noise
+from tests.helpers.tiny import tiny_model
 
 
 def network(**settings):

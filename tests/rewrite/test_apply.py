@@ -11,8 +11,8 @@ from hf_compress.plan.edits import MergeBlocks, RemoveBlocks
 from hf_compress.plan.plan import Plan
 from hf_compress.rewrite.apply import apply
 from hf_compress.rewrite.probe import Probe
-from tests.architectures.changes import Trace, check_reloads, merge_plan
-from tests.architectures.tiny import tiny_inputs, tiny_model, tiny_seq2seq_model, tiny_vision_language_model
+from tests.helpers.changes import Trace, check_reloads, merge_plan
+from tests.helpers.tiny import tiny_inputs, tiny_model, tiny_seq2seq_model, tiny_vision_language_model
 
 LAYERS = "model.layers"
 NAME = f"{LAYERS}.0.mlp.up_proj.weight"

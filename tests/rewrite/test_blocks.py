@@ -8,7 +8,7 @@ from hf_compress.anatomy.kinds import INDEX_ATTRIBUTE
 from hf_compress.anatomy.undo import Undo
 from hf_compress.errors import UnsupportedModelError
 from hf_compress.rewrite.blocks import remove_blocks
-from tests.architectures.tiny import tiny_inputs, tiny_model, tiny_seq2seq_model
+from tests.helpers.tiny import tiny_inputs, tiny_model, tiny_seq2seq_model
 
 
 def remove(model, removed, path=None) -> Undo:

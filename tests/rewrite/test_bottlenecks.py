@@ -12,9 +12,9 @@ from hf_compress.calibration.data import prepare
 from hf_compress.modules.bottleneck import Bottleneck, Form
 from hf_compress.rewrite.apply import apply
 from hf_compress.rewrite.bottlenecks import Bottlenecks, FittedBottleneck
-from tests.architectures.tiny import tiny_inputs, tiny_model, tiny_seq2seq_model
-from tests.conftest import in_dtype, leftovers
-from tests.plans import Before
+from tests.helpers.models import in_dtype, leftovers
+from tests.helpers.plans import Before
+from tests.helpers.tiny import tiny_inputs, tiny_model, tiny_seq2seq_model
 
 HIDDEN = 16
 FORMS = {

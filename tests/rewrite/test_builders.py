@@ -20,9 +20,8 @@ from hf_compress.rewrite.builders import (
     pack_linear,
     replace_activation,
 )
-from tests.architectures.changes import forward
-from tests.architectures.tiny import tiny_inputs, tiny_model
-from tests.ffns import (
+from tests.helpers.changes import forward
+from tests.helpers.ffns import (
     FAMILIES,
     HIDDEN,
     assert_close,
@@ -35,7 +34,8 @@ from tests.ffns import (
     noise,
     some_units,
 )
-from tests.plans import linear_bottleneck
+from tests.helpers.plans import linear_bottleneck
+from tests.helpers.tiny import tiny_inputs, tiny_model
 
 
 def test_the_matrices_of_the_oracle_are_those_of_the_modules():

@@ -13,9 +13,9 @@ from hf_compress.rewrite.edits import edit_from_dict
 from hf_compress.rewrite.edits.attention import NarrowAttention
 from hf_compress.rewrite.record import recorded
 from hf_compress.storage.save import save
-from tests.architectures.changes import Trace, forward
-from tests.architectures.tiny import tiny_base_model, tiny_inputs, tiny_model, tiny_seq2seq_model
-from tests.ffns import assert_close, hooked, noise
+from tests.helpers.changes import Trace, forward
+from tests.helpers.ffns import assert_close, hooked, noise
+from tests.helpers.tiny import tiny_base_model, tiny_inputs, tiny_model, tiny_seq2seq_model
 
 # grouped queries, norms of queries and keys by head; one key for each query; biases; two modules; parallel blocks
 FAMILIES = {

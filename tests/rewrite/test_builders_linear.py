@@ -8,9 +8,8 @@ from hf_compress.anatomy.undo import Undo
 from hf_compress.modules.bottleneck import Form
 from hf_compress.rewrite.apply import apply, carry_out
 from hf_compress.rewrite.builders import insert_bottleneck, linear_ffn, replace_activation
-from tests.architectures.changes import forward
-from tests.architectures.tiny import tiny_inputs, tiny_model
-from tests.ffns import (
+from tests.helpers.changes import forward
+from tests.helpers.ffns import (
     FAMILIES,
     HIDDEN,
     PLAIN,
@@ -24,7 +23,8 @@ from tests.ffns import (
     noise,
     with_linear,
 )
-from tests.plans import linear_bottleneck
+from tests.helpers.plans import linear_bottleneck
+from tests.helpers.tiny import tiny_inputs, tiny_model
 
 # --- linear -----------------------------------------------------------------------------------------------------------
 

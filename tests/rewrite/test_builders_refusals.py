@@ -7,8 +7,8 @@ from hf_compress.anatomy.anatomy import Anatomy, Block
 from hf_compress.errors import UnsupportedModelError
 from hf_compress.modules.bottleneck import Bottleneck
 from hf_compress.rewrite.builders import insert_bottleneck, linear_ffn, narrow_experts, narrow_ffn, replace_activation
-from tests.architectures.tiny import tiny_model
-from tests.ffns import HIDDEN
+from tests.helpers.ffns import HIDDEN
+from tests.helpers.tiny import tiny_model
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])

@@ -29,8 +29,8 @@ from hf_compress.plan.edits import RemoveBlocks
 from hf_compress.plan.plan import Plan
 from hf_compress.rewrite.apply import apply
 from hf_compress.rewrite.probe import Probe
-from tests.architectures.changes import Trace, merge_plan
-from tests.architectures.tiny import tiny_inputs, tiny_model
+from tests.helpers.changes import Trace, merge_plan
+from tests.helpers.tiny import tiny_inputs, tiny_model
 
 TEXT = {
     "vocab_size": 99,

@@ -8,7 +8,7 @@ from hf_compress.calibration.data import Batch
 from hf_compress.errors import ParityError, UnsupportedModelError
 from hf_compress.rewrite.parity import check_parity, rebuild
 from hf_compress.rewrite.probe import Probe, same_outputs, same_tensor
-from tests.architectures.tiny import tiny_base_model, tiny_inputs, tiny_model
+from tests.helpers.tiny import tiny_base_model, tiny_inputs, tiny_model
 
 
 def check(model, probe=None) -> None:

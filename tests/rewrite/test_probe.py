@@ -18,8 +18,8 @@ from hf_compress.anatomy import state
 from hf_compress.calibration.data import Batch
 from hf_compress.errors import UnsupportedModelError
 from hf_compress.rewrite.probe import Probe
-from tests.architectures.changes import Trace
-from tests.architectures.tiny import tiny_base_model, tiny_model
+from tests.helpers.changes import Trace
+from tests.helpers.tiny import tiny_base_model, tiny_model
 
 SIZES = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Dinov2Config, Dinov2Model, T5Config, T5ForConditionalGeneration
 
-from examples.round_trip import EDITS, build, logits, narrow
 from hf_compress.anatomy.anatomy import Anatomy, Block
 from hf_compress.anatomy.undo import Undo
 from hf_compress.api.compress import compress
@@ -20,7 +19,8 @@ from hf_compress.rewrite.apply import apply
 from hf_compress.rewrite.edits.sealed import Seal
 from hf_compress.rewrite.record import record, recorded
 from hf_compress.storage.save import save
-from tests.architectures.tiny import tiny_model
+from tests.helpers.round_trip import EDITS, build, logits, narrow
+from tests.helpers.tiny import tiny_model
 
 
 def change(model, edit, block=1, stack=None):

@@ -19,9 +19,8 @@ from hf_compress.rewrite.builders import insert_bottleneck, narrow_ffn, replace_
 from hf_compress.rewrite.edits.ffn import NarrowFFN
 from hf_compress.rewrite.edits.sealed import Seal
 from hf_compress.rewrite.record import recorded
-from tests.architectures.changes import forward
-from tests.architectures.tiny import tiny_inputs, tiny_model
-from tests.plans import (
+from tests.helpers.changes import forward
+from tests.helpers.plans import (
     BLOCK,
     DOWN,
     GATED,
@@ -36,6 +35,7 @@ from tests.plans import (
     model_for,
     pack_plan,
 )
+from tests.helpers.tiny import tiny_inputs, tiny_model
 
 
 @pytest.fixture

@@ -21,9 +21,8 @@ from hf_compress.rewrite.edits.ffn import LinearFFN, NarrowFFN, ReplaceActivatio
 from hf_compress.rewrite.edits.packed import PackLinear
 from hf_compress.rewrite.edits.sealed import Seal
 from hf_compress.rewrite.site import Site
-from tests.architectures.changes import forward
-from tests.architectures.tiny import tiny_base_model, tiny_inputs, tiny_model
-from tests.plans import (
+from tests.helpers.changes import forward
+from tests.helpers.plans import (
     BLOCK,
     DOWN,
     GATED,
@@ -35,6 +34,7 @@ from tests.plans import (
     linear_plan,
     pack_plan,
 )
+from tests.helpers.tiny import tiny_base_model, tiny_inputs, tiny_model
 
 
 @pytest.fixture

@@ -8,10 +8,8 @@ import transformers
 from huggingface_hub import constants
 from huggingface_hub.utils import _http
 
-from tests.storage.hub_server import HubServer, User
-from tests.storage.untrusted import make_checkpoints
-
-WRITER, READER, OTHER = (f"hf_{name}{'0123456789abcdef' * 2}" for name in ("Write", "Read", "Other"))
+from tests.helpers.hub_server import OTHER, READER, WRITER, HubServer, User
+from tests.helpers.untrusted import make_checkpoints
 
 
 @pytest.fixture

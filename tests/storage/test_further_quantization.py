@@ -5,13 +5,13 @@ import torch
 from bitsandbytes.nn import Linear8bitLt
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from examples.round_trip import EDITS, build, logits
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.api.compress import compress
 from hf_compress.errors import UnsupportedModelError
 from hf_compress.methods.drop_blocks import DropBlocksConfig
 from hf_compress.rewrite.apply import apply
 from hf_compress.storage.save import save
+from tests.helpers.round_trip import EDITS, build, logits
 
 EIGHT_BITS = BitsAndBytesConfig(load_in_8bit=True)
 

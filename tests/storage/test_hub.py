@@ -16,8 +16,7 @@ from hf_compress.methods.drop_blocks import DropBlocksConfig
 from hf_compress.report.report import REPORT_FILE, CompressionReport
 from hf_compress.storage.hub import push_to_hub, stale_files
 from hf_compress.storage.manifest import verify_files
-from tests.storage.conftest import OTHER, READER, WRITER
-from tests.storage.hub_server import DROP, HubServer
+from tests.helpers.hub_server import DROP, OTHER, READER, WRITER, HubServer
 
 REPO = "me/small"
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own
@@ -281,7 +280,6 @@ def test_no_connection(hub, small, monkeypatch):
 
 def test_no_xet_storage(hub, small, monkeypatch):
     monkeypatch.setenv("HF_HOME", constants.HF_HUB_CACHE)  # read when it is imported
-    pytest.importorskip("hf_xet")
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
     with pytest.raises(HubError, match=r"Hub or its storage cannot be reached \(ConnectionError: .*xet-write-token"):
         push_to_hub(small, REPO)

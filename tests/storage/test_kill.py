@@ -27,7 +27,7 @@ import hf_compress.storage.save as save_module
 import hf_compress.storage.staging as staging
 from hf_compress.storage.manifest import ManifestError, verify_files
 from hf_compress.storage.save import save
-from tests.evaluation.conftest import tiny_llama, word_tokenizer
+from tests.helpers.language import tiny_llama, word_tokenizer
 
 ROOT = Path(__file__).parents[2]
 TRIALS = 6  # in each step of each situation: 120 kills, at instants spread over 1.2 times what the step takes

@@ -16,13 +16,13 @@ from transformers import (
     TrainingArguments,
 )
 
-from examples.round_trip import EDITS, build, inputs, logits
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.errors import PlanError
 from hf_compress.plan.plan import Plan
 from hf_compress.rewrite import builders
 from hf_compress.rewrite.apply import apply
 from hf_compress.storage.save import save
+from tests.helpers.round_trip import EDITS, build, inputs, logits
 
 RECORDED = ("narrow one FFN", "linear FFN", "low-rank FFN", "bottleneck", "packed linear", "blended activation")
 

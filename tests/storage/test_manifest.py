@@ -10,7 +10,7 @@ import pytest
 
 from hf_compress.storage.manifest import MANIFEST_FILE, ManifestError, verify_files, write_manifest
 from hf_compress.storage.save import save
-from tests.evaluation.conftest import tiny_llama, word_tokenizer
+from tests.helpers.language import tiny_llama, word_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -17,13 +17,13 @@ from packaging.utils import canonicalize_name
 from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2DoubleHeadsModel, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
-from examples.round_trip import EDITS
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.rewrite.apply import apply
 from hf_compress.storage.manifest import verify_files
 from hf_compress.storage.portable import SHIM_MODULE, forget_shim, write_shim
 from hf_compress.storage.save import save
-from tests.evaluation.conftest import tiny_llama
+from tests.helpers.language import tiny_llama
+from tests.helpers.round_trip import EDITS
 
 SHIM = f"{SHIM_MODULE}.py"
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from examples.round_trip import EDITS, MODELS, build, round_trip
 from hf_compress.errors import UnsupportedModelError
+from tests.helpers.round_trip import EDITS, MODELS, build, round_trip
 
 PLAIN = {"remove a block", "merge two blocks", "narrow every FFN"}
 REFUSED = {("Mixtral", "linear FFN"), ("Mixtral", "low-rank FFN")}

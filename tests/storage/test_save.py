@@ -18,7 +18,7 @@ from hf_compress.report.report import REPORT_FILE, CompressionReport
 from hf_compress.report.stages import Size, Stage
 from hf_compress.storage.manifest import ManifestError, verify_files
 from hf_compress.storage.save import save
-from tests.conftest import in_dtype
+from tests.helpers.models import in_dtype
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux is asked to exchange two folders in one step")
 DROP_TWO = DropBlocksConfig(num_blocks=2, criterion="last")

@@ -11,7 +11,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 from hf_compress.errors import PlanError
 from hf_compress.rewrite.probe import quiet
-from tests.storage.untrusted import check, config_of, copied, is_plain, load, write_config
+from tests.helpers.untrusted import check, config_of, copied, is_plain, load, write_config
 
 # --- weights that are missing -----------------------------------------------------------------------------------------
 

@@ -2,12 +2,12 @@
 
 import pytest
 
-from examples.round_trip import EDITS, MODELS, build
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.errors import UnsupportedModelError
 from hf_compress.rewrite.apply import apply
 from hf_compress.storage.save import save
-from tests.stock import stock_outcomes
+from tests.helpers.round_trip import EDITS, MODELS, build
+from tests.helpers.stock import stock_outcomes
 
 
 @pytest.fixture(scope="module")

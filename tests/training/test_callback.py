@@ -17,9 +17,9 @@ from hf_compress import (
     LRPConfig,
     MKAConfig,
 )
-from tests.conftest import leftovers
-from tests.evaluation.conftest import tiny_llama
-from tests.training.runs import CALIBRATION, PAPER, arguments, figures, ids_of, loss_on, same, state_of, token_rows
+from tests.helpers.language import tiny_llama
+from tests.helpers.models import leftovers
+from tests.helpers.runs import CALIBRATION, PAPER, arguments, figures, ids_of, loss_on, same, state_of, token_rows
 
 ROWS = token_rows(ignored=True)
 
@@ -222,7 +222,6 @@ def test_r2_is_logged_in_closed_form(tmp_path):
 
 
 def test_tensorboard_gets_the_figures(tmp_path):
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     args = arguments(tmp_path, report_to=["tensorboard"])

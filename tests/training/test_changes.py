@@ -8,8 +8,8 @@ from transformers import Trainer
 
 from hf_compress import CompressionCallback, DropBlocksConfig, ILLCConfig, MKAConfig, compress
 from hf_compress.training.distillation import corresponding_blocks
-from tests.evaluation.conftest import tiny_llama
-from tests.training.runs import arguments, ids_of, token_rows
+from tests.helpers.language import tiny_llama
+from tests.helpers.runs import arguments, ids_of, token_rows
 
 STACK = "model.layers"
 

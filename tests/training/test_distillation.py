@@ -7,10 +7,10 @@ import torch
 from transformers import BertConfig, BertForTokenClassification
 
 from hf_compress.training.distillation import Distillation
-from tests.architectures.tiny import tiny_seq2seq_model
-from tests.conftest import leftovers
-from tests.evaluation.conftest import WORDS, tiny_llama
-from tests.training.runs import tiny_dense
+from tests.helpers.language import WORDS, tiny_llama
+from tests.helpers.models import leftovers
+from tests.helpers.runs import tiny_dense
+from tests.helpers.tiny import tiny_seq2seq_model
 
 
 def shaken(model, seed=1):

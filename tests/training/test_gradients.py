@@ -7,9 +7,9 @@ from transformers import BertConfig, BertForMaskedLM, BertForTokenClassification
 
 from hf_compress import CompressionCallback, DropBlocksConfig, LayerCollapseConfig, compress
 from hf_compress.training.objective import item_weight, shifts_labels
-from tests.architectures.tiny import tiny_seq2seq_model
-from tests.evaluation.conftest import WORDS, tiny_llama
-from tests.training.runs import CALIBRATION, Gradients, arguments, dense_rows, tiny_dense, token_rows
+from tests.helpers.language import WORDS, tiny_llama
+from tests.helpers.runs import CALIBRATION, Gradients, arguments, dense_rows, tiny_dense, token_rows
+from tests.helpers.tiny import tiny_seq2seq_model
 
 ALPHA = 0.3
 BERT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}

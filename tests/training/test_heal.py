@@ -25,10 +25,10 @@ from hf_compress.calibration import reading
 from hf_compress.calibration.padding import padded
 from hf_compress.storage.save import save
 from hf_compress.training.heal import _training_data
-from tests.architectures.tiny import tiny_seq2seq_model
-from tests.conftest import leftovers
-from tests.evaluation.conftest import tiny_llama
-from tests.training.runs import Snapshot, arguments, ids_of, same, state_of, tiny_dense, token_rows
+from tests.helpers.language import tiny_llama
+from tests.helpers.models import leftovers
+from tests.helpers.runs import Snapshot, arguments, ids_of, same, state_of, tiny_dense, token_rows
+from tests.helpers.tiny import tiny_seq2seq_model
 
 IDS = ids_of(token_rows(128))
 TEACHING, HELD_OUT = IDS[:96], IDS[96:]

@@ -6,8 +6,8 @@ from transformers import Trainer, TrainerCallback
 
 from hf_compress import CompressionCallback, DropBlocksConfig, LayerCollapseConfig, MKAConfig
 from hf_compress.training.optimizer import following
-from tests.evaluation.conftest import tiny_llama
-from tests.training.runs import arguments, figures, ids_of, tiny_dense, token_rows
+from tests.helpers.language import tiny_llama
+from tests.helpers.runs import arguments, figures, ids_of, tiny_dense, token_rows
 
 ROWS = token_rows()
 CALIBRATION = ids_of(token_rows(64))

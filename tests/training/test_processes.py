@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from tests.training.run_in_processes import CASES, fitted, run
-from tests.training.runs import same, state_of
+from tests.helpers.run_in_processes import CASES, fitted, run
+from tests.helpers.runs import same, state_of
 
 pytestmark = pytest.mark.slow
 
@@ -20,7 +20,7 @@ def two(tmp_path_factory):
     """The folder that two processes have written."""
     folder = tmp_path_factory.mktemp("two")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["-m", "tests.training.run_in_processes", str(folder)]
+    command += ["-m", "tests.helpers.run_in_processes", str(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -15,10 +15,10 @@ from hf_compress import (
     MKAConfig,
     UnsupportedModelError,
 )
-from tests.architectures.tiny import tiny_model
-from tests.conftest import leftovers
-from tests.evaluation.conftest import tiny_llama
-from tests.training.runs import CALIBRATION, PAPER, Snapshot, arguments, ids_of, loss_on, same, state_of, token_rows
+from tests.helpers.language import tiny_llama
+from tests.helpers.models import leftovers
+from tests.helpers.runs import CALIBRATION, PAPER, Snapshot, arguments, ids_of, loss_on, same, state_of, token_rows
+from tests.helpers.tiny import tiny_model
 
 ROWS = token_rows()
 LEARNED = LayerCollapseConfig(**PAPER)

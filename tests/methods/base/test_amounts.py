@@ -9,7 +9,7 @@ from hf_compress.api.compress import compress
 from hf_compress.calibration.data import DataOptions
 from hf_compress.methods.base.amounts import Amount
 from hf_compress.methods.base.settings import CompressionConfig, config_class, method_names
-from tests.architectures.tiny import tiny_model
+from tests.helpers.tiny import tiny_model
 
 SHAPES = {name: one.shape for name, one in tiny_model("llama").state_dict().items()}
 METHODS = {name: config_class(name) for name in method_names()}

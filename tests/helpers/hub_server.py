@@ -40,6 +40,8 @@ ROUTES = [
     ]
 ]
 
+WRITER, READER, OTHER = (f"hf_{name}{'0123456789abcdef' * 2}" for name in ("Write", "Read", "Other"))
+
 
 @dataclass(frozen=True)
 class Blob:

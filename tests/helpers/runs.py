@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 
 from hf_compress import CompressionCallback, DenseConfig, DenseForClassification
 from hf_compress.methods.layer_collapse.training import Blending
-from tests.evaluation.conftest import WORDS, tiny_llama
+from tests.helpers.language import WORDS, tiny_llama
 
 PAPER = {"variant": "paper"}
 

@@ -14,8 +14,8 @@ from hf_compress.rewrite.builders import (
     pack_linear,
     replace_activation,
 )
-from tests.architectures.changes import Trace
-from tests.architectures.tiny import tiny_model
+from tests.helpers.changes import Trace
+from tests.helpers.tiny import tiny_model
 
 BLOCK = "model.layers.0"
 MLP = f"{BLOCK}.mlp"

@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from tests.architectures import tiny
+from tests.helpers import tiny
 
 _USUAL = (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM)
 
@@ -39,8 +39,8 @@ class Variant:
     settings: tiny.Settings
 
     def build(self, seed: int = 0) -> PreTrainedModel:
-        """The tiny model, as those of :mod:`tests.architectures.tiny`."""
-        return tiny._build(self.auto, self.model_type, seed, self.settings)
+        """The tiny model, as those of :mod:`tests.helpers.tiny`."""
+        return tiny.tiny_of(self.auto, self.model_type, seed, self.settings)
 
     def __str__(self) -> str:
         fields = [f"{name}={value}" for part in self.settings.values() for name, value in part.items()]

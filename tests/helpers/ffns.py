@@ -9,8 +9,8 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from hf_compress.anatomy.anatomy import Anatomy
-from tests.architectures.changes import forward
-from tests.architectures.tiny import tiny_base_model, tiny_inputs, tiny_model, tiny_seq2seq_model
+from tests.helpers.changes import forward
+from tests.helpers.tiny import tiny_base_model, tiny_inputs, tiny_model, tiny_seq2seq_model
 
 HIDDEN = 64
 

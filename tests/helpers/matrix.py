@@ -1,7 +1,7 @@
 """The matrix: which architectures survive losing blocks, which are refused and why, which cannot be built tiny.
 
-python -m tests.architectures.matrix [TYPE ...]       prints what becomes of these types, or of all
-python -m tests.architectures.matrix --write          writes docs/architectures.md
+python -m tests.helpers.matrix [TYPE ...]       prints what becomes of these types, or of all
+python -m tests.helpers.matrix --write          writes docs/architectures.md
 """
 
 import argparse
@@ -23,8 +23,8 @@ from transformers.utils import logging as transformers_logging
 
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.errors import UnsupportedModelError
-from tests.architectures import tiny, variants
-from tests.architectures.changes import Outcome, check_message, outcomes
+from tests.helpers import tiny, variants
+from tests.helpers.changes import Outcome, check_message, outcomes
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "architectures.md"
 LONGEST_REASON = 150
@@ -145,7 +145,7 @@ def _shorten(text: str, longest: int) -> str:
 
 INTRODUCTION = """# Architectures
 
-Written by `python -m tests.architectures.matrix --write`, and held against the code by `tests/architectures/`.
+Written by `python -m tests.helpers.matrix --write`, and held against the code by `tests/architectures/`.
 
 ## What is checked
 

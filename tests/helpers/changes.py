@@ -2,6 +2,7 @@
 
 import copy
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
@@ -20,7 +21,7 @@ from hf_compress.plan.plan import Plan
 from hf_compress.rewrite.apply import apply
 from hf_compress.rewrite.parity import attention_of
 from hf_compress.rewrite.probe import Probe
-from tests.architectures.tiny import tiny_inputs
+from tests.helpers.tiny import tiny_inputs
 
 NEW_TOKENS = 5
 LONGEST_MESSAGE = 600
@@ -200,6 +201,18 @@ def can_generate(model: PreTrainedModel, inputs: dict[str, Tensor]) -> bool:
 def same(first: Tensor, second: Tensor) -> bool:
     """The same bits; NaN, which no tiny model should give, is not the same as itself."""
     return first.shape == second.shape and torch.equal(first, second)
+
+
+def runs_of_blocks(model: PreTrainedModel) -> dict[str, list[int]]:
+    """How often one forward pass of the tiny inputs runs each block of each stack."""
+    runs: Counter[tuple[str, int]] = Counter()
+    stacks = Anatomy(model).stacks
+    for stack in stacks:
+        for index, block in enumerate(stack.blocks):
+            place = (stack.path, index)
+            block.register_forward_pre_hook(lambda *_, place=place: runs.update([place]))
+    forward(model, tiny_inputs(model))
+    return {stack.path: [runs[stack.path, index] for index in range(len(stack))] for stack in stacks}
 
 
 # --- a refused model must be as it was --------------------------------------------------------------------------------

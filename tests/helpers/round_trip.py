@@ -1,6 +1,6 @@
 """Every kind of change on six families: change, save, load, compare; train a step, save, load, compare again.
 
-    python examples/round_trip.py               # about a minute on two cores; tiny random models, nothing is downloaded
+    python -m tests.helpers.round_trip    # about a minute on two cores; tiny random models, nothing is downloaded
 
 A row of the table is one family and one change. "kept in" says where the new structure stands: in the config's own
 fields, so that stock Transformers loads it, or in a record that needs `import hf_compress`. The exit status is 1 when a

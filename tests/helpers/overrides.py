@@ -1,4 +1,4 @@
-"""What :mod:`tests.architectures.tiny` is told by hand: the small sizes, and the exceptions of single model types."""
+"""What :mod:`tests.helpers.tiny` is told by hand: the small sizes, and the exceptions of single model types."""
 
 from typing import Any
 

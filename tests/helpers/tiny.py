@@ -20,8 +20,8 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from tests.architectures.overrides import CANNOT, DEPTH, OVERRIDES, PARTS, SIZES, TOWERS, VOCABULARY
-from tests.architectures.pictures import placeholder_ids, with_pictures
+from tests.helpers.overrides import CANNOT, DEPTH, OVERRIDES, PARTS, SIZES, TOWERS, VOCABULARY
+from tests.helpers.pictures import placeholder_ids, with_pictures
 
 CAUSAL_LM_TYPES: list[str] = list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
@@ -169,25 +169,25 @@ def _representatives(kinds: list[Any]) -> list[int]:
 
 def tiny_model(model_type: str, seed: int = 0) -> PreTrainedModel:
     """A causal language model in evaluation mode and float32, with weights in which every parameter matters."""
-    return _build(AutoModelForCausalLM, model_type, seed)
+    return tiny_of(AutoModelForCausalLM, model_type, seed)
 
 
 def tiny_base_model(model_type: str, seed: int = 0) -> PreTrainedModel:
     """The same of a model without a head."""
-    return _build(AutoModel, model_type, seed)
+    return tiny_of(AutoModel, model_type, seed)
 
 
 def tiny_seq2seq_model(model_type: str, seed: int = 0) -> PreTrainedModel:
     """The same of an encoder-decoder."""
-    return _build(AutoModelForSpeechSeq2Seq if model_type == "whisper" else AutoModelForSeq2SeqLM, model_type, seed)
+    return tiny_of(AutoModelForSpeechSeq2Seq if model_type == "whisper" else AutoModelForSeq2SeqLM, model_type, seed)
 
 
 def tiny_vision_language_model(model_type: str, seed: int = 0) -> PreTrainedModel:
     """The same of a model that reads pictures and writes text."""
-    return _build(AutoModelForImageTextToText, model_type, seed)
+    return tiny_of(AutoModelForImageTextToText, model_type, seed)
 
 
-def _build(auto: Any, model_type: str, seed: int, settings: Settings | None = None) -> PreTrainedModel:
+def tiny_of(auto: Any, model_type: str, seed: int, settings: Settings | None = None) -> PreTrainedModel:
     """The same by the auto class that knows it, with other settings than the default ones."""
     config = tiny_config(model_type, settings)
     if auto is AutoModelForCausalLM and getattr(config, "is_decoder", True) is False:

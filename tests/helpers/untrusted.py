@@ -15,13 +15,13 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import hf_compress
-from examples.round_trip import EDITS, build
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.errors import PlanError
 from hf_compress.plan.plan import Plan
 from hf_compress.rewrite.apply import apply
 from hf_compress.rewrite.probe import quiet
 from hf_compress.storage.save import save
+from tests.helpers.round_trip import EDITS, build
 
 PACKAGE = Path(hf_compress.__file__).parent
 

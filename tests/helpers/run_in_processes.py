@@ -1,6 +1,6 @@
 """A few runs in as many processes as torchrun starts: `test_processes` compares what each of them writes.
 
-torchrun --nproc_per_node 2 -m tests.training.run_in_processes FOLDER
+torchrun --nproc_per_node 2 -m tests.helpers.run_in_processes FOLDER
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from hf_compress import (
     MKAConfig,
     fit,
 )
-from tests.evaluation.conftest import tiny_llama
-from tests.training.runs import CALIBRATION, arguments, dense_rows, state_of, tiny_dense, token_rows
+from tests.helpers.language import tiny_llama
+from tests.helpers.runs import CALIBRATION, arguments, dense_rows, state_of, tiny_dense, token_rows
 
 ROWS = 32
 PAPER = LayerCollapseConfig(variant="paper", alpha_init=0.3, lc=0.7)

@@ -1,0 +1,22 @@
+"""What tests of every kind do with a model."""
+
+import torch
+from transformers import PreTrainedModel
+
+
+def in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """`model` as from_pretrained loads it in a dtype: unlike model.to(), that leaves buffers in float32."""
+    own = type(model)._from_config(model.config, dtype=dtype).eval()
+    own.load_state_dict(model.state_dict())
+    return own
+
+
+def leftovers(model: PreTrainedModel) -> list[str]:
+    """Hooks and replaced forwards that somebody forgot to take off."""
+    found = []
+    for path, module in model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+            found.append(f"hooks of {path}")
+        if "forward" in vars(module):
+            found.append(f"forward of {path}")
+    return found
