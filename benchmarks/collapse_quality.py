@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_compress import LayerCollapseConfig, Plan, make_plan, perplexity
-from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.anatomy import Anatomy, Block
 from hf_compress.evaluation.perplexity import Perplexity
 from hf_compress.rewrite.apply import apply
 from hf_compress.rewrite.builders import linear_ffn
@@ -58,7 +58,7 @@ def naive(model: PreTrainedModel, blocks: list[int], of: list[tuple[Tensor, Tens
     for index in blocks:
         mlp = model.model.layers[index].mlp
         product = mlp.down_proj.weight.float() @ (of[index][0][:, None] * mlp.up_proj.weight.float())
-        plan += linear_ffn(model, stack, index, [product.T])
+        plan += linear_ffn(Block(model, stack, index), [product.T])
     return plan
 
 
@@ -66,7 +66,7 @@ def left_out(model: PreTrainedModel, blocks: list[int], of: list[tuple[Tensor, T
     """The mean output, whatever the input."""
     stack, hidden = Anatomy(model).stack(), model.config.hidden_size
     nothing = torch.zeros(hidden, hidden)
-    return sum((linear_ffn(model, stack, index, [nothing], of[index][1]) for index in blocks), start=Plan())
+    return sum((linear_ffn(Block(model, stack, index), [nothing], of[index][1]) for index in blocks), start=Plan())
 
 
 def some(plan: Plan, count: int) -> Plan:

@@ -112,7 +112,7 @@ def collapsed(model: PreTrainedModel, rank: int | None) -> PreTrainedModel:
     hidden = hidden_size(model.config)
     sizes = [(hidden, hidden)] if rank is None else [(hidden, rank), (rank, hidden)]
     maps = [0.02 * torch.randn(size) for size in sizes]
-    carry_out(linear_ffn(small, Anatomy(small).stack(), COLLAPSED, maps, torch.zeros(hidden)), small, Undo())
+    carry_out(linear_ffn(Anatomy(small).block(COLLAPSED), maps, torch.zeros(hidden)), small, Undo())
     return small
 
 

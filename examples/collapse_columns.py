@@ -27,6 +27,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from hf_compress.methods.base.checks import is_number
 from torch import Tensor
 from transformers import (
     DataCollatorWithPadding,
@@ -40,9 +41,9 @@ from transformers import (
 )
 
 import hf_compress as hfc
+from hf_compress.anatomy.anatomy import Block
 from hf_compress.calibration.data import DataOptions, prepare
 from hf_compress.evaluation.size import parameter_count
-from hf_compress.methods.base.checks import is_number
 from hf_compress.methods.layer_collapse.blend import fitting_blend, mean_gates
 from hf_compress.methods.layer_collapse.product import product
 from hf_compress.rewrite.apply import apply
@@ -197,8 +198,12 @@ def naive(task: Task, dense: PreTrainedModel, blocks: Sequence[int]) -> PreTrain
         ffn = hfc.Anatomy(model).parts(stack, index).ffn
         blend = fitting_blend(ffn, stack.blocks[index].get_submodule(ffn.activation))
         constant = mean_gates(model, stack, data, [index])[index].float() if blend == "constant" else None
-        apply(replace_activation(model, stack, index, blend, 1.0, constant), model, Probe.of(model, data.batches[0]))
-        apply(product(model, stack, index, None), model, Probe.of(model, data.batches[0]))
+        apply(
+            replace_activation(Block(model, stack, index), blend, 1.0, constant),
+            model,
+            Probe.of(model, data.batches[0]),
+        )
+        apply(product(Block(model, stack, index), None), model, Probe.of(model, data.batches[0]))
     return model
 
 
@@ -252,7 +257,7 @@ def _student(task: Task, dense: PreTrainedModel, parameters: int, seed: int) -> 
 
 def _narrow(model: PreTrainedModel, width: int) -> hfc.Plan:
     stack = hfc.Anatomy(model).stack()
-    plans = [narrow_ffn(model, stack, index, range(max(1, width))) for index in range(len(stack))]
+    plans = [narrow_ffn(Block(model, stack, index), range(max(1, width))) for index in range(len(stack))]
     return sum(plans[1:], start=plans[0])
 
 

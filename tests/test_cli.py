@@ -30,6 +30,7 @@ from hf_compress.cli.demo import REFERENCE
 from hf_compress.cli.output import human_bytes
 from hf_compress.cli.settings import config_from
 from hf_compress.methods.drop_blocks import DropBlocksConfig
+from hf_compress.methods.illc import ILLCConfig
 from hf_compress.methods.mka import MKAConfig
 from hf_compress.rewrite.apply import apply
 from hf_compress.rewrite.builders import narrow_ffn
@@ -199,6 +200,8 @@ def test_options_win_over_the_recipe(tmp_path: Path) -> None:
     assert config_from(None, recipe, settings=["alpha=null", "num_merges=1"]) == MKAConfig(
         num_merges=1, variant="paper"
     )
+    recipe.write_text("method: illc\ngamma: 0.5\n")
+    assert config_from(None, recipe, ratio=0.25) == ILLCConfig(ratio=0.25)
     recipe.write_text("ratio: 0.5\n")
     assert config_from("drop_blocks", recipe, seed=3) == DropBlocksConfig(ratio=0.5, seed=3)
 
@@ -209,8 +212,8 @@ def test_options_win_over_the_recipe(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--ratio", "1.5"), "ratio must lie strictly between 0 and 1"),
-        (("--ratio", "0.5", "--num", "2"), "give ratio or num_merges, not both"),
+        (("--ratio", "1.5"), "--ratio must be a number in (0, 1) (share of the blocks to merge away); got 1.5"),
+        (("--ratio", "0.5", "--num", "2"), "give --ratio or --num, only one of them; got --ratio 0.5 and --num 2"),
         ((), "say how much to merge"),
         (("--method", "magic"), "unknown method 'magic'; known are adaptive_compress, "),
         (("--ratio", "0.5", "--set", "variannt=paper"), "did you mean 'variant'?"),
@@ -284,10 +287,16 @@ def test_info_says_what_was_done_and_checks_it(small: Path, model_folder: str) -
 
 def test_info_shows_the_record_of_a_model_that_needs_the_plugin(model_folder: str, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_folder)
-    apply(narrow_ffn(model, Anatomy(model).stack(), 1, range(8)), model)
+    apply(narrow_ffn(Anatomy(model).block(1), range(8)), model)
     result = run("info", save(model, tmp_path / "narrow"))
     assert result.exit_code == 0, result.output
-    for part in ("loads with `import hf_compress`", "NarrowFFN", "model.layers.1", "width: 8", "parity check passed"):
+    for part in (
+        "loads with `import hf_compress`",
+        "NarrowFFN",
+        "model.layers.1",
+        "8 hidden units",
+        "parity check passed",
+    ):
         assert part in result.stdout
 
 

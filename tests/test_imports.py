@@ -17,7 +17,7 @@ TESTS = Path(__file__).parent
 
 # Lowest first. A module may import from its own room, and from rooms on the floors below.
 FLOORS = [
-    {"errors"},
+    {"errors", "checks"},
     {"numerics"},
     {"modules", "models"},
     {"plan", "anatomy"},
@@ -69,6 +69,15 @@ def climbs(source: str, module: str, package: bool = False) -> list[str]:
         for name in imports_of(source, module, package)
         if room(name) != here and LEVEL.get(room(name), len(FLOORS)) >= LEVEL[here]
     ]
+
+
+def test_no_method_imports_another():
+    """What two of them need is in methods.base, or below."""
+    for path in (PACKAGE / "methods").rglob("*.py"):
+        own = ".".join(name_of(path).split(".")[:3])
+        found = imports_of(path.read_text(encoding="utf-8"), name_of(path), path.name == "__init__.py")
+        others = [name for name in found if name.startswith("hf_compress.methods.") and not name.startswith(own)]
+        assert [name for name in others if room(name) != "methods.base"] == [], path
 
 
 def test_there_are_no_circles():

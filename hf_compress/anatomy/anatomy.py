@@ -6,6 +6,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cached_property
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from hf_compress.anatomy.kinds import block_kind
@@ -48,6 +49,44 @@ class Anatomy:
         """What tells the blocks of a stack apart; blocks of equal kind may be merged."""
         return [block_kind(stack, index) for index in range(len(stack))]
 
+    def block(self, index: int, stack: str | None = None) -> Block:
+        """A block of the stack at a path; see `stack`."""
+        return Block(self.model, self.stack(stack), index)
+
     def parts(self, stack: Stack, index: int) -> BlockParts:
         """What a block is made of."""
-        return block_parts(stack.blocks[index], hidden_size(stack.configs[0][0]))
+        return Block(self.model, stack, index).parts
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of a model, as it is at the moment.
+
+    Raises:
+        ValueError: its stack has no such block.
+    """
+
+    model: PreTrainedModel
+    stack: Stack
+    index: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < len(self.stack):
+            raise ValueError(f"{self.stack.path} has the blocks 0 to {len(self.stack) - 1}; got {self.index}")
+
+    def __str__(self) -> str:
+        return f"block {self.index} of {self.stack.path}"
+
+    @property
+    def module(self) -> nn.Module:
+        return self.stack.blocks[self.index]
+
+    @property
+    def path(self) -> str:
+        """Of its module in the model."""
+        return f"{self.stack.path}.{self.index}"
+
+    @property
+    def parts(self) -> BlockParts:
+        """What it is made of."""
+        return block_parts(self.module, hidden_size(self.stack.configs[0][0]))

@@ -16,9 +16,9 @@ from hf_compress.anatomy.stacks import Stack
 from hf_compress.api.compress import check_model
 from hf_compress.calibration.data import Calibration, DataOptions, prepare
 from hf_compress.calibration.statistics import BlockStatistics, block_statistics
+from hf_compress.checks import check
 from hf_compress.evaluation.size import parameter_count
-from hf_compress.methods.base.amounts import blocks_to_remove
-from hf_compress.methods.base.checks import check_ratio
+from hf_compress.methods.base.amounts import Amount
 from hf_compress.methods.layer_collapse.closed_form import projections
 from hf_compress.methods.layer_collapse.config import LayerCollapseConfig
 from hf_compress.methods.layer_collapse.linear import fit_ffns
@@ -183,7 +183,7 @@ def analyze(
     """
     config = config or MKAConfig(ratio=0.5)
     for ratio in ratios:
-        check_ratio("ratios", ratio)
+        check("ratios", ratio, float, "(0, 1)")
     check_model(model)
     data = prepare(calibration, model, tokenizer, options)
     anatomy = Anatomy(model)
@@ -258,7 +258,7 @@ def _removal(
     statistics: BlockStatistics,
     similarity: Tensor,
 ) -> Removal:
-    count = blocks_to_remove(len(stack), ratio, None, "num_merges")
+    count = Amount("ratio", ratio).of_blocks(len(stack))
     # Measured once, a fused block is to either side what its outermost block was: so the pairs are simply the best.
     pairs = [i for i in range(len(stack) - 1) if kinds[i] == kinds[i + 1]]
     pairs = sorted(sorted(pairs, key=lambda i: -similarity[i, i + 1].item())[:count])

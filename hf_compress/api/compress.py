@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from time import perf_counter
 from typing import Any
 
@@ -122,7 +121,7 @@ def stage_of(config: CompressionConfig, plan: Plan, context: CalibrationContext,
         config=config.to_dict(),
         before=before,
         after=after,
-        edits=json.loads(plan.to_json())["edits"],  # with lists for tuples, as they come back from a file
+        edits=plan.to_list(),
         notes=plan.notes,
         steps=[Step(name, seconds) for name, seconds in context.seconds.items()],
         calibration=context.data.describe() if context.data else {},

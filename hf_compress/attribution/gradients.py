@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.autograd.function import FunctionCtx
 from transformers.activations import GELUActivation, SiLUActivation
 
 _TINY = torch.finfo(torch.float32).tiny
@@ -24,32 +23,24 @@ def _call(function: type[Function], *arguments: Any) -> Tensor:
     return value
 
 
-class _Scaled(Function):
+class _AsIf(Function):
     @staticmethod
-    def forward(ctx: Any, value: Tensor, factor: Tensor | float) -> Tensor:
-        ctx.factor = factor
-        return value.view_as(value)
+    def forward(ctx: Any, gave: Tensor, stands_in: Tensor) -> Tensor:
+        return gave.view_as(gave)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0] * ctx.factor, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
+        return None, gradients[0]
+
+
+def as_if(gave: Tensor, stands_in: Tensor) -> Tensor:
+    """`gave`, bit for bit, with the gradient of another tensor of its shape in the place of its own."""
+    return _call(_AsIf, gave.detach(), stands_in)
 
 
 def scale_gradient(value: Tensor, factor: Tensor | float) -> Tensor:
     """The value; its gradient is multiplied by `factor`, a number or a tensor of the value's shape."""
-    return _call(_Scaled, value, factor)
-
-
-class _Sloped(Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, given: Tensor, gave: Tensor, slope: Tensor) -> Tensor:
-        ctx.save_for_backward(slope)
-        return gave.view_as(gave)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (slope,) = ctx.saved_tensors
-        return gradients[0] * slope, None, None
+    return as_if(value, value * factor)
 
 
 def through_origin(activation: nn.Module, given: Tensor, gave: Tensor) -> Tensor:
@@ -57,7 +48,7 @@ def through_origin(activation: nn.Module, given: Tensor, gave: Tensor) -> Tensor
 
     Where f(0) is not 0, as of a sigmoid, the activation only weighs something else: no gradient goes through it.
     """
-    return _call(_Sloped, given, gave.detach(), _slope(activation, given.detach(), gave.detach()))
+    return as_if(gave, given * _slope(activation, given.detach(), gave.detach()))
 
 
 @torch.no_grad()
@@ -95,7 +86,7 @@ class _Normalised(Function):
 
 
 @dataclass(frozen=True)
-class NormRule:
+class ScaledNorm:
     """A norm over the last axis, gain · (x − mean x) · s + bias or gain · x · s + bias, s a number a token.
 
     Attributes:
@@ -110,8 +101,8 @@ class NormRule:
 
     @staticmethod
     @torch.no_grad()
-    def of(norm: nn.Module, given: Tensor, gave: Tensor) -> NormRule | None:
-        """The rule that explains what the norm made of an input; None where none does.
+    def of(norm: nn.Module, given: Tensor, gave: Tensor) -> ScaledNorm | None:
+        """How the norm made what it gave of an input; None where no such form explains it.
 
         Families write gains as w or as 1 + w, so what a module means is told by what it does.
         """
@@ -120,11 +111,11 @@ class NormRule:
             return None  # a norm of channels, over another axis
         ones = torch.ones(given.shape[-1], dtype=torch.float32, device=given.device)
         gains = [ones] if weight is None else [weight.float(), 1 + weight.float()]
-        rules = [NormRule(gain, bias, centred) for gain in gains for centred in (False, True)]
-        errors = [float((rule._unbiased(gave) - rule._base(given) * rule._scale(given, gave)).norm()) for rule in rules]
-        best = min(range(len(rules)), key=errors.__getitem__)
+        forms = [ScaledNorm(gain, bias, centred) for gain in gains for centred in (False, True)]
+        errors = [float((form._unbiased(gave) - form._base(given) * form._scale(given, gave)).norm()) for form in forms]
+        best = min(range(len(forms)), key=errors.__getitem__)
         tolerance = 1e-5 + 4 * torch.finfo(gave.dtype).eps
-        return rules[best] if errors[best] <= tolerance * float(gave.float().norm()) else None
+        return forms[best] if errors[best] <= tolerance * float(gave.float().norm()) else None
 
     def apply(self, given: Tensor, gave: Tensor) -> Tensor:
         """`gave`, with s held fast in its gradient."""

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 
 from hf_compress.anatomy.parts import is_linear
 from hf_compress.anatomy.undo import Undo
-from hf_compress.attribution.rules import AttentionRule, lrp_rules, normalises
+from hf_compress.attribution.attach import lrp_rules, normalises
+from hf_compress.attribution.composites import Composite, resolve
 from hf_compress.attribution.targets import Target, explained
 from hf_compress.calibration.capture import forward, hooked, inference
 from hf_compress.calibration.data import Batch
@@ -55,7 +56,9 @@ def check_open(model: Any) -> None:
 
 
 @contextmanager
-def explaining(model: PreTrainedModel, attention: AttentionRule = "attnlrp", epsilon: float = 0.0) -> Iterator[Sources]:
+def explaining(
+    model: PreTrainedModel, composite: str | Composite = "attnlrp", epsilon: float = 0.0
+) -> Iterator[Sources]:
     """The rules on a model in evaluation mode, with gradients as far as its embeddings and none for its parameters."""
     check_open(model)
     with inference(model), torch.enable_grad(), ExitStack() as stack:
@@ -63,7 +66,7 @@ def explaining(model: PreTrainedModel, attention: AttentionRule = "attnlrp", eps
         for parameter in model.parameters():
             set_gradient(parameter, False, undo)
         sources = Sources()
-        stack.enter_context(lrp_rules(model, attention, epsilon))
+        stack.enter_context(lrp_rules(model, composite, epsilon))
         stack.enter_context(hooked(_source_hooks(model, sources)))  # after the rules, which the head's logits go by
         yield sources
 
@@ -103,8 +106,8 @@ def explain(model: PreTrainedModel, batch: Batch, sources: Sources, target: Targ
     return values.detach(), relevances
 
 
-def check_conserved(model: PreTrainedModel, batch: Batch) -> None:
-    """Raise where the rules do not cover all that the model does.
+def check_conserved(model: PreTrainedModel, batch: Batch, composite: str | Composite = "attnlrp") -> None:
+    """Raise where the rules do not cover all that the model does; of a composite that does not conserve, never.
 
     With queries and keys held fast, every rule hands on all that it gets, and biases keep what is theirs. So the
     relevance of all sources and biases has to come to the outputs, of which a random mixture is explained.
@@ -112,7 +115,10 @@ def check_conserved(model: PreTrainedModel, batch: Batch) -> None:
     Raises:
         UnsupportedModelError: it does not.
     """
-    with explaining(model, "cp") as sources, Undo() as undo:
+    rules = resolve(composite)
+    if not rules.conserves:
+        return
+    with explaining(model, rules.without_scores()) as sources, Undo() as undo:
         added = _added(model)
         for parameter in added:
             set_gradient(parameter, True, undo)

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.parts import is_linear, linear_map
+from hf_compress.attribution.composites import Composite, resolve
 from hf_compress.attribution.passes import check_conserved, check_open, explain, explaining, word_embeddings
-from hf_compress.attribution.rules import ATTENTION_RULES, AttentionRule
 from hf_compress.attribution.targets import Target
 from hf_compress.attribution.watch import watch_inputs, watch_linears
 from hf_compress.calibration.data import Batch, DataOptions, prepare
@@ -55,7 +55,7 @@ def relevance(
     target: Target = "predicted",
     *,
     weights: bool = False,
-    attention: AttentionRule = "attnlrp",
+    composite: str | Composite = "attnlrp",
     epsilon: float = 0.0,
 ) -> Relevance:
     """Explain an output of `model` for each sample of `data`; the model is left as it was.
@@ -65,7 +65,8 @@ def relevance(
         target: "predicted", the class or next word that the model holds most likely; "label", the labels in the data,
             or every next word of the text itself; or a class or word, one for all samples or (samples).
         weights: whether the relevance of single weights is wanted, as large as the weights themselves.
-        attention: "attnlrp", or "cp" to leave queries and keys out.
+        composite: the rules: "attnlrp", "cp" to leave queries and keys out, a name that `register_composite` was given,
+            or a `Composite`.
         epsilon: of the ε-rule of linear maps, in units of their outputs.
 
     Raises:
@@ -76,17 +77,17 @@ def relevance(
 
     Source: R. Achtibat et al., "AttnLRP", 2024 (arXiv 2402.05602).
     """
-    if attention not in ATTENTION_RULES:
-        raise ValueError(f"attention must be one of {', '.join(ATTENTION_RULES)}; got {attention!r}")
     if type(epsilon) not in (int, float) or not 0 <= epsilon < float("inf"):
         raise ValueError(f"epsilon must not be negative; got {epsilon!r}: give a finite number, in units of outputs")
+    rules = resolve(composite)
+    ruled = rules.with_epsilon(epsilon)
     check_open(model)
     batch = _one_batch(prepare(data, model, tokenizer, _ALL).batches)
-    check_conserved(model, batch)
+    check_conserved(model, batch, rules)
     collected = _Collected()
     writers, heads = _writers(model)
     with ExitStack() as stack:
-        sources = stack.enter_context(explaining(model, attention, epsilon))
+        sources = stack.enter_context(explaining(model, ruled))
         stack.enter_context(watch_inputs(writers, collected.take_units))
         if weights:
             linears = {path: module for path, module in model.named_modules() if is_linear(module)}

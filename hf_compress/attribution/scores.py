@@ -12,8 +12,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from hf_compress.anatomy.parts import linear_map
+from hf_compress.attribution.composites import Composite
 from hf_compress.attribution.passes import check_conserved, explain, explaining
-from hf_compress.attribution.rules import AttentionRule
 from hf_compress.attribution.targets import Target
 from hf_compress.attribution.watch import watch_inputs, watch_linears
 from hf_compress.calibration.data import Batch
@@ -95,7 +95,7 @@ def relevance_sums(
     *,
     signed: bool = True,
     absolute: bool = True,
-    attention: AttentionRule = "attnlrp",
+    composite: str | Composite = "attnlrp",
 ) -> RelevanceSums:
     """Relevances of the weights of `linears`, and of what `writers` read, over calibration data.
 
@@ -111,8 +111,8 @@ def relevance_sums(
         sources = None
         for batch in tqdm(batches, desc="scoring by relevance", disable=None):
             if sources is None:
-                check_conserved(model, batch)
-                sources = stack.enter_context(explaining(model, attention))
+                check_conserved(model, batch, composite)
+                sources = stack.enter_context(explaining(model, composite))
                 sums.routes = stack.enter_context(watch_routes([model]))
                 stack.enter_context(watch_linears(linears, sums.take_weights))
                 stack.enter_context(watch_inputs(writers or {}, sums.take_units))

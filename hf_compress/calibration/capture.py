@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from hf_compress.errors import CalibrationError, UnsupportedModelError
 
 # index of the block, its input and its output, each (samples, positions, width)
 BlockWatcher = Callable[[int, Tensor, Tensor], None]
+Key = TypeVar("Key", bound=Hashable)
 
 
 # Fields of configs, also that for generating, that say what an output holds, and in what form. Router logits of blocks
@@ -133,6 +134,18 @@ def watch_module(module: nn.Module) -> Iterator[Seen]:
 
     with hooked([module.register_forward_hook(keep)]):
         yield seen
+
+
+@contextmanager
+def watch_arguments(modules: Mapping[Key, nn.Module]) -> Iterator[dict[Key, list[tuple[Any, ...]]]]:
+    """What modules are given while a batch runs, by their keys: for each call all arguments, those with names last."""
+    given: dict[Key, list[tuple[Any, ...]]] = {key: [] for key in modules}
+
+    def keep(key: Key) -> Callable[..., None]:
+        return lambda module, args, kwargs: given[key].append((*args, *kwargs.values()))
+
+    with hooked(module.register_forward_pre_hook(keep(key), with_kwargs=True) for key, module in modules.items()):
+        yield given
 
 
 def stream_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -17,6 +18,7 @@ from hf_compress.calibration.decoder import has_decoder, one_later, read_before,
 from hf_compress.calibration.padding import pad_id, padded
 from hf_compress.calibration.reading import check_dimensions, read
 from hf_compress.calibration.tables import PER_TOKEN, dimensions
+from hf_compress.checks import check_fields, setting
 from hf_compress.errors import CalibrationError
 
 logger = logging.getLogger(__name__)
@@ -90,7 +92,13 @@ class Calibration:
 
     def some(self, samples: int, least: int = 1) -> list[Batch]:
         """Batches that hold about `samples` samples, evenly spread over the data, `least` at least."""
-        return self.spread(max(least, -(-samples * len(self) // self.samples)))
+        return self.about(samples, self.samples, least)
+
+    def about(
+        self, amount: int, total: int, least: int = 1, rounded: Callable[[float], int] = math.ceil
+    ) -> list[Batch]:
+        """As many batches, evenly spread, as hold about `amount` of the `total` tokens or samples; `least` at least."""
+        return self.spread(max(least, rounded(amount * len(self) / max(1, total))))
 
     def with_special_tokens(self) -> Calibration:
         """The same, but that all tokens count which the model attends to."""
@@ -114,18 +122,13 @@ class DataOptions:
             such as a generator or a streaming dataset. A batch of the user's is not cut.
     """
 
-    batch_size: int = 8
-    max_length: int | None = None
+    batch_size: int = setting(8, within="[1, inf)")
+    max_length: int | None = setting(None, within="[1, inf)")
     text_column: str | None = None
-    max_samples: int | None = None
+    max_samples: int | None = setting(None, within="[1, inf)")
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "max_length", "max_samples"):
-            value = getattr(self, name)
-            if value is None and name != "batch_size":
-                continue
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1; got {value!r}")
+        check_fields(self)
 
 
 def prepare(

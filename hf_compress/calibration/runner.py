@@ -38,11 +38,11 @@ def replaced_forwards(stack: Stack, replacements: dict[int, BlockForward]) -> It
     with Undo() as undo:
         for index, replacement in replacements.items():
             block = stack.blocks[index]
-            undo.set(block, "forward", _wrapped(_whole_forward(block, undo), replacement))
+            undo.set(block, "forward", _wrapped(_forward_with_bottleneck(block, undo), replacement))
         yield
 
 
-def _whole_forward(block: nn.Module, undo: Undo) -> Callable[..., Any]:
+def _forward_with_bottleneck(block: nn.Module, undo: Undo) -> Callable[..., Any]:
     """The block's own forward, its bottleneck included, whose hook then has nothing left to do."""
     own, bottleneck = block.forward, block._modules.get(BOTTLENECK)
     if bottleneck is None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_compress.anatomy.stacks import Stack
-from hf_compress.calibration.data import Batch, Calibration
+from hf_compress.calibration.data import Calibration
 from hf_compress.calibration.runner import BlockRunner
 
 
@@ -32,11 +32,11 @@ def start_pairs(model: PreTrainedModel, stack: Stack, calibration: Calibration, 
 
     Two streams a batch are kept in memory, and no more.
     """
-    wanted = max(4, -(-tokens * len(calibration) // max(1, calibration.tokens)))
-    return [_start(model, stack, batch) for batch in calibration.spread(wanted)]
+    runners = [BlockRunner(model, stack, batch) for batch in calibration.about(tokens, calibration.tokens, least=4)]
+    return [StreamPair(runner, stream, stream) for runner in runners for stream in [runner.start()]]
 
 
-def _start(model: PreTrainedModel, stack: Stack, batch: Batch) -> StreamPair:
-    runner = BlockRunner(model, stack, batch)
-    stream = runner.start()
-    return StreamPair(runner, stream, stream)
+def advance(pairs: list[StreamPair], index: int) -> None:
+    """Take the compressed stream past a block."""
+    for pair in pairs:
+        pair.compressed = pair.runner.run(index, pair.compressed)

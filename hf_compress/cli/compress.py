@@ -99,7 +99,7 @@ def _compress(
 
 def _show(out: Console, report: Any) -> None:
     out.print(edits_table(report.edits))
-    out.print(report.table())
+    out.print(str(report), markup=False, soft_wrap=True)
 
 
 def _save(
@@ -136,16 +136,21 @@ def edits_table(edits: list[dict[str, Any]], title: str = "plan") -> Any:
 def methods() -> None:
     """List the methods, their papers, and their settings."""
     from dataclasses import fields
+    from typing import get_type_hints
 
     from rich.table import Table
 
+    from hf_compress.checks import expected
     from hf_compress.methods.base.settings import config_class, method_names
 
     out = console()
     for name in method_names():
         cls = config_class(name)
         summary = (cls.__doc__ or "").strip().splitlines()[0]
-        table = Table("setting", "default", "", title=f"{name}: {summary} {cls.paper or ''}", title_justify="left")
+        title = f"{name}: {summary} {cls.paper or ''}"
+        table = Table("setting", "default", "values", "", title=title, title_justify="left")
+        kinds = get_type_hints(cls)
         for field in fields(cls):
-            table.add_row(field.name, str(field.default), field.metadata.get("help", ""))
+            values = expected(kinds[field.name], field.metadata.get("within", ""))
+            table.add_row(field.name, str(field.default), values, field.metadata.get("help", ""))
         out.print(table)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -91,8 +91,7 @@ def run(console: Console, output: Path, *, quick: bool = False) -> None:
     rows: list[_Row] = []
     for label, model in _models(console, name, calibration, tokenizer, amounts.choice):
         if label == "MKA":
-            report: Any = model.compression_report
-            console.print(report.table())
+            console.print(str(model.compression_report), markup=False, soft_wrap=True)
             _save_and_compare(console, model, tokenizer, output, held_out[0])
         console.print(f"  scoring: {label}", style="dim")
         rows.append(_score(label, model, tokenizer, held_out, amounts.cloze))

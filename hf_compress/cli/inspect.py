@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -57,7 +57,7 @@ def analyze(  # noqa: PLR0913 (each of them is an option of the command)
     from hf_compress.storage.staging import check_writable
 
     quiet_libraries()
-    config = MKAConfig(ratio=0.5, similarity=similarity)
+    config = MKAConfig(ratio=0.5, similarity=cast(Any, similarity))
     options = DataOptions(batch_size, max_length, text_column)
     if output is not None:
         check_writable(output)  # before any work is done
@@ -109,7 +109,7 @@ def info(
 
 def _show(report: CompressionReport) -> None:
     out = console()
-    out.print(report.table())
+    out.print(str(report), markup=False, soft_wrap=True)
     for number, stage in enumerate(report.stages, 1):
         out.print(edits_table(stage.edits, title=f"{number}. {stage.method}" if len(report.stages) > 1 else "plan"))
         settings = {name: value for name, value in stage.config.items() if value is not None and name != "method"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -31,7 +30,8 @@ def config_from(
         seed: the config's `seed`, where it has one.
 
     Raises:
-        ValueError: an unknown method or field, a value that the config refuses, a recipe that is no mapping.
+        ValueError: an unknown method, a value that the config refuses, a recipe that is no mapping.
+        TypeError: an unknown field.
         FileNotFoundError: no such recipe.
     """
     from hf_compress.methods.base.recipes import read_recipe
@@ -49,13 +49,10 @@ def config_from(
         given[_num_field(method, names)] = num
     if seed is not None and "seed" in names:
         given.setdefault("seed", seed)
-    _drop_other_amount(values, given)
-    values |= given
-    for name in values:
-        if name not in names:
-            close = difflib.get_close_matches(name, names, n=1)
-            hint = f" (did you mean {close[0]!r}?)" if close else ""
-            raise ValueError(f"{method} has no setting {name!r}{hint}; it has {', '.join(names)}")
+    cls.check_names([*values, *given])
+    groups = {field.name: field.metadata["group"] for field in fields(cls) if "group" in field.metadata}
+    replaced = {groups[name] for name in given if name in groups}  # by what the command line says instead
+    values = {name: value for name, value in values.items() if groups.get(name) not in replaced} | given
     return CompressionConfig.from_dict({"method": method, **values})
 
 
@@ -74,12 +71,3 @@ def _num_field(method: str, names: list[str]) -> str:
     if len(found) != 1:
         raise ValueError(f"{method} has {'several' if found else 'no'} settings num_…: use --set field=value instead")
     return found[0]
-
-
-def _drop_other_amount(values: dict[str, Any], given: dict[str, Any]) -> None:
-    """A ratio on the command line stands in place of a recipe's number, and the other way round."""
-    if "ratio" in given:
-        for name in [name for name in values if name.startswith("num_")]:
-            del values[name]
-    elif any(name.startswith("num_") for name in given):
-        values.pop("ratio", None)

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.calibration.capture import inference
 from hf_compress.calibration.padding import pad_id
+from hf_compress.checks import check
 from hf_compress.evaluation.kinds import check_predicts_text
 
 TASK_PACK = Path(__file__).parent / "tasks"  # the tasks that ship with this package: always found, by their names
@@ -155,8 +156,7 @@ def _require_lm_eval() -> None:
 def _check(names: list[str], batch_size: int, limit: int | float | None) -> None:
     if not names:
         raise ValueError(f"tasks is empty; expected names of lm-eval tasks, for instance {task_names(TASK_PACK)}.")
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}, but must be at least 1.")
+    check("batch_size", batch_size, int, "[1, inf)")
     if limit is not None and (limit <= 0 or (limit > 1 and limit != int(limit))):
         raise ValueError(f"limit is {limit}; expected a number of documents, or a fraction of them below 1.")
 

@@ -31,9 +31,9 @@ def load_saved(name: str, **kwargs: Any) -> PreTrainedModel:
     # Sizes that do not match are told here, by name; Transformers' own error points to a log.
     model, found = load(name, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
     mismatched = [entry if isinstance(entry, str) else entry[0] for entry in found["mismatched_keys"]]
-    if wrong := [*found["missing_keys"], *mismatched]:
+    if wrong := sorted([*found["missing_keys"], *mismatched]):
         raise UnsupportedModelError(
-            f"{name}: {len(wrong)} weights of {type(model).__name__}, such as {wrong[0]}, are missing there or "
+            f"{name}: {len(wrong)} weights of {type(model).__name__}, such as {min(wrong)}, are missing there or "
             "have other shapes than its config says; they would be random"
         )
     return model

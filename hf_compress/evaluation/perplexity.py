@@ -16,6 +16,7 @@ from hf_compress.calibration.capture import inference
 from hf_compress.calibration.data import position_limit
 from hf_compress.calibration.padding import pad_id
 from hf_compress.calibration.reading import read_texts
+from hf_compress.checks import check
 from hf_compress.evaluation.kinds import check_predicts_text
 
 LONGEST = 2048  # tokens: the context that perplexities are usually compared at
@@ -112,14 +113,15 @@ def perplexity(
         batch_size: Windows that go through the model at once. It does not change the result beyond rounding.
 
     Raises:
-        TypeError: `texts` is a single string, or holds something else than strings.
+        TypeError: no tokenizer; `texts` is a single string, or holds something else than strings.
         UnsupportedModelError: a model that does not predict the next token from those before it.
         ValueError: nothing to score, a length that does not fit, a model that is not a causal language model, or a
             loss that is not finite.
     """
     for name, given in {"max_length": max_length, "stride": stride, "batch_size": batch_size}.items():
-        if given is not None and given < 1:
-            raise ValueError(f"{name} is {given}, but must be at least 1: leave it out for its default.")
+        check(name, given, int | None, "[1, inf)")
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TypeError(f"tokenizer is a {type(tokenizer).__name__}; expected the model's own: AutoTokenizer loads it")
     check_predicts_text(model, "perplexity")
     if model.config.is_encoder_decoder:
         raise ValueError(f"{type(model).__name__} is an encoder-decoder; perplexity needs a causal language model.")

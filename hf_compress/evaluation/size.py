@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from hf_compress.calibration.capture import inference
 from hf_compress.calibration.data import position_limit
+from hf_compress.checks import check
 from hf_compress.modules.packed import CompactLinear
 
 WEIGHTS = "model.safetensors"
@@ -156,8 +157,7 @@ def speed_ratio(
 def _random_tokens(models: Sequence[PreTrainedModel], length: int, batch_size: int, repeats: int, seed: int) -> Tensor:
     """Token ids (batch_size × length, cut to the positions that every model has) from what is in every vocabulary."""
     for name, value in {"length": length, "batch_size": batch_size, "repeats": repeats}.items():
-        if value < 1:
-            raise ValueError(f"{name} is {value}, but must be at least 1: leave it out for its default.")
+        check(name, value, int, "[1, inf)")
     length = min(length, *(position_limit(model.config) or length for model in models))
     vocabulary = min(model.config.get_text_config().vocab_size for model in models)
     return torch.randint(vocabulary, (batch_size, length), generator=torch.Generator().manual_seed(seed))

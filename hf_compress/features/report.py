@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.calibration.data import DataOptions, prepare
+from hf_compress.checks import check
 from hf_compress.features.logits import DirectPath, direct_path
 from hf_compress.features.page import page
 from hf_compress.features.subjects import given, spliced
@@ -53,8 +54,7 @@ def feature_report(
     if path.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"a feature report is a page: path must end in .html; got {str(path)!r}")
     for name, number in (("features", features), ("examples", examples)):
-        if type(number) is not int or number < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1; got {number!r}")
+        check(name, number, int, "[1, inf)")
     if tokenizer is None:
         raise ValueError("tokenizer is None: pass the model's own, to show tokens as text")
     subjects = spliced(model) if bottlenecks is None else given(model, bottlenecks)

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.losses import losses_without
 from hf_compress.calibration.statistics import block_statistics
-from hf_compress.methods.base.amounts import blocks_to_remove, check_amount
-from hf_compress.methods.base.checks import check_choice
+from hf_compress.checks import setting
+from hf_compress.methods.base.amounts import AMOUNT
 from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.base.registry import Method, register
 from hf_compress.methods.base.settings import CompressionConfig
 from hf_compress.plan.edits import RemoveBlocks
 from hf_compress.plan.plan import Plan
-
-CRITERIA = ("last", "block_influence", "angular", "perplexity", "random")
 
 
 @dataclass(frozen=True)
@@ -30,23 +29,23 @@ class DropBlocksConfig(CompressionConfig, method="drop_blocks"):
     "random", by `seed`.
     """
 
-    ratio: float | None = field(default=None, metadata={"help": "share of the blocks to leave out, in (0, 1)"})
-    num_blocks: int | None = field(default=None, metadata={"help": "number of blocks to leave out, instead of ratio"})
-    criterion: str = field(default="block_influence", metadata={"help": f"one of {', '.join(CRITERIA)}"})
-    seed: int = field(default=0, metadata={"help": "for criterion=random"})
-    stack: str | None = field(default=None, metadata={"help": "path of the residual stack; found when not given"})
+    ratio: float | None = setting(None, "share of the blocks to leave out", "(0, 1)", group=AMOUNT)
+    num_blocks: int | None = setting(None, "number of blocks to leave out, instead of ratio", "[1, inf)", group=AMOUNT)
+    criterion: Literal["block_influence", "angular", "perplexity", "last", "random"] = setting(
+        "block_influence", "which blocks go"
+    )
+    seed: int = setting(0, "for criterion=random", "[0, inf)")
+    stack: str | None = setting(None, "path of the residual stack; found when not given")
 
     def __post_init__(self) -> None:
-        check_choice("criterion", self.criterion, CRITERIA)
-        check_amount(self.ratio, self.num_blocks, "num_blocks")
-        if self.ratio is None and self.num_blocks is None:
+        if self.amount is None:
             raise ValueError("say how much to leave out: ratio=, a share of the blocks, or num_blocks=")
 
 
 def plan_removals(config: DropBlocksConfig, context: CalibrationContext) -> Plan:
     """Blocks to leave out."""
     stack = context.stack(config.stack)
-    count = blocks_to_remove(len(stack), config.ratio, config.num_blocks, "num_blocks")
+    count = _count(config, stack)
     with context.step(f"choose by {config.criterion}"):
         removed, notes = _choose(config, context, stack, count)
     return Plan((RemoveBlocks(stack.path, tuple(removed)),), notes={"criterion": config.criterion, **notes})
@@ -54,11 +53,15 @@ def plan_removals(config: DropBlocksConfig, context: CalibrationContext) -> Plan
 
 def single_removals(config: DropBlocksConfig, context: CalibrationContext) -> list[CompressionConfig]:
     """The settings for one block, as often as there are blocks to leave out."""
-    count = blocks_to_remove(len(context.stack(config.stack)), config.ratio, config.num_blocks, "num_blocks")
-    return [replace(config, ratio=None, num_blocks=1)] * count
+    return [replace(config, ratio=None, num_blocks=1)] * _count(config, context.stack(config.stack))
 
 
 register(DropBlocksConfig, Method(plan_removals, steps=single_removals))
+
+
+def _count(config: DropBlocksConfig, stack: Stack) -> int:
+    assert config.amount is not None, "these settings say how much"
+    return config.amount.of_blocks(len(stack))
 
 
 def _choose(config: DropBlocksConfig, context: CalibrationContext, stack: Stack, count: int) -> tuple[list[int], dict]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from transformers.configuration_utils import PreTrainedConfig
 
-_PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
+from hf_compress.checks import check
+
+_COUNT = "[1, inf)"
+_Problem = Literal["regression", "single_label_classification", "multi_label_classification"]
 
 
 class DenseConfig(PreTrainedConfig):
@@ -44,33 +47,26 @@ class DenseConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         for name in ("input_size", "hidden_size", "num_hidden_layers"):
-            _check_count(name, getattr(self, name))
+            check(name, getattr(self, name), int, _COUNT)
         if isinstance(self.intermediate_size, (list, tuple)):
             self.intermediate_size = list(self.intermediate_size)
         else:
             self.intermediate_size = [self.intermediate_size] * self.num_hidden_layers
         self.check_widths()
         for name in ("gated", "residual", "use_bias"):
-            if type(value := getattr(self, name)) is not bool:
-                raise ValueError(f"{name} must be True or False; got {value!r}")
+            check(name, getattr(self, name), bool)
         self._check_activation()
-        spread = self.initializer_range
-        if spread is not None and (type(spread) not in (int, float) or not 0 < spread < float("inf")):
-            raise ValueError(f"initializer_range must be a positive number, or None for 1 / √inputs; got {spread!r}")
+        check("initializer_range", self.initializer_range, float | None, "(0, inf)", "1 / √inputs when None")
         super().__post_init__(**kwargs)
-        _check_count("num_labels", self.num_labels)
-        if self.problem_type is not None and self.problem_type not in _PROBLEMS:
-            raise ValueError(
-                f"problem_type must be one of {', '.join(_PROBLEMS)}, or None to tell it from the labels; "
-                f"got {self.problem_type!r}"
-            )
+        check("num_labels", self.num_labels, int, _COUNT)
+        check("problem_type", self.problem_type, _Problem | None, help="told from the labels when None")
 
     def check_widths(self) -> None:
         """Raise ValueError unless there is one width for each block; asked again when a model is built."""
         widths = self.intermediate_size
         assert isinstance(widths, list)
         for width in widths:
-            _check_count("intermediate_size", width)
+            check("intermediate_size", width, int, _COUNT)
         if len(widths) != self.num_hidden_layers:
             raise ValueError(
                 f"intermediate_size must have one width for each of num_hidden_layers={self.num_hidden_layers} blocks; "
@@ -93,11 +89,6 @@ class DenseConfig(PreTrainedConfig):
         if len(set(widths)) == 1:
             values["intermediate_size"] = widths[0]
         return values
-
-
-def _check_count(name: str, value: Any) -> None:
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1; got {value!r}")
 
 
 def register(auto: Any) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from hf_compress.checks import check_fields, setting
 
 Norm = Literal["kept", "lost", "none"]
 Select = Literal["all", "top", "above"]
@@ -31,22 +33,16 @@ class Form:
         ValueError: what does not fit together.
     """
 
-    skip: float = 0.1
+    skip: float = setting(0.1, within="[0, 1]")
     norm: Norm = "kept"
     select: Select = "all"
     active: int | None = None
     gated: bool = False
 
     def __post_init__(self) -> None:
-        if type(self.skip) not in (int, float) or not 0 <= self.skip <= 1:
-            raise ValueError(f"skip must be a number between 0 and 1; got {self.skip!r}")
-        for name, kind in (("norm", Norm), ("select", Select)):
-            if (value := getattr(self, name)) not in get_args(kind):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}; got {value!r}")
+        check_fields(self)
         if (self.select == "top") != (type(self.active) is int and self.active > 0):
             raise ValueError(f'active is for select="top", and a number of features there; got {self.active!r}')
-        if type(self.gated) is not bool:
-            raise ValueError(f"gated must be true or false; got {self.gated!r}")
 
 
 class Context(NamedTuple):

@@ -46,10 +46,9 @@ def eliminate(sums: LeastSquares, count: int, affine: bool = True, size: int = 1
         )
     if sums.count == 0:
         raise ValueError("no rows were seen; expected at least one: call update(x, y) with calibration activations")
-    gram, cross = sums.gram.clone(), sums.cross.clone()
+    gram, cross = sums.gram, sums.cross
     if affine:
-        gram -= torch.outer(sums.x_sum, sums.x_sum) / sums.count
-        cross -= torch.outer(sums.x_sum, sums.y_sum) / sums.count
+        gram, cross = sums.centred_gram, cross - torch.outer(sums.x_sum, sums.y_sum) / sums.count
     ridge = _PENALTY * gram.diagonal().mean().clamp(min=torch.finfo(gram.dtype).tiny)
     inverse = torch.linalg.inv(gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
     solution = inverse @ cross

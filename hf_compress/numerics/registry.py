@@ -41,7 +41,7 @@ class Registry(Mapping[str, T]):
 
     def resolve(self, name: str) -> T:
         """The entry under `name`. Raises ValueError, listing the known names, when there is none."""
-        if name not in self._entries:
+        if not isinstance(name, str) or name not in self._entries:
             known = ", ".join(repr(known) for known in sorted(self._entries))
             raise ValueError(f"unknown {self.kind} {name!r}; expected one of {known}")
         return self._entries[name]

@@ -2,16 +2,15 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from .moments import Moments
+
 # A feature whose variance is below this share of its mean square counts as constant: sums of n rows carry a relative
 # error of about sqrt(n) times 1e-16.
 _CONSTANT = 1e-12
-HELD_OUT = 4
-PENALTIES = (1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 3.0)  # worth trying, relative to the mean variance of the inputs
 
 
 def solve_ridge(gram: Tensor, cross: Tensor, penalty: float, prior: Tensor | None = None) -> Tensor:
@@ -54,41 +53,22 @@ def solve_ridge(gram: Tensor, cross: Tensor, penalty: float, prior: Tensor | Non
     return start + _solve_symmetric(system, cross - gram @ start)
 
 
-@dataclass(eq=False)
-class LeastSquares:
+class LeastSquares(Moments):
     """Streaming statistics of a regression of y [T, q] on x [T, p], all in float64; memory does not grow with the rows.
 
-    Args:
-        inputs: p, the features of x.
+    Attributes, besides those of the moments of x:
         outputs: q, the features of y.
-        device: where the sums live; rows are brought there. The CPU where the device has no float64.
-
-    Attributes:
-        gram: sum of x x^T, [p, p].
         cross: sum of x y^T, [p, q].
-        x_sum, y_sum: [p], [q].
+        y_sum: [q].
         energy: sum of ||y||^2.
-        count: rows seen, or the sum of their weights.
     """
 
-    inputs: int
-    outputs: int
-    device: torch.device | str = "cpu"
-    gram: Tensor = field(init=False, repr=False)
-    cross: Tensor = field(init=False, repr=False)
-    x_sum: Tensor = field(init=False, repr=False)
-    y_sum: Tensor = field(init=False, repr=False)
-    energy: float = field(init=False, default=0.0)
-    count: float = field(init=False, default=0)
-
-    def __post_init__(self) -> None:
-        if self.inputs < 1 or self.outputs < 1:
-            raise ValueError(f"inputs is {self.inputs} and outputs is {self.outputs}; expected both to be at least 1")
-        device = torch.device(self.device)
-        self.device = torch.device("cpu") if device.type == "mps" else device
-        self.gram = self._zeros(self.inputs, self.inputs)
-        self.cross = self._zeros(self.inputs, self.outputs)
-        self.x_sum, self.y_sum = self._zeros(self.inputs), self._zeros(self.outputs)
+    def __init__(self, inputs: int, outputs: int, device: torch.device | str = "cpu") -> None:
+        if inputs < 1 or outputs < 1:
+            raise ValueError(f"inputs is {inputs} and outputs is {outputs}; expected both to be at least 1")
+        super().__init__(inputs, device)
+        self.outputs, self.energy = outputs, 0.0
+        self.cross, self.y_sum = self._zeros(inputs, outputs), self._zeros(outputs)
 
     def update(self, x: Tensor, y: Tensor, weights: Tensor | None = None) -> None:
         """Add the rows x [T, p], y [T, q], any real dtype; T may be 0. `weights` [T] >= 0 count a row as so many.
@@ -109,13 +89,9 @@ class LeastSquares:
                     f"weights has shape {list(weights.shape)}; expected a number >= 0 for each of {len(x)} rows"
                 )
             counts = _as_float64(weights[:, None], "weights").to(x)[:, 0]
-        weighted = x if weights is None else x * counts[:, None]
-        self.gram += weighted.T @ x
-        self.cross += weighted.T @ y
-        self.x_sum += weighted.sum(dim=0)
+        self.cross += self.add(x, None if weights is None else counts).T @ y
         self.y_sum += counts @ y
         self.energy += float(counts @ y.square().sum(dim=1))
-        self.count += len(x) if weights is None else float(counts.sum())
 
     def merge(self, other: "LeastSquares") -> "LeastSquares":
         """The statistics of both sets of rows, on this one's device, as a new object. ValueError if shapes differ."""
@@ -142,10 +118,21 @@ class LeastSquares:
         some.energy, some.count = self.energy, self.count
         return some
 
-    def solve(self, penalty: float, prior: Tensor | None = None) -> Tensor:
-        """B [p, q] float64 with y ~ x B: `solve_ridge` of these sums. Raises ValueError when no rows were seen."""
+    def solve(self, penalty: float, prior: Tensor | None = None, parts: Sequence[int] | None = None) -> Tensor:
+        """B [p, q] float64 with y ~ x B: `solve_ridge` of these sums. Raises ValueError when no rows were seen.
+
+        With `parts`, widths that make up p, each part of x is divided by its root mean square first, so that one
+        penalty is as much for all of them.
+        """
         self._require_rows()
-        return solve_ridge(self.gram, self.cross, penalty, None if prior is None else prior.to(self.device))
+        prior = None if prior is None else prior.to(self.cross)
+        if parts is None:
+            return solve_ridge(self.gram, self.cross, penalty, prior)
+        squares = (self.gram.diagonal() / self.count).split(list(parts))
+        means = [part.mean().clamp(min=1e-12).expand(len(part)) for part in squares]
+        scales = torch.cat(means).sqrt()[:, None]
+        start = None if prior is None else prior * scales
+        return solve_ridge(self.gram / scales / scales.T, self.cross / scales, penalty, start) / scales
 
     def solve_affine(self, penalty: float, prior: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(B [p, q], bias [q]) float64 with y ~ x B + bias; the bias is not penalised.
@@ -155,8 +142,7 @@ class LeastSquares:
         """
         self._require_rows()
         x_mean, y_mean = self.x_sum / self.count, self.y_sum / self.count
-        gram = self.gram - torch.outer(self.x_sum, self.x_sum) / self.count
-        cross = self.cross - torch.outer(self.x_sum, y_mean)
+        gram, cross = self.centred_gram, self.cross - torch.outer(self.x_sum, y_mean)
         # What is left of a constant feature is rounding, and its weight would be a quotient of roundings.
         constant = gram.diagonal() <= _CONSTANT * self.gram.diagonal()
         gram[constant], gram[:, constant], cross[constant] = 0.0, 0.0, 0.0
@@ -184,62 +170,9 @@ class LeastSquares:
             raise ValueError(f"the squared error is {total}; expected finite entries in weight and bias")
         return max(0.0, total) / self.count
 
-    def _zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=torch.float64, device=self.device)
-
     def _require_rows(self) -> None:
         if self.count == 0:
             raise ValueError("no rows were seen; expected at least one: call update(x, y) with calibration activations")
-
-
-def is_held_out(batch: int) -> bool:
-    """Whether a batch of this number, counted from 0, is one to choose or judge by, not to fit: every fourth."""
-    return batch % HELD_OUT == HELD_OUT - 1
-
-
-@dataclass(frozen=True, eq=False)
-class RidgeFit:
-    """A solution whose penalty was chosen on rows held out.
-
-    Attributes:
-        weight: [p, q] float64.
-        bias: [q]; None where none was solved for.
-        penalty: the one that did best on the held-out rows.
-        error: squared error there as a share of the mean ||y||^2.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    penalty: float
-    error: float
-
-
-def fit_held_out(
-    fitted: LeastSquares,
-    held: LeastSquares,
-    penalties: Sequence[float],
-    prior: Tensor | None = None,
-    affine: bool = True,
-) -> RidgeFit:
-    """Solve on `fitted` for every penalty, take the one that does best on `held`, and solve with it on both.
-
-    Args:
-        prior: [p, q] that the weight is penalised for leaving; None means 0.
-        affine: with a bias, which is not penalised.
-
-    Raises:
-        ValueError: no rows in either; no penalties.
-    """
-
-    def solve(sums: LeastSquares, penalty: float) -> tuple[Tensor, Tensor | None]:
-        return sums.solve_affine(penalty, prior) if affine else (sums.solve(penalty, prior), None)
-
-    if not penalties:
-        raise ValueError("penalties is empty; expected at least one, e.g. 1e-3")
-    errors = {penalty: held.error(*solve(fitted, penalty)) for penalty in penalties}
-    best = min(errors, key=errors.__getitem__)
-    scale = held.energy / held.count
-    return RidgeFit(*solve(fitted.merge(held), best), best, errors[best] / scale if scale else 0.0)
 
 
 def _check_penalty(penalty: float) -> None:

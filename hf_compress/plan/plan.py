@@ -9,11 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from hf_compress.errors import PlanError
-from hf_compress.plan.edits import Edit, MergeBlocks, ModuleEdit, StackEdit, edit_from_dict
+from hf_compress.plan.algebra import Removal, composed
+from hf_compress.plan.edits import Edit, ModuleEdit, StackEdit
 
 PLAN_VERSION = 1
 METHOD = "hf_compress"  # what a config calls its record of edits
-_MAX_EDITS = 100_000  # no model has as many modules; a longer list is an attack or an accident
 
 
 @dataclass(frozen=True)
@@ -42,20 +42,19 @@ class Plan:
 
     def removed(self, stack: str) -> tuple[int, ...]:
         """All blocks of a stack that the plan takes out, in rising order."""
-        return tuple(sorted(i for edit in self.stack_edits if edit.stack == stack for i in edit.removed_blocks()))
+        return Removal.of(self.edits).blocks.get(stack, ())
 
     @property
     def stacks(self) -> tuple[str, ...]:
         """The stacks that the plan takes blocks out of, in the order of the edits."""
-        return tuple(dict.fromkeys(edit.stack for edit in self.stack_edits))
+        return tuple(Removal.of(self.edits).blocks)
 
     def __post_init__(self) -> None:
-        for stack in self.stacks:
-            removed = self.removed(stack)
+        for stack, removed in Removal.of(self.edits).blocks.items():
             if len(set(removed)) != len(removed):
                 raise PlanError(f"the plan takes a block of {stack} out twice: {removed}")
-            kept = {edit.kept for edit in self.edits if isinstance(edit, MergeBlocks) and edit.stack == stack}
-            if both := sorted(kept & set(removed)):
+            kept = {edit.stand_in() for edit in self.stack_edits if edit.stack == stack}
+            if both := [index for index in sorted(set(removed)) if index in kept]:
                 raise PlanError(f"the plan both merges into and removes the blocks {both} of {stack}")
 
     def __add__(self, other: Plan) -> Plan:
@@ -65,38 +64,18 @@ class Plan:
         return Plan(self.edits + other.edits, {**self.tensors, **other.tensors}, {**self.notes, **other.notes})
 
     def then(self, other: Plan) -> Plan:
-        """Both plans as one, where `other` was made for the model that this one leaves, and takes no blocks out."""
-        replaced = {name: value for name, value in self.tensors.items() if name not in other.tensors}
-        return Plan(self.edits, replaced, self.notes) + other
+        """Both plans as one, where `other` was made for the model that this one leaves."""
+        gone, edits = Removal.of(self.edits), composed(self.edits, other.edits)
+        new = {gone.path_before(name): tensor for name, tensor in other.tensors.items()}
+        taken = Removal.of(edits)
+        old = {name: tensor for name, tensor in self.tensors.items() if name not in new and not taken.takes(name)}
+        return Plan(edits, old | new, self.notes | other.notes)
+
+    def to_list(self) -> list[dict[str, Any]]:
+        """The edits as JSON values, with lists for tuples, as they come back from a file."""
+        values: list[dict[str, Any]] = json.loads(json.dumps([edit.to_dict() for edit in self.edits]))
+        return values
 
     def to_json(self) -> str:
-        """The edits as JSON; tensors are not part of it."""
-        return json.dumps({"version": PLAN_VERSION, "edits": [edit.to_dict() for edit in self.edits]}, indent=2)
-
-    @staticmethod
-    def from_json(text: str) -> Plan:
-        """The plan whose `to_json` gave `text`, without its tensors.
-
-        Raises:
-            PlanError: not a plan, a newer version, an unknown edit, or an edit with missing or wrong fields.
-        """
-        try:
-            data = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise PlanError(f"a plan is JSON: {error}") from None
-        if not isinstance(data, dict) or "edits" not in data:
-            raise PlanError("a plan is a JSON object with the keys 'version' and 'edits'")
-        return Plan(edits_from_list(data.get("version"), data["edits"]))
-
-
-def edits_from_list(version: Any, edits: Any) -> tuple[Edit, ...]:
-    """Edits from the JSON values of a plan of some version.
-
-    Raises:
-        PlanError: as `Plan.from_json`.
-    """
-    if type(version) is not int or version != PLAN_VERSION:
-        raise PlanError(f"this plan has version {str(version)[:100]}, known is {PLAN_VERSION}: upgrade hf-compress")
-    if not isinstance(edits, list) or len(edits) > _MAX_EDITS:
-        raise PlanError(f"a plan is a list of at most {_MAX_EDITS} edits; got {type(edits).__name__}")
-    return tuple(edit_from_dict(values) for values in edits)
+        """The edits as JSON, which `rewrite.edits.plan_from_json` reads; tensors are not part of it."""
+        return json.dumps({"version": PLAN_VERSION, "edits": self.to_list()}, indent=2)

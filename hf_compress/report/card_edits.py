@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
-from hf_compress.report.markdown import escape, in_words, runs, table
+from hf_compress.errors import PlanError
+from hf_compress.plan.edits import runs
+from hf_compress.report.markdown import escape, in_words, table
 from hf_compress.report.report import REPORT_FILE
+from hf_compress.rewrite.edits import edit_from_dict
 
 MOST_ROWS = 24  # of the table; the report beside the card has every edit
 
@@ -44,12 +48,9 @@ def _where(edit: Mapping[str, Any]) -> str:
 
 
 def _what(edit: Mapping[str, Any]) -> str:
-    """What an edit does; of a kind that is not known here, its fields but for the modules' paths."""
-    match edit:
-        case {"edit": "MergeBlocks", "kept": kept, "absorbed": [*absorbed]}:
-            return f"block {kept} stands for blocks {', '.join(runs(sorted([kept, *absorbed])))}"
-        case {"edit": "RemoveBlocks", "blocks": [*blocks]}:
-            return f"left out: {', '.join(runs(sorted(blocks)))}"
+    """What an edit does; of one that is not known here, its fields but for the modules' paths."""
+    with suppress(PlanError):
+        return edit_from_dict(edit).describe()
     return ", ".join(
         f"{key}: {in_words(value)}"
         for key, value in edit.items()

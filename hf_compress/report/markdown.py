@@ -93,17 +93,6 @@ def in_words(value: Any) -> str:
     return public(value) if isinstance(value, str) else json.dumps(value)
 
 
-def runs(numbers: Sequence[int]) -> list[str]:
-    """3, 4, 5, 9 as 3–5 and 9."""
-    found: list[list[int]] = []
-    for number in numbers:
-        if found and number == found[-1][-1] + 1:
-            found[-1].append(number)
-        else:
-            found.append([number])
-    return [str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in found]
-
-
 def several(given: str | Iterable[str]) -> list[str]:
     """One text or several as a list, without empty ones."""
     return [line for text in ([given] if isinstance(given, str) else given) if (line := one_line(text))]

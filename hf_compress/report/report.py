@@ -1,17 +1,15 @@
-"""What was done to a model and what it cost: its history as dataclasses, as JSON, as a table, as a plot."""
+"""What was done to a model and what it cost: its history as dataclasses, as JSON, in a few lines, as a plot."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import Any, get_type_hints
 
 from hf_compress.report.plots import plot_stages
 from hf_compress.report.stages import Size, Stage, Step
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from hf_compress.report.summary import summary_html, summary_text
 
 REPORT_FILE = "compression_report.json"  # what a report is called beside the model that it is of
 
@@ -98,35 +96,23 @@ class CompressionReport:
             reason = f"{type(error).__name__}: {error}"
             raise ValueError(f"no compression report of this version of hf_compress ({reason})") from error
 
-    def table(self) -> Table:
-        """What changed, for `rich.print`: a column for the original and one for what each stage has left."""
-        from rich.table import Table
+    def __str__(self) -> str:
+        """A line for the original and one for each stage."""
+        return summary_text(self.stages, self.base_model)
 
-        several = len(self.stages) > 1
-        after = [f"{number}. {stage.method}" for number, stage in enumerate(self.stages, 1)] if several else ["after"]
-        title = f"{', '.join(stage.method for stage in self.stages)}: {self.base_model or 'model'}"
-        table = Table("", "original" if several else "before", *after, "change", title=title)
-        sizes = [self.before, *(stage.after for stage in self.stages)]
-        for stack in self.before.blocks:
-            table.add_row(f"blocks in {stack}", *_counts([size.blocks.get(stack, 0) for size in sizes]))
-        table.add_row("parameters", *_counts([size.parameters for size in sizes]))
-        table.add_row("stored bytes", *_counts([size.bytes for size in sizes]))
-        for number, stage in enumerate(self.stages):
-            for step in stage.steps:
-                cells = [""] * len(sizes)
-                cells[number + 1] = f"[dim]{step.seconds:.1f} s[/dim]"
-                table.add_row(f"[dim]{step.name}[/dim]", *cells, "")
-        return table
+    def _repr_html_(self) -> str:
+        """The same for notebooks."""
+        return summary_html(self.stages, self.base_model)
 
     def plot(self, path: str | Path, stage: int | None = None) -> Path:
-        """Draw the similarity of the blocks, where a method measured it, and which blocks went; PNG or SVG by `path`.
+        """Draw what the method measured of the blocks, and what became of them; PNG or SVG by `path`.
 
         Args:
             path: where to write it.
-            stage: of which stage; None for the last one that has something to draw.
+            stage: of which stage; None for the last that has something to draw, or else the sizes of all.
 
         Raises:
-            ValueError: nothing was measured that can be drawn.
+            ValueError: the ending is neither .png nor .svg.
             IndexError: there is no such stage.
         """
         return plot_stages(self.stages if stage is None else [self.stages[stage]], path, self.base_model)
@@ -146,9 +132,3 @@ def _typed(made: Any) -> Any:
     for one in fields(made):
         type_validator(one.name, getattr(made, one.name), hints[one.name])
     return made
-
-
-def _counts(counts: list[int]) -> list[str]:
-    """The cells of a row: every count, and the change from the first to the last."""
-    first, last = counts[0], counts[-1]
-    return [*(f"{count:,}" for count in counts), f"{100 * (last / first - 1):+.1f}%" if first else ""]

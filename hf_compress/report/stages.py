@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from hf_compress.plan.algebra import survivors
+from hf_compress.rewrite.edits import edit_from_dict
+
 HEAL = "heal"  # the method of a stage that trained weights and changed no structure
 
 
@@ -66,11 +69,8 @@ class Stage:
 
         Both are counted as before this stage. Every block but a merged one stands for itself.
         """
-        edits = [edit for edit in self.edits if edit.get("stack") == stack]
-        gone = {index for edit in edits for index in edit.get("blocks", edit.get("absorbed", ()))}
-        left = {index: index for index in range(self.before.blocks.get(stack, 0)) if index not in gone}
-        merges = {edit["kept"]: max(edit["kept"], *edit["absorbed"]) for edit in edits if "kept" in edit}
-        return {index: merges.get(index, index) for index in left}
+        edits = [edit_from_dict(values) for values in self.edits if values.get("stack") == stack]
+        return survivors(edits, stack, self.before.blocks.get(stack, 0))
 
 
 def environment() -> dict[str, str]:

@@ -11,14 +11,15 @@ from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
 from hf_compress.errors import PlanError
 from hf_compress.numerics.defaults import torch_defaults
-from hf_compress.plan.edits import ModuleEdit, Seal
+from hf_compress.plan.algebra import Removal
 from hf_compress.plan.plan import Plan
 from hf_compress.rewrite.blocks import kept_blocks, remove_blocks
+from hf_compress.rewrite.edits.sealed import Seal
 from hf_compress.rewrite.guard import check_left_out, outputs_without
 from hf_compress.rewrite.parity import check_parity
 from hf_compress.rewrite.probe import Probe
-from hf_compress.rewrite.record import after_removal, record, recorded, unsealed
-from hf_compress.rewrite.restructure import Site, restructure
+from hf_compress.rewrite.record import record, recorded, unsealed
+from hf_compress.rewrite.site import Site
 
 
 @torch_defaults()
@@ -41,15 +42,14 @@ def apply(plan: Plan, model: PreTrainedModel, probe: Probe | None = None) -> Non
     probe = probe or Probe.of(model)
     undo = Undo()
     try:
-        edits: list[ModuleEdit] = [edit for edit in recorded(model.config) if not isinstance(edit, Seal)]
+        edits = [edit for edit in recorded(model.config) if not isinstance(edit, Seal)]
         plan = change_modules(plan, model, undo)
-        edits += plan.module_edits
         removed = removed_blocks(plan, model)
         whole = outputs_without(model, removed, probe)
         for stack, blocks in removed.items():
-            edits = after_removal(edits, stack.path, len(stack), blocks)
             remove_blocks(model, stack, blocks, undo)
-        record(model, edits, undo)
+        gone = Removal({stack.path: blocks for stack, blocks in removed.items()})
+        record(model, gone.left_of([*edits, *plan.module_edits]), undo)
         check_left_out(model, removed, whole, check_parity(model, probe))
         probe.keep(model)
     except BaseException:
@@ -79,7 +79,7 @@ def change_modules(plan: Plan, model: PreTrainedModel, undo: Undo) -> Plan:
     plan = unsealed(plan, model, undo)
     site = Site(model, undo)
     for edit in plan.module_edits:
-        restructure(edit, site)
+        edit.restructure(site)
     _write(plan.tensors, model, device, undo)
     return plan
 

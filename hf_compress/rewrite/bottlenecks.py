@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.anatomy import Anatomy, Block
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.capture import (
     StopForward,
@@ -85,7 +85,7 @@ class Bottlenecks:
         """To put them into `model` for good: `hf_compress.rewrite.apply.apply(found.plan(model), model)`."""
         stack, plan = Anatomy(model).stack(self.stack), Plan()
         for index in self.layers:
-            plan += insert_bottleneck(stack, index, self.places[index].module)
+            plan += insert_bottleneck(Block(model, stack, index), self.places[index].module)
         places = {str(index): _summary(place) for index, place in sorted(self.places.items())}
         return Plan(plan.edits, plan.tensors, {"tokens": self.tokens, "bottlenecks": places})
 

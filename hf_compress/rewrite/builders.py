@@ -14,39 +14,30 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.anatomy import Block
 from hf_compress.anatomy.experts import check_experts, expert_tables
 from hf_compress.anatomy.heads import Heads, attention_heads, check_distances
 from hf_compress.anatomy.parts import FFN, ExpertAxes, expert_axes, linear_map
-from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
 from hf_compress.errors import UnsupportedModelError
 from hf_compress.modules.activation import Blend
 from hf_compress.modules.bottleneck import BOTTLENECK, Bottleneck
 from hf_compress.modules.packed import pack
 from hf_compress.modules.sparse import GROUP, pack_mask, pack_row
-from hf_compress.plan.edits import (
-    InsertBottleneck,
-    LinearFFN,
-    NarrowAttention,
-    NarrowExperts,
-    NarrowFFN,
-    PackLinear,
-    ReplaceActivation,
-    SparsifyLinear,
-    SplitExperts,
-)
 from hf_compress.plan.plan import Plan
+from hf_compress.rewrite.edits.attention import NarrowAttention
+from hf_compress.rewrite.edits.bottleneck import InsertBottleneck
+from hf_compress.rewrite.edits.experts import NarrowExperts, SplitExperts
+from hf_compress.rewrite.edits.ffn import LinearFFN, NarrowFFN, ReplaceActivation
+from hf_compress.rewrite.edits.packed import PackLinear, SparsifyLinear
 from hf_compress.rewrite.record import missing
-from hf_compress.rewrite.restructure import Site, linear_ffn_paths
+from hf_compress.rewrite.site import Site
 
 Affine = tuple[Tensor, Tensor | None]  # a matrix that multiplies from the right, and a bias
 
 
 @torch.no_grad()
-def narrow_ffn(
-    model: PreTrainedModel, stack: Stack, index: int, units: Sequence[int] | Tensor, writes: Affine | None = None
-) -> Plan:
+def narrow_ffn(block: Block, units: Sequence[int] | Tensor, writes: Affine | None = None) -> Plan:
     """Keep the hidden units `units` of a block's FFN, in this order.
 
     Args:
@@ -55,14 +46,14 @@ def narrow_ffn(
     Raises:
         ValueError: units that it does not have, or a unit twice.
     """
-    ffn, path = _ffn(model, stack, index)
+    ffn = _ffn(block)
     kept = _checked(torch.as_tensor(units), ffn.width)
-    down = linear_map(model.get_submodule(_dense(ffn, path)[1]))
-    return _narrowed(model, ffn, path, lambda rows: rows[..., kept.to(rows.device)], writes or (down[kept], None))
+    down = linear_map(block.model.get_submodule(_dense(ffn, block)[1]))
+    return _narrowed(block, ffn, lambda rows: rows[..., kept.to(rows.device)], writes or (down[kept], None))
 
 
 @torch.no_grad()
-def merge_units(model: PreTrainedModel, stack: Stack, index: int, labels: Tensor, writes: Affine | None = None) -> Plan:
+def merge_units(block: Block, labels: Tensor, writes: Affine | None = None) -> Plan:
     """Make one hidden unit of each cluster: it reads the mean of what its members read, and writes the sum.
 
     Args:
@@ -72,7 +63,7 @@ def merge_units(model: PreTrainedModel, stack: Stack, index: int, labels: Tensor
     Raises:
         ValueError: labels that are not one for each unit, or that leave a cluster empty.
     """
-    ffn, path = _ffn(model, stack, index)
+    ffn = _ffn(block)
     fits = labels.shape == (ffn.width,) and not labels.is_floating_point() and int(labels.min()) >= 0
     sizes = torch.bincount(labels) if fits else labels.new_zeros(1)
     if not bool(sizes.all()):
@@ -82,15 +73,13 @@ def merge_units(model: PreTrainedModel, stack: Stack, index: int, labels: Tensor
         zeros = rows.new_zeros(*rows.shape[:-1], len(sizes), dtype=torch.float32)
         return zeros.index_add_(-1, labels.to(rows.device), rows.float())
 
-    down = linear_map(model.get_submodule(_dense(ffn, path)[1]))
-    return _narrowed(
-        model, ffn, path, lambda rows: added(rows) / sizes.to(rows.device), writes or (added(down.T).T, None)
-    )
+    down = linear_map(block.model.get_submodule(_dense(ffn, block)[1]))
+    return _narrowed(block, ffn, lambda rows: added(rows) / sizes.to(rows.device), writes or (added(down.T).T, None))
 
 
-def _narrowed(model: PreTrainedModel, ffn: FFN, path: str, reduce: Callable[[Tensor], Tensor], writes: Affine) -> Plan:
+def _narrowed(block: Block, ffn: FFN, reduce: Callable[[Tensor], Tensor], writes: Affine) -> Plan:
     """An FFN with fewer hidden units: `reduce` turns (…, width) into (…, units) where they are read into."""
-    inputs, output = _dense(ffn, path)
+    model, (inputs, output) = block.model, _dense(ffn, block)
     halves = 2 if ffn.kind == "fused" else 1
     tensors: dict[str, Tensor] = {}
 
@@ -108,9 +97,7 @@ def _narrowed(model: PreTrainedModel, ffn: FFN, path: str, reduce: Callable[[Ten
 
 
 @torch.no_grad()
-def narrow_attention(
-    model: PreTrainedModel, stack: Stack, index: int, groups: Sequence[int] | Tensor, writes: Affine | None = None
-) -> Plan:
+def narrow_attention(block: Block, groups: Sequence[int] | Tensor, writes: Affine | None = None) -> Plan:
     """Keep the key and value heads `groups` of a block's attention, in this order, with the queries that read them.
 
     Args:
@@ -120,8 +107,7 @@ def narrow_attention(
         UnsupportedModelError: heads that cannot be told apart.
         ValueError: heads that it does not have, or a head twice.
     """
-    path = _block(stack, index)
-    heads = heads_of(model, stack, index)
+    model, path, heads = block.model, block.path, heads_of(block)
     kept = _checked(torch.as_tensor(groups), heads.groups, "key and value heads")
     tensors: dict[str, Tensor] = {}
     for name, per_group in ((heads.query, heads.per_group), (heads.key, 1), (heads.value, 1)):
@@ -142,20 +128,19 @@ def narrow_attention(
     return Plan((edit,), tensors)
 
 
-def heads_of(model: PreTrainedModel, stack: Stack, index: int) -> Heads:
+def heads_of(block: Block) -> Heads:
     """The heads of a block's attention; UnsupportedModelError where they cannot be told apart."""
-    path, parts = f"{stack.path}.{index}", Anatomy(model).parts(stack, index)
-    if parts.attention_output is None:
-        raise missing(f"found no attention in {path} with projections whose heads could be told apart", model, path)
-    heads = attention_heads(stack.blocks[index], parts.attention_output, path)
-    check_distances(model, heads, path)
+    output = block.parts.attention_output
+    if output is None:
+        what = f"found no attention in {block.path} with projections whose heads could be told apart"
+        raise missing(what, block.model, block.path)
+    heads = attention_heads(block.module, output, block.path)
+    check_distances(block.model, heads, block.path)
     return heads
 
 
 @torch.no_grad()
-def narrow_experts(
-    model: PreTrainedModel, stack: Stack, index: int, units: Tensor, writes: Tensor | None = None
-) -> Plan:
+def narrow_experts(block: Block, units: Tensor, writes: Tensor | None = None) -> Plan:
     """Keep the hidden units `units` (experts, width) of each expert, in this order.
 
     `writes`, (experts, units, hidden), are new output projections, if there are to be other ones.
@@ -166,11 +151,11 @@ def narrow_experts(
     Raises:
         ValueError: units that an expert does not have, or a unit twice.
     """
-    ffn, path = _ffn(model, stack, index)
+    ffn = _ffn(block)
     if ffn.experts is None:
-        raise UnsupportedModelError(f"block {index} of {stack.path} has no experts")
-    name = f"{path}.{ffn.experts}"
-    experts = model.get_submodule(name)
+        raise UnsupportedModelError(f"{block} has no experts")
+    name = f"{block.path}.{ffn.experts}"
+    experts = block.module.get_submodule(ffn.experts)
     axes = expert_axes(experts)
     if units.ndim != 2:
         raise ValueError(f"units must be whole numbers, a list for each FFN (experts, width); got {tuple(units.shape)}")
@@ -220,9 +205,7 @@ def split_experts(model: PreTrainedModel, path: str) -> Plan:
     return Plan((SplitExperts(path),), tensors)
 
 
-def linear_ffn(
-    model: PreTrainedModel, stack: Stack, index: int, maps: Sequence[Tensor], bias: Tensor | None = None
-) -> Plan:
+def linear_ffn(block: Block, maps: Sequence[Tensor], bias: Tensor | None = None) -> Plan:
     """Put a linear map in the place of a block's FFN.
 
     Args:
@@ -232,42 +215,32 @@ def linear_ffn(
     """
     if len(maps) not in (1, 2):
         raise ValueError(f"maps must be one matrix, or the two factors of one; got {len(maps)}")
-    ffn, path = _ffn(model, stack, index)
-    inputs, output = _dense(ffn, path)
+    model, ffn = block.model, _ffn(block)
+    inputs, output = _dense(ffn, block)
     rank = maps[0].shape[1] if len(maps) == 2 else None
-    activation = f"{path}.{ffn.activation}" if ffn.activation else None
+    activation = f"{block.path}.{ffn.activation}" if ffn.activation else None
     edit = LinearFFN(inputs, output, rank, bias is not None, activation)
     tensors: dict[str, Tensor] = {}
-    for name, like, matrix in zip(
-        linear_ffn_paths(edit, Site(model, Undo())), (inputs[-1], output) if rank else (output,), maps, strict=True
-    ):
+    paths = edit.map_paths(Site(model, Undo()))
+    for name, like, matrix in zip(paths, (inputs[-1], output) if rank else (output,), maps, strict=True):
         tensors |= _linear(model, name, matrix, bias if like == output else None, like)
     return Plan((edit,), tensors)
 
 
-def insert_bottleneck(stack: Stack, index: int, bottleneck: Bottleneck) -> Plan:
+def insert_bottleneck(block: Block, bottleneck: Bottleneck) -> Plan:
     """Have what comes out of a block pass through a bottleneck like this one; its tensors are not copied."""
-    path = _block(stack, index)
     hidden, width = bottleneck.encoder.shape
-    edit = InsertBottleneck(path, hidden, width, **asdict(bottleneck.form))
-    return Plan((edit,), {f"{path}.{BOTTLENECK}.{name}": tensor for name, tensor in bottleneck.state_dict().items()})
+    edit = InsertBottleneck(block.path, hidden, width, **asdict(bottleneck.form))
+    inside = f"{block.path}.{BOTTLENECK}"
+    return Plan((edit,), {f"{inside}.{name}": tensor for name, tensor in bottleneck.state_dict().items()})
 
 
-def replace_activation(
-    model: PreTrainedModel,
-    stack: Stack,
-    index: int,
-    blend: Blend,
-    alpha: float = 0.0,
-    constant: Tensor | None = None,
-) -> Plan:
+def replace_activation(block: Block, blend: Blend, alpha: float = 0.0, constant: Tensor | None = None) -> Plan:
     """Blend the activation of a block's FFN, by `alpha`, with what a linear map can absorb; see `BlendedActivation`."""
-    ffn, path = _ffn(model, stack, index)
-    if ffn.activation is None:
-        raise UnsupportedModelError(
-            f"the activation of block {index} of {stack.path} is no module that can be replaced"
-        )
-    name = f"{path}.{ffn.activation}"
+    activation = _ffn(block).activation
+    if activation is None:
+        raise UnsupportedModelError(f"the activation of {block} is no module that can be replaced")
+    name = f"{block.path}.{activation}"
     width = None if constant is None else len(constant)
     tensors = {f"{name}.alpha": torch.tensor([alpha], dtype=torch.float32)} | (
         {} if constant is None else {f"{name}.constant": constant}
@@ -339,27 +312,18 @@ def _named(path: str, module: nn.Module, tensors: dict[str, Tensor]) -> dict[str
     }
 
 
-def _ffn(model: PreTrainedModel, stack: Stack, index: int) -> tuple[FFN, str]:
-    """A block's FFN, and the path of the block."""
-    path = _block(stack, index)
-    ffn = Anatomy(model).parts(stack, index).ffn
+def _ffn(block: Block) -> FFN:
+    ffn = block.parts.ffn
     if ffn is None:
-        raise missing(f"found no FFN in block {index} of {stack.path}", model, path, ffn=True)
-    return ffn, path
+        raise missing(f"found no FFN in {block}", block.model, block.path, ffn=True)
+    return ffn
 
 
-def _block(stack: Stack, index: int) -> str:
-    """The path of a block that there is."""
-    if not 0 <= index < len(stack):
-        raise ValueError(f"{stack.path} has the blocks 0 to {len(stack) - 1}; got {index}")
-    return f"{stack.path}.{index}"
-
-
-def _dense(ffn: FFN, path: str) -> tuple[tuple[str, ...], str]:
+def _dense(ffn: FFN, block: Block) -> tuple[tuple[str, ...], str]:
     """The paths of an FFN's projections in the model."""
     if ffn.output is None:
-        raise UnsupportedModelError(f"the FFN of {path} is a mixture of experts; use narrow_experts")
-    return tuple(f"{path}.{name}" for name in ffn.inputs), f"{path}.{ffn.output}"
+        raise UnsupportedModelError(f"the FFN of {block.path} is a mixture of experts; use narrow_experts")
+    return tuple(f"{block.path}.{name}" for name in ffn.inputs), f"{block.path}.{ffn.output}"
 
 
 def _checked(units: Tensor, width: int, what: str = "hidden units") -> Tensor:

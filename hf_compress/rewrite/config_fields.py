@@ -17,10 +17,13 @@ from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.parts import expert_axes, linear_widths
 from hf_compress.anatomy.stacks import Stack, reachable_configs
 from hf_compress.anatomy.undo import Undo
-from hf_compress.plan.edits import ModuleEdit, NarrowAttention, NarrowExperts, NarrowFFN
+from hf_compress.plan.edits import ModuleEdit
+from hf_compress.rewrite.edits.attention import GROUP_NAMES, NarrowAttention
+from hf_compress.rewrite.edits.experts import NarrowExperts
+from hf_compress.rewrite.edits.ffn import NarrowFFN
 from hf_compress.rewrite.parity import module_differences
 from hf_compress.rewrite.probe import quiet
-from hf_compress.rewrite.restructure import GROUP_NAMES, Site, restructure
+from hf_compress.rewrite.site import Site
 
 RECORD_FIELD = "quantization_config"  # where a config keeps what its own fields cannot say
 _UNSET_WIDTHS = re.compile(r"inner|intermediate|ffn")  # fields that stand for a multiple of the hidden size when None
@@ -80,7 +83,7 @@ def described(model: PreTrainedModel, edits: Iterable[ModuleEdit]) -> PreTrained
         plain: PreTrainedModel = own._from_config(config, dtype=model.dtype)
         site = Site(plain, Undo())
         for edit in edits:
-            restructure(edit, site)
+            edit.restructure(site)
     return plain
 
 

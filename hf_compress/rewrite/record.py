@@ -18,15 +18,15 @@ from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.undo import Undo
 from hf_compress.errors import PlanError, UnsupportedModelError
 from hf_compress.modules.sealed import Sealed
-from hf_compress.plan.edits import LinearFFN, ModuleEdit, PackLinear, Seal, SparsifyLinear
-from hf_compress.plan.plan import METHOD, PLAN_VERSION, Plan, edits_from_list
+from hf_compress.plan.algebra import last_of_each
+from hf_compress.plan.edits import ModuleEdit
+from hf_compress.plan.plan import METHOD, PLAN_VERSION, Plan
 from hf_compress.rewrite.config_fields import RECORD_FIELD, described, into_config, shapes
-from hf_compress.rewrite.restructure import Site, restructure
+from hf_compress.rewrite.edits import edits_from_list
+from hf_compress.rewrite.edits.sealed import Seal
+from hf_compress.rewrite.site import Site
 
 _EDITS_PER_MODULE = 2  # narrowed and packed, say
-# After which edits nobody finds a linear map, or an FFN, where there was one, and what is there instead.
-_NO_LINEAR: dict[type[ModuleEdit], str] = {PackLinear: "packed", SparsifyLinear: "sparse"}
-_NO_FFN = _NO_LINEAR | {LinearFFN: "one linear map"}
 
 
 def recorded(config: PreTrainedConfig) -> tuple[ModuleEdit, ...]:
@@ -47,13 +47,12 @@ def missing(what: str, model: PreTrainedModel, within: str, ffn: bool = False) -
         within: path of the block or stack where it was looked for.
         ffn: whether that was an FFN.
     """
-    forms = _NO_FFN if ffn else _NO_LINEAR
     for edit in recorded(model.config):
         path = next((path for path in edit.paths if path.startswith(f"{within}.")), None)
-        if path is not None and type(edit) in forms:
+        if path is not None and edit.leaves and (ffn or not edit.replaces_ffn):
             return UnsupportedModelError(
-                f"{what}: an earlier change has left {path} {forms[type(edit)]}; do this before that one, on the model "
-                "as it was then"
+                f"{what}: an earlier change has left {path} {edit.leaves}; do this before that one, on the model as it "
+                "was then"
             )
     return UnsupportedModelError(what)
 
@@ -96,7 +95,7 @@ def rebuild_structure(model: PreTrainedModel, edits: Sequence[ModuleEdit]) -> fr
     site = Site(model, Undo())
     for edit in edits:
         if (placed := _placed(model, edit)) is not None:
-            restructure(placed, site)
+            placed.restructure(site)
     after = model.state_dict(keep_vars=True)
     changed = frozenset(name for name in {**before, **after} if before.get(name) is not after.get(name))
     if tied := sorted(changed.intersection(name for pair in model.all_tied_weights_keys.items() for name in pair)):
@@ -123,10 +122,10 @@ def _placed(model: PreTrainedModel, edit: ModuleEdit) -> ModuleEdit | None:
 
 def record(model: PreTrainedModel, edits: Sequence[ModuleEdit], undo: Undo) -> None:
     """Have the config of `model` say that `edits`, in this order, make it what it is."""
-    edits = into_config(model, _last_of_each(edits), undo)
+    edits = into_config(model, last_of_each(edits), undo)
     if edits and _passes_for_stock(model, edits):
         seal = Seal(_sealable(model, edits))
-        restructure(seal, Site(model, undo))
+        seal.restructure(Site(model, undo))
         edits = (*edits, seal)
     if edits:
         undo.set(model.config, RECORD_FIELD, entry_of(edits))
@@ -152,36 +151,6 @@ def unsealed(plan: Plan, model: PreTrainedModel, undo: Undo) -> Plan:
 
     edits = tuple(edit.moved(rename) if isinstance(edit, ModuleEdit) else edit for edit in plan.edits)
     return Plan(edits, {rename(name): tensor for name, tensor in plan.tensors.items()}, plan.notes)
-
-
-def after_removal(edits: Iterable[ModuleEdit], stack: str, length: int, removed: Sequence[int]) -> list[ModuleEdit]:
-    """The edits of a model that had `length` blocks in a stack, once the blocks `removed` are gone."""
-    kept = [index for index in range(length) if index not in set(removed)]
-    places = {f"{stack}.{old}": f"{stack}.{new}" for new, old in enumerate(kept)}
-    gone = {f"{stack}.{index}" for index in removed}
-    depth = stack.count(".") + 2
-
-    def block(path: str) -> str:
-        return ".".join(path.split(".")[:depth])
-
-    def rename(path: str) -> str:
-        return places.get(block(path), block(path)) + path[len(block(path)) :]
-
-    return [edit.moved(rename) for edit in edits if not any(block(path) in gone for path in edit.paths)]
-
-
-def _last_of_each(edits: Sequence[ModuleEdit]) -> tuple[ModuleEdit, ...]:
-    """Without edits that a later one makes again or of what it takes away.
-
-    An FFN narrowed twice has only the last width, and a linear one nothing of what it was before.
-    """
-    kept: list[ModuleEdit] = []
-    for edit in edits:
-        gone = set(edit.paths) if isinstance(edit, LinearFFN) else set()
-        same = (type(edit), edit.paths)
-        kept = [one for one in kept if (type(one), one.paths) != same and not set(one.paths) <= gone]
-        kept.append(edit)
-    return tuple(kept)
 
 
 def _passes_for_stock(model: PreTrainedModel, edits: Sequence[ModuleEdit]) -> bool:

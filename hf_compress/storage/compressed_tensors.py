@@ -20,8 +20,8 @@ from hf_compress.calibration.data import Batch
 from hf_compress.errors import ParityError, UnsupportedModelError, one_line
 from hf_compress.modules.kernels import check_no_kernels
 from hf_compress.modules.packed import MixedPrecisionLinear
-from hf_compress.plan.edits import PackLinear
 from hf_compress.rewrite.config_fields import RECORD_FIELD, described
+from hf_compress.rewrite.edits.packed import PackLinear
 from hf_compress.rewrite.probe import Probe, outputs_on, quiet, same_outputs, same_tensor
 from hf_compress.rewrite.record import recorded
 from hf_compress.storage.beside import write_beside

@@ -45,12 +45,10 @@ def save(
         model: any model in memory. What is known of its history (see `history_of`) goes into a report beside it.
         directory: where it goes; its parents are made. Of a link, what it points to is replaced.
         tokenizer: saved beside the model.
-        overwrite: whether a directory that exists may be replaced. It is replaced whole, not written into.
-        probe: inputs for the comparison: a batch, or keyword arguments of the model's forward. When None, those that
-            `compress` checked with, or else made up.
         overwrite: whether a directory that exists may be replaced. It is replaced whole, not written into; `card` says
             when its README.md stays.
-        probe: inputs for the comparison; made up when None.
+        probe: inputs for the comparison: a batch, or keyword arguments of the model's forward. When None, those that
+            `compress` checked with, or else made up.
         portable: whether a checkpoint that needs the plugin brings a file that imports it under
             `trust_remote_code=True`. A plain checkpoint needs none, and gets none.
         card: the README.md. When None, the one in `directory` stays, with all that was edited there, if it is this very

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -23,7 +24,7 @@ from transformers import (
 
 from hf_compress.api.compress import check_model, stage_of
 from hf_compress.calibration.data import Calibration, DataOptions, prepare
-from hf_compress.methods.base.checks import check_at_least, check_ratio
+from hf_compress.checks import check
 from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.base.registry import plan_for, schedule_for, steps_for
 from hf_compress.methods.base.schedule import TrainingSchedule
@@ -32,8 +33,8 @@ from hf_compress.numerics.defaults import torch_defaults
 from hf_compress.plan.plan import Plan
 from hf_compress.report.history import add_stage, history_of, model_size
 from hf_compress.rewrite.apply import apply
+from hf_compress.rewrite.edits import edit_from_dict
 from hf_compress.rewrite.probe import Probe
-from hf_compress.training.changes import Changes
 from hf_compress.training.checkpoint import TrainingState, read_state, take_structure, write_state
 from hf_compress.training.distillation import Distillation, check_teacher
 from hf_compress.training.objective import Objective, ObjectiveCallback
@@ -82,8 +83,8 @@ class CompressionCallback(ObjectiveCallback):
     ) -> None:
         if not isinstance(config, CompressionConfig):
             raise TypeError(f"config must be a method's settings, such as MKAConfig(ratio=0.25); got {config!r}")
-        check_at_least("every", every, 1)
-        check_ratio("teacher_share", teacher_share)
+        check("every", every, int | None, "[1, inf)")
+        check("teacher_share", teacher_share, float, "(0, 1)")
         self.config, self.schedule = config, schedule_for(config)
         self.calibration, self.tokenizer, self.options = calibration, tokenizer, options
         self.every, self.teacher, self.teacher_share = every, teacher, teacher_share
@@ -94,7 +95,7 @@ class CompressionCallback(ObjectiveCallback):
         self._data: Calibration | None = None
         self._steps: list[CompressionConfig] = []  # changes of structure in mid-run, the first `_done` of them made
         self._done = 0
-        self._changes = Changes()
+        self._changes = Plan()  # of all of them, without tensors
         self._distillation: Distillation | None = None
         self._loading: RemovableHandle | None = None
         self._structure_of: str | None = None  # the checkpoint that is being read
@@ -190,7 +191,7 @@ class CompressionCallback(ObjectiveCallback):
         self.schedule.restore(saved.tensors)
         self._done = saved.done
         if self.every is not None:
-            self._changes = Changes(saved.edits)
+            self._changes = Plan(tuple(map(edit_from_dict, saved.edits)))
 
     # While it trains.
 
@@ -259,7 +260,7 @@ class CompressionCallback(ObjectiveCallback):
             self._data = prepare(batches, model, self.tokenizer or kwargs.get("processing_class"), self.options)
         context = CalibrationContext(model, self._data, self._seconds)
         self._change(context, self.schedule.finish)
-        done = Plan(tuple(self._changes.edits), notes={**self._changes.notes, "trained_steps": state.global_step})
+        done = self._changes.then(Plan(notes={"trained_steps": state.global_step}))
         stage = stage_of(self.config, done, context, self._before, model_size(model))
         add_stage(model, stage, self._history)
         share = stage.after.parameters / stage.before.parameters
@@ -275,7 +276,7 @@ class CompressionCallback(ObjectiveCallback):
             plan: Plan | None = broadcast_object_list([made])[0]
             if plan is None:
                 return
-            self._changes.add(plan, model)
+            self._changes = self._changes.then(replace(plan, tensors={}))
             if plan.edits:
                 apply(plan, model, Probe.of(model, self._data.batches[0] if self._data else None))
 

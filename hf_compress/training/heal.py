@@ -27,7 +27,7 @@ from hf_compress.calibration.data import Calibration, DataOptions, prepare
 from hf_compress.calibration.padding import pad_id, padded
 from hf_compress.calibration.reading import has_length, take
 from hf_compress.calibration.tables import dimensions, table_of
-from hf_compress.methods.base.checks import check_not_negative, check_positive, check_share
+from hf_compress.checks import check_fields, setting
 from hf_compress.modules.packed import CompactLinear
 from hf_compress.numerics.defaults import torch_defaults
 from hf_compress.report.history import add_stage, history_of, model_size
@@ -47,14 +47,12 @@ class DistillationConfig:
         temperature: of the distributions that KL compares, above 0.
     """
 
-    label_share: float = 0.0
-    stream_weight: float = 1.0
-    temperature: float = 1.0
+    label_share: float = setting(0.0, within="[0, 1]")
+    stream_weight: float = setting(1.0, within="[0, inf]")
+    temperature: float = setting(1.0, within="(0, inf]")
 
     def __post_init__(self) -> None:
-        check_share("label_share", self.label_share)
-        check_not_negative("stream_weight", self.stream_weight)
-        check_positive("temperature", self.temperature)
+        check_fields(self)
 
 
 @torch_defaults()

@@ -175,7 +175,7 @@ def test_it_prints_saves_and_draws(analysis: Analysis, tmp_path: Path) -> None:
 
 
 def test_bad_input_is_named() -> None:
-    with pytest.raises(ValueError, match=r"ratios must lie strictly between 0 and 1.*got 1\.5"):
+    with pytest.raises(ValueError, match=r"ratios must be a number in \(0, 1\); got 1\.5"):
         analyze(tiny_llama(6), TEXTS, TOKENIZER, ratios=(1.5,))
     with pytest.raises(CalibrationError, match="5 calibration samples are too few"):
         analyze(tiny_llama(6), TEXTS[:5], TOKENIZER)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.anatomy import Anatomy, Block
 from hf_compress.anatomy.parts import expert_axes, hidden_size
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.errors import PlanError, UnsupportedModelError
@@ -53,24 +53,24 @@ def reversed_units(model, stack: Stack, index: int) -> Plan | None:
     if ffn is None:
         return None
     if ffn.experts is None:
-        return builders.narrow_ffn(model, stack, index, range(ffn.width)[::-1])
+        return builders.narrow_ffn(Block(model, stack, index), range(ffn.width)[::-1])
     experts = model.get_submodule(f"{stack.path}.{index}.{ffn.experts}")
     count = len(experts.get_parameter(next(iter(expert_axes(experts).of))))
-    return builders.narrow_experts(model, stack, index, torch.arange(ffn.width).flip(0).expand(count, -1))
+    return builders.narrow_experts(Block(model, stack, index), torch.arange(ffn.width).flip(0).expand(count, -1))
 
 
 def reversed_heads(model, stack: Stack, index: int) -> Plan | None:
     try:
-        groups = builders.heads_of(model, stack, index).groups
+        groups = builders.heads_of(Block(model, stack, index)).groups
     except UnsupportedModelError:
         return None
-    return builders.narrow_attention(model, stack, index, range(groups)[::-1])
+    return builders.narrow_attention(Block(model, stack, index), range(groups)[::-1])
 
 
 def bottleneck(model, stack: Stack, index: int) -> Plan:
     d = hidden_size(stack.configs[0][0])
     directions = torch.linalg.qr(torch.randn(d, d // 2, generator=torch.Generator().manual_seed(0))).Q
-    return builders.insert_bottleneck(stack, index, linear_bottleneck(directions, 0.9 * directions.T))
+    return builders.insert_bottleneck(Block(model, stack, index), linear_bottleneck(directions, 0.9 * directions.T))
 
 
 def change(key: str, kind: str, side: str | None, draft: Callable[..., Plan | None], folder) -> float | None:

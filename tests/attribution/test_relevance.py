@@ -86,7 +86,7 @@ def parts_of(result):
 @pytest.mark.parametrize("family", ALL)
 def test_shapes_and_names(family, attention):
     model = make(family)
-    result = hfc.relevance(model, data_of(model), attention=attention)
+    result = hfc.relevance(model, data_of(model), composite=attention)
     assert result.explained.shape == (3,)
     assert {name: tuple(values.shape) for name, values in result.inputs.items()} == SOURCES[family]
     width = NEURONS.get(family)
@@ -211,9 +211,9 @@ def test_padding_is_irrelevant(family, side, implementation):
 def test_other_samples_in_the_batch_make_no_difference(family, attention):
     model = make(family)
     data = data_of(model)
-    together = parts_of(hfc.relevance(model, data, attention=attention))
+    together = parts_of(hfc.relevance(model, data, composite=attention))
     for row in range(3):
-        alone = parts_of(hfc.relevance(model, data[row : row + 1], attention=attention))
+        alone = parts_of(hfc.relevance(model, data[row : row + 1], composite=attention))
         assert together.keys() >= alone.keys() - {
             name for name in alone if name.endswith(("wpe", "position_embeddings"))
         }
@@ -283,8 +283,8 @@ def refused(model, data, error, message, **settings):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"attention": "magic"}, "attention must be one of attnlrp, cp; got 'magic'"),
-        ({"attention": None}, "attention must be one of attnlrp, cp; got None"),
+        ({"composite": "magic"}, "unknown composite 'magic'"),
+        ({"composite": None}, "unknown composite None"),
         ({"epsilon": -0.1}, r"epsilon must not be negative; got -0\.1"),
         ({"epsilon": float("nan")}, "epsilon must not be negative; got nan"),
     ],

@@ -9,9 +9,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 import hf_compress as hfc
-from hf_compress.attribution import rules
+from hf_compress.attribution import attach
+from hf_compress.attribution.attach import lrp_rules
 from hf_compress.attribution.passes import explaining
-from hf_compress.attribution.rules import lrp_rules
 from hf_compress.errors import UnsupportedModelError
 from tests.helpers.changes import Trace
 from tests.helpers.models import leftovers
@@ -187,7 +187,7 @@ def test_cp_keeps_the_logit_where_there_are_no_biases(family):
     """With queries and keys left out every rule hands on what it gets; with them, a softmax does not."""
     model = livelier(family)
     assert not any(name.endswith("bias") for name, _ in model.named_parameters())
-    cp, full = (hfc.relevance(model, IDS, attention=rule) for rule in ("cp", "attnlrp"))
+    cp, full = (hfc.relevance(model, IDS, composite=rule) for rule in ("cp", "attnlrp"))
     torch.testing.assert_close(cp.tokens.sum(dim=1), cp.explained, rtol=1e-3, atol=1e-3)
     assert float((full.tokens.sum(dim=1) - full.explained).abs().max()) > 1e-2
 
@@ -247,7 +247,7 @@ def test_an_interruption_while_the_rules_are_put_on(step, monkeypatch):
 
     model = build("Llama")
     before = Surroundings(model)
-    monkeypatch.setattr(rules, step, interrupted)
+    monkeypatch.setattr(attach, step, interrupted)
     with pytest.raises(KeyboardInterrupt, match="enough"), lrp_rules(model):
         pass
     before.check()

@@ -123,7 +123,7 @@ def test_sums_are_those_of_single_samples(name, target, attention):
     """
     model = make(name)
     watched, outputs = linears(model), writers(model)
-    found = relevance_sums(model, batches_of(model), watched, outputs, target, attention=attention)
+    found = relevance_sums(model, batches_of(model), watched, outputs, target, composite=attention)
     expected = by_samples(model, batches_of(model, 1), target, attention)
     signed, absolute, signed_units, absolute_units = expected
     for own, slow in ((found.signed, signed), (found.absolute, absolute)):
@@ -210,7 +210,7 @@ def test_cp_gives_every_linear_map_its_sums(name):
     target = "label" if name in ("Llama", "GPT-2") else "predicted"
     path = Anatomy(model).stack().path
     own = {p: m for p, m in linears(model).items() if p.startswith(f"{path}.")}
-    found = relevance_sums(model, batches, own, target=target, attention="cp")
+    found = relevance_sums(model, batches, own, target=target, composite="cp")
     slopes = found.slopes({p: linear_map(module).T.detach() for p, module in own.items()})
     assert slopes.keys() == own.keys()
     last = [word for word in ("q_proj", "k_proj", "query", "key") if any(p.endswith(word) for p in own)]

@@ -8,7 +8,7 @@ from transformers import BertConfig, BertForMaskedLM, MixtralConfig, MixtralForC
 
 import hf_compress as hfc
 from hf_compress.api.compress import make_plan
-from hf_compress.calibration.capture import forward, inference
+from hf_compress.calibration.capture import forward, inference, watch_arguments
 from hf_compress.calibration.data import prepare
 from hf_compress.calibration.objective import first_tensor
 from tests.helpers.language import WORDS, tiny_llama
@@ -110,3 +110,15 @@ def test_what_is_asked_for_in_a_call_is_given(ids):
     with inference(model):
         assert forward(model, prepare(ids, model, None).batches[0]).hidden_states is None
         assert model(ids, output_hidden_states=True).hidden_states is not None
+
+
+def test_modules_keep_what_they_are_called_with():
+    """Each call by itself, arguments with names last; and afterwards nothing."""
+    called, silent = torch.nn.Bilinear(2, 2, 1), torch.nn.Linear(2, 2)
+    one, two = torch.ones(1, 2), torch.zeros(1, 2)
+    with watch_arguments({"called": called, "silent": silent}) as given:
+        called(one, two)
+        called(two, input2=one)
+    called(one, one)
+    assert given["silent"] == []
+    assert [[id(value) for value in call] for call in given["called"]] == [[id(one), id(two)], [id(two), id(one)]]

@@ -272,13 +272,6 @@ def test_two_columns_of_strings_and_none_named(model, tokenizer, texts):
         prepare(Dataset.from_dict({"a": texts, "b": texts}), model, tokenizer)
 
 
-@pytest.mark.parametrize("values", [{"batch_size": 0}, {"batch_size": None}, {"batch_size": 2.0}, {"max_length": 0}])
-def test_bad_options(values):
-    ((name, value),) = values.items()
-    with pytest.raises(ValueError, match=f"{name} must be a whole number of at least 1; got {value}"):
-        DataOptions(**values)
-
-
 def test_a_batch_counts_its_samples():
     assert Batch({"input_ids": torch.zeros(3, 4)}, None).samples == 3
 
@@ -305,3 +298,21 @@ def test_labels_that_are_no_classes(labels):
 
 def tiny_classifier():
     return DenseForClassification(DenseConfig(input_size=6, hidden_size=8, intermediate_size=12, num_labels=3))
+
+
+@pytest.mark.parametrize(
+    ("amount", "options", "expected"),
+    [
+        (30, {}, [0, 3, 6]),
+        (31, {}, [0, 2, 5, 7]),  # at least so many,
+        (31, {"rounded": round}, [0, 3, 6]),  # or the nearest
+        (1, {}, [0]),
+        (0, {"rounded": round}, [0]),
+        (1, {"least": 2}, [0, 5]),
+        (10**9, {}, list(range(10))),
+    ],
+)
+def test_about_so_many_tokens(amount, options, expected):
+    batches = [Batch({"input_ids": torch.zeros(1, 10)}, torch.ones(1, 10, dtype=torch.bool)) for _ in range(10)]
+    found = Calibration(batches).about(amount, 100, **options)
+    assert [next(i for i, batch in enumerate(batches) if batch is one) for one in found] == expected

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.calibration.capture import forward, inference
 from hf_compress.calibration.data import Batch, DataOptions, prepare
-from hf_compress.calibration.losses import losses_without
+from hf_compress.calibration.losses import LossRunner, losses_without, mean_of
 from hf_compress.calibration.objective import batch_loss, mean_loss, reference_for
 from hf_compress.plan.edits import RemoveBlocks
 from hf_compress.plan.plan import Plan
@@ -49,6 +49,21 @@ def test_losses_are_those_of_models_without_the_blocks(model, stack, calibration
     assert losses == pytest.approx(expected, rel=1e-5)
     assert len({round(loss, 4) for loss in losses.values()}) == len(losses), "or the test could not tell them apart"
     assert leftovers(model) == []
+
+
+def test_a_changed_block_runs_from_its_own_stream_on(model, stack, calibration):
+    """With another block left out; the model is as it was kept, but for the change."""
+    with inference(model):
+        runners = [LossRunner(model, stack, batch) for batch in calibration]
+        plain = mean_of([runner.keep() for runner in runners])
+        skipped = mean_of([runner.keep([3]) for runner in runners])
+        changed = mean_of([runner.loss_after(1, 2 * runner.run(1, runner.streams[1])) for runner in runners])
+    assert plain == pytest.approx(slow_loss(model, calibration), rel=1e-5)
+    smaller = without(model, stack, [3])
+    assert skipped == pytest.approx(slow_loss(smaller, calibration), rel=1e-5)
+    smaller.get_submodule(stack.path)[1].register_forward_hook(lambda _, args, output: 2 * output)
+    assert changed == pytest.approx(slow_loss(smaller, calibration), rel=1e-5)
+    assert len({round(loss, 4) for loss in (plain, skipped, changed)}) == 3
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "gemma3_text"])

@@ -5,7 +5,7 @@ from collections import namedtuple
 import pytest
 import torch
 
-from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.anatomy import Anatomy, Block
 from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.capture import (
     StopForward,
@@ -263,7 +263,9 @@ def test_a_bottleneck_is_part_of_its_block():
     stack, inputs = Anatomy(model).stack(), tiny_inputs(model)
     directions = torch.linalg.qr(torch.randn(64, 16)).Q
     for index in (1, 3):
-        carry_out(insert_bottleneck(stack, index, linear_bottleneck(directions, directions.T)), model, Undo())
+        carry_out(
+            insert_bottleneck(Block(model, stack, index), linear_bottleneck(directions, directions.T)), model, Undo()
+        )
     runner = BlockRunner(model, stack, Batch(inputs, None))
     with inference(model):
         whole, streams = runner.record()

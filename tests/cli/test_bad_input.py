@@ -236,9 +236,13 @@ def test_places_that_cannot_be_written_are_told_before_any_work(
         (b"\xff\xfe", "is not UTF-8 text"),
         (b"method: zzz", "unknown method 'zzz'"),
         (b"method: mka\nnum_merges: {a: 1}", "--num must be a whole number"),
-        (b"method: mka\nnum_merges: 1\niterative: nope", "iterative must be bool; got 'nope'"),
-        (b"method: mka\nnum_merges: 1\nstack: 5", "stack must be str or None; got 5"),
-        (b"method: illc", "say how much to keep: --set gamma=… or --set width=…; got no gamma, no width"),
+        (b"method: mka\nnum_merges: 1\niterative: nope", "iterative must be True or False"),
+        (b"method: mka\nnum_merges: 1\nstack: 5", "stack must be a string"),
+        (
+            b"method: illc",
+            "say how much: --ratio, or --set gamma=… or --set width=… to keep; for attention, ",
+        ),
+        (b"method: mka\ngamma: 0.5", "mka has no setting 'gamma' (say how much by --ratio or --num)"),
     ],
 )
 def test_recipes(recipe: bytes, message: str, home: Path, tmp_path: Path) -> None:

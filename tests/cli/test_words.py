@@ -2,10 +2,12 @@
 
 import re
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import typer
 
+import hf_compress
 from hf_compress.cli import app
 from hf_compress.cli.words import in_its_words, unloadable
 from hf_compress.methods.base.settings import config_class, method_names
@@ -85,11 +87,6 @@ def test_which_model_did_not_load():
 
 def test_no_message_of_the_package_names_an_option_beside_its_parameter():
     """One of both is enough: they are translated."""
-    from hf_compress import config
-
-    root = re.sub(r"config\.py$", "", config.__file__)
-    from pathlib import Path
-
-    for path in Path(root).rglob("*.py"):
+    for path in Path(hf_compress.__file__).parent.rglob("*.py"):
         if path.parent.name != "cli":
             assert not re.search(r"=\w* ?\(--|=, or --", path.read_text()), path

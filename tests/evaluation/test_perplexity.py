@@ -162,10 +162,10 @@ def test_prints_with_its_error() -> None:
     ("arguments", "message"),
     [
         ({"max_length": 8, "stride": 9}, r"stride is 9.*max_length \(8\).*at most max_length"),
-        ({"stride": 0}, "stride is 0, but must be at least 1"),
-        ({"max_length": -1}, "max_length is -1"),
+        ({"stride": 0}, "stride must be a whole number of at least 1; got 0"),
+        ({"max_length": -1}, "max_length must be .* at least 1; got -1"),
         ({"max_length": POSITIONS + 1}, f"max_length is {POSITIONS + 1}.*at most {POSITIONS}"),
-        ({"batch_size": 0}, "batch_size is 0"),
+        ({"batch_size": 0}, "batch_size must be .* at least 1; got 0"),
     ],
 )
 def test_lengths_that_do_not_fit(
@@ -266,3 +266,8 @@ def test_paired_difference_is_the_ratio_of_sums_and_far_surer_than_the_losses(mo
     assert error == pytest.approx((len(gaps) / (len(gaps) - 1) * squares) ** 0.5 / first.tokens)
     with pytest.raises(ValueError, match="different texts"):
         second.loss_difference(perplexity(model, tokenizer, texts[:2]))
+
+
+def test_no_tokenizer_is_said_in_words():
+    with pytest.raises(TypeError, match="tokenizer is a NoneType; expected the model's own"):
+        perplexity(None, None, ["a text"])

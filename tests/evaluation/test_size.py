@@ -96,7 +96,7 @@ def test_fewer_blocks_are_faster(make_llama: MakeLlama, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("argument", ["length", "batch_size", "repeats"])
 def test_numbers_below_one_are_refused(model: LlamaForCausalLM, argument: str) -> None:
-    with pytest.raises(ValueError, match=f"{argument} is 0, but must be at least 1"):
+    with pytest.raises(ValueError, match=f"{argument} must be a whole number of at least 1; got 0"):
         tokens_per_second(model, **{argument: 0})
-    with pytest.raises(ValueError, match=f"{argument} is 0, but must be at least 1"):
+    with pytest.raises(ValueError, match=f"{argument} must be a whole number of at least 1; got 0"):
         speed_ratio(model, model, **{argument: 0})

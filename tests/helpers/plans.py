@@ -62,7 +62,7 @@ def stack_of(model):
 def bottleneck_plan(model, index, width=16):
     generator = torch.Generator().manual_seed(1)
     encoder = torch.randn(HIDDEN, width, generator=generator) / 8
-    return insert_bottleneck(stack_of(model), index, linear_bottleneck(encoder, encoder.T))
+    return insert_bottleneck(Anatomy(model).block(index), linear_bottleneck(encoder, encoder.T))
 
 
 @torch.no_grad()
@@ -83,19 +83,19 @@ def linear_plan(model, index=0, rank=None):
     generator = torch.Generator().manual_seed(2)
     shapes = [(HIDDEN, HIDDEN)] if rank is None else [(HIDDEN, rank), (rank, HIDDEN)]
     maps = [torch.randn(shape, generator=generator) / 8 for shape in shapes]
-    return linear_ffn(model, stack_of(model), index, maps, torch.randn(HIDDEN, generator=generator))
+    return linear_ffn(Anatomy(model).block(index), maps, torch.randn(HIDDEN, generator=generator))
 
 
 # Every kind of edit, on Llama or (experts) on Mixtral.
 PLANS = {
-    "narrow": lambda model: narrow_ffn(model, stack_of(model), 0, UNITS),
+    "narrow": lambda model: narrow_ffn(Anatomy(model).block(0), UNITS),
     "linear": linear_plan,
     "low rank": lambda model: linear_plan(model, rank=4),
     "bottleneck": lambda model: bottleneck_plan(model, 0),
     "packed": lambda model: pack_plan(model, f"{BLOCK}.self_attn.o_proj"),
-    "identity": lambda model: replace_activation(model, stack_of(model), 0, "identity", 0.5),
-    "constant": lambda model: replace_activation(model, stack_of(model), 0, "constant", 0.5, torch.zeros(WIDTH)),
-    "experts": lambda model: narrow_experts(model, stack_of(model), 0, UNITS.expand(4, -1)),
+    "identity": lambda model: replace_activation(Anatomy(model).block(0), "identity", 0.5),
+    "constant": lambda model: replace_activation(Anatomy(model).block(0), "constant", 0.5, torch.zeros(WIDTH)),
+    "experts": lambda model: narrow_experts(Anatomy(model).block(0), UNITS.expand(4, -1)),
 }
 
 

@@ -38,7 +38,7 @@ from transformers import (
 from transformers.utils import logging
 
 import hf_compress as hfc
-from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.anatomy import Anatomy, Block
 from hf_compress.anatomy.parts import hidden_size
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.errors import UnsupportedModelError
@@ -84,8 +84,8 @@ def narrow(model: PreTrainedModel, stack: Stack, block: int) -> Plan:
     assert ffn is not None
     kept = torch.randperm(ffn.width)[: ffn.width * 3 // 4]
     if ffn.experts is None:
-        return builders.narrow_ffn(model, stack, block, kept.tolist())
-    return builders.narrow_experts(model, stack, block, kept.expand(model.config.num_local_experts, -1))
+        return builders.narrow_ffn(Block(model, stack, block), kept.tolist())
+    return builders.narrow_experts(Block(model, stack, block), kept.expand(model.config.num_local_experts, -1))
 
 
 def narrow_all(model: PreTrainedModel, stack: Stack, block: int) -> Plan:
@@ -94,12 +94,12 @@ def narrow_all(model: PreTrainedModel, stack: Stack, block: int) -> Plan:
 
 def linear(model: PreTrainedModel, stack: Stack, block: int) -> Plan:
     d = hidden_size(model.config)
-    return builders.linear_ffn(model, stack, block, [torch.randn(d, d) / d], torch.randn(d) / d)
+    return builders.linear_ffn(Block(model, stack, block), [torch.randn(d, d) / d], torch.randn(d) / d)
 
 
 def low_rank(model: PreTrainedModel, stack: Stack, block: int) -> Plan:
     d = hidden_size(model.config)
-    return builders.linear_ffn(model, stack, block, [torch.randn(d, 4) / d, torch.randn(4, d)])
+    return builders.linear_ffn(Block(model, stack, block), [torch.randn(d, 4) / d, torch.randn(4, d)])
 
 
 def bottleneck(model: PreTrainedModel, stack: Stack, block: int) -> Plan:
@@ -107,7 +107,7 @@ def bottleneck(model: PreTrainedModel, stack: Stack, block: int) -> Plan:
     squeezed = Bottleneck(d, d // 2)
     with torch.no_grad():
         squeezed.decoder.copy_(0.9 * nn.init.orthogonal_(squeezed.encoder).T)
-    return builders.insert_bottleneck(stack, block, squeezed)
+    return builders.insert_bottleneck(Block(model, stack, block), squeezed)
 
 
 def pack(model: PreTrainedModel, stack: Stack, block: int) -> Plan:
@@ -118,7 +118,7 @@ def pack(model: PreTrainedModel, stack: Stack, block: int) -> Plan:
 
 
 def blend(model: PreTrainedModel, stack: Stack, block: int) -> Plan:
-    return builders.replace_activation(model, stack, block, "identity", 0.5)
+    return builders.replace_activation(Block(model, stack, block), "identity", 0.5)
 
 
 EDITS: dict[str, Callable[[PreTrainedModel, Stack, int], Plan]] = {

@@ -1,6 +1,5 @@
 """AdaptiveCompress: what its peers learn, number by number, and how `hf_compress.fit` goes about it."""
 
-import json
 import logging
 import math
 import re
@@ -17,7 +16,6 @@ from hf_compress.methods.adaptive_compress import AdaptiveCompressConfig
 from hf_compress.methods.adaptive_compress.fit import LEARNERS
 from hf_compress.methods.adaptive_compress.learner import StreamMoments
 from hf_compress.methods.adaptive_compress.learning import Learning
-from hf_compress.methods.base.settings import CompressionConfig
 from tests.helpers.language import words
 from tests.helpers.models import in_dtype, leftovers
 from tests.helpers.plans import Before
@@ -1019,98 +1017,6 @@ def test_observe_is_no_plan(model, ids):
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"layers": [1], "fractions": [0.5]}, "not by both"),
-        ({"layers": []}, "layers must be a list of at least one"),
-        ({"fractions": ()}, "fractions must be a list of at least one"),
-        ({"layers": 3}, "layers must be a list"),
-        ({"layers": "13"}, "layers must be a list"),
-        ({"layers": [1, 1]}, "layers names a place twice"),
-        ({"fractions": [0.5, 0.5]}, "fractions names a place twice"),
-        ({"layers": [-1]}, "indices of blocks.*-1"),
-        ({"layers": [1.0]}, "indices of blocks.*1.0"),
-        ({"layers": [True]}, "indices of blocks.*True"),
-        ({"layers": ["1"]}, "indices of blocks.*'1'"),
-        ({"fractions": [0.0]}, r"fractions must lie in \(0, 1\].*0.0"),
-        ({"fractions": [0.5, 1.01]}, "fractions must lie.*1.01"),
-        ({"fractions": [float("nan")]}, "fractions must lie.*nan"),
-        ({"fractions": ["half"]}, "fractions must lie.*half"),
-        ({"fractions": [True]}, "fractions must lie.*True"),
-        ({"retention_init": 0.5}, "retention must not increase"),
-        ({"retention_init": 0.5, "retention_final": 0.6}, "retention must not increase.*0.5.*0.6"),
-        ({"retention_init": 1.01}, "retention_init must lie in"),
-        ({"retention_final": 0}, "retention_final must lie in"),
-        ({"retention_final": -0.5}, "retention_final must lie in"),
-        ({"retention_final": "0.5"}, "retention_final must lie in"),
-        ({"retention_final": float("nan")}, "retention_final must lie in"),
-        ({"warmup_steps": -1}, "warmup_steps"),
-        ({"decay_steps": 1.5}, "decay_steps"),
-        ({"ema": 1}, "ema must lie"),
-        ({"ema": -0.1}, "ema must lie"),
-        ({"l1": -1}, "l1"),
-        ({"contrastive": float("nan")}, "contrastive"),
-        ({"aux": "1"}, "aux"),
-        ({"skip": 1}, "skip=1"),
-        ({"skip": -0.1}, "skip"),
-        ({"expansion": 0}, "expansion"),
-        ({"dead_steps": 0}, "dead_steps"),
-        ({"updates": 0}, "updates"),
-        ({"epochs": 1.0}, "epochs"),
-        ({"learning_rate": 0}, "learning_rate"),
-        ({"outliers": 1}, "outliers"),
-        ({"outliers": float("nan")}, "outliers"),
-        ({"seed": -1}, "seed"),
-        ({"variant": "best"}, "variant must be one of"),
-        ({"mode": "both"}, "mode must be one of"),
-        ({"importance": "size"}, "importance must be one of"),
-    ],
-)
-def test_settings_that_cannot_be_are_refused(settings, message):
-    with pytest.raises(ValueError, match=message):
-        AdaptiveCompressConfig(**settings)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [{"tie_weights": "no"}, {"stack": 3}, {"layers": [[1]]}],
-)
-def test_settings_of_a_wrong_kind_are_refused(settings):
-    with pytest.raises(ValueError, match=next(iter(settings))):
-        AdaptiveCompressConfig(**settings)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"layers": [3, 1]},
-        {"layers": (3, 1)},
-        {"layers": range(3)},
-        {"fractions": [0.5, 1]},
-        {
-            "fractions": (0.25,),
-            "variant": "topk",
-            "skip": 0.2,
-            "tie_weights": True,
-            "learning_rate": 1e-5,
-            "mode": "observe",
-        },
-    ],
-)
-def test_settings_survive_json(settings):
-    one = AdaptiveCompressConfig(**settings)
-    again = CompressionConfig.from_dict(json.loads(json.dumps(one.to_dict())))
-    assert again == one
-    assert hash(again) == hash(one)
-    assert again.to_dict() == one.to_dict()
-    assert CompressionConfig.from_dict(json.loads(one.to_json())) == one
-    for name in ("layers", "fractions"):
-        assert getattr(again, name) is None or type(getattr(again, name)) is tuple
-    assert one.to_dict()["method"] == "adaptive_compress"
 
 
 def test_what_depends_on_the_variant():

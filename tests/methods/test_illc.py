@@ -1,18 +1,19 @@
 """ILLC on Transformers: what becomes of whole models, in memory and in files."""
 
 import json
+from typing import get_args
 
 import pytest
 import torch
 from transformers import GraniteConfig, GraniteForCausalLM
 
 import hf_compress as hfc
-from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.anatomy import Anatomy, Block
 from hf_compress.anatomy.undo import Undo
 from hf_compress.api.compress import compress, make_plan
 from hf_compress.calibration.data import DataOptions
 from hf_compress.methods.illc import ILLCConfig
-from hf_compress.methods.illc.config import COMPENSATIONS, REDUCTION_NAMES
+from hf_compress.methods.illc.config import Compensation, Reduction
 from hf_compress.rewrite.apply import apply, carry_out
 from hf_compress.rewrite.builders import merge_units, narrow_ffn
 from hf_compress.storage.save import save
@@ -105,8 +106,8 @@ def test_a_plan_is_made_without_a_trace_and_is_what_compress_does(name, settings
     assert torch.equal(logits(model), logits(other))
 
 
-@pytest.mark.parametrize("compensation", COMPENSATIONS)
-@pytest.mark.parametrize("reduction", REDUCTION_NAMES)
+@pytest.mark.parametrize("compensation", get_args(Compensation))
+@pytest.mark.parametrize("reduction", get_args(Reduction))
 def test_every_reduction_with_every_compensation(reduction, compensation, tmp_path):
     model = build("Llama")
     run(model, width=20, reduction=reduction, compensation=compensation)
@@ -267,7 +268,7 @@ def test_units_that_are_alike_merge_without_loss(name):
                 halves = parameter.split(family.width, axis)
                 parameter.copy_(torch.cat([half.index_select(axis, labels) for half in halves], axis))
     expected = forward(model, given)
-    carry_out(merge_units(model, stack, family.index, labels), model, Undo())
+    carry_out(merge_units(Block(model, stack, family.index), labels), model, Undo())
     assert matrix_of(model.get_submodule(family.path(family.last))).shape[0] == 40
     assert_close(forward(model, given), expected)
 
@@ -283,7 +284,7 @@ def test_units_kept_write_what_they_are_told(name, biased):
     added = bias_of(last, hidden) if bias is None else bias
     with hooked(last.register_forward_hook(lambda _, args, out: args[0][..., units] @ matrix + added)):
         expected = forward(model, given)
-    carry_out(narrow_ffn(model, stack, family.index, units, (matrix, bias)), model, Undo())
+    carry_out(narrow_ffn(Block(model, stack, family.index), units, (matrix, bias)), model, Undo())
     assert_close(forward(model, given), expected, reference)
 
 
@@ -291,4 +292,4 @@ def test_units_kept_write_what_they_are_told(name, biased):
 def test_labels_that_leave_a_cluster_empty_or_a_unit_out(labels):
     model = build("Llama")
     with pytest.raises(ValueError, match="labels must give each of 64 hidden units a cluster, none of them empty"):
-        merge_units(model, Anatomy(model).stack(), 0, labels)
+        merge_units(Anatomy(model).block(0), labels)

@@ -11,8 +11,8 @@ from hf_compress.api.compress import compress
 from hf_compress.calibration.data import DataOptions
 from hf_compress.errors import CalibrationError, PlanError, UnsupportedModelError
 from hf_compress.methods.base.settings import CompressionConfig, config_class
+from hf_compress.methods.base.units import UnitStatistics
 from hf_compress.methods.illc import ILLCConfig
-from hf_compress.methods.illc.units import UnitStatistics
 from hf_compress.numerics.ridge import LeastSquares
 from tests.helpers.changes import Trace
 from tests.helpers.models import leftovers
@@ -41,46 +41,6 @@ def refused(model, data, error, message, **settings):
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({}, "gamma= or width=; got gamma=None, width=None"),
-        ({"gamma": 0.5, "width": 8}, "gamma= or width=; got gamma=0.5, width=8"),
-        *(({"gamma": bad}, r"share of the hidden units to keep, in \(0, 1\]") for bad in (0, 1.5, -1, True, "0.5")),
-        ({"gamma": float("nan")}, r"share of the hidden units to keep, in \(0, 1\]; got nan"),
-        *(({"width": bad}, "width must be a whole number of at least 1") for bad in (0, -3, 2.5, True)),
-        (HALF | {"variant": "magic"}, "variant must be one of compensated, paper; got 'magic'"),
-        (HALF | {"reduction": "magic"}, "reduction must be one of average, elimination"),
-        (HALF | {"compensation": "magic"}, "compensation must be one of bias, none, ridge"),
-        (HALF | {"target": "logits"}, "target must be one of ffn, stream; got 'logits'"),
-        (HALF | {"clustering": "ward"}, "clustering must be one of agglomerative"),
-        (HALF | {"allocation": "fair"}, "allocation must be one of adaptive, uniform"),
-        (HALF | {"tokens": 0}, "tokens must be a whole number of at least 1; got 0"),
-        (HALF | {"cluster_tokens": 0.5}, "cluster_tokens must be a whole number of at least 1; got 0.5"),
-        *((HALF | {"seed": bad}, "seed must be a whole number of at least 0") for bad in (-1, "a", 0.5)),
-        (HALF | {"example": (float("nan"), 1.0)}, "example must be the numbers of one sample"),
-        (HALF | {"example": ()}, "example must be the numbers of one sample"),
-        (HALF | {"example": ("a", 1)}, "example must be the numbers of one sample"),
-        (HALF | {"example": FLOATS[:2]}, "example must be the numbers of one sample"),
-        (HALF | {"example": SIX, "kernel_width": 0}, "kernel_width must be a number above 0"),
-        (HALF | {"kernel_width": 1.0}, "kernel_width .* give example= too"),
-        (HALF | {"plain": True, "allocation": "adaptive"}, "plain=True keeps one width .*'adaptive'.*leave out plain"),
-        (HALF | {"plain": True, "bias": True}, "plain=True keeps .* the biases that there are"),
-        (HALF | {"plain": True, "compensation": "bias"}, "plain=True keeps .* the biases that there are"),
-        (HALF | {"allocation": "adaptive", "variant": "paper"}, "reduction='average' keeps none: take representative"),
-        (HALF | {"allocation": "adaptive", "reduction": "average"}, "take representative"),
-    ],
-)
-def test_settings_that_make_no_sense(settings, message):
-    with pytest.raises(ValueError, match=message):
-        ILLCConfig(**settings)
-
-
-def test_an_example_that_is_one_number():
-    with pytest.raises(ValueError, match=r"example must be the numbers of one sample; got 3\.0"):
-        ILLCConfig(gamma=0.5, example=3.0)
 
 
 def test_settings_survive_json_and_the_variant_names_the_rest():

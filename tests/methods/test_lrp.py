@@ -690,12 +690,12 @@ def test_half_precision_decides_almost_as_single_does():
 
 def test_attention_by_either_rule():
     """CP leaves queries and keys without relevance; there is still something to keep of them."""
-    model, other = run(made("Llama"), sparsity=0.5, attention="cp"), run(made("Llama"), sparsity=0.5)
+    model, other = run(made("Llama"), sparsity=0.5, composite="cp"), run(made("Llama"), sparsity=0.5)
     found, full = masks(model), masks(other)
     assert found.keys() == full.keys()
     assert all(float(mask.float().mean()) == 0.5 for mask in found.values())
     assert any(not torch.equal(found[path], full[path]) for path in found)
-    run(made("Llama"), bits=4, group_size=32, attention="cp")
+    run(made("Llama"), bits=4, group_size=32, composite="cp")
 
 
 @pytest.mark.parametrize("settings", [{"sparsity": 0.5}, PAPER, {"prune": False, "split": (8, 4)} | PAPER], ids=str)

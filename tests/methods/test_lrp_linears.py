@@ -9,7 +9,9 @@ from hf_compress.api.compress import compress
 from hf_compress.attribution.scores import _Sums
 from hf_compress.calibration.capture import forward, inference
 from hf_compress.calibration.data import DataOptions, prepare
-from hf_compress.methods.lrp import LRPConfig, grams
+from hf_compress.methods.base import grams
+from hf_compress.methods.lrp import LRPConfig
+from hf_compress.methods.lrp.grams import in_parts
 from hf_compress.methods.lrp.scores import watch_rows
 from tests.helpers.tiny import tiny_model
 
@@ -65,8 +67,6 @@ def test_gram_matrices_in_parts(settings, monkeypatch):
     whole = compress(tiny_model("mixtral"), LRPConfig(**settings), IDS).state_dict()
     monkeypatch.setattr(grams, "_MEMORY", 3 * 8 * 64**2)
     linears = {path: m for path, m in tiny_model("mixtral").named_modules() if is_linear(m) and "layers.0" in path}
-    assert [len(part) for part in grams.few_at_once(linears)] == [3, 1], (
-        "queries, keys and values; what attention writes"
-    )
+    assert [len(part) for part in in_parts(linears)] == [3, 1], "queries, keys and values; what attention writes"
     for name, tensor in compress(tiny_model("mixtral"), LRPConfig(**settings), IDS).state_dict().items():
         assert torch.equal(tensor, whole[name])

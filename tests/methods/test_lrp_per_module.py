@@ -211,31 +211,6 @@ def test_who_reads_together():
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"per": "row", "bits": 4}, "per must be one of group, module; got 'row'"),
-        ({"per": "module", "sparsity": 0.5}, r"per='module' says who shares .*: give bits= or target_bytes= with it"),
-        ({"per": "module", "variant": "paper"}, "per='module' says who shares a number of bits: give bits="),
-        *(
-            (
-                {"per": "module", "bits": 5, **more},
-                "per='module' is for maps that are whole, .*: prune neurons or heads",
-            )
-            for more in ({"sparsity": 0.5}, {"granularity": "n:m"}, {"sparsity": 0.5, "granularity": "row"})
-        ),
-        *(
-            ({"bits": 4, "symmetric": bad}, f"symmetric must be true or false, or not given; got {bad!r}")
-            for bad in (1, "yes", 0.0)
-        ),
-    ],
-    ids=str,
-)
-def test_settings_that_make_no_sense(settings, message):
-    with pytest.raises(ValueError, match=message):
-        LRPConfig(**settings)
-
-
 def test_a_budget_that_does_not_suffice():
     model = build("Llama")
     with pytest.raises(ValueError, match=r"bits=4\.5 leaves 3\.75 bits for each weight, where 4 are the fewest"):

@@ -107,7 +107,7 @@ def test_the_change_is_the_ridge_solution(model_type, penalty):
     modules = [stack.blocks[1].get_submodule(name) for name in names]
     widths = [x.weight.shape[0] if type(x).__name__ == "Conv1D" else x.weight.shape[1] for x in modules] + [1] * biased
     expected = solved_by_numpy(np.vstack(xs), np.vstack(ys), widths, penalty)
-    np.testing.assert_allclose(fit.change.numpy(), expected, atol=1e-4 * np.abs(expected).max())
+    np.testing.assert_allclose(fit.weight.numpy(), expected, atol=1e-4 * np.abs(expected).max())
     # Held out is the fourth batch, and the error is what is left of the distance there.
     part = solved_by_numpy(np.vstack(xs[:3]), np.vstack(ys[:3]), widths, penalty)
     left = ((ys[3] - xs[3] @ part) ** 2).sum() / (ys[3] ** 2).sum()
@@ -144,7 +144,7 @@ def test_a_reachable_target_is_reached(model_type):
     assert fit.error < 1e-4
     before = Trace.of(model)
     with Undo() as undo:
-        writers.apply(fit.change, undo)
+        writers.apply(fit.weight, undo)
         for runner, start, target in zip(runners, starts, targets, strict=True):
             torch.testing.assert_close(runner.run(1, start), target, atol=1e-2, rtol=1e-2)
         new = stack.blocks[1].get_submodule(name).weight
@@ -161,7 +161,7 @@ def test_masked_tokens_have_no_say():
     for runner, target in zip(runners, targets, strict=True):
         target[~runner.batch.real] = 1e4
     second = Writers(model, stack, 1).fit(runners, starts, targets)
-    assert torch.equal(first.change, second.change)
+    assert torch.equal(first.weight, second.weight)
 
 
 @pytest.mark.parametrize(

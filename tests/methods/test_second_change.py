@@ -8,6 +8,7 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import hf_compress as hfc
+from hf_compress.anatomy.anatomy import Block
 from hf_compress.calibration.data import DataOptions
 from hf_compress.rewrite.builders import heads_of, narrow_ffn
 from tests.helpers.changes import Trace
@@ -65,7 +66,7 @@ def test_it_is_told_of_a_model_that_was_loaded_and_by_a_draft(tmp_path):
     hfc.save(changed("packed"), tmp_path / "packed")
     model = type(changed("packed")).from_pretrained(tmp_path / "packed")
     stack = hfc.Anatomy(model).stack()
-    for draft in (lambda: narrow_ffn(model, stack, 1, range(2)), lambda: heads_of(model, stack, 1)):
+    for draft in (lambda: narrow_ffn(Block(model, stack, 1), range(2)), lambda: heads_of(Block(model, stack, 1))):
         with pytest.raises(hfc.UnsupportedModelError, match=r"has left model\.layers\.1\S+ packed"):
             draft()
 
@@ -113,7 +114,7 @@ def test_an_error_of_our_own_is_passed_on(monkeypatch):
         def fail(*_, error=error):
             raise error("ours")
 
-        monkeypatch.setattr("hf_compress.methods.drop_blocks.DropBlocksConfig.plan", fail)
+        monkeypatch.setattr("hf_compress.api.compress.plan_for", fail)
         with pytest.raises(error, match="ours"):
             hfc.compress(model, hfc.DropBlocksConfig(num_blocks=1, criterion="last"))
     monkeypatch.undo()

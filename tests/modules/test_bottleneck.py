@@ -175,8 +175,8 @@ def model_with_one(model_type="llama", width=8):
     model = tiny_model(model_type)
     generator = torch.Generator().manual_seed(6)
     encoder, decoder = torch.randn(64, width, generator=generator), torch.randn(width, 64, generator=generator)
-    stack = Anatomy(model).stack()
-    carry_out(insert_bottleneck(stack, 1, linear_bottleneck(encoder / 8, decoder / 8)), model, Undo())
+    block = Anatomy(model).block(1)
+    carry_out(insert_bottleneck(block, linear_bottleneck(encoder / 8, decoder / 8)), model, Undo())
     return model, bottleneck_of(model)
 
 

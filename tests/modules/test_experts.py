@@ -6,15 +6,18 @@ import io
 import pytest
 import torch
 
-from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.anatomy import Anatomy, Block
 from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.routing import watch_routes
 from hf_compress.errors import PlanError, UnsupportedModelError
 from hf_compress.modules.experts import Expert, SeparateExperts
-from hf_compress.plan.edits import NarrowExperts, PackLinear, RemoveBlocks, SplitExperts
+from hf_compress.plan.edits import RemoveBlocks
 from hf_compress.plan.plan import Plan
 from hf_compress.rewrite.apply import apply, carry_out
 from hf_compress.rewrite.builders import narrow_experts, replace_activation, split_experts
+from hf_compress.rewrite.edits import plan_from_json
+from hf_compress.rewrite.edits.experts import NarrowExperts, SplitExperts
+from hf_compress.rewrite.edits.packed import PackLinear
 from hf_compress.storage.save import save
 from tests.helpers.changes import Trace, forward
 from tests.helpers.stock import stock_outcomes
@@ -457,7 +460,7 @@ def test_an_activation_that_is_replaced_later_is_the_one_that_runs():
         if apart:
             apply(draft_of_all(model), model)
         before = forward(model, tiny_inputs(model))
-        apply(replace_activation(model, Anatomy(model).stack(), 0, "identity", 0.5), model)
+        apply(replace_activation(Anatomy(model).block(0), "identity", 0.5), model)
         results.append(forward(model, tiny_inputs(model)))
         assert not torch.allclose(results[-1], before)
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
@@ -465,7 +468,7 @@ def test_an_activation_that_is_replaced_later_is_the_one_that_runs():
 
 def test_an_activation_that_was_replaced_before_goes_with_it(tmp_path):
     model = model_of("mixtral")
-    apply(replace_activation(model, Anatomy(model).stack(), 1, "identity", 0.5), model)
+    apply(replace_activation(Anatomy(model).block(1), "identity", 0.5), model)
     inputs = tiny_inputs(model)
     before = forward(model, inputs)
     apply(split_experts(model, "model.layers.1.mlp.experts"), model)
@@ -479,7 +482,7 @@ def test_experts_narrowed_before(name, tmp_path):
     model = model_of(name)
     inputs = tiny_inputs(model)
     units = torch.stack([torch.randperm(96, generator=torch.Generator().manual_seed(i))[:32] for i in range(4)])
-    apply(narrow_experts(model, Anatomy(model).stack(), 1, units), model)
+    apply(narrow_experts(Anatomy(model).block(1), units), model)
     before = forward(model, inputs)
     apply(draft_of_all(model), model)
     assert [model.model.layers[i].mlp.experts.width for i in range(4)] == [96, 32, 96, 96]
@@ -503,7 +506,7 @@ def test_blocks_that_go_afterwards(tmp_path):
 
 def test_the_edit_is_plain_data():
     plan = Plan((SplitExperts("model.layers.0.mlp.experts"),))
-    assert Plan.from_json(plan.to_json()).edits == plan.edits
+    assert plan_from_json(plan.to_json()).edits == plan.edits
     assert plan.edits[0].paths == ("model.layers.0.mlp.experts",)
     for bad in ("", "a..b", 3, None, "a b"):
         with pytest.raises(PlanError, match="experts must be the path of a module"):
@@ -586,7 +589,7 @@ def test_units_of_experts_that_are_apart_stay():
     stack, path = Anatomy(model).stack(), paths_of(model)[0]
     apply(split_experts(model, path), model)
     units = torch.arange(8).expand(4, -1)
-    refused(model, UnsupportedModelError, "Experts", lambda model: narrow_experts(model, stack, 0, units))
+    refused(model, UnsupportedModelError, "Experts", lambda model: narrow_experts(Block(model, stack, 0), units))
     refused(model, PlanError, path, lambda model: apply(Plan((NarrowExperts(path, 8),)), model))
 
 

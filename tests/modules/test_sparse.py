@@ -7,10 +7,11 @@ from torch.nn import functional
 from hf_compress.errors import PlanError
 from hf_compress.modules.packed import MixedPrecisionLinear, Packing, pack
 from hf_compress.modules.sparse import SparseLinear, pack_mask, pack_row, row_length
-from hf_compress.plan.edits import SparsifyLinear, edit_from_dict
 from hf_compress.plan.plan import Plan
 from hf_compress.rewrite.apply import apply
 from hf_compress.rewrite.builders import pack_linear, sparsify_linear
+from hf_compress.rewrite.edits import edit_from_dict, plan_from_json
+from hf_compress.rewrite.edits.packed import SparsifyLinear
 from hf_compress.storage.save import save
 from tests.helpers.changes import Trace
 from tests.helpers.round_trip import build, logits
@@ -333,7 +334,7 @@ def test_edits_that_make_no_sense_are_refused(fields, message):
 
 @pytest.mark.parametrize("edit", [SparsifyLinear("a.b", 20), SparsifyLinear("a.b", 20, (9, 9), 8, False, True)])
 def test_an_edit_survives_json(edit):
-    assert Plan.from_json(Plan((edit,)).to_json()).edits == (edit,)
+    assert plan_from_json(Plan((edit,)).to_json()).edits == (edit,)
     assert edit_from_dict(edit.to_dict()) == edit
 
 

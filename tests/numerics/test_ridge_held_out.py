@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_compress.numerics.ridge import LeastSquares, fit_held_out
+from hf_compress.methods.base.ridge import HeldOutSums, is_held_out
+from hf_compress.numerics.ridge import LeastSquares
 
 FIELDS = ("gram", "cross", "x_sum", "y_sum")
 PENALTIES = (1e-6, 1e-2, 1.0, 100.0)
@@ -152,7 +153,7 @@ def test_the_penalty_is_the_best_on_rows_held_out(affine: bool, with_prior: bool
         weight, bias = solution(x, y, penalty, prior, affine)
         errors[penalty] = float((x_held @ weight + bias - y_held).square().sum(dim=1).mean())
     best = min(errors, key=errors.__getitem__)
-    fit = fit_held_out(statistics(x, y), statistics(x_held, y_held), PENALTIES, prior, affine)
+    fit = HeldOutSums(statistics(x, y), statistics(x_held, y_held)).fit(prior, affine, PENALTIES)
     assert fit.penalty == best
     assert fit.error == pytest.approx(errors[best] / float(y_held.square().sum(dim=1).mean()))
     weight, bias = solution(torch.cat([x, x_held]), torch.cat([y, y_held]), best, prior, affine)
@@ -165,44 +166,65 @@ def test_the_penalty_is_the_best_on_rows_held_out(affine: bool, with_prior: bool
 def test_the_choice_depends_on_the_rows() -> None:
     """Few and noisy rows want a large penalty, many want a small one: else the test above would tell nothing."""
     held = statistics(*data(400, seed=1))
-    chosen = [fit_held_out(statistics(*data(rows)), held, PENALTIES).penalty for rows in (6, 3000)]
+    chosen = [HeldOutSums(statistics(*data(rows)), held).fit(penalties=PENALTIES).penalty for rows in (6, 3000)]
     assert chosen[0] > chosen[1]
 
 
 def test_the_rows_that_choose_are_not_those_that_are_fitted() -> None:
     """On its own rows the smallest penalty is always the best."""
     few = statistics(*data(6))
-    assert fit_held_out(few, few, PENALTIES).penalty == PENALTIES[0]
-    assert fit_held_out(few, statistics(*data(400, seed=1)), PENALTIES).penalty > PENALTIES[0]
+    assert HeldOutSums(few, few).fit(penalties=PENALTIES).penalty == PENALTIES[0]
+    assert HeldOutSums(few, statistics(*data(400, seed=1))).fit(penalties=PENALTIES).penalty > PENALTIES[0]
 
 
 def test_one_penalty_leaves_no_choice() -> None:
     sums = statistics(*data())
-    fit = fit_held_out(sums, statistics(*data(seed=1)), [0.5])
+    fit = HeldOutSums(sums, statistics(*data(seed=1))).fit(penalties=[0.5])
     assert fit.penalty == 0.5
 
 
 def test_sums_are_left_alone() -> None:
     fitted, held = statistics(*data()), statistics(*data(seed=1))
     before = copy_of(fitted), copy_of(held)
-    fit_held_out(fitted, held, PENALTIES)
+    HeldOutSums(fitted, held).fit(penalties=PENALTIES)
     assert_same(fitted, before[0])
     assert_same(held, before[1])
 
 
 def test_a_target_of_zeros_is_met() -> None:
     x = data()[0]
-    fit = fit_held_out(statistics(x, torch.zeros(60, 3)), statistics(x, torch.zeros(60, 3)), PENALTIES)
+    fit = HeldOutSums(statistics(x, torch.zeros(60, 3)), statistics(x, torch.zeros(60, 3))).fit()
     assert fit.error == 0
     assert not fit.weight.any()
 
 
+@pytest.mark.parametrize("affine", [True, False])
+def test_without_rows_to_choose_by_the_penalty_is_cautious(affine: bool) -> None:
+    """Whichever of the two has none; all rows count once."""
+    x, y = data()
+    weight, bias = solution(x, y, 0.1, None, affine)
+    for sums in (HeldOutSums(statistics(x, y), LeastSquares(5, 3)), HeldOutSums(LeastSquares(5, 3), statistics(x, y))):
+        fit = sums.fit(affine=affine)
+        assert fit.penalty == 0.1
+        torch.testing.assert_close(fit.weight, weight, rtol=1e-6, atol=1e-8)
+        left = (x @ weight + bias - y).square().sum() / y.square().sum()
+        assert fit.error == pytest.approx(float(left))
+
+
+def test_batches_go_to_the_one_or_the_other() -> None:
+    (x, y), sums = data(), HeldOutSums.empty(5, 3)
+    for number in range(12):
+        rows = slice(5 * number, 5 * number + 5)
+        sums.update(x[rows], y[rows], held=is_held_out(number))
+    assert (sums.fitted.count, sums.held.count, sums.all.count) == (45, 15, 60)
+    assert_same(sums.all, statistics(x, y))
+
+
 def test_refuses_no_rows_and_no_penalties() -> None:
     sums, none = statistics(*data()), LeastSquares(5, 3)
-    for fitted, held in ((sums, none), (none, sums)):
-        with pytest.raises(ValueError, match="no rows were seen"):
-            fit_held_out(fitted, held, PENALTIES)
+    with pytest.raises(ValueError, match="no rows were seen"):
+        HeldOutSums(none, none).fit()
     with pytest.raises(ValueError, match="penalties is empty"):
-        fit_held_out(sums, sums, [])
+        HeldOutSums(sums, sums).fit(penalties=[])
     with pytest.raises(ValueError, match="penalty is -1"):
-        fit_held_out(sums, sums, [-1.0])
+        HeldOutSums(sums, sums).fit(penalties=[-1.0])

@@ -357,7 +357,7 @@ def test_features_are_rounded_up_but_not_by_floating_point(hidden, retention, ex
 
 def test_the_defaults_are_the_papers():
     config = AdaptiveCompressConfig(variant="paper")
-    assert (config.retention_init, config.retention_final, config.ema) == (0.999, 0.95, 0.99)
+    assert (config.retention_init, config.kept, config.ema) == (0.999, 0.95, 0.99)
     assert (config.l1, config.contrastive, config.passing, config.tracked) == (0.04, 0.1, 0.1, "sign")
 
 

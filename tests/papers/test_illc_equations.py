@@ -15,7 +15,8 @@ from sklearn.cluster import AgglomerativeClustering, KMeans
 from hf_compress import DenseConfig, DenseForClassification
 from hf_compress.api.compress import compress
 from hf_compress.calibration.data import DataOptions
-from hf_compress.methods.illc import ILLCConfig, units
+from hf_compress.methods.base import ridge as held_out
+from hf_compress.methods.illc import ILLCConfig
 from hf_compress.numerics import elimination
 
 FEATURES, HIDDEN, WIDTH, LAYERS, BATCH = 6, 9, 20, 3, 8
@@ -129,7 +130,7 @@ def solved(layer, s, target, pi):
         down, c = ridge(a[~held], target[~held], pi[~held], penalty, layer.down)
         return (pi[held] * (a[held] @ down.T + c - target[held]).square().sum(1)).sum()
 
-    down, c = ridge(a, target, pi, min(units.PENALTIES, key=error), layer.down)
+    down, c = ridge(a, target, pi, min(held_out.PENALTIES, key=error), layer.down)
     return replace(layer, down=down, c=c)
 
 
@@ -286,10 +287,10 @@ def test_neurons_are_left_out_by_what_the_rest_cannot_make_up_for(residual, monk
 
 
 @pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize(("penalties", "tolerance"), [(units.PENALTIES, 1e-2), ((1e-12,), 1e-4)])
+@pytest.mark.parametrize(("penalties", "tolerance"), [(held_out.PENALTIES, 1e-2), ((1e-12,), 1e-4)])
 def test_multiples_of_a_neuron_are_done_without(penalties, tolerance, residual, monkeypatch):
     """One of each group is enough. What is lost is the ridge's: nothing where that is next to none."""
-    monkeypatch.setattr(units, "PENALTIES", penalties)
+    monkeypatch.setattr(held_out, "PENALTIES", penalties)
     (model, group), x = with_copies(residual, scales=True), samples()
     original, expected = layers_of(model), logits(model, x)
     run(model, x, gamma=7 / 20, variant="compensated")

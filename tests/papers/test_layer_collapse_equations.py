@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_compress import DenseConfig, DenseForClassification
-from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.anatomy import Anatomy, Block
 from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.data import prepare
 from hf_compress.errors import CalibrationError, NotLinearError, UnsupportedModelError
@@ -43,7 +43,7 @@ def driven(name, blend, alpha, model=None):
     model = model or family.build(name)
     stack = Anatomy(model).stack(family.stack)
     given = constants(name) if blend == "constant" else None
-    carry_out(replace_activation(model, stack, family.index, blend, alpha, given), model, Undo())
+    carry_out(replace_activation(Block(model, stack, family.index), blend, alpha, given), model, Undo())
     return model, stack
 
 
@@ -85,7 +85,7 @@ def test_the_error_of_a_collapse_is_what_the_slope_takes_from_negative_units(nam
             watched(model.double(), family, tiny_inputs(model)),
             matrix_of(model.get_submodule(family.path(family.last))),
         )
-        weight, bias = absorbed(model, stack, family.index)
+        weight, bias = absorbed(Block(model, stack, family.index))
         slope = model.get_submodule(family.path(family.activation)).alpha.item()  # α as float32 has it
         x, z = seen["first.in"], seen["first.out"]
         difference = seen["last.out"] - (x @ weight + bias)
@@ -115,7 +115,7 @@ def test_a_collapsed_model_with_the_error_added_is_the_blended_one(name):
 
     model, stack = driven(name, "leaky", alpha)
     assert_close(forward(model, inputs), expected, reference)
-    plan = product(model, stack, family.index, None)
+    plan = product(Block(model, stack, family.index), None)
     carry_out(plan, model, Undo())
     collapsed = forward(model, inputs)
     map_of = next(path.rpartition(".")[0] for path in plan.tensors if path.endswith(".weight"))
@@ -135,7 +135,7 @@ def test_a_smooth_activation_goes_straight_to_the_identity(name):
     original = watched(untouched, family, inputs)
     for alpha in ALPHAS:
         model, stack = driven(name, "identity", alpha)
-        weight, bias = absorbed(model.double(), stack, family.index)
+        weight, bias = absorbed(Block(model.double(), stack, family.index))
         slope = model.get_submodule(family.path(family.activation)).alpha.item()
         expected = (1 - slope) * original["last.out"] + slope * (original["first.in"] @ weight + bias)
         torch.testing.assert_close(watched(model, family, inputs)["last.out"], expected, rtol=0, atol=1e-11)
@@ -166,7 +166,7 @@ def test_a_constant_gate_leaves_a_product_of_three(name, dtype):
     gate = model.get_submodule(family.path(family.activation))
     assert gate.constant.dtype == dtype
     _, up = halves(model, family.path(family.first), name)
-    weight, bias = absorbed(model, stack, family.index)
+    weight, bias = absorbed(Block(model, stack, family.index))
     expected = gated_map(up, gate.constant, matrix_of(model.get_submodule(family.path(family.last))))
     torch.testing.assert_close(weight, expected, rtol=0, atol=1e-12)
     assert not bias.any()
@@ -194,9 +194,9 @@ def test_a_gate_goes_straight_to_its_constant(name):
 def test_gates_of_a_t5(dtype):
     model = tiny_seq2seq_model("mt5").to(dtype)
     stack, constant = Anatomy(model).stack("encoder.block"), noise(96, seed=11)
-    carry_out(replace_activation(model, stack, 1, "constant", 0.5, constant), model, Undo())
+    carry_out(replace_activation(Block(model, stack, 1), "constant", 0.5, constant), model, Undo())
     ffn = stack.blocks[1].layer[1].DenseReluDense
-    weight, bias = absorbed(model, stack, 1)
+    weight, bias = absorbed(Block(model, stack, 1))
     expected = gated_map(matrix_of(ffn.wi_1), ffn.act.constant, matrix_of(ffn.wo))
     torch.testing.assert_close(weight, expected, rtol=0, atol=1e-12)
     assert not bias.any()
@@ -216,9 +216,9 @@ def test_biases_of_gates():
     """b = b_up·diag(c)·W_down + b_down; that of the gate itself is gone with it."""
     model = dense(gated=True, hidden_act="silu")
     stack, constant = Anatomy(model).stack(), noise(20, seed=11)
-    carry_out(replace_activation(model, stack, 1, "constant", 0.5, constant), model, Undo())
+    carry_out(replace_activation(Block(model, stack, 1), "constant", 0.5, constant), model, Undo())
     ffn = model.layers[1].mlp
-    weight, bias = absorbed(model, stack, 1)
+    weight, bias = absorbed(Block(model, stack, 1))
     expected = ffn.down_proj.bias.double().detach()
     for unit in range(20):
         written = ffn.down_proj.weight[:, unit].double()
@@ -231,9 +231,9 @@ def test_a_plain_ffn_driven_to_a_constant_forgets_what_it_reads():
     """W = 0, b = c·W₂ + b₂: on request an activation goes to its mean, and the FFN to its mean output."""
     model = dense(hidden_act="gelu")
     stack, constant = Anatomy(model).stack(), noise(20, seed=11)
-    carry_out(replace_activation(model, stack, 1, "constant", 1.0, constant), model, Undo())
+    carry_out(replace_activation(Block(model, stack, 1), "constant", 1.0, constant), model, Undo())
     down = model.layers[1].mlp.down_proj
-    weight, bias = absorbed(model, stack, 1)
+    weight, bias = absorbed(Block(model, stack, 1))
     assert not weight.any()
     expected = (constant[None].double() @ down.weight.double().T + down.bias.double())[0].detach()
     torch.testing.assert_close(bias, expected, rtol=0, atol=1e-12)
@@ -245,7 +245,7 @@ def test_a_linear_gate_collapses_into_nothing(blend):
     model, stack = driven("llama", blend, 1.0)
     before = Trace.of(model)
     with pytest.raises(UnsupportedModelError, match=r"the FFN of block 1 of model\.layers is not linear"):
-        absorbed(model, stack, 1)
+        absorbed(Block(model, stack, 1))
     assert before.difference(model) is None
 
 
@@ -257,8 +257,8 @@ def test_a_linear_gate_collapses_into_nothing(blend):
 def test_no_map_of_the_rank_is_nearer(name, rank):
     family = FAMILIES[name]
     model, stack = driven(name, "constant" if name in GATED else "identity", 1.0)
-    weight, bias = absorbed(model, stack, family.index)
-    tensors = list(product(model, stack, family.index, rank).tensors.items())
+    weight, bias = absorbed(Block(model, stack, family.index))
+    tensors = list(product(Block(model, stack, family.index), rank).tensors.items())
     conv = isinstance(model.get_submodule(family.path(family.last)), Conv1D)
     matrices = [tensor if conv else tensor.T for path, tensor in tensors if path.endswith("weight")]
     biases = {path: tensor for path, tensor in tensors if path.endswith("bias") and tensor.any()}
@@ -381,7 +381,7 @@ def with_alphas(alphas, **settings):
     model = dense(num_hidden_layers=len(alphas), **settings)
     for index, alpha in enumerate(alphas):
         if alpha is not None:
-            carry_out(replace_activation(model, Anatomy(model).stack(), index, "leaky", alpha), model, Undo())
+            carry_out(replace_activation(Anatomy(model).block(index), "leaky", alpha), model, Undo())
     return model
 
 
@@ -432,7 +432,7 @@ def test_at_one_the_collapse_changes_nothing_and_comes_back_from_files(name, tmp
     blend = fitting_blend(Anatomy(family.build(name)).parts(*built_place(name)).ffn, nn.ReLU())
     assert blend == ("leaky" if name in PLAIN else "constant")
     model, stack, inputs, reference = built(name)
-    apply(replace_activation(model, stack, family.index, blend, 1.0, constants(name)), model)
+    apply(replace_activation(Block(model, stack, family.index), blend, 1.0, constants(name)), model)
     blended_output, size = forward(model, inputs), sum(p.numel() for p in model.parameters())
     plan = plan_by_product(paper(stack=family.stack), CalibrationContext(model))
     assert [step["block"] for step in plan.notes["collapsed"]] == [family.index]

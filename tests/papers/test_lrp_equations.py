@@ -335,7 +335,7 @@ def test_llama(rule, epsilon, implementation):
     model.set_attn_implementation(implementation)
     by_hand = Llama(model, epsilon, rule)
     explained, relevance = by_hand.explain(IDS[0])
-    result = hfc.relevance(model, IDS, weights=True, attention=rule, epsilon=epsilon)
+    result = hfc.relevance(model, IDS, weights=True, composite=rule, epsilon=epsilon)
     near(result.inputs["model.embed_tokens"][0], relevance)
     near(result.tokens[0], relevance.sum(dim=1))
     compare(result, by_hand, explained)
@@ -404,7 +404,7 @@ def test_gpt2(rule, epsilon):
     randomise(model, seed=1)
     by_hand = GPT2(model, epsilon, rule)
     explained, words, positions = by_hand.explain(IDS[0])
-    result = hfc.relevance(model, IDS, weights=True, attention=rule, epsilon=epsilon)
+    result = hfc.relevance(model, IDS, weights=True, composite=rule, epsilon=epsilon)
     near(result.inputs["transformer.wte"][0], words)
     near(result.inputs["transformer.wpe"][0], positions)
     near(result.tokens[0], words.sum(dim=1))
@@ -415,5 +415,5 @@ def test_gpt2(rule, epsilon):
 def test_the_rules_are_told_apart():
     """By more than what is allowed for rounding, or the comparisons above would show nothing."""
     model = tiny_llama()
-    full, cp = (hfc.relevance(model, IDS, attention=rule).tokens for rule in ("attnlrp", "cp"))
+    full, cp = (hfc.relevance(model, IDS, composite=rule).tokens for rule in ("attnlrp", "cp"))
     assert float((full - cp).abs().max()) > 0.05 * float(full.abs().max())

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from hf_compress.plan.edits import MergeBlocks, RemoveBlocks
 from hf_compress.plan.plan import PLAN_VERSION, Plan
+from hf_compress.rewrite.edits import plan_from_json
 
 LAYERS = "model.layers"
 indices = st.lists(st.integers(0, 99), min_size=2, max_size=12, unique=True)
@@ -29,7 +30,7 @@ def plans(draw) -> Plan:
 
 @given(plans())
 def test_json_round_trip(plan):
-    assert Plan.from_json(plan.to_json()) == plan
+    assert plan_from_json(plan.to_json()) == plan
 
 
 @given(plans())
@@ -111,8 +112,8 @@ def written(**changes) -> str:
 )
 def test_what_is_no_plan_is_refused(text, message):
     with pytest.raises(ValueError, match=message):
-        Plan.from_json(text)
+        plan_from_json(text)
 
 
 def test_a_written_plan_is_read():
-    assert Plan.from_json(written()) == Plan((RemoveBlocks(LAYERS, (1,)),))
+    assert plan_from_json(written()) == Plan((RemoveBlocks(LAYERS, (1,)),))

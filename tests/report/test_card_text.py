@@ -21,10 +21,10 @@ from hf_compress.api.compress import compress
 from hf_compress.evaluation.size import parameter_count, stored_bytes
 from hf_compress.methods.base.settings import CompressionConfig
 from hf_compress.methods.mka import MKAConfig
-from hf_compress.plan.edits import Seal
 from hf_compress.report.card import CardDetails, model_card
 from hf_compress.report.card_edits import MOST_ROWS
 from hf_compress.report.report import REPORT_FILE
+from hf_compress.rewrite.edits.sealed import Seal
 from hf_compress.rewrite.record import entry_of
 from tests.helpers.cards import code_of, cut_down, healed, restage, rows_of
 from tests.helpers.language import tiny_llama
@@ -142,8 +142,8 @@ def test_edits_in_words(small):
     assert rows_of(model_card(small), "What was changed")[1:] == [
         ["MergeBlocks", "model.layers", "block 2 stands for blocks 2–4"],
         ["RemoveBlocks", "model.layers", "left out: 0, 6–8"],
-        ["NarrowFFN", "model.layers.0–2, 4.mlp.down_proj", "width: 8, bias: false"],
-        ["NarrowFFN", "model.layers.3.mlp.down_proj", "width: 4, bias: false"],
+        ["NarrowFFN", "model.layers.0–2, 4.mlp.down_proj", "8 hidden units"],
+        ["NarrowFFN", "model.layers.3.mlp.down_proj", "4 hidden units"],
         ["InsertBottleneck", "model.layers.1", "skip: 0.1, gated: true, note: null"],
         ["Unheard", "", "groups: 40 values, planes: 3, 4, map: a 1, to: x"],
     ]

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 from huggingface_hub import constants
-from rich.console import Console
 from transformers import AutoModel, AutoModelForCausalLM, Trainer
 
 from hf_compress import (
@@ -234,16 +233,3 @@ def test_the_card_tells_all_stages(changed_twice):
     assert "Healed by distillation" in made
     assert "No training after compression" not in card.text
     assert json.loads(code_of(card, "json"))["method"] == "drop_blocks"
-
-
-def test_the_table_has_a_column_for_every_stage(changed_twice):
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(changed_twice.compression_report.table())
-    text = console.export_text()
-    report = changed_twice.compression_report
-    for size in (report.before, report.stages[0].after, report.after):
-        assert f"{size.parameters:,}" in text
-    for part in ("original", "1. drop_blocks", "2. illc", "drop_blocks, illc: org/Base"):
-        assert part in text
-    assert f"{100 * (report.after.bytes / report.before.bytes - 1):+.1f}%" in text
-    assert text.count("apply and check") == 2

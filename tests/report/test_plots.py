@@ -67,10 +67,22 @@ def test_the_ending_says_the_format(report: CompressionReport, tmp_path: Path) -
         report.plot(tmp_path / "plot.pdf")
 
 
-def test_a_report_without_scores_or_edits_is_refused(report: CompressionReport, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="nothing to draw"):
-        plot_stages(told(report, edits=[]).stages, tmp_path / "plot.png")
-    assert not list(tmp_path.iterdir())
+def test_a_report_without_scores_or_edits_shows_sizes(report: CompressionReport, tmp_path: Path) -> None:
+    path = plot_stages(told(report, edits=[]).stages, tmp_path / "plot.svg")
+    assert "stored (MB)" in path.read_text()
+
+
+def test_names_are_no_formulas(report: CompressionReport, tmp_path: Path) -> None:
+    named = replace(told(report, edits=[], method="\\frac$"), base_model="a/$x^")
+    assert "$x^: \\frac$" in named.plot(tmp_path / "plot.svg").read_text()
+
+
+def test_texts_are_escaped_in_notebooks(report: CompressionReport) -> None:
+    named = replace(told(report, method="<b>mka"), base_model="<script>alert(1)</script>\nmore")
+    page = named._repr_html_()
+    assert all(tag not in page for tag in ("<script", "<b>"))
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; more: &lt;b&gt;mka" in page
+    assert len(str(named).splitlines()) == 4
 
 
 def test_a_large_matrix_is_drawn_and_one_that_is_not_square_is_refused(tmp_path: Path) -> None:
@@ -91,7 +103,6 @@ def test_the_last_stage_that_changed_blocks_is_drawn(report: CompressionReport, 
     longer = replace(report, stages=[*report.stages, trained])
     assert longer.plot(tmp_path / "a.svg").read_text().count("<path") > 0
     assert longer.plot(tmp_path / "b.png").read_bytes() == longer.plot(tmp_path / "c.png", stage=0).read_bytes()
-    with pytest.raises(ValueError, match="'heal' has neither scores nor edits"):
-        longer.plot(tmp_path / "d.png", stage=-1)
+    assert "stored (MB)" in longer.plot(tmp_path / "d.svg", stage=-1).read_text()
     with pytest.raises(IndexError):
         longer.plot(tmp_path / "d.png", stage=2)

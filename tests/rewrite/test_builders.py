@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.anatomy import Anatomy, Block
 from hf_compress.anatomy.undo import Undo
 from hf_compress.modules.packed import MixedPrecisionLinear
 from hf_compress.plan.plan import Plan
@@ -54,7 +54,7 @@ def test_narrow_ffn_is_the_original_with_the_other_hidden_units_masked(name):
     family = FAMILIES[name]
     units = some_units(family.width, 40)
     expected = masked(model, family, units, inputs)
-    carry_out(narrow_ffn(model, stack, family.index, units.tolist()), model, Undo())
+    carry_out(narrow_ffn(Block(model, stack, family.index), units.tolist()), model, Undo())
     assert_close(forward(model, inputs), expected, reference)
 
 
@@ -63,7 +63,7 @@ def test_keeping_every_unit_changes_nothing_at_all(name):
     model, stack, inputs, reference = built(name)
     family = FAMILIES[name]
     state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    carry_out(narrow_ffn(model, stack, family.index, range(family.width)), model, Undo())
+    carry_out(narrow_ffn(Block(model, stack, family.index), range(family.width)), model, Undo())
     assert torch.equal(forward(model, inputs), reference)
     assert list(model.state_dict()) == list(state)
     assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
@@ -73,7 +73,7 @@ def test_keeping_every_unit_changes_nothing_at_all(name):
 def test_another_order_of_every_unit_changes_rounding_alone(name):
     model, stack, inputs, reference = built(name)
     family = FAMILIES[name]
-    carry_out(narrow_ffn(model, stack, family.index, some_units(family.width, family.width)), model, Undo())
+    carry_out(narrow_ffn(Block(model, stack, family.index), some_units(family.width, family.width)), model, Undo())
     assert_close(forward(model, inputs), reference)
 
 
@@ -84,7 +84,7 @@ def test_the_units_stand_in_the_order_given(name):
     units = some_units(family.width, 7).tolist()
     first, last = (model.get_submodule(family.path(path)) for path in (family.first, family.last))
     into, out, bias = matrix_of(first), matrix_of(last), bias_of(first, into_width(first))
-    carry_out(narrow_ffn(model, stack, family.index, units), model, Undo())
+    carry_out(narrow_ffn(Block(model, stack, family.index), units), model, Undo())
     new_first, new_last = (model.get_submodule(family.path(path)) for path in (family.first, family.last))
     for place, unit in enumerate(units):
         assert torch.equal(matrix_of(new_first)[:, place], into[:, unit])
@@ -104,7 +104,7 @@ def test_one_unit_is_enough():
     model, stack, inputs, _ = built("llama")
     family = FAMILIES["llama"]
     expected = masked(model, family, torch.tensor([17]), inputs)
-    carry_out(narrow_ffn(model, stack, family.index, [17]), model, Undo())
+    carry_out(narrow_ffn(Block(model, stack, family.index), [17]), model, Undo())
     assert_close(forward(model, inputs), expected)
 
 
@@ -112,7 +112,7 @@ def test_one_unit_is_enough():
 def test_one_width_for_every_ffn_is_said_by_the_config_alone(name):
     model, stack, _, _ = built(name)
     units = [some_units(FAMILIES[name].width, 48, seed).tolist() for seed in range(len(stack))]
-    apply(sum((narrow_ffn(model, stack, index, kept) for index, kept in enumerate(units)), start=Plan()), model)
+    apply(sum((narrow_ffn(Block(model, stack, index), kept) for index, kept in enumerate(units)), start=Plan()), model)
     assert not hasattr(model.config, "quantization_config")
     field = {"gpt2": "n_inner", "opt": "ffn_dim"}.get(name, "intermediate_size")
     assert getattr(model.config, field) == 48
@@ -121,7 +121,7 @@ def test_one_width_for_every_ffn_is_said_by_the_config_alone(name):
 def test_keeping_every_unit_leaves_no_record():
     model, stack, inputs, reference = built("llama")
     before = model.config.to_dict()
-    apply(narrow_ffn(model, stack, 1, range(96)), model)
+    apply(narrow_ffn(Block(model, stack, 1), range(96)), model)
     assert model.config.to_dict() == before
     assert torch.equal(forward(model, inputs), reference)
 
@@ -172,7 +172,7 @@ def test_narrow_experts_is_the_original_with_the_other_hidden_units_cut_off(name
     assert down.shape[axis] == width
     units, reference = units_of_experts(width, width // 2), forward(model, inputs)
     expected = masked_experts(model, down, axis, units, inputs)
-    carry_out(narrow_experts(model, stack, index, units), model, Undo())
+    carry_out(narrow_experts(Block(model, stack, index), units), model, Undo())
     assert_close(forward(model, inputs), expected, reference)
 
 
@@ -183,7 +183,7 @@ def test_keeping_every_unit_of_every_expert_changes_nothing_at_all(name):
     stack, inputs = Anatomy(model).stack(), tiny_inputs(model)
     reference = forward(model, inputs)
     state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    carry_out(narrow_experts(model, stack, index, torch.arange(width).expand(COUNT, -1)), model, Undo())
+    carry_out(narrow_experts(Block(model, stack, index), torch.arange(width).expand(COUNT, -1)), model, Undo())
     assert torch.equal(forward(model, inputs), reference)
     assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
 
@@ -194,7 +194,7 @@ def test_gate_and_up_of_a_unit_stay_neighbours_where_they_were():
     experts = stack.blocks[0].mlp.experts
     before = {name: p.detach().clone() for name, p in experts.named_parameters()}
     units = units_of_experts(96, 8)
-    carry_out(narrow_experts(model, stack, 0, units), model, Undo())
+    carry_out(narrow_experts(Block(model, stack, 0), units), model, Undo())
     after = dict(stack.blocks[0].mlp.experts.named_parameters())
     for expert in range(COUNT):
         for place, unit in enumerate(units[expert].tolist()):
@@ -210,7 +210,7 @@ def test_gate_and_up_of_a_unit_stay_neighbours_where_they_were():
 def test_one_width_for_all_experts_is_said_by_the_config_alone(name):
     model = tiny_model(name)
     stack = Anatomy(model).stack()
-    plans = [narrow_experts(model, stack, index, units_of_experts(96, 48)) for index in range(len(stack))]
+    plans = [narrow_experts(Block(model, stack, index), units_of_experts(96, 48)) for index in range(len(stack))]
     apply(sum(plans, start=Plan()), model)
     assert model.config.intermediate_size == 48
     assert (getattr(model.config, "quantization_config", None) or {}).get("quant_method") != "hf_compress"
@@ -283,11 +283,11 @@ def test_many_bits_are_almost_the_original():
 # --- drafts only look -------------------------------------------------------------------------------------------------
 
 EVERY = {
-    "narrow": lambda m, s: narrow_ffn(m, s, 1, [3, 1]),
-    "linear": lambda m, s: linear_ffn(m, s, 1, [noise(HIDDEN, HIDDEN)], noise(HIDDEN)),
-    "low rank": lambda m, s: linear_ffn(m, s, 1, [noise(HIDDEN, 3), noise(3, HIDDEN)]),
-    "bottleneck": lambda m, s: insert_bottleneck(s, 1, linear_bottleneck(noise(HIDDEN, 3), noise(3, HIDDEN))),
-    "activation": lambda m, s: replace_activation(m, s, 1, "identity", 0.5),
+    "narrow": lambda m, s: narrow_ffn(Block(m, s, 1), [3, 1]),
+    "linear": lambda m, s: linear_ffn(Block(m, s, 1), [noise(HIDDEN, HIDDEN)], noise(HIDDEN)),
+    "low rank": lambda m, s: linear_ffn(Block(m, s, 1), [noise(HIDDEN, 3), noise(3, HIDDEN)]),
+    "bottleneck": lambda m, s: insert_bottleneck(Block(m, s, 1), linear_bottleneck(noise(HIDDEN, 3), noise(3, HIDDEN))),
+    "activation": lambda m, s: replace_activation(Block(m, s, 1), "identity", 0.5),
     "packed": lambda m, s: pack_linear(m, "transformer.h.1.mlp.c_fc", torch.full((256, 8), 4), 8),
 }
 

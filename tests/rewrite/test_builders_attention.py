@@ -3,13 +3,14 @@
 import pytest
 import torch
 
-from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.anatomy import Anatomy, Block
 from hf_compress.anatomy.undo import Undo
 from hf_compress.errors import PlanError, UnsupportedModelError
-from hf_compress.plan.edits import NarrowAttention, edit_from_dict
 from hf_compress.plan.plan import Plan
 from hf_compress.rewrite.apply import apply, carry_out
 from hf_compress.rewrite.builders import heads_of, narrow_attention
+from hf_compress.rewrite.edits import edit_from_dict
+from hf_compress.rewrite.edits.attention import NarrowAttention
 from hf_compress.rewrite.record import recorded
 from hf_compress.storage.save import save
 from tests.helpers.changes import Trace, forward
@@ -40,7 +41,7 @@ def silenced(model, stack, kept):
     """What the original gives when the outputs of all other heads are put to zero, by block."""
     handles = []
     for index, groups in kept.items():
-        heads = heads_of(model, stack, index)
+        heads = heads_of(Block(model, stack, index))
         mask = torch.zeros(heads.groups, heads.per_group * heads.width)
         mask[groups] = 1
         mask = mask.flatten()
@@ -52,12 +53,12 @@ def silenced(model, stack, kept):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_heads_left_out_are_heads_silenced(name, tmp_path):
     model, stack, inputs = built(name)
-    groups = heads_of(model, stack, 1).groups
+    groups = heads_of(Block(model, stack, 1)).groups
     kept = [groups - 1, *range(groups - 2)]
     before = forward(model, inputs)
     with hooked(*silenced(model, stack, {1: kept})):
         expected = forward(model, inputs)
-    apply(narrow_attention(model, stack, 1, kept), model)
+    apply(narrow_attention(Block(model, stack, 1), kept), model)
     assert_close(forward(model, inputs), expected, before)
     assert recorded(model.config)  # one block alone
     loaded = type(model).from_pretrained(save(model, tmp_path / "saved"))
@@ -67,10 +68,12 @@ def test_heads_left_out_are_heads_silenced(name, tmp_path):
 @pytest.mark.parametrize("name", ["llama", "qwen3", "vit", "bert"])
 def test_the_same_number_in_all_blocks_is_plain_where_a_config_can_say_it(name, tmp_path):
     model, stack, inputs = built(name)
-    kept = {index: [heads_of(model, stack, index).groups - 1] for index in range(len(stack))}
+    kept = {index: [heads_of(Block(model, stack, index)).groups - 1] for index in range(len(stack))}
     with hooked(*silenced(model, stack, kept)):
         expected = forward(model, inputs)
-    apply(sum((narrow_attention(model, stack, *entry) for entry in kept.items()), start=Plan()), model)
+    apply(
+        sum((narrow_attention(Block(model, stack, entry[0]), entry[1]) for entry in kept.items()), start=Plan()), model
+    )
     assert_close(forward(model, inputs), expected)
     assert bool(recorded(model.config)) == (name == "bert")  # whose heads are always as wide as fits
     loaded = type(model).from_pretrained(save(model, tmp_path / "saved"))
@@ -79,7 +82,7 @@ def test_the_same_number_in_all_blocks_is_plain_where_a_config_can_say_it(name, 
 
 def test_generation_goes_on_with_fewer_heads():
     model, stack, inputs = built("llama")
-    apply(narrow_attention(model, stack, 2, [1]), model)
+    apply(narrow_attention(Block(model, stack, 2), [1]), model)
     ids = inputs["input_ids"][:, :4]
     out = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
     for length in range(4, 8):  # with a cache as without
@@ -88,31 +91,31 @@ def test_generation_goes_on_with_fewer_heads():
 
 def test_another_output_projection():
     model, stack, _ = built("bert")
-    heads = heads_of(model, stack, 0)
+    heads = heads_of(Block(model, stack, 0))
     writes = noise(heads.per_group * heads.width, 64), noise(64, seed=9)
-    carry_out(narrow_attention(model, stack, 0, [0], writes), model, Undo())
+    carry_out(narrow_attention(Block(model, stack, 0), [0], writes), model, Undo())
     output = stack.blocks[0].get_submodule(heads.output)
     assert torch.equal(output.weight, writes[0].T)
     assert torch.equal(output.bias, writes[1])
     model, stack, _ = built("llama")
     with pytest.raises(ValueError, match="has no bias, and gets none"):
-        narrow_attention(model, stack, 0, [0], (noise(32, 64), noise(64)))
+        narrow_attention(Block(model, stack, 0), [0], (noise(32, 64), noise(64)))
 
 
 def test_refuses_heads_that_cannot_be_told_apart():
     for name, reason in {"gpt2": "no projections of its own", "olmo2": "q_norm", "phi3": "no projections"}.items():
         model = tiny_model(name)
         with pytest.raises(UnsupportedModelError, match=reason):
-            narrow_attention(model, Anatomy(model).stack(), 0, [0])
+            narrow_attention(Anatomy(model).block(0), [0])
     model, stack, _ = built("llama")
     for wrong in ([7], [0, 0], [], [0.5]):
         with pytest.raises(ValueError, match=r"key and value heads|whole numbers"):
-            narrow_attention(model, stack, 0, wrong)
+            narrow_attention(Block(model, stack, 0), wrong)
 
 
 def test_edits_that_fit_no_attention():
     model, stack, _ = built("llama")
-    edit = narrow_attention(model, stack, 0, [0]).edits[0].to_dict()
+    edit = narrow_attention(Block(model, stack, 0), [0]).edits[0].to_dict()
     assert isinstance(edit_from_dict(edit), NarrowAttention)
     for change in ({"heads": 3, "groups": 2}, {"width": 0}, {"heads": "2"}, {"output": None}):
         with pytest.raises(PlanError):

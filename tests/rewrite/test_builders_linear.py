@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.anatomy import Anatomy, Block
 from hf_compress.anatomy.undo import Undo
 from hf_compress.modules.bottleneck import Form
 from hf_compress.rewrite.apply import apply, carry_out
@@ -34,7 +34,7 @@ def test_linear_ffn_is_the_original_with_a_linear_map_for_its_ffn(name):
     model, stack, inputs, reference = built(name)
     family, matrix, bias = FAMILIES[name], noise(HIDDEN, HIDDEN, scale=0.1), noise(HIDDEN, seed=9)
     expected = with_linear(model, family, matrix, bias, inputs)
-    carry_out(linear_ffn(model, stack, family.index, [matrix], bias), model, Undo())
+    carry_out(linear_ffn(Block(model, stack, family.index), [matrix], bias), model, Undo())
     assert_close(forward(model, inputs), expected, reference)
 
 
@@ -43,7 +43,7 @@ def test_without_a_bias_none_of_the_old_ones_is_left(name):
     model, stack, inputs, reference = built(name)
     family, matrix = FAMILIES[name], noise(HIDDEN, HIDDEN, scale=0.1)
     expected = with_linear(model, family, matrix, 0.0, inputs)
-    carry_out(linear_ffn(model, stack, family.index, [matrix]), model, Undo())
+    carry_out(linear_ffn(Block(model, stack, family.index), [matrix]), model, Undo())
     assert_close(forward(model, inputs), expected, reference)
 
 
@@ -53,7 +53,7 @@ def test_a_low_rank_is_the_product_of_its_factors(name):
     family, down, up, bias = FAMILIES[name], noise(HIDDEN, 5), noise(5, HIDDEN, seed=9), noise(HIDDEN, seed=10)
     expected = with_linear(model, family, down @ up / 30, bias, inputs)
     before = sum(p.numel() for p in stack.blocks[family.index].parameters())
-    plan = linear_ffn(model, stack, family.index, [down / 30, up], bias)
+    plan = linear_ffn(Block(model, stack, family.index), [down / 30, up], bias)
     carry_out(plan, model, Undo())
     assert_close(forward(model, inputs), expected, reference)
     saved = before - sum(p.numel() for p in stack.blocks[family.index].parameters())
@@ -68,7 +68,7 @@ def test_a_low_rank_where_the_inputs_stand_deeper_than_the_output():
     family = Family(tiny_model, stack.path, 1, 96, "ffn.ffn.w_in.w_0", None, "ffn.ffn.w_out")
     down, up = noise(HIDDEN, 5) / 30, noise(5, HIDDEN, seed=9)
     expected = with_linear(model, family, down @ up, 0.0, inputs)
-    plan = linear_ffn(model, stack, 1, [down, up])
+    plan = linear_ffn(Block(model, stack, 1), [down, up])
     assert list(plan.tensors) == [family.path("ffn.ffn.w_in_w_1.weight"), family.path("ffn.ffn.w_out.weight")]
     apply(plan, model)
     assert_close(forward(model, inputs), expected, reference)
@@ -79,7 +79,7 @@ def test_the_widest_rank_there_is(name):
     model, stack, inputs, reference = built(name)
     family, down, up = FAMILIES[name], noise(HIDDEN, HIDDEN) / 30, noise(HIDDEN, HIDDEN, seed=9)
     expected = with_linear(model, family, down @ up, 0.0, inputs)
-    carry_out(linear_ffn(model, stack, family.index, [down, up]), model, Undo())
+    carry_out(linear_ffn(Block(model, stack, family.index), [down, up]), model, Undo())
     assert_close(forward(model, inputs), expected, reference)
 
 
@@ -92,14 +92,14 @@ def test_a_blend_that_has_not_begun_changes_nothing_at_all(name):
     family = FAMILIES[name]
     for blend, constant in (("identity", None), ("constant", noise(family.width))):
         with Undo() as undo:
-            carry_out(replace_activation(model, stack, family.index, blend, 0.0, constant), model, undo)
+            carry_out(replace_activation(Block(model, stack, family.index), blend, 0.0, constant), model, undo)
             assert torch.equal(forward(model, inputs), reference), blend
 
 
 @families(["opt", "t5"])
 def test_a_leaky_blend_that_has_not_begun_is_relu(name):
     model, stack, inputs, reference = built(name)
-    carry_out(replace_activation(model, stack, FAMILIES[name].index, "leaky"), model, Undo())
+    carry_out(replace_activation(Block(model, stack, FAMILIES[name].index), "leaky"), model, Undo())
     assert torch.equal(forward(model, inputs), reference)
 
 
@@ -118,7 +118,7 @@ def test_half_a_blend_is_what_a_hook_on_the_activation_gives(name):
             expected = forward(model, inputs)
         given = constant if blend == "constant" else None
         with Undo() as undo:
-            carry_out(replace_activation(model, stack, family.index, blend, 0.5, given), model, undo)
+            carry_out(replace_activation(Block(model, stack, family.index), blend, 0.5, given), model, undo)
             assert_close(forward(model, inputs), expected, reference)
 
 
@@ -131,10 +131,10 @@ def test_a_plain_ffn_without_its_activation_is_the_product_of_its_projections(na
     bias = bias_of(first, family.width) @ matrix_of(last) + bias_of(last, HIDDEN)
     collapsed = with_linear(model, family, matrix, bias, inputs)
     undo = Undo()
-    carry_out(replace_activation(model, stack, family.index, "identity", 1.0), model, undo)
+    carry_out(replace_activation(Block(model, stack, family.index), "identity", 1.0), model, undo)
     assert_close(forward(model, inputs), collapsed, reference)
     undo.rollback()
-    carry_out(linear_ffn(model, stack, family.index, [matrix], bias), model, Undo())
+    carry_out(linear_ffn(Block(model, stack, family.index), [matrix], bias), model, Undo())
     assert_close(forward(model, inputs), collapsed)
 
 
@@ -149,7 +149,7 @@ def test_a_gated_ffn_with_constant_gates_is_the_product_of_the_others(name):
         up = matrix_of(model.get_submodule(family.path("mlp.up_proj")))
     matrix = (up.double() @ torch.diag(constant).double() @ matrix_of(last).double()).float()
     expected = with_linear(model, family, matrix, 0.0, inputs)
-    carry_out(replace_activation(model, stack, family.index, "constant", 1.0, constant), model, Undo())
+    carry_out(replace_activation(Block(model, stack, family.index), "constant", 1.0, constant), model, Undo())
     assert_close(forward(model, inputs), expected, reference)
 
 
@@ -160,7 +160,7 @@ def test_the_activation_of_experts(name):
     reference, act = forward(model, inputs), stack.blocks[1].mlp.experts.act_fn
     with hooked(act.register_forward_hook(lambda module, args, output: 0.25 * args[0] + 0.75 * output)):
         expected = forward(model, inputs)
-    carry_out(replace_activation(model, stack, 1, "identity", 0.25), model, Undo())
+    carry_out(replace_activation(Block(model, stack, 1), "identity", 0.25), model, Undo())
     assert_close(forward(model, inputs), expected, reference)
 
 
@@ -191,7 +191,7 @@ def test_a_bottleneck_is_a_hook_on_the_block(name):
             bottleneck = linear_bottleneck(encoder, decoder, Form(skip, "lost" if center is None else "kept"))
             if center is not None:
                 bottleneck.center.data.copy_(center)
-            carry_out(insert_bottleneck(stack, index, bottleneck), model, undo)
+            carry_out(insert_bottleneck(Block(model, stack, index), bottleneck), model, undo)
             assert_close(forward(model, inputs), expected, reference)
 
 
@@ -200,5 +200,5 @@ def test_a_bottleneck_behind_a_block_that_returns_a_list():
     encoder = torch.linalg.qr(noise(HIDDEN, HIDDEN)).Q
     inputs = tiny_inputs(model)
     reference, stack = forward(model, inputs), Anatomy(model).stack()
-    carry_out(insert_bottleneck(stack, 1, linear_bottleneck(encoder, 0.9 * encoder.T)), model, Undo())
+    carry_out(insert_bottleneck(Block(model, stack, 1), linear_bottleneck(encoder, 0.9 * encoder.T)), model, Undo())
     assert_close(forward(model, inputs), reference)

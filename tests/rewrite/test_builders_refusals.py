@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.anatomy import Anatomy, Block
 from hf_compress.errors import UnsupportedModelError
 from hf_compress.modules.bottleneck import Bottleneck
 from hf_compress.rewrite.builders import insert_bottleneck, linear_ffn, narrow_experts, narrow_ffn, replace_activation
@@ -15,9 +15,9 @@ from tests.helpers.tiny import tiny_model
 @pytest.mark.parametrize(
     "draft",
     [
-        lambda m, s: narrow_ffn(m, s, 0, [1, 2]),
-        lambda m, s: linear_ffn(m, s, 0, [torch.eye(HIDDEN)]),
-        lambda m, s: linear_ffn(m, s, 0, [torch.zeros(HIDDEN, 2), torch.zeros(2, HIDDEN)]),
+        lambda m, s: narrow_ffn(Block(m, s, 0), [1, 2]),
+        lambda m, s: linear_ffn(Block(m, s, 0), [torch.eye(HIDDEN)]),
+        lambda m, s: linear_ffn(Block(m, s, 0), [torch.zeros(HIDDEN, 2), torch.zeros(2, HIDDEN)]),
     ],
     ids=["narrow", "linear", "low rank"],
 )
@@ -31,19 +31,19 @@ def test_a_dense_ffn_is_no_mixture():
     model = tiny_model("llama")
     stack = Anatomy(model).stack()
     with pytest.raises(UnsupportedModelError, match=r"block 2 of model.layers has no experts"):
-        narrow_experts(model, stack, 2, torch.zeros(4, 2, dtype=torch.long))
+        narrow_experts(Block(model, stack, 2), torch.zeros(4, 2, dtype=torch.long))
 
 
 def test_an_activation_that_is_no_module():
     model = tiny_model("gpt_oss")
     with pytest.raises(UnsupportedModelError, match=r"the activation of block 0 of model.layers is no module"):
-        replace_activation(model, Anatomy(model).stack(), 0, "identity")
+        replace_activation(Anatomy(model).block(0), "identity")
 
 
 def test_a_block_without_an_ffn():
     model = tiny_model("mamba")
     with pytest.raises(UnsupportedModelError, match="found no FFN in block 1"):
-        narrow_ffn(model, Anatomy(model).stack(), 1, [0])
+        narrow_ffn(Anatomy(model).block(1), [0])
 
 
 @pytest.mark.parametrize("blend", ["identity", "leaky"])
@@ -51,21 +51,21 @@ def test_a_constant_where_there_is_none(blend):
     model = tiny_model("llama")
     stack = Anatomy(model).stack()
     with pytest.raises(ValueError, match='width is for the blend "constant"'):
-        replace_activation(model, stack, 0, blend, 0.0, torch.zeros(96))
+        replace_activation(Block(model, stack, 0), blend, 0.0, torch.zeros(96))
 
 
 def test_no_constant_where_there_must_be_one():
     model = tiny_model("llama")
     stack = Anatomy(model).stack()
     with pytest.raises(ValueError, match='width is for the blend "constant", and needed there'):
-        replace_activation(model, stack, 0, "constant", 0.0)
+        replace_activation(Block(model, stack, 0), "constant", 0.0)
 
 
 def test_a_bottleneck_wider_than_the_stream():
     model = tiny_model("llama")
     stack = Anatomy(model).stack()
     with pytest.raises(ValueError, match="must be narrower than the stream, 64; got 65"):
-        insert_bottleneck(stack, 0, Bottleneck(HIDDEN, 65))
+        insert_bottleneck(Block(model, stack, 0), Bottleneck(HIDDEN, 65))
 
 
 OTHER_UNITS = [
@@ -85,7 +85,7 @@ def test_units_that_are_not_there_are_refused(name):
     model = tiny_model(name)
     for units, message in OTHER_UNITS:
         with pytest.raises(ValueError, match=f"^units must be {message}"):
-            narrow_ffn(model, Anatomy(model).stack(), 0, units)
+            narrow_ffn(Anatomy(model).block(0), units)
 
 
 OTHER_UNITS_OF_EXPERTS = [
@@ -105,17 +105,17 @@ def test_units_of_experts_that_are_not_there_are_refused():
     model = tiny_model("mixtral")
     for units, message in OTHER_UNITS_OF_EXPERTS:
         with pytest.raises(ValueError, match=message):
-            narrow_experts(model, Anatomy(model).stack(), 0, units)
+            narrow_experts(Anatomy(model).block(0), units)
 
 
 @pytest.mark.parametrize(
     "draft",
     [
-        lambda m, s, i: narrow_ffn(m, s, i, [1]),
-        lambda m, s, i: narrow_experts(m, s, i, torch.zeros(4, 1, dtype=torch.long)),
-        lambda m, s, i: linear_ffn(m, s, i, [torch.eye(HIDDEN)]),
-        lambda m, s, i: insert_bottleneck(s, i, Bottleneck(HIDDEN, 2)),
-        lambda m, s, i: replace_activation(m, s, i, "leaky"),
+        lambda m, s, i: narrow_ffn(Block(m, s, i), [1]),
+        lambda m, s, i: narrow_experts(Block(m, s, i), torch.zeros(4, 1, dtype=torch.long)),
+        lambda m, s, i: linear_ffn(Block(m, s, i), [torch.eye(HIDDEN)]),
+        lambda m, s, i: insert_bottleneck(Block(m, s, i), Bottleneck(HIDDEN, 2)),
+        lambda m, s, i: replace_activation(Block(m, s, i), "leaky"),
     ],
     ids=["narrow", "experts", "linear", "bottleneck", "activation"],
 )
@@ -131,4 +131,4 @@ def test_a_map_has_one_factor_or_two(count):
     model = tiny_model("llama")
     stack = Anatomy(model).stack()
     with pytest.raises(ValueError):
-        linear_ffn(model, stack, 0, [torch.eye(HIDDEN)] * count)
+        linear_ffn(Block(model, stack, 0), [torch.eye(HIDDEN)] * count)

@@ -6,17 +6,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Dinov2Config, Dinov2Model, T5Config, T5ForConditionalGeneration
 
-from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.anatomy import Anatomy, Block
 from hf_compress.anatomy.undo import Undo
 from hf_compress.api.compress import compress
 from hf_compress.errors import ParityError, PlanError
 from hf_compress.methods.drop_blocks import DropBlocksConfig
 from hf_compress.methods.mka import MKAConfig
-from hf_compress.plan.edits import NarrowFFN, RemoveBlocks, Seal
+from hf_compress.plan.edits import RemoveBlocks
 from hf_compress.plan.plan import Plan
 from hf_compress.rewrite import builders
 from hf_compress.rewrite.apply import apply
-from hf_compress.rewrite.record import after_removal, record, recorded
+from hf_compress.rewrite.edits.sealed import Seal
+from hf_compress.rewrite.record import record, recorded
 from hf_compress.storage.save import save
 from tests.helpers.round_trip import EDITS, build, logits, narrow
 from tests.helpers.tiny import tiny_model
@@ -66,7 +67,7 @@ def test_a_ratio_can_say_it_too():
     torch.manual_seed(0)
     model = Dinov2Model(Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=28)).eval()
     stack = Anatomy(model).stack()
-    apply(sum((builders.narrow_ffn(model, stack, i, range(96)) for i in range(2)), start=Plan()), model)
+    apply(sum((builders.narrow_ffn(Block(model, stack, i), range(96)) for i in range(2)), start=Plan()), model)
     assert is_plain(model)
     assert model.config.mlp_ratio == 3
 
@@ -80,7 +81,7 @@ def t5():
 def test_a_field_of_both_sides_speaks_for_both():
     model, half = t5(), t5()
     sides = [Anatomy(model).stack(side) for side in ("encoder", "decoder")]
-    every = [builders.narrow_ffn(model, stack, i, range(48)) for stack in sides for i in range(2)]
+    every = [builders.narrow_ffn(Block(model, stack, i), range(48)) for stack in sides for i in range(2)]
     apply(sum(every, start=Plan()), model)
     assert is_plain(model)
     assert model.config.d_ff == 48
@@ -96,7 +97,7 @@ def test_block_after_block_until_the_config_can_say_it(tmp_path):
     model = build("Llama")
     for block in range(4):
         assert is_plain(model) == (block == 0)
-        apply(builders.narrow_ffn(model, Anatomy(model).stack(), block, range(40)), model)
+        apply(builders.narrow_ffn(Anatomy(model).block(block), range(40)), model)
     assert is_plain(model)
     assert model.config.intermediate_size == 40
     assert reloads(model, tmp_path)
@@ -105,7 +106,7 @@ def test_block_after_block_until_the_config_can_say_it(tmp_path):
 def test_the_last_width_counts(tmp_path):
     model = build("Llama")
     for width in (50, 40):
-        apply(builders.narrow_ffn(model, Anatomy(model).stack(), 1, range(width)), model)
+        apply(builders.narrow_ffn(Anatomy(model).block(1), range(width)), model)
     assert [edit.width for edit in recorded(model.config)] == [40]
     assert reloads(model, tmp_path)
 
@@ -164,7 +165,7 @@ def test_a_linear_ffn_as_wide_as_the_stream_is_sealed(tmp_path):
     model = tiny_model("llama", seed=0)
     apply(
         sum(
-            (builders.narrow_ffn(model, Anatomy(model).stack(), i, range(model.config.hidden_size)) for i in range(4)),
+            (builders.narrow_ffn(Anatomy(model).block(i), range(model.config.hidden_size)) for i in range(4)),
             Plan(),
         ),
         model,
@@ -178,7 +179,7 @@ def test_a_linear_ffn_as_wide_as_the_stream_is_sealed(tmp_path):
 
 @pytest.mark.parametrize("config", [DropBlocksConfig(num_blocks=1, criterion="last"), MKAConfig(num_merges=1)])
 def test_a_method_on_a_model_with_a_record(config, tmp_path, calibration, model):
-    apply(builders.narrow_ffn(model, Anatomy(model).stack(), 0, range(8)), model)
+    apply(builders.narrow_ffn(Anatomy(model).block(0), range(8)), model)
     change(model, "bottleneck", 2)
     loaded = AutoModelForCausalLM.from_pretrained(save(model, tmp_path / "first"))
     compress(loaded, config, torch.randint(4, 20, (12, 8), generator=torch.Generator().manual_seed(5)))
@@ -205,13 +206,6 @@ def test_a_failure_leaves_no_record(monkeypatch):
         assert model.state_dict().keys() == state.keys()
         assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
         assert not any(module._forward_hooks for module in model.modules())
-
-
-def test_after_removal_of_blocks_with_long_numbers():
-    edits = [NarrowFFN((f"h.{i}.up",), f"h.{i}.down", 3) for i in (1, 10, 11)]
-    assert [edit.output for edit in after_removal(edits, "h", 12, (0, 10))] == ["h.0.down", "h.9.down"]
-    other = NarrowFFN(("g.1.up",), "g.1.down", 3)
-    assert after_removal([other], "h", 12, (0, 1)) == [other]
 
 
 def test_a_record_of_another_quantizer_is_none_of_ours():

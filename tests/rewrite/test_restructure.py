@@ -5,18 +5,20 @@ import copy
 import pytest
 import torch
 
+from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.undo import Undo
 from hf_compress.errors import PlanError
 from hf_compress.modules.activation import BlendedActivation
 from hf_compress.modules.bottleneck import BOTTLENECK, Form
 from hf_compress.modules.packed import MixedPrecisionLinear
 from hf_compress.modules.sealed import Sealed
-from hf_compress.plan.edits import NarrowFFN, RemoveBlocks, Seal
+from hf_compress.plan.edits import RemoveBlocks
 from hf_compress.plan.plan import Plan
 from hf_compress.rewrite.apply import apply, carry_out
 from hf_compress.rewrite.builders import insert_bottleneck, narrow_ffn, replace_activation
+from hf_compress.rewrite.edits.ffn import NarrowFFN
+from hf_compress.rewrite.edits.sealed import Seal
 from hf_compress.rewrite.record import recorded
-from hf_compress.rewrite.restructure import Site, restructure
 from tests.helpers.changes import forward
 from tests.helpers.plans import (
     BLOCK,
@@ -32,7 +34,6 @@ from tests.helpers.plans import (
     linear_plan,
     model_for,
     pack_plan,
-    stack_of,
 )
 from tests.helpers.tiny import tiny_inputs, tiny_model
 
@@ -133,7 +134,7 @@ def test_the_mode_of_the_changed_modules_stays_and_nothing_is_left_on_meta(name)
 def test_the_modules_of_each_edit(model):
     carry_out(pack_plan(model, DOWN), model, Undo())
     assert type(model.get_submodule(DOWN)) is MixedPrecisionLinear
-    carry_out(replace_activation(model, stack_of(model), 1, "leaky"), model, Undo())
+    carry_out(replace_activation(Anatomy(model).block(1), "leaky"), model, Undo())
     assert type(model.model.layers[1].mlp.act_fn) is BlendedActivation
     carry_out(seal_plan(model), model, Undo())
     assert type(model.model.layers[0].input_layernorm) is Sealed
@@ -168,7 +169,7 @@ def test_narrowed_experts_say_their_width_by_themselves(family, name):
 def test_a_narrowed_ffn_can_get_a_bias_that_it_did_not_have(model):
     inputs, twin = tiny_inputs(model), copy.deepcopy(model)
     bias = torch.randn(HIDDEN, generator=torch.Generator().manual_seed(3))
-    plan = narrow_ffn(model, stack_of(model), 0, UNITS)
+    plan = narrow_ffn(Anatomy(model).block(0), UNITS)
     carry_out(plan, twin, Undo())
     (edit,) = plan.edits
     with_bias = NarrowFFN(edit.inputs, edit.output, edit.width, bias=True)
@@ -185,21 +186,16 @@ def test_the_hook_of_a_bottleneck_goes_with_its_block(model):
     assert [len(block._forward_hooks) for block in model.model.layers] == [0, 1, 0]
 
 
-def test_an_edit_of_blocks_is_none_of_modules(model):
-    with pytest.raises(PlanError, match="RemoveBlocks is no edit of modules"):
-        restructure(RemoveBlocks("model.layers", (0,)), Site(model, Undo()))
-
-
 # --- several edits ----------------------------------------------------------------------------------------------------
 
 
 def test_two_plans_at_once_are_the_two_one_after_the_other(model):
     twin, inputs = copy.deepcopy(model), tiny_inputs(model)
     plans = [
-        narrow_ffn(model, stack_of(model), 0, UNITS),
+        narrow_ffn(Anatomy(model).block(0), UNITS),
         linear_plan(model, 1, rank=4),
         bottleneck_plan(model, 1),
-        replace_activation(model, stack_of(model), 2, "identity", 0.5),
+        replace_activation(Anatomy(model).block(2), "identity", 0.5),
         pack_plan(model, "model.layers.2.mlp.down_proj"),
     ]
     apply(sum(plans, start=Plan()), model)
@@ -211,7 +207,7 @@ def test_two_plans_at_once_are_the_two_one_after_the_other(model):
 
 
 def test_a_sum_has_the_edits_of_both_in_order(model):
-    first, second = narrow_ffn(model, stack_of(model), 0, UNITS), bottleneck_plan(model, 0)
+    first, second = narrow_ffn(Anatomy(model).block(0), UNITS), bottleneck_plan(model, 0)
     both = Plan(first.edits, first.tensors, {"first": 1}) + Plan(second.edits, second.tensors, {"second": 2})
     assert both.edits == first.edits + second.edits
     assert both.tensors.keys() == first.tensors.keys() | second.tensors.keys()
@@ -220,14 +216,14 @@ def test_a_sum_has_the_edits_of_both_in_order(model):
 
 def test_two_plans_for_one_ffn_do_not_add_up(model):
     with pytest.raises(PlanError, match="both plans give values for"):
-        narrow_ffn(model, stack_of(model), 0, UNITS) + linear_plan(model, 0)
+        narrow_ffn(Anatomy(model).block(0), UNITS) + linear_plan(model, 0)
 
 
 def test_an_ffn_is_narrowed_twice(model):
     twin, inputs = copy.deepcopy(model), tiny_inputs(model)
-    apply(narrow_ffn(model, stack_of(model), 0, range(40)), model)
-    apply(narrow_ffn(model, stack_of(model), 0, range(8, 24)), model)
-    apply(narrow_ffn(twin, stack_of(twin), 0, range(8, 24)), twin)
+    apply(narrow_ffn(Anatomy(model).block(0), range(40)), model)
+    apply(narrow_ffn(Anatomy(model).block(0), range(8, 24)), model)
+    apply(narrow_ffn(Anatomy(twin).block(0), range(8, 24)), twin)
     assert torch.equal(forward(model, inputs), forward(twin, inputs))
     assert model.config.to_dict() == twin.config.to_dict()
 
@@ -235,10 +231,10 @@ def test_an_ffn_is_narrowed_twice(model):
 def test_a_gated_bottleneck_gives_place_to_a_later_one(model):
     whole = linear_bottleneck(torch.eye(HIDDEN), 0.9 * torch.eye(HIDDEN), Form(gated=True))
     whole.gate[8:] = 0
-    apply(insert_bottleneck(stack_of(model), 1, whole), model)
+    apply(insert_bottleneck(Anatomy(model).block(1), whole), model)
     before = forward(model, tiny_inputs(model))
     few = linear_bottleneck(torch.eye(HIDDEN)[:, :8], 0.9 * torch.eye(HIDDEN)[:8])
-    apply(insert_bottleneck(stack_of(model), 1, few), model)
+    apply(insert_bottleneck(Anatomy(model).block(1), few), model)
     assert len(model.model.layers[1]._forward_hooks) == 1
     torch.testing.assert_close(forward(model, tiny_inputs(model)), before)
     assert recorded(model.config)[0].width == 8

@@ -8,22 +8,19 @@ import torch
 from torch import nn
 
 import hf_compress.rewrite.apply as apply_module
+from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.undo import Undo
 from hf_compress.errors import PlanError, UnsupportedModelError
-from hf_compress.plan.edits import (
-    InsertBottleneck,
-    LinearFFN,
-    NarrowExperts,
-    NarrowFFN,
-    PackLinear,
-    RemoveBlocks,
-    ReplaceActivation,
-    Seal,
-)
+from hf_compress.plan.edits import RemoveBlocks
 from hf_compress.plan.plan import Plan
 from hf_compress.rewrite.apply import apply
 from hf_compress.rewrite.builders import narrow_experts, narrow_ffn, replace_activation
-from hf_compress.rewrite.restructure import Site, restructure
+from hf_compress.rewrite.edits.bottleneck import InsertBottleneck
+from hf_compress.rewrite.edits.experts import NarrowExperts
+from hf_compress.rewrite.edits.ffn import LinearFFN, NarrowFFN, ReplaceActivation
+from hf_compress.rewrite.edits.packed import PackLinear
+from hf_compress.rewrite.edits.sealed import Seal
+from hf_compress.rewrite.site import Site
 from tests.helpers.changes import forward
 from tests.helpers.plans import (
     BLOCK,
@@ -36,7 +33,6 @@ from tests.helpers.plans import (
     bottleneck_plan,
     linear_plan,
     pack_plan,
-    stack_of,
 )
 from tests.helpers.tiny import tiny_base_model, tiny_inputs, tiny_model
 
@@ -142,7 +138,7 @@ def test_a_module_that_is_not_there_is_named(untouched, path):
     model, before = untouched
     for edit in edits_of(path):
         with pytest.raises(PlanError, match=f"LlamaForCausalLM has no module {path}, which the plan"), Undo() as undo:
-            restructure(edit, Site(model, undo))
+            edit.restructure(Site(model, undo))
     before.check(model)
 
 
@@ -183,7 +179,7 @@ def test_a_module_that_is_not_there_is_named(untouched, path):
 def test_a_module_of_another_kind_or_size(untouched, edit, message):
     model, before = untouched
     with pytest.raises(ValueError, match=message), Undo() as undo:
-        restructure(edit, Site(model, undo))
+        edit.restructure(Site(model, undo))
     before.check(model)
 
 
@@ -191,7 +187,7 @@ def test_an_input_that_reads_something_narrower_than_the_stream(model):
     model.get_submodule(MLP).gate_proj = nn.Linear(HIDDEN // 2, 96, bias=False)
     before = Before.of(model)
     with pytest.raises(PlanError, match=f"{GATED[0]} maps 32 to 96 and is no input of an FFN"), Undo() as undo:
-        restructure(NarrowFFN(GATED, DOWN, 8), Site(model, undo))
+        NarrowFFN(GATED, DOWN, 8).restructure(Site(model, undo))
     before.check(model)
 
 
@@ -208,7 +204,7 @@ def test_an_activation_beside_other_parts_must_be_named(activation, message):
     named = activation and edit.activation.replace("activation_fn", activation)
     before = Before.of(model)
     with pytest.raises(PlanError, match=message), Undo() as undo:
-        restructure(replace(edit, activation=named), Site(model, undo))
+        replace(edit, activation=named).restructure(Site(model, undo))
     before.check(model)
 
 
@@ -217,7 +213,7 @@ def test_an_activation_in_a_module_of_its_own_goes_with_it_unnamed():
     edit = linear_plan(model).edits[0]
     before = Before.of(model)
     with Undo() as undo:
-        restructure(replace(edit, activation=None), Site(model, undo))
+        replace(edit, activation=None).restructure(Site(model, undo))
         with pytest.raises(AssertionError):
             before.check(model)
     before.check(model)
@@ -226,7 +222,7 @@ def test_an_activation_in_a_module_of_its_own_goes_with_it_unnamed():
 def done_before(model):
     """What goes well before something fails: other blocks, so that there is something to take back."""
     return (
-        narrow_ffn(model, stack_of(model), 3, range(0, 96, 2))
+        narrow_ffn(Anatomy(model).block(3), range(0, 96, 2))
         + bottleneck_plan(model, 2)
         + Plan(tensors={"model.norm.weight": torch.full((HIDDEN,), 7.0)})
         + Plan((RemoveBlocks("model.layers", (1,)),))
@@ -281,7 +277,7 @@ FAILING = {
         "but it is MixedPrecisionLinear",
     ),
     "constants of another width": (
-        lambda m: replace_activation(m, stack_of(m), 0, "constant", 0.5, torch.zeros(7)),
+        lambda m: replace_activation(Anatomy(m).block(0), "constant", 0.5, torch.zeros(7)),
         "does not run after the change",
     ),
     "a block that is not there": (lambda m: Plan((RemoveBlocks("model.layers", (9,)),)), "has the blocks"),
@@ -309,16 +305,17 @@ def test_what_goes_well_before_the_failures_does_go_well(model):
     assert len(model.model.layers) == 3
 
 
-@pytest.mark.parametrize("step", ["restructure", "_write", "remove_blocks", "record", "check_parity"])
+@pytest.mark.parametrize("step", ["replace", "_write", "remove_blocks", "record", "check_parity"])
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_an_interruption_at_any_step_leaves_no_trace(model, monkeypatch, step, error):
-    real = getattr(apply_module, step)
+    owner = Site if step == "replace" else apply_module
+    real = getattr(owner, step)
 
     def interrupted(*args):
         real(*args)
         raise error(step)
 
-    monkeypatch.setattr(apply_module, step, interrupted)
+    monkeypatch.setattr(owner, step, interrupted)
     plan, before = done_before(model), Before.of(model)
     with pytest.raises(error, match=step):
         apply(plan, model)
@@ -338,7 +335,7 @@ def test_a_failure_leaves_an_already_changed_model_as_it_was(model):
 
 
 def experts_plan(model, width=24):
-    return narrow_experts(model, stack_of(model), 0, torch.arange(width).expand(4, -1))
+    return narrow_experts(Anatomy(model).block(0), torch.arange(width).expand(4, -1))
 
 
 @pytest.mark.parametrize(
@@ -368,5 +365,5 @@ def test_experts_whose_hidden_units_cannot_be_told(model):
     model.get_submodule(MLP).experts = experts
     before = Before.of(model)
     with pytest.raises(UnsupportedModelError, match="both sides of down could be the hidden units"), Undo() as undo:
-        restructure(NarrowExperts(f"{MLP}.experts", 8), Site(model, undo))
+        NarrowExperts(f"{MLP}.experts", 8).restructure(Site(model, undo))
     before.check(model)

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hf_compress.plan import edits as all_edits
+from hf_compress.rewrite.edits import EDITS
 from hf_compress.rewrite.probe import quiet
 from tests.helpers.untrusted import (
     LONG,
@@ -57,7 +57,7 @@ ODD = st.one_of(
     st.recursive(st.none() | NUMBERS | st.text(max_size=5), lambda inner: st.lists(inner, max_size=4), max_leaves=6),
     st.dictionaries(st.text(max_size=5), NUMBERS, max_size=3),
 )
-KINDS = sorted(all_edits._EDITS)
+KINDS = sorted(EDITS)
 
 
 def field_values(paths):
@@ -83,14 +83,14 @@ def field_values(paths):
 @st.composite
 def made_up_edits(draw, paths):
     """An edit with the right fields."""
-    kind, values = all_edits._EDITS[draw(st.sampled_from(KINDS))], field_values(paths)
+    kind, values = EDITS[draw(st.sampled_from(KINDS))], field_values(paths)
     return {"edit": kind.__name__, **{field.name: draw(values[field.name]) for field in fields(kind)}}
 
 
 def test_every_edit_can_be_made_up():
     """Fields of new edits have to be known here, or they are never tried."""
     known = field_values(["model"]).keys()
-    assert {field.name for kind in all_edits._EDITS.values() for field in fields(kind)} <= known
+    assert {field.name for kind in EDITS.values() for field in fields(kind)} <= known
 
 
 @st.composite

@@ -6,12 +6,7 @@ import pytest
 import torch
 from transformers import Trainer
 
-from hf_compress import CompressionCallback, DropBlocksConfig, ILLCConfig, MKAConfig, Plan, compress
-from hf_compress.plan.edits import MergeBlocks, RemoveBlocks
-from hf_compress.report.history import add_stage, model_size
-from hf_compress.report.stages import Stage
-from hf_compress.rewrite.apply import apply
-from hf_compress.training.changes import Changes
+from hf_compress import CompressionCallback, DropBlocksConfig, ILLCConfig, MKAConfig, compress
 from hf_compress.training.distillation import corresponding_blocks
 from tests.helpers.language import tiny_llama
 from tests.helpers.runs import arguments, ids_of, token_rows
@@ -59,40 +54,6 @@ def test_merges_are_noted_as_one_where_they_chain(tmp_path):
     last = [max([b, *(i for e in edits if e["kept"] == b for i in e["absorbed"])]) for b in kept]
     assert corresponding_blocks(model, numbered()) == list(enumerate(last))
     assert last[-1] == 5
-
-
-# plans one after another, in the numbering of their moment, and what is left of them in the first
-CHAINS = {
-    "drop, drop": ([RemoveBlocks(STACK, (1,)), RemoveBlocks(STACK, (1, 3))], [(1,), (2, 4)], [0, 3, 5]),
-    "merge into the merged": (
-        [MergeBlocks(STACK, 2, (3,)), MergeBlocks(STACK, 2, (3,))],
-        [(2, 3), (2, 4)],
-        [0, 1, 4, 5],
-    ),
-    "merge the merged": ([MergeBlocks(STACK, 2, (3,)), MergeBlocks(STACK, 1, (2,))], [(1, 2, 3)], [0, 3, 4, 5]),
-    "drop the merged": ([MergeBlocks(STACK, 2, (3,)), RemoveBlocks(STACK, (2,))], [(2, 3)], [0, 1, 4, 5]),
-    "drop, then merge over it": (
-        [RemoveBlocks(STACK, (2,)), MergeBlocks(STACK, 1, (2,))],
-        [(2,), (1, 3)],
-        [0, 3, 4, 5],
-    ),
-}
-
-
-@pytest.mark.parametrize("case", CHAINS)
-def test_chains_of_plans(case):
-    steps, expected, last = CHAINS[case]
-    model, changes = numbered(), Changes()
-    for step in steps:
-        plan = Plan((step,))
-        changes.add(plan, model)
-        apply(plan, model)
-    found = [(e.kept, *e.absorbed) if isinstance(e, MergeBlocks) else e.blocks for e in changes.edits]
-    assert found == expected
-    assert Changes(changes.to_list()).edits == changes.edits
-    before, after = model_size(numbered()), model_size(model)
-    add_stage(model, Stage("any", {}, before, after, changes.to_list(), {}, [], {}, True), None)
-    assert corresponding_blocks(model, numbered()) == list(enumerate(last))
 
 
 @pytest.mark.parametrize("teacher", [6, 5])

@@ -311,21 +311,6 @@ def test_a_padding_token_without_an_embedding(tokenizer, texts):
     heal(model, teacher, [dict(tokenizer(text), labels=tokenizer(text)["input_ids"]) for text in texts], tokenizer)
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"label_share": -0.1}, "label_share must lie between 0 and 1"),
-        ({"label_share": 1.5}, "label_share must lie between 0 and 1"),
-        ({"label_share": True}, "label_share must lie between 0 and 1"),
-        ({"stream_weight": -1.0}, "stream_weight must be a number of at least 0"),
-        ({"temperature": 0.0}, "temperature must be a number above 0"),
-    ],
-)
-def test_distillation_that_make_no_sense(settings, message):
-    with pytest.raises(ValueError, match=message):
-        DistillationConfig(**settings)
-
-
 def test_arguments_that_do_not_fit():
     model = compressed()
     before = Snapshot(model)

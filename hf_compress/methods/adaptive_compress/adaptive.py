@@ -83,7 +83,7 @@ class Adaptive(Gated):
         module.encoder.copy_(directions)
         module.decoder.copy_((1 - module.form.skip) * directions.T)
         module.center.copy_(self.moments.normed.mean)
-        self._energy = variances * float(self.moments.normed.count / self.moments.raw.count)
+        self._energy = variances * (self.moments.normed.count / self.moments.raw.count)
         return module
 
     def _first_importance(self) -> Tensor:

@@ -17,6 +17,7 @@ from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.capture import StopForward, check_stream, forward, inference, stream_tokens, watch_blocks
 from hf_compress.calibration.data import Batch, Calibration, DataOptions, prepare
+from hf_compress.checks import check
 from hf_compress.errors import CalibrationError
 from hf_compress.methods.adaptive_compress.adaptive import Adaptive, Paper
 from hf_compress.methods.adaptive_compress.config import AdaptiveCompressConfig
@@ -24,7 +25,6 @@ from hf_compress.methods.adaptive_compress.learner import Learner, StreamMoments
 from hf_compress.methods.adaptive_compress.learning import Learning, everywhere, processes
 from hf_compress.methods.adaptive_compress.peers import BatchTopK, Linear, Principal, TopK
 from hf_compress.methods.adaptive_compress.progress import Progress
-from hf_compress.methods.base.checks import check_at_least
 from hf_compress.numerics.defaults import torch_defaults
 from hf_compress.rewrite.bottlenecks import Bottlenecks, FittedBottleneck
 
@@ -96,7 +96,7 @@ def fit(
         ValueError, TypeError: layers that there are not, too little data for the schedule, a checkpoint of another run.
         CalibrationError: activations that are not finite.
     """
-    check_at_least("save_every", save_every, 1)
+    check("save_every", save_every, int, "[1, inf)")
     several = isinstance(config, Sequence)
     configs: list[Any] = list(config) if isinstance(config, Sequence) else [config]
     data = prepare(calibration, model, tokenizer, options)
@@ -127,7 +127,7 @@ def fit_all(
         _train(model, stack, learnings, configs, batches, progress)
     results = []
     for config, mine in zip(configs, learnings, strict=True):
-        found = {layer: _place(layer, learning) for layer, learning in mine.items()}
+        found = {layer: _fitted(layer, learning) for layer, learning in mine.items()}
         results.append(Bottlenecks(stack.path, found, config.to_dict(), data.tokens * config.epochs))
     return results
 
@@ -199,7 +199,7 @@ def stream_moments(
     def learn(layer: int, rows: Tensor) -> None:
         own = moments.setdefault(layer, StreamMoments(rows.shape[1], rows.device))
         own.update(rows)
-        if float(own.raw.count) >= _START_TOKENS * rows.shape[1]:
+        if own.raw.count >= _START_TOKENS * rows.shape[1]:
             missing.remove(layer)
 
     for number in _spread_order(len(data)):
@@ -207,7 +207,7 @@ def stream_moments(
             break
         watch_rows(model, stack, tuple(missing), data.batches[number], config.outliers, learn)
     for layer, own in moments.items():
-        tokens, hidden = int(own.raw.count), own.raw.width
+        tokens, hidden = int(own.raw.count), own.raw.inputs
         if tokens < hidden:
             raise CalibrationError(
                 f"{tokens} tokens behind block {layer} are too few to tell {hidden} features apart: pass at least "
@@ -278,7 +278,7 @@ def _own_share(data: Calibration) -> list[Batch]:
     return list(data.batches)[rank::world][:share]
 
 
-def _place(layer: int, learning: Learning) -> FittedBottleneck:
+def _fitted(layer: int, learning: Learning) -> FittedBottleneck:
     if learning.stopped:
         logger.warning("the bottleneck behind block %d %s", layer, learning.stopped)
     module, kept = learning.finished()

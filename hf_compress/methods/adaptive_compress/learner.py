@@ -23,7 +23,6 @@ class StreamMoments:
     """
 
     def __init__(self, hidden: int, device: torch.device) -> None:
-        device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
         self.raw, self.normed = Moments(hidden, device), Moments(hidden, device)
 
     def update(self, stream: Tensor) -> None:
@@ -31,8 +30,8 @@ class StreamMoments:
         stream = stream.to(self.raw.device).double()
         spread = stream.std(1, correction=0)
         centred = stream - stream.mean(1, keepdim=True)
-        self.raw.update(stream)
-        self.normed.update(centred / spread.clamp(min=1e-12)[:, None], spread.square())
+        self.raw.add(stream)
+        self.normed.add(centred / spread.clamp(min=1e-12)[:, None], spread.square())
 
     @property
     def variance(self) -> float:
@@ -74,7 +73,7 @@ class Learner:
 
     def __init__(self, config: AdaptiveCompressConfig, moments: StreamMoments, seed: int) -> None:
         self.config, self.moments = config, moments
-        self.hidden = moments.raw.width
+        self.hidden = moments.raw.inputs
         self.variance = max(moments.variance, 1e-30)
         self.generator = torch.Generator().manual_seed(seed)
         self.module = self._made()

@@ -107,7 +107,7 @@ class Learning:
         """The bottleneck as it is to be used, on the CPU, and which of its features it has."""
         self.learner.module.to("cpu")
         if not self.stopped:
-            self.learner.retain(self.learner.config.retention_final)
+            self.learner.retain(self.learner.config.kept)
         module, kept = self.learner.finished()
         return module.requires_grad_(False), kept
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.anatomy import Anatomy, Block
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.capture import inference, stream_of_output, stream_tokens
 from hf_compress.calibration.data import Batch, special_ids
@@ -72,7 +72,7 @@ class Joint(TrainingSchedule):
             learning.learner.retain(config.retention_init)
             self.learnings[layer] = learning
             if self.splices:
-                plan += insert_bottleneck(stack, layer, learning.learner.module)
+                plan += insert_bottleneck(Block(model, stack, layer), learning.learner.module)
         return plan
 
     def begin(self, model: PreTrainedModel, progress: float) -> None:
@@ -138,7 +138,7 @@ class Joint(TrainingSchedule):
         places = {}
         for layer, learning in self.learnings.items():
             if self.splices and learning.learner.module.form.gated:
-                learning.learner.retain(self.config.retention_final)
+                learning.learner.retain(self.config.kept)
                 module, kept = learning.learner.cut()
             else:
                 module, kept = learning.finished()

@@ -1,34 +1,49 @@
-"""How many blocks a method takes out: by number or by share."""
+"""How much a method takes out: `ratio`, which all methods have, beside the word of each one's paper."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
-from hf_compress.methods.base.checks import check_ratio
+AMOUNT = "amount"  # the group of the settings that say it; those with `keeps` say how much stays
 
 
-def check_amount(ratio: float | None, num: int | None, num_name: str) -> None:
-    """Raise unless exactly one of `ratio`, a share of the blocks, and `num`, a count of at least 1, is given."""
-    check_ratio("ratio", ratio)
-    if num is not None and (type(num) is not int or num < 1):
-        raise ValueError(f"{num_name} must be a whole number of at least 1; got {num!r}")
-    if ratio is not None and num is not None:
-        raise ValueError(f"give ratio or {num_name}, not both; got ratio={ratio} and {num_name}={num}")
+@dataclass(frozen=True)
+class Amount:
+    """How much of what it acts on a method takes out, as it was said: a number, if whole, or else a share.
+
+    Attributes:
+        word: the setting that says it, such as "ratio", "num_merges" or "gamma".
+        value: of the setting.
+        keeps: whether it is the share that stays, as in the papers of ILLC and AdaptiveCompress.
+    """
+
+    word: str
+    value: float
+    keeps: bool = False
+
+    @property
+    def kept(self) -> float:
+        """The share that stays: 1 − 0.9 as 0.1, and not a little less, which would round otherwise."""
+        return self.value if self.keeps else round(1 - self.value, 12)
+
+    def of(self, total: int) -> int:
+        """How many of `total` go: the number, or the share rounded to the nearest number, but at least one."""
+        return self.value if isinstance(self.value, int) else share_of(total, self.value)
+
+    def of_blocks(self, total: int) -> int:
+        """How many of `total` blocks go.
+
+        Raises:
+            ValueError: no block would be left.
+        """
+        count = self.of(total)
+        if count >= total:
+            asked = f"{self.word}={self.value}"
+            raise ValueError(f"{asked} takes {count} of {total} blocks and leaves none; at most {total - 1} can go")
+        return count
 
 
 def share_of(total: int, ratio: float) -> int:
     """A share of `total`, rounded to the nearest number, but at least one."""
     return max(1, math.floor(total * ratio + 0.5))
-
-
-def blocks_to_remove(total: int, ratio: float | None, num: int | None, num_name: str) -> int:
-    """How many of `total` blocks go: `num`, or the share `ratio` rounded to the nearest number, but at least one.
-
-    Raises:
-        ValueError: no block would be left.
-    """
-    count = num if num is not None else share_of(total, ratio or 0)
-    if count >= total:
-        asked = f"{num_name}={num}" if num is not None else f"ratio={ratio}"
-        raise ValueError(f"{asked} takes {count} of {total} blocks and leaves none; at most {total - 1} can go")
-    return count

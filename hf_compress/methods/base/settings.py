@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import warnings
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
-from hf_compress.methods.base.checks import check_kind
+from hf_compress.checks import check_fields
+from hf_compress.methods.base.amounts import AMOUNT, Amount
 from hf_compress.methods.base.recipes import read_recipe
 
 _REGISTRY: dict[str, type[CompressionConfig]] = {}
@@ -22,9 +25,10 @@ class CompressionConfig:
 
         @dataclass(frozen=True)
         class MyConfig(CompressionConfig, method="mine", paper="https://..."):
-            ratio: float = 0.5
+            ratio: float | None = setting(None, "share of the blocks to leave out", "(0, 1)", group=AMOUNT)
 
-    Every field carries `metadata={"help": ...}`, which the command line and the docs show.
+    Fields are checked by their annotations and metadata (see `setting`). A `__post_init__`, which comes after, has only
+    to say what must hold between them.
     """
 
     method: ClassVar[str]
@@ -39,12 +43,38 @@ class CompressionConfig:
         own = getattr(cls, "__post_init__", None)
 
         def check(self: CompressionConfig) -> None:
+            check_fields(self)
             if own is not None:
                 own(self)
-            for field in fields(self):
-                check_kind(field.name, getattr(self, field.name), str(field.type))
 
         cls.__post_init__ = check  # type: ignore[attr-defined]  # what a dataclass calls
+
+    def __new__(cls, *_: Any, **values: Any) -> Self:
+        cls.check_names(values)
+        return super().__new__(cls)
+
+    @classmethod
+    def check_names(cls, names: Iterable[str]) -> None:
+        """Raise TypeError for a name that is no setting; it says which may be meant."""
+        own = [field.name for field in fields(cls)]
+        for name in names:
+            if name in own:
+                continue
+            close = difflib.get_close_matches(name, own, n=1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            if name in _amount_words():
+                words = [field.name for field in fields(cls) if field.metadata.get("group") == AMOUNT]
+                hint = f" (say how much by {'= or '.join(words)}=)"
+            raise TypeError(f"{cls.method} has no setting {name!r}{hint}; it has {', '.join(own)}")
+
+    @property
+    def amount(self) -> Amount | None:
+        """How much to take out, in the word that was given; None where none was."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.metadata.get("group") == AMOUNT and value is not None:
+                return Amount(field.name, value, field.metadata.get("keeps", False))
+        return None
 
     def to_dict(self) -> dict[str, Any]:
         """The fields and the method's name: JSON values only, the inverse of `from_dict`."""
@@ -52,14 +82,19 @@ class CompressionConfig:
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> CompressionConfig:
-        """The config that `values` describes. Unknown keys, as from a newer version, are dropped with a warning."""
+        """The config that `values` describes. Unknown keys, as from a newer version, are dropped with a warning.
+
+        Raises:
+            ValueError: no method, or no such method; settings that make no sense.
+            TypeError: another method's word for how much to take out.
+        """
         values = dict(values)
         if "method" not in values:
             raise ValueError(
                 f"a config needs the key 'method', one of {', '.join(method_names())}; got {sorted(values)}"
             )
         cls = config_class(values.pop("method"))
-        known = {field.name for field in fields(cls)}
+        known = {field.name for field in fields(cls)} | _amount_words()
         if unknown := sorted(set(values) - known):
             warnings.warn(f"{cls.__name__} does not know {', '.join(unknown)}; ignored", stacklevel=2)
         return cls(**{key: value for key, value in values.items() if key in known})
@@ -92,3 +127,9 @@ def method_names() -> list[str]:
 def setting_names() -> set[str]:
     """The names of the settings of all methods that have been imported so far."""
     return {field.name for cls in _REGISTRY.values() for field in fields(cls)}
+
+
+def _amount_words() -> set[str]:
+    """The settings that say how much to take out, in all methods."""
+    every = [field for method in method_names() for field in fields(config_class(method))]
+    return {field.name for field in every if field.metadata.get("group") == AMOUNT}

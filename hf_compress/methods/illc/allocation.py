@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from torch import Tensor
 from tqdm import tqdm
 
+from hf_compress.anatomy.anatomy import Block
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.streams import StreamPair
 from hf_compress.methods.base.context import CalibrationContext
+from hf_compress.methods.base.units import HiddenUnits, Run, observe
 from hf_compress.methods.illc.config import ILLCConfig
 from hf_compress.methods.illc.reductions import REDUCTIONS
-from hf_compress.methods.illc.units import HiddenUnits, Run, observe
 
 _STEPS = 16  # widths that an error curve is measured at: multiples of a sixteenth
 
@@ -49,7 +50,7 @@ def _error_curves(
     curves: dict[int, dict[int, float]] = {}
     for index in tqdm(range(max(uniform) + 1), desc="measuring error curves", disable=None):
         if index in uniform:
-            curves[index], streams = _curve(config, HiddenUnits(context.model, stack, index), pairs, streams)
+            curves[index], streams = _curve(config, HiddenUnits(Block(context.model, stack, index)), pairs, streams)
         else:
             streams = [pair.runner.run(index, stream) for pair, stream in zip(pairs, streams, strict=True)]
     return curves

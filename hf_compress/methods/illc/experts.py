@@ -7,34 +7,30 @@ model's own tokens: which tokens an expert sees is a matter of the stream below 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.anatomy import Block
 from hf_compress.anatomy.experts import check_experts, expert_hidden, expert_writes
-from hf_compress.anatomy.stacks import Stack
-from hf_compress.calibration.capture import hooked, stream_tokens
+from hf_compress.calibration.capture import stream_tokens, watch_arguments
 from hf_compress.calibration.runner import BlockRunner
 from hf_compress.errors import CalibrationError, UnsupportedModelError
+from hf_compress.methods.base.grams import few_at_once
+from hf_compress.methods.base.narrowing import Runs
+from hf_compress.methods.base.ridge import HeldOutSums, is_held_out
+from hf_compress.methods.base.units import UnitStatistics, some_rows
 from hf_compress.methods.illc.config import ILLCConfig
 from hf_compress.methods.illc.reductions import REDUCTIONS
-from hf_compress.methods.illc.units import UnitStatistics
 from hf_compress.modules.experts import routed
-from hf_compress.numerics.ridge import LeastSquares, is_held_out
 from hf_compress.plan.plan import Plan
 from hf_compress.rewrite.builders import narrow_experts
 
-Runs = Sequence[tuple[BlockRunner, Tensor]]  # batches, and the stream before the block
-_MEMORY = 4 * 2**30  # for the sums of as many experts as are done in one pass
 _FEW = 8  # tokens: an expert that gets fewer keeps the units that are largest
 
 
-@dataclass(frozen=True)
+@dataclass
 class ExpertUnits:
     """The hidden units of one expert; as `HiddenUnits`, for the reductions."""
 
@@ -52,13 +48,13 @@ class ExpertNarrowing:
         UnsupportedModelError: experts that cannot be looked into one by one.
     """
 
-    def __init__(self, config: ILLCConfig, model: PreTrainedModel, stack: Stack, index: int) -> None:
-        ffn = Anatomy(model).parts(stack, index).ffn
+    def __init__(self, config: ILLCConfig, block: Block) -> None:
+        ffn = block.parts.ffn
         assert ffn is not None
         assert ffn.experts is not None
-        self.config, self.model, self.stack, self.index = config, model, stack, index
-        self.name = f"{stack.path}.{index}.{ffn.experts}"
-        self.experts: nn.Module = model.get_submodule(self.name)
+        self.config, self.block = config, block
+        self.name = f"{block.path}.{ffn.experts}"
+        self.experts: nn.Module = block.module.get_submodule(ffn.experts)
         check_experts(self.experts, self.name)
         if config.reduction_name == "average":
             raise UnsupportedModelError(f"{self.name}: the units of experts are kept, not merged; take representative")
@@ -67,25 +63,23 @@ class ExpertNarrowing:
         self.writes = expert_writes(self.experts).detach()
         self.width = ffn.width
 
-    def plan(self, runs: Runs, width: int) -> tuple[Plan, dict[str, Any]]:
-        """The plan that leaves each expert `width` hidden units, and how many tokens each has seen."""
+    def plan(self, width: int, runs: Runs) -> Plan:
+        """The plan that leaves each expert `width` hidden units; its notes say how many tokens each has seen."""
         count, _, hidden = self.writes.shape
-        at_once = max(1, _MEMORY // (16 * self.width * (self.width + hidden)))
         kept, writes, tokens = [], [], []
-        for start in range(0, count, at_once):
-            numbers = range(start, min(start + at_once, count))
+        for numbers in few_at_once(dict.fromkeys(range(count), 16 * self.width * (self.width + hidden))):
             for number, statistics in zip(numbers, self._observe(runs, numbers), strict=True):
                 units, written = self._reduce(number, statistics, width)
                 kept.append(units)
                 writes.append(written)
                 tokens.append(len(statistics.rows))
-        draft = narrow_experts(self.model, self.stack, self.index, torch.stack(kept), torch.stack(writes))
-        return draft, {"experts": count, "rows": tokens}
+        draft = narrow_experts(self.block, torch.stack(kept), torch.stack(writes))
+        return replace(draft, notes={"experts": count, "rows": tokens})
 
     def _reduce(self, number: int, statistics: UnitStatistics, width: int) -> tuple[Tensor, Tensor]:
         """The units that an expert keeps, (width), and what they write, (width, hidden)."""
         old = self.writes[number].float()
-        units = ExpertUnits(old, self.index * len(self.writes) + number, f"{self.name} {number}")
+        units = ExpertUnits(old, self.block.index * len(self.writes) + number, f"{self.name} {number}")
         few = len(statistics.rows) < max(_FEW, width if self.config.reduction_name == "representative" else 0)
         reduction = REDUCTIONS["magnitude" if few else self.config.reduction_name](
             self.config, units, statistics, width
@@ -96,11 +90,10 @@ class ExpertNarrowing:
             return reduction.kept, columns
         return reduction.kept, statistics.take(reduction.inputs()).fit(columns, affine=False).weight.to(columns)
 
-    def _observe(self, runs: Runs, numbers: range) -> list[UnitStatistics]:
+    def _observe(self, runs: Runs, numbers: list[int]) -> list[UnitStatistics]:
         """What some experts do on the compressed model's streams."""
         _, width, hidden = self.writes.shape
-        device = self.writes.device
-        sums = [[LeastSquares(width, hidden, device) for _ in range(2)] for _ in numbers]
+        sums = [HeldOutSums.empty(width, hidden, self.writes.device) for _ in numbers]
         rows: list[list[Tensor]] = [[] for _ in numbers]
         row_tokens = self.config.rows_of_a_batch(len(runs))
         for batch, (runner, stream) in enumerate(runs):
@@ -111,21 +104,16 @@ class ExpertNarrowing:
                 if not bool(torch.isfinite(activations).all()):
                     raise CalibrationError(f"expert {number} of {self.name} has NaN or infinite activations")
                 written = activations.double() @ self.writes[number].double()
-                sums[place][is_held_out(batch)].update(activations, written, weight.double().square())
-                some = activations * weight[:, None].to(activations)
-                rows[place].append(some[:: max(1, -(-len(some) // row_tokens))].float().cpu())
-        return [UnitStatistics(fitted, held, torch.cat(part)) for (fitted, held), part in zip(sums, rows, strict=True)]
+                sums[place].update(activations, written, weight.double().square(), held=is_held_out(batch))
+                rows[place].append(some_rows(activations * weight[:, None].to(activations), row_tokens))
+        return [UnitStatistics(one.fitted, one.held, torch.cat(part)) for one, part in zip(sums, rows, strict=True)]
 
     def _routing(self, runner: BlockRunner, stream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the experts are given in a run of the block, of real tokens: states, chosen experts, weights."""
-        seen: list[tuple[Any, ...]] = []
-
-        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen.append((*args, *kwargs.values()))
-
-        with hooked([self.experts.register_forward_pre_hook(keep, with_kwargs=True)]):
-            after = runner.run(self.index, stream)
-        real = stream_tokens(self.stack, runner.batch, after).flatten()
+        with watch_arguments({self.name: self.experts}) as given:
+            after = runner.run(self.block.index, stream)
+        seen = given[self.name]
+        real = stream_tokens(self.block.stack, runner.batch, after).flatten()
         if len(seen) != 1 or len(seen[0]) != 3 or any(len(part.flatten(0, -2)) != len(real) for part in seen[0]):
             raise UnsupportedModelError(f"{self.name} is not given tokens, experts and weights once in a forward pass")
         states, index, weights = (part.flatten(0, -2)[real] for part in seen[0])

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.anatomy import Anatomy, Block
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.capture import inference
@@ -18,9 +19,11 @@ from hf_compress.errors import CalibrationError, UnsupportedModelError
 from hf_compress.evaluation.faithfulness import similarity
 from hf_compress.methods.base.amounts import share_of
 from hf_compress.methods.base.context import CalibrationContext
+from hf_compress.methods.base.narrowing import Compensation, Narrowing
 from hf_compress.methods.illc.allocation import adaptive_widths
 from hf_compress.methods.illc.config import ILLCConfig
-from hf_compress.methods.illc.narrowing import Narrowing
+from hf_compress.methods.illc.experts import ExpertNarrowing
+from hf_compress.methods.illc.reductions import REDUCTIONS
 from hf_compress.plan.plan import Plan
 from hf_compress.rewrite.builders import heads_of
 from hf_compress.rewrite.record import missing, record, recorded
@@ -38,7 +41,7 @@ def plan_narrower(config: ILLCConfig, context: CalibrationContext) -> Plan:
         CalibrationError: no data, or too little to tell units apart; activations that are not finite.
     """
     stack = context.stack(config.stack)
-    widths = _widths(config, context, stack) if config.gamma or config.width else {}
+    widths = _widths(config, context, stack) if config.amount is not None else {}
     heads = _heads(config, context, stack) if config.head_gamma else {}
     with inference(context.model):
         with context.step("start"):
@@ -48,30 +51,26 @@ def plan_narrower(config: ILLCConfig, context: CalibrationContext) -> Plan:
             with context.step("allocate widths"):
                 widths = adaptive_widths(config, context, stack, pairs, widths)
         with context.step("narrow blocks"):
-            return _narrowed(Narrowing(config, context, stack, pairs, weights), context, heads, widths)
-
-
-def _narrowed(narrowing: Narrowing, context: CalibrationContext, heads: dict[int, int], widths: dict[int, int]) -> Plan:
-    """Go up the stack and narrow the attentions of `heads` and the FFNs of `widths`."""
-    plan = Plan()
-    blocks: list[dict[str, Any]] = []
-    last = max([*heads, *widths])
-    with context.trial() as undo:
-        for index in tqdm(range(last + 1), desc="narrowing blocks", disable=None):
-            if index not in heads and index not in widths:
-                narrowing.skip(index)
-                continue
-            draft, notes = narrowing.narrow(index, heads.get(index), widths.get(index), undo)
-            plan += draft
-            blocks += notes
-        if narrowing.config.plain:
-            _check_plain(context.model, plan, undo)
+            narrowing = Narrowing(
+                context.model,
+                stack,
+                pairs,
+                partial(REDUCTIONS.resolve(config.reduction_name), config),
+                Compensation(config.compensation_name, config.target, config.iterative, config.bias),
+                weights,
+                config.rows_of_a_batch(len(pairs)),
+                lambda index, *asked: ExpertNarrowing(config, Block(context.model, stack, index)).plan(*asked),
+            )
+            with context.trial() as undo:
+                plan = narrowing.run(heads, widths, undo)
+                if config.plain:
+                    _check_plain(context.model, plan, undo)
+    blocks = plan.notes["blocks"]
     if sum(len(told.get("clusters", ())) for told in blocks) > _CLUSTERS_KEPT:
         for told in blocks:
             told.pop("clusters", None)
-    config = narrowing.config
     summary = {"reduction": config.reduction_name, "compensation": config.compensation_name, "blocks": blocks}
-    return Plan(plan.edits, plan.tensors, summary)
+    return replace(plan, notes=summary)
 
 
 def _check_plain(model: PreTrainedModel, plan: Plan, undo: Undo) -> None:
@@ -98,7 +97,7 @@ def _widths(config: ILLCConfig, context: CalibrationContext, stack: Stack) -> di
                 f"block {index} of {stack.path} has experts, which all get one width: leave out allocation='adaptive'"
             )
         step = _EXPERT_STEP if ffn.kind == "experts" and ffn.width % _EXPERT_STEP == 0 else 1
-        widths[index] = config.width or step * share_of(ffn.width // step, config.gamma or 1)
+        widths[index] = config.width or step * share_of(ffn.width // step, config.kept)
     if not widths:
         none = f"no FFN of {stack.path} can be narrowed, since none was found"
         raise missing(none, context.model, stack.path, ffn=True)
@@ -107,7 +106,7 @@ def _widths(config: ILLCConfig, context: CalibrationContext, stack: Stack) -> di
 
 def _heads(config: ILLCConfig, context: CalibrationContext, stack: Stack) -> dict[int, int]:
     """How many key and value heads the attention of each block keeps."""
-    groups = [heads_of(context.model, stack, index).groups for index in range(len(stack))]
+    groups = [heads_of(Block(context.model, stack, index)).groups for index in range(len(stack))]
     return {index: share_of(count, config.head_gamma or 1) for index, count in enumerate(groups)}
 
 

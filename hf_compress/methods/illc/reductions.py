@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from hf_compress.errors import CalibrationError
+from hf_compress.methods.base.units import Reduction, Units, UnitStatistics, best
 from hf_compress.methods.illc.config import ILLCConfig
-from hf_compress.methods.illc.units import Reduction, Units, UnitStatistics
 from hf_compress.numerics.clustering import cluster
 from hf_compress.numerics.elimination import eliminate
 from hf_compress.numerics.registry import Registry
@@ -64,12 +64,6 @@ def _random(config: ILLCConfig, units: Units, statistics: UnitStatistics, count:
     """Keep any."""
     generator = torch.Generator().manual_seed(config.seed + units.index)
     return best(units, torch.rand(len(units.writes), dtype=torch.float32, generator=generator), count)
-
-
-def best(units: Units, scores: Tensor, count: int) -> Reduction:
-    """Keep the units whose inputs score highest together."""
-    scores = scores.view(-1, units.size).sum(dim=1)
-    return Reduction(kept=scores.topk(count).indices.sort().values.cpu())
 
 
 def _check_rows(units: Units, rows: Tensor, count: int) -> None:

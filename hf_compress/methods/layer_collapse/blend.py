@@ -6,16 +6,17 @@ import copy
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.anatomy import Anatomy, Block
 from hf_compress.anatomy.parts import FFN, linear_map
 from hf_compress.anatomy.stacks import Stack
-from hf_compress.calibration.capture import forward, hooked, inference, stream_of, stream_tokens
+from hf_compress.calibration.capture import forward, hooked, inference, stream_tokens, watch_blocks
 from hf_compress.calibration.data import Calibration
 from hf_compress.errors import CalibrationError, UnsupportedModelError
 from hf_compress.modules.activation import Blend, BlendedActivation
-from hf_compress.rewrite.restructure import shared_scope
+from hf_compress.rewrite.site import shared_scope
 
 _ROWS = 1024  # of the identity matrix, put through a gated FFN at once
 
@@ -52,25 +53,23 @@ def mean_gates(model: PreTrainedModel, stack: Stack, data: Calibration, blocks: 
     """
     sums: dict[int, Tensor] = {}
     counts = dict.fromkeys(blocks, 0)
-    seen: dict[tuple[str, int], Tensor] = {}
-    handles = []
-    for index in blocks:
-        ffn, block = ffn_of(model, stack, index), stack.blocks[index]
+    streams: dict[int, Tensor] = {}
+    gates: dict[int, Tensor] = {}
 
-        def activated(module: nn.Module, args: tuple, output: Tensor, index: int = index) -> None:
-            seen["gate", index] = output
+    def hook(index: int) -> RemovableHandle:
+        activation = stack.blocks[index].get_submodule(ffn_of(Block(model, stack, index)).activation or "")
+        return activation.register_forward_hook(lambda _, args, output: gates.__setitem__(index, output))
 
-        def entered(module: nn.Module, args: tuple, kwargs: dict, index: int = index) -> None:
-            seen["stream", index] = stream_of(args, kwargs)
+    def passed(index: int, before: Tensor, after: Tensor) -> None:
+        if index in counts:
+            streams[index] = before
 
-        handles.append(block.get_submodule(ffn.activation or "").register_forward_hook(activated))
-        handles.append(block.register_forward_pre_hook(entered, with_kwargs=True))
-    with hooked(handles), inference(model):
+    with watch_blocks(stack, passed), hooked(hook(index) for index in blocks), inference(model):
         for batch in data:
             forward(model, batch)
             for index in blocks:
-                real = stream_tokens(stack, batch, seen["stream", index])
-                gate = seen["gate", index].view(*real.shape, -1)[real].double().cpu()
+                real = stream_tokens(stack, batch, streams[index])
+                gate = gates[index].view(*real.shape, -1)[real].double().cpu()
                 sums[index] = sums.get(index, torch.zeros(gate.shape[-1], dtype=torch.float64)) + gate.sum(0)
                 counts[index] += len(gate)
     means = {index: total / counts[index] for index, total in sums.items()}
@@ -84,7 +83,7 @@ def mean_gates(model: PreTrainedModel, stack: Stack, data: Calibration, blocks: 
 
 
 @torch.no_grad()
-def absorbed(model: PreTrainedModel, stack: Stack, index: int) -> tuple[Tensor, Tensor]:
+def absorbed(block: Block) -> tuple[Tensor, Tensor]:
     """The affine map that a block's FFN is where its blended activation has α = 1.
 
     Two plain projections: W = W₁W₂, b = b₁W₂ + b₂ (multiplying from the right); with the activation driven to a
@@ -96,39 +95,39 @@ def absorbed(model: PreTrainedModel, stack: Stack, index: int) -> tuple[Tensor, 
     Raises:
         UnsupportedModelError: a gated FFN that is no module of its own, or that is not affine even then.
     """
-    ffn = ffn_of(model, stack, index)
-    block = stack.blocks[index]
+    ffn, module = ffn_of(block), block.module
     assert ffn.output is not None
-    down = block.get_submodule(ffn.output)
+    down = module.get_submodule(ffn.output)
     if ffn.kind == "plain":
-        up, activation = block.get_submodule(ffn.inputs[0]), block.get_submodule(ffn.activation or "")
+        up, activation = module.get_submodule(ffn.inputs[0]), module.get_submodule(ffn.activation or "")
         first, shift = linear_map(up).double(), _bias(up)
         if isinstance(activation, BlendedActivation) and activation.blend == "constant":
             first, shift = torch.zeros_like(first), activation.constant.double()
         return first @ linear_map(down).double(), shift @ linear_map(down).double() + _bias(down)
-    scope = gated_module(ffn, stack, index)
+    scope = gated_module(block)
     # How a family lays out gate and up is its own affair: an affine map is known by what it makes of 0 and of the axes.
-    holder = copy.deepcopy(block.get_submodule(scope)).double().eval()
-    for module in holder.modules():
-        if isinstance(module, BlendedActivation):
-            module.alpha.fill_(1.0)
+    holder = copy.deepcopy(module.get_submodule(scope)).double().eval()
+    for part in holder.modules():
+        if isinstance(part, BlendedActivation):
+            part.alpha.fill_(1.0)
     hidden = linear_map(down).shape[1]
-    axes = torch.eye(hidden, dtype=torch.float64, device=model.device)
+    axes = torch.eye(hidden, dtype=torch.float64, device=block.model.device)
     bias = holder(torch.zeros_like(axes[None, :1]))[0, 0]
     weight = torch.cat([holder(rows[None])[0] - bias for rows in axes.split(_ROWS)])
-    probe = torch.linspace(-3, 3, hidden, dtype=torch.float64, device=model.device)
+    probe = torch.linspace(-3, 3, hidden, dtype=torch.float64, device=block.model.device)
     error = (holder(probe[None, None])[0, 0] - probe @ weight - bias).abs().max()
     if error > 1e-6 * (1 + (probe @ weight).abs().max()):
-        raise UnsupportedModelError(f"the FFN of block {index} of {stack.path} is not linear once its gate is constant")
+        raise UnsupportedModelError(f"the FFN of {block} is not linear once its gate is constant")
     return weight, bias
 
 
-def gated_module(ffn: FFN, stack: Stack, index: int) -> str:
+def gated_module(block: Block) -> str:
     """The path, in its block, of the module that is a gated FFN; UnsupportedModelError where there is none."""
+    ffn = ffn_of(block)
     assert ffn.output is not None
     scope = shared_scope((*ffn.inputs, ffn.output))
     if not scope:
-        raise UnsupportedModelError(f"the gated FFN of block {index} of {stack.path} is no module of its own")
+        raise UnsupportedModelError(f"the gated FFN of {block} is no module of its own")
     return scope
 
 
@@ -137,8 +136,8 @@ def _bias(linear: nn.Module) -> Tensor:
     return linear_map(linear).new_zeros(linear_map(linear).shape[1]).double() if bias is None else bias.double()
 
 
-def ffn_of(model: PreTrainedModel, stack: Stack, index: int) -> FFN:
+def ffn_of(block: Block) -> FFN:
     """The FFN of a block that has one."""
-    ffn = Anatomy(model).parts(stack, index).ffn
+    ffn = block.parts.ffn
     assert ffn is not None
     return ffn

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from tqdm import tqdm
 
-from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.anatomy import Anatomy, Block
 from hf_compress.anatomy.parts import FFN, linear_widths
 from hf_compress.anatomy.stacks import Stack
+from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.capture import inference
+from hf_compress.calibration.losses import LossRunner, mean_of
 from hf_compress.errors import UnsupportedModelError
-from hf_compress.methods.base.amounts import share_of
 from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.layer_collapse.config import LayerCollapseConfig
 from hf_compress.methods.layer_collapse.linear import LinearFit, fit_ffns
-from hf_compress.methods.layer_collapse.trial import Trial
 from hf_compress.plan.plan import Plan
 from hf_compress.rewrite.apply import carry_out
 from hf_compress.rewrite.record import missing
@@ -36,19 +37,20 @@ def plan_closed_form(config: LayerCollapseConfig, context: CalibrationContext) -
     count = len(left) if config.target_r2 is not None else count_of(config, len(left))
     plan, steps = Plan(), []
     with inference(context.model), context.trial() as undo:
-        trial = Trial(context, stack, config.choice_samples) if config.criterion == "loss" else None
+        some = context.calibration.some(config.choice_samples) if config.criterion == "loss" else []
+        runners = [LossRunner(context.model, stack, batch) for batch in some]
         for _ in tqdm(range(count), desc="collapsing FFNs", disable=None):
             with context.step("fit the FFNs"):
                 fits = fit_ffns(context.model, stack, context.calibration, left, config.penalty, config.rank)
             with context.step("choose"):
-                costs = _costs(config.criterion, fits, trial)
+                costs = _costs(config.criterion, fits, runners)
             best = min(costs, key=costs.__getitem__)
             if config.target_r2 is not None:
                 linear = [index for index in left if fits[index].r2 >= config.target_r2]
                 if not linear:
                     break
                 best = min(linear, key=costs.__getitem__)
-            draft = fits[best].draft(context.model, stack, best)
+            draft = fits[best].draft(Block(context.model, stack, best))
             carry_out(draft, context.model, undo)
             plan += draft
             left = [index for index in left if index != best]
@@ -89,18 +91,31 @@ def projections(ffn: FFN | None) -> tuple[str, ...]:
 
 def count_of(config: LayerCollapseConfig, total: int) -> int:
     """How many FFNs: all of them may go, as the stream goes on past them."""
-    if config.num_layers is None:
-        return share_of(total, config.ratio or 0)
-    if config.num_layers > total:
-        raise ValueError(f"num_layers={config.num_layers} asks for more FFNs than the {total} that can be collapsed")
-    return config.num_layers
+    assert config.amount is not None, "these settings say how much"
+    count = config.amount.of(total)
+    if count > total:
+        raise ValueError(f"num_layers={count} asks for more FFNs than the {total} that can be collapsed")
+    return count
 
 
-def _costs(criterion: str, fits: dict[int, LinearFit], trial: Trial | None) -> dict[int, float]:
+def _costs(criterion: str, fits: dict[int, LinearFit], runners: Sequence[LossRunner]) -> dict[int, float]:
     """What the collapse of each FFN would cost, by a criterion."""
-    if trial is not None:
-        return trial.losses(fits)
+    if criterion == "loss":
+        return _losses(fits, runners)
     return {index: -fit.r2 if criterion == "linearity" else fit.in_stream for index, fit in fits.items()}
+
+
+def _losses(fits: dict[int, LinearFit], runners: Sequence[LossRunner]) -> dict[int, float]:
+    """Mean loss of the model as it is now with one more FFN collapsed, for each of them."""
+    for runner in runners:
+        runner.keep()
+    losses = {}
+    for index, fit in fits.items():
+        with Undo() as undo:
+            model = runners[0].model
+            carry_out(fit.draft(Block(model, runners[0].stack, index)), model, undo)
+            losses[index] = mean_of([r.loss_after(index, r.run(index, r.streams[index])) for r in runners])
+    return losses
 
 
 def _step(best: int, fits: dict[int, LinearFit], costs: dict[int, float]) -> dict[str, Any]:

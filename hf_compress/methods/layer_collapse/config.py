@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Literal
 
-from hf_compress.methods.base.amounts import check_amount
-from hf_compress.methods.base.checks import (
-    check_at_least,
-    check_choice,
-    check_not_negative,
-    check_positive,
-    check_share,
-    is_number,
-)
+from hf_compress.checks import setting
+from hf_compress.methods.base.amounts import AMOUNT
 from hf_compress.methods.base.settings import CompressionConfig
-from hf_compress.modules.activation import BLENDS, Blend
-
-VARIANTS = ("closed_form", "paper")
-CRITERIA = ("stream", "loss", "linearity")
+from hf_compress.modules.activation import Blend
 
 
 @dataclass(frozen=True)
@@ -36,66 +27,40 @@ class LayerCollapseConfig(CompressionConfig, method="layer_collapse", paper="htt
     `CompressionCallback`. Without an amount all FFNs take part, with one the last ones.
     """
 
-    ratio: float | None = field(default=None, metadata={"help": "share of the FFNs to collapse, in (0, 1)"})
-    num_layers: int | None = field(default=None, metadata={"help": "number of FFNs to collapse, instead of ratio"})
-    target_r2: float | None = field(
-        default=None, metadata={"help": "collapse FFNs as long as R² of the next is at least this, instead of ratio"}
+    ratio: float | None = setting(None, "share of the FFNs to collapse", "(0, 1)", group=AMOUNT)
+    num_layers: int | None = setting(None, "number of FFNs to collapse, instead of ratio", "[1, inf)", group=AMOUNT)
+    target_r2: float | None = setting(
+        None, "collapse FFNs as long as R² of the next is at least this, instead of ratio", "(-inf, 1)", group=AMOUNT
     )
-    variant: str = field(default="closed_form", metadata={"help": f"one of {', '.join(VARIANTS)}"})
-    criterion: str = field(default="stream", metadata={"help": f"one of {', '.join(CRITERIA)}"})
-    rank: int | None = field(default=None, metadata={"help": "of the linear maps; full when not given"})
-    penalty: float = field(default=1e-3, metadata={"help": "of the ridge, relative to the mean variance of the inputs"})
-    choice_samples: int = field(default=32, metadata={"help": "criterion=loss: samples that candidates are tried on"})
-    gradual: bool = field(
-        default=False, metadata={"help": "in training: blend the activations away instead of collapsing at once"}
+    variant: Literal["closed_form", "paper"] = setting("closed_form", "paper: by training alone")
+    criterion: Literal["stream", "loss", "linearity"] = setting("stream", "which FFN is next")
+    rank: int | None = setting(None, "of the linear maps; full when not given", "[1, inf)")
+    penalty: float = setting(1e-3, "of the ridge, relative to the mean variance of the inputs", "[0, inf]")
+    choice_samples: int = setting(32, "criterion=loss: samples that candidates are tried on", "[1, inf)")
+    gradual: bool = setting(False, "in training: blend the activations away instead of collapsing at once")
+    blend: Blend | None = setting(
+        None,
+        "in training: what activations are driven to; by the kind of FFN when not given: PReLU (leaky) for ReLU, "
+        "identity for smooth ones, constant for gates",
     )
-    blend: Blend | None = field(
-        default=None,
-        metadata={
-            "help": f"in training: what activations are driven to, one of {', '.join(BLENDS)}; by the kind of FFN when "
-            "not given: PReLU for ReLU, identity for smooth ones, constant for gates"
-        },
+    alpha: Literal["learned", "scheduled"] | None = setting(
+        None, "in training: learned (as in the paper) or scheduled (as when gradual)"
     )
-    alpha: str | None = field(
-        default=None, metadata={"help": "in training: learned (as in the paper) or scheduled (as when gradual)"}
+    alpha_init: float = setting(0.01, "a learned α before training", "[0, 1]")
+    alpha_lr: float = setting(0.02, "learning rate of α under its own Adam", "(0, inf]")
+    lc: float = setting(10.0, "weight of the penalty on a learned α", "[0, inf]")
+    ramp: float | None = setting(
+        None, "share of the steps over which lc (default 0) or a scheduled α (0.5) rises to its full size", "[0, 1]"
     )
-    alpha_init: float = field(default=0.01, metadata={"help": "a learned α before training"})
-    alpha_lr: float = field(default=0.02, metadata={"help": "learning rate of α under its own Adam"})
-    lc: float = field(default=10.0, metadata={"help": "weight of the penalty on a learned α"})
-    ramp: float | None = field(
-        default=None,
-        metadata={"help": "share of the steps over which lc (default 0) or a scheduled α (0.5) rises to its full size"},
-    )
-    tolerance: float = field(default=0.05, metadata={"help": "after training: an FFN is linear where |1 − α| is less"})
-    stack: str | None = field(default=None, metadata={"help": "path of the residual stack; found when not given"})
+    tolerance: float = setting(0.05, "after training: an FFN is linear where |1 − α| is less", "(0, inf]")
+    stack: str | None = setting(None, "path of the residual stack; found when not given")
 
     def __post_init__(self) -> None:
-        check_choice("variant", self.variant, VARIANTS)
-        check_choice("criterion", self.criterion, CRITERIA)
-        self._check_amount()
-        check_at_least("rank", self.rank, 1)
-        check_at_least("choice_samples", self.choice_samples, 1)
-        check_not_negative("penalty", self.penalty)
-        check_not_negative("lc", self.lc)
-        check_positive("alpha_lr", self.alpha_lr)
-        check_positive("tolerance", self.tolerance)
-        check_share("alpha_init", self.alpha_init)
-        check_share("ramp", 0.5 if self.ramp is None else self.ramp)
-        if self.blend is not None:
-            check_choice("blend", self.blend, BLENDS)
-        if self.alpha is not None:
-            check_choice("alpha", self.alpha, ("learned", "scheduled"))
+        if self.variant == "paper" and self.target_r2 is not None:
+            raise ValueError("target_r2 is for variant='closed_form'; the paper's variant collapses by its tolerance")
+        if self.amount is None and self.variant != "paper":
+            raise ValueError("say how much to collapse by ratio=, num_layers= or target_r2=; got none")
         if self.ramp == 0 and (self.alpha == "scheduled" or (self.gradual and self.alpha is None)):
             raise ValueError("a scheduled α needs steps to rise in: give a ramp above 0")
         if self.variant == "paper" and self.gradual:
             raise ValueError("gradual=True is for variant='closed_form'; the paper's variant is gradual in any case")
-
-    def _check_amount(self) -> None:
-        check_amount(self.ratio, self.num_layers, "num_layers")
-        given = [name for name in ("ratio", "num_layers", "target_r2") if getattr(self, name) is not None]
-        if self.variant == "paper" and self.target_r2 is not None:
-            raise ValueError("target_r2 is for variant='closed_form'; the paper's variant collapses by its tolerance")
-        if len(given) != 1 and not (self.variant == "paper" and not given):
-            raise ValueError(f"say how much to collapse by ratio=, num_layers= or target_r2=; got {given or 'none'}")
-        if self.target_r2 is not None and not (is_number(self.target_r2) and self.target_r2 < 1):
-            raise ValueError(f"target_r2 must be a number below 1, R² of a linear FFN; got {self.target_r2!r}")

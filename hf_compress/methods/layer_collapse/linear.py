@@ -7,27 +7,29 @@ survives.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.anatomy import Block
 from hf_compress.anatomy.parts import hidden_size, linear_widths
 from hf_compress.anatomy.stacks import Stack
-from hf_compress.calibration.capture import forward, hooked, inference, stream_of, stream_of_output, stream_tokens
+from hf_compress.calibration.capture import forward, hooked, inference, stream_tokens, watch_blocks
 from hf_compress.calibration.data import Batch, Calibration
 from hf_compress.errors import CalibrationError
-from hf_compress.numerics.ridge import HELD_OUT, LeastSquares, is_held_out
+from hf_compress.methods.base.grams import few_at_once
+from hf_compress.methods.base.ridge import HELD_OUT, HeldOutSums, is_held_out
+from hf_compress.methods.layer_collapse.blend import ffn_of
+from hf_compress.numerics.ridge import LeastSquares
 from hf_compress.plan.plan import Plan
 from hf_compress.rewrite.builders import linear_ffn
 
-_MEMORY = 4 * 2**30
 _CONSTANT = 1e-12
 
 
@@ -50,9 +52,9 @@ class LinearFit:
     r2: float
     in_stream: float
 
-    def draft(self, model: PreTrainedModel, stack: Stack, index: int) -> Plan:
+    def draft(self, block: Block) -> Plan:
         """The plan that puts it in the place of a block's FFN."""
-        return linear_ffn(model, stack, index, [factor.float() for factor in self.maps], self.bias.float())
+        return linear_ffn(block, [factor.float() for factor in self.maps], self.bias.float())
 
 
 def fit_ffns(
@@ -77,13 +79,12 @@ def fit_ffns(
             f"(more samples, or a smaller batch_size); got {len(data)}"
         )
     held_out = [number for number in range(len(data)) if is_held_out(number)] or [len(data) - 1]
-    at_once = max(1, _MEMORY // (32 * hidden_size(stack.configs[0][0]) ** 2))
     fits: dict[int, LinearFit] = {}
-    for start in range(0, len(blocks), at_once):
-        sums = {index: _Sums(model, stack, index) for index in blocks[start : start + at_once]}
+    for part in few_at_once(dict.fromkeys(blocks, 32 * hidden_size(stack.configs[0][0]) ** 2)):
+        sums = {index: _Sums(Block(model, stack, index)) for index in part}
         with inference(model):
             for number, batch in enumerate(tqdm(data, desc="reading FFNs", disable=None)):
-                with _watching(sums.values()):
+                with _watching(stack, sums):
                     forward(model, batch)
                 for one in sums.values():
                     one.add(batch, held_out=number in held_out)
@@ -94,16 +95,13 @@ def fit_ffns(
 class _Sums:
     """What one FFN reads and writes, summed up."""
 
-    def __init__(self, model: PreTrainedModel, stack: Stack, index: int) -> None:
-        ffn = Anatomy(model).parts(stack, index).ffn
-        assert ffn is not None
+    def __init__(self, block: Block) -> None:
+        ffn = ffn_of(block)
         assert ffn.output is not None
-        block = stack.blocks[index]
-        self.stack, self.name = stack, f"{stack.path}.{index}"
-        self.reader, self.writer = block.get_submodule(ffn.inputs[0]), block.get_submodule(ffn.output)
+        self.stack, self.name = block.stack, block.path
+        self.reader, self.writer = block.module.get_submodule(ffn.inputs[0]), block.module.get_submodule(ffn.output)
         hidden = linear_widths(self.reader)[0]
-        self.fitted, self.held = LeastSquares(hidden, hidden), LeastSquares(hidden, hidden)
-        self.block = block
+        self.sums = HeldOutSums.empty(hidden, hidden)
         self.residual = True
         self.lengths: list[float] = []  # of the stream: the median of each batch, squared
         self.seen: dict[str, Tensor] = {}
@@ -122,22 +120,23 @@ class _Sums:
                 f"the FFN of {self.name} reads or writes NaN or infinite activations on the calibration data; load the "
                 "model in float32 or bfloat16, or look for the sample that causes it"
             )
-        (self.held if held_out else self.fitted).update(x, y)
+        self.sums.update(x, y, held=held_out)
         if real.any():
             self.lengths.append(float(stream[real].float().square().sum(-1).median()))
 
     def solve(self, penalty: float, rank: int | None) -> LinearFit:
         """Fitted without the held-out batches to be judged by them, then with them."""
-        judged, bias = _affine(self.fitted, penalty, rank)
-        error = self.held.error(_product(judged), bias)
-        mean = self.held.y_sum / self.held.count
-        energy = self.held.energy / self.held.count
+        judged, bias = _affine(self.sums.fitted, penalty, rank)
+        held = self.sums.held
+        error = held.error(_product(judged), bias)
+        mean = held.y_sum / held.count
+        energy = held.energy / held.count
         variance = energy - float(mean @ mean)
         # Of an output that does not vary, rounding is all that could be explained.
         r2 = 1.0 if variance <= _CONSTANT * energy else 1 - error / variance
         length = sum(self.lengths) / len(self.lengths)
         in_stream = error / max(length, 1e-300) if self.residual else 1 - r2
-        return LinearFit(*_affine(self.fitted.merge(self.held), penalty, rank), r2, in_stream)
+        return LinearFit(*_affine(self.sums.all, penalty, rank), r2, in_stream)
 
 
 def _affine(sums: LeastSquares, penalty: float, rank: int | None) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -148,11 +147,9 @@ def _affine(sums: LeastSquares, penalty: float, rank: int | None) -> tuple[tuple
     weight, bias = sums.solve_affine(penalty)
     if rank is None:
         return (weight,), bias
-    centred = sums.gram - torch.outer(sums.x_sum, sums.x_sum) / sums.count
-    directions = torch.linalg.eigh(weight.T @ centred @ weight).eigenvectors[:, -rank:]
+    directions = torch.linalg.eigh(weight.T @ sums.centred_gram @ weight).eigenvectors[:, -rank:]
     maps = (weight @ directions, directions.T)
-    mean = sums.x_sum / sums.count
-    return maps, sums.y_sum / sums.count - mean @ _product(maps)
+    return maps, sums.y_sum / sums.count - sums.mean @ _product(maps)
 
 
 def _rows(x: Tensor) -> int:
@@ -165,28 +162,17 @@ def _product(maps: Sequence[Tensor]) -> Tensor:
 
 
 @contextmanager
-def _watching(sums: Iterable[_Sums]) -> Iterator[None]:
+def _watching(stack: Stack, sums: Mapping[int, _Sums]) -> Iterator[None]:
     """Have the FFNs keep what they read and write, for one batch."""
-    handles = []
-    for one in sums:
 
-        def read(module: nn.Module, args: tuple[Any, ...], one: _Sums = one) -> None:
-            one.seen["x"] = args[0]
+    def passed(index: int, before: Tensor, after: Tensor) -> None:
+        if index in sums:
+            sums[index].seen |= {"stream": before, "out": after}
 
-        def wrote(module: nn.Module, args: tuple[Any, ...], output: Tensor, one: _Sums = one) -> None:
-            one.seen["y"] = output
+    def hooks(seen: dict[str, Tensor], reader: nn.Module, writer: nn.Module) -> Iterator[RemovableHandle]:
+        yield reader.register_forward_pre_hook(lambda _, args: seen.__setitem__("x", args[0]))
+        yield writer.register_forward_hook(lambda _, args, output: seen.__setitem__("y", output))
 
-        def entered(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], one: _Sums = one) -> None:
-            one.seen["stream"] = stream_of(args, kwargs)
-
-        def left(module: nn.Module, args: tuple[Any, ...], output: Any, one: _Sums = one) -> None:
-            one.seen["out"] = stream_of_output(output)
-
-        handles += [
-            one.reader.register_forward_pre_hook(read),
-            one.writer.register_forward_hook(wrote),
-            one.block.register_forward_pre_hook(entered, with_kwargs=True),
-            one.block.register_forward_hook(left),
-        ]
-    with hooked(handles):
+    handles = (handle for one in sums.values() for handle in hooks(one.seen, one.reader, one.writer))
+    with watch_blocks(stack, passed), hooked(handles):
         yield

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from hf_compress.anatomy.stacks import Stack
+from hf_compress.anatomy.anatomy import Block
 from hf_compress.errors import NotLinearError
 from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.layer_collapse.blend import absorbed, blended
@@ -43,20 +42,20 @@ def plan_by_product(config: LayerCollapseConfig, context: CalibrationContext) ->
     plan = Plan()
     with context.step("multiply"):
         for index in near:
-            plan += product(context.model, stack, index, config.rank)
+            plan += product(Block(context.model, stack, index), config.rank)
     steps = [{"block": index, "alpha": alphas[index]} for index in near]
     left = {str(index): alpha for index, alpha in alphas.items() if index not in near}
     return Plan(plan.edits, plan.tensors, {"criterion": "alpha", "collapsed": steps, "not_collapsed": left})
 
 
-def product(model: PreTrainedModel, stack: Stack, index: int, rank: int | None) -> Plan:
+def product(block: Block, rank: int | None) -> Plan:
     """The plan that makes an FFN what it is at α = 1; with a rank, the nearest map of that rank (truncated SVD)."""
-    weight, bias = absorbed(model, stack, index)
+    weight, bias = absorbed(block)
     maps: tuple[Tensor, ...] = (weight,)
     if rank is not None:
         left, values, right = torch.linalg.svd(weight, full_matrices=False)
         maps = (left[:, :rank] * values[:rank], right[:rank])
-    return linear_ffn(model, stack, index, [factor.float() for factor in maps], bias.float() if bias.any() else None)
+    return linear_ffn(block, [factor.float() for factor in maps], bias.float() if bias.any() else None)
 
 
 def listed(alphas: dict[int, float]) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.anatomy import Anatomy, Block
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.capture import inference
 from hf_compress.errors import NotLinearError
@@ -78,7 +78,7 @@ class Blending(TrainingSchedule):
         blocks = _chosen(config, context)
         _check_trained(model, stack, blocks)
         there = blended(model, stack)
-        blends = {index: _blend(config, model, stack, index) for index in blocks}
+        blends = {index: _blend(config, Block(model, stack, index)) for index in blocks}
         gated = [index for index in blocks if blends[index] == "constant" and index not in there]
         constants = {}
         if gated:
@@ -91,7 +91,7 @@ class Blending(TrainingSchedule):
         for index in blocks:
             if index not in there:
                 constant = constants[index].float() if index in constants else None
-                plan += replace_activation(model, stack, index, blends[index], start, constant)
+                plan += replace_activation(Block(model, stack, index), blends[index], start, constant)
         return plan
 
     def begin(self, model: PreTrainedModel, progress: float) -> None:
@@ -151,11 +151,11 @@ class Blending(TrainingSchedule):
         with inference(model), context.trial() as undo:
             for index, module in sorted(blended(model, stack).items(), reverse=True):
                 if abs(1 - module.alpha.item()) < config.tolerance:
-                    draft = product(model, stack, index, config.rank)
+                    draft = product(Block(model, stack, index), config.rank)
                     steps.append({"block": index, "alpha": module.alpha.item()})
                 else:
                     fit = fit_ffns(model, stack, context.calibration, [index], config.penalty, config.rank)[index]
-                    draft = fit.draft(model, stack, index)
+                    draft = fit.draft(Block(model, stack, index))
                     self.r2[index] = fit.r2
                     steps.append({"block": index, "alpha": module.alpha.item(), "r2": fit.r2})
                 carry_out(draft, model, undo)
@@ -206,28 +206,28 @@ def _chosen(config: LayerCollapseConfig, context: CalibrationContext) -> list[in
     if config.variant != "paper":
         return sorted(step["block"] for step in plan_closed_form(config, context).notes["collapsed"])
     able = collapsible(context, stack, config.rank)
-    return able if config.ratio is None and config.num_layers is None else able[-count_of(config, len(able)) :]
+    return able if config.amount is None else able[-count_of(config, len(able)) :]
 
 
-def _blend(config: LayerCollapseConfig, model: PreTrainedModel, stack: Stack, index: int) -> Blend:
+def _blend(config: LayerCollapseConfig, block: Block) -> Blend:
     """What the activation of a block's FFN is driven to; ValueError for one that would leave it no linear map."""
-    ffn = ffn_of(model, stack, index)
+    ffn = ffn_of(block)
     assert ffn.activation is not None
-    fitting = fitting_blend(ffn, stack.blocks[index].get_submodule(ffn.activation))
+    fitting = fitting_blend(ffn, block.module.get_submodule(ffn.activation))
     if fitting == "constant" and config.blend not in (None, "constant"):
         raise ValueError(
-            f"blend={config.blend!r} would make the gate of block {index} linear, and the FFN a product of two linear "
-            "maps, which does not collapse; for gated FFNs leave blend out, or give 'constant'"
+            f"blend={config.blend!r} would make the gate of block {block.index} linear, and the FFN a product of two "
+            "linear maps, which does not collapse; for gated FFNs leave blend out, or give 'constant'"
         )
     if fitting == "constant":
-        gated_module(ffn, stack, index)  # now, and not when the training is done
+        gated_module(block)  # now, and not when the training is done
     return config.blend or fitting
 
 
 def _check_trained(model: PreTrainedModel, stack: Stack, blocks: list[int]) -> None:
     """Raise where an FFN cannot learn to do without its activation."""
     for index in blocks:
-        for path in projections(ffn_of(model, stack, index)):
+        for path in projections(ffn_of(Block(model, stack, index))):
             weight = stack.blocks[index].get_submodule(path).weight
             if isinstance(weight, Tensor) and not weight.requires_grad:
                 raise ValueError(

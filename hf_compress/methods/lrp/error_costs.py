@@ -10,11 +10,11 @@ from tqdm import tqdm
 
 from hf_compress.anatomy.parts import linear_map
 from hf_compress.anatomy.stacks import Stack
-from hf_compress.calibration.streams import start_pairs
+from hf_compress.calibration.streams import advance, start_pairs
 from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.lrp.config import LRPConfig
 from hf_compress.methods.lrp.fisher import energies
-from hf_compress.methods.lrp.grams import advance, few_at_once, grams_of, linears_of
+from hf_compress.methods.lrp.grams import grams_of, in_parts, linears_of
 from hf_compress.methods.lrp.precision import ErrorCosts
 from hf_compress.methods.lrp.scores import score, some_batches
 from hf_compress.numerics.rounding import unexplained
@@ -75,7 +75,7 @@ def _unexplained(
     pairs = start_pairs(context.model, stack, context.calibration, config.tokens)
     found: dict[str, Tensor] = {}
     for index in tqdm(range(len(stack)), desc="weighing inputs", disable=None):
-        for own in few_at_once(linears_of(stack, index, linears)):
+        for own in in_parts(linears_of(stack, index, linears)):
             found |= {path: unexplained(gram) for path, gram in grams_of(stack, index, own, pairs).items()}
         advance(pairs, index)
     return found

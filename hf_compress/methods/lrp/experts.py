@@ -11,8 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
-from hf_compress.calibration.capture import forward, hooked
-from hf_compress.calibration.data import Batch
+from hf_compress.calibration.capture import forward, watch_arguments
 from hf_compress.errors import UnsupportedModelError
 from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.lrp.linears import some_batch
@@ -40,8 +39,11 @@ def plan_separation(context: CalibrationContext, stack: Stack, undo: Undo) -> Pl
         except UnsupportedModelError as error:
             logger.warning("tensors of three dimensions stay as they are: %s", error)
     if plan.edits:
-        given = _given(context, some_batch(context), [path for edit in plan.module_edits for path in edit.paths])
-        before = {path: _written(context.model.get_submodule(path), args) for path, args in given.items()}
+        experts = {path: context.model.get_submodule(path) for edit in plan.module_edits for path in edit.paths}
+        with watch_arguments(experts) as calls:
+            forward(context.model, some_batch(context))
+        given = {path: args[-1] for path, args in calls.items() if args}
+        before = {path: _written(experts[path], args) for path, args in given.items()}
         carry_out(plan, context.model, undo)
         for path, args in given.items():
             _check_same(path, before[path], _written(context.model.get_submodule(path), args))
@@ -57,20 +59,6 @@ def _in_tensors(stack: Stack) -> list[str]:
         if not isinstance(module, _ConvNd)
         and any(tensor.ndim == 3 and min(tensor.shape) > 1 for tensor in module.parameters(recurse=False))
     ]
-
-
-def _given(context: CalibrationContext, batch: Batch, paths: list[str]) -> dict[str, tuple[Any, ...]]:
-    """What modules are given in a forward pass."""
-    found: dict[str, tuple[Any, ...]] = {}
-
-    def keep(path: str) -> Any:
-        return lambda module, args, kwargs: found.__setitem__(path, (*args, *kwargs.values()))
-
-    with hooked(
-        context.model.get_submodule(path).register_forward_pre_hook(keep(path), with_kwargs=True) for path in paths
-    ):
-        forward(context.model, batch)
-    return found
 
 
 def _written(experts: nn.Module, given: tuple[Any, ...]) -> Tensor:

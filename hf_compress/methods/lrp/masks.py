@@ -35,7 +35,7 @@ def kept_weights(config: LRPConfig, scores: Mapping[str, Tensor]) -> dict[str, T
 
 
 def _single(config: LRPConfig, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    share = 1 - (config.sparsity or 0)
+    share = 1 - config.removed
     if config.scope == "row":
         return {path: _best(values, share_of(values.shape[1], share)) for path, values in scores.items()}
     if config.scope == "layer":
@@ -49,7 +49,7 @@ def _single(config: LRPConfig, scores: Mapping[str, Tensor]) -> dict[str, Tensor
 def _rows(config: LRPConfig, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Whole outputs by the sums of their scores; within a layer, or across the model by the means of layers."""
     sums = {path: values.sum(dim=1)[None] for path, values in scores.items()}
-    share = 1 - (config.sparsity or 0)
+    share = 1 - config.removed
     if config.scope == "model":
         kept = _across(sums, share)
     else:

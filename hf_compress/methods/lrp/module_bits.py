@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_compress.calibration.capture import forward, hooked
+from hf_compress.calibration.capture import forward, watch_arguments
 from hf_compress.calibration.data import Batch
 from hf_compress.methods.lrp.config import MODULE_BITS, LRPConfig
 from hf_compress.methods.lrp.precision import ErrorCosts, errors_of_groups, stored_bits
@@ -21,17 +21,11 @@ def read_together(model: PreTrainedModel, batch: Batch, linears: Mapping[str, nn
     So queries, keys and values are one, and gate and up: vLLM computes each of these in one product, for which it takes
     the number of bits of the first (its `compressed_tensors/utils.py`, `_match_fused_layer`).
     """
-    given: dict[str, object] = {}  # kept until all are seen, so that no tensor gets the place of another
-
-    def keep(path: str) -> Callable[..., None]:
-        return lambda module, args: given.__setitem__(path, args[0] if args else None)
-
-    with hooked(module.register_forward_pre_hook(keep(path)) for path, module in linears.items()):
+    with watch_arguments(linears) as given:  # all kept until then, so that no tensor gets the place of another
         forward(model, batch)
     together: dict[tuple[str, int], list[str]] = {}
-    for path in linears:
-        read = given.get(path)
-        key = (path, 0) if read is None else (path.rpartition(".")[0], id(read))
+    for path, calls in given.items():
+        key = (path.rpartition(".")[0], id(calls[-1][0])) if calls else (path, 0)
         together.setdefault(key, []).append(path)
     return list(together.values())
 

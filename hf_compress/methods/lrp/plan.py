@@ -39,7 +39,7 @@ def plan_by_relevance(config: LRPConfig, context: CalibrationContext) -> Plan:
 
 
 def _counting_what_is_read(context: CalibrationContext) -> CalibrationContext:
-    """The workbench; of an encoder, with data of which special tokens count.
+    """The context; of an encoder, with data of which special tokens count.
 
     Elsewhere they are kept out of statistics, since what decoders have there is huge and tells nothing. The head of an
     encoder reads nothing else, often: solved for all other tokens alone, weights take its outputs off.

@@ -46,8 +46,7 @@ class Scores:
 def some_batches(context: CalibrationContext, tokens: int) -> Sequence[Batch]:
     """Batches of about so many tokens (or samples), spread over the calibration data."""
     data = context.calibration
-    total = data.tokens or data.samples
-    return data.spread(max(1, min(len(data), round(len(data) * tokens / total))))
+    return data.about(tokens, data.tokens or data.samples, rounded=round)
 
 
 def score(
@@ -118,7 +117,7 @@ def relevances(
         target,  # type: ignore[arg-type]  # the config has checked it
         signed=signed,
         absolute=not signed,
-        attention=config.attention,
+        composite=config.composite,
     )
 
 

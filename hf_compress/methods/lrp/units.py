@@ -5,17 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.anatomy import Anatomy, Block
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.streams import start_pairs
 from hf_compress.errors import UnsupportedModelError
-from hf_compress.methods.base.amounts import blocks_to_remove, share_of
+from hf_compress.methods.base.amounts import share_of
 from hf_compress.methods.base.context import CalibrationContext
-from hf_compress.methods.illc.config import ILLCConfig
-from hf_compress.methods.illc.narrowing import Narrowing
-from hf_compress.methods.illc.reductions import best
-from hf_compress.methods.illc.units import BlockUnits, Reduction, UnitStatistics
+from hf_compress.methods.base.narrowing import Compensation, Narrowing
+from hf_compress.methods.base.units import BlockUnits, Reduction, UnitStatistics, best
 from hf_compress.methods.lrp.config import LRPConfig
 from hf_compress.methods.lrp.scores import score
 from hf_compress.plan.edits import RemoveBlocks
@@ -44,27 +42,11 @@ def plan_units(config: LRPConfig, context: CalibrationContext, stack: Stack, und
         name = next(path for index, path, module in writers if index == units.index)
         return best(units, scores[name], count)
 
-    solving = ILLCConfig(
-        width=1,
-        reduction="magnitude",  # never asked: `choose` is
-        compensation="ridge" if config.solves else "none",
-        tokens=config.tokens,
-    )
-    plan, notes = Plan(), []
+    heads, widths = (counts, {}) if config.granularity == "head" else ({}, counts)
     with context.step("narrow blocks"):
         pairs = start_pairs(context.model, stack, context.calibration, config.tokens)
-        narrowing = Narrowing(solving, context, stack, pairs, choose=choose)
-        for index in range(max(counts) + 1):
-            if index not in counts:
-                narrowing.skip(index)
-                continue
-            heads = config.granularity == "head"
-            draft, told = narrowing.narrow(
-                index, counts[index] if heads else None, None if heads else counts[index], undo
-            )
-            plan += draft
-            notes += told
-    return Plan(plan.edits, plan.tensors, {"blocks": notes})
+        compensation = Compensation("ridge" if config.solves else "none")
+        return Narrowing(context.model, stack, pairs, choose, compensation).run(heads, widths, undo)
 
 
 def _writers(config: LRPConfig, context: CalibrationContext, stack: Stack) -> list[_Writer]:
@@ -97,13 +79,13 @@ def _counts(
     scores: dict[str, Tensor],
 ) -> dict[int, int]:
     """How many units (or key and value heads) each block keeps."""
-    share = 1 - (config.sparsity or 0)
+    share = 1 - config.removed
     counts = {}
     everything = torch.cat([scores[name] for _, name, _ in writers])
     least = everything.sort(descending=True).values[share_of(len(everything), share) - 1]
     for index, name, _ in writers:
         if config.granularity == "head":
-            counts[index] = share_of(heads_of(context.model, stack, index).groups, share)
+            counts[index] = share_of(heads_of(Block(context.model, stack, index)).groups, share)
         elif config.variant == "paper":
             counts[index] = int((scores[name] > 0).sum())
         elif config.scope == "model":
@@ -120,6 +102,7 @@ def _without_blocks(config: LRPConfig, stack: Stack, writers: list[_Writer], sco
     totals = torch.zeros(len(stack), dtype=torch.float32)
     for index, name, _ in writers:
         totals[index] += float(scores[name].sum())
-    count = blocks_to_remove(len(stack), config.sparsity, None, "sparsity")
+    assert config.amount is not None, "these settings say how much"
+    count = config.amount.of_blocks(len(stack))
     removed = sorted(totals.argsort()[:count].tolist())
     return Plan((RemoveBlocks(stack.path, tuple(removed)),), notes={"relevance": totals.tolist()})

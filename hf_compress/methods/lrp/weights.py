@@ -13,17 +13,17 @@ from tqdm import tqdm
 from hf_compress.anatomy.parts import linear_map
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
-from hf_compress.calibration.streams import start_pairs
+from hf_compress.calibration.streams import advance, start_pairs
 from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.lrp.config import BITS, MODULE_BITS, LRPConfig
 from hf_compress.methods.lrp.error_costs import error_costs
 from hf_compress.methods.lrp.experts import plan_separation
-from hf_compress.methods.lrp.grams import advance, few_at_once, grams_of, linears_of
+from hf_compress.methods.lrp.grams import grams_of, in_parts, linears_of
 from hf_compress.methods.lrp.linears import changeable_linears, weights_of
 from hf_compress.methods.lrp.masks import kept_weights
 from hf_compress.methods.lrp.module_bits import bits_of_modules, read_together
 from hf_compress.methods.lrp.precision import bits_of_groups, overhead
-from hf_compress.methods.lrp.scores import Scores, score, some_batches
+from hf_compress.methods.lrp.scores import Scores, score
 from hf_compress.modules.packed import filled
 from hf_compress.numerics.masked import solve_masked
 from hf_compress.plan.plan import Plan
@@ -62,7 +62,7 @@ def _plan_linears(config: LRPConfig, context: CalibrationContext, stack: Stack, 
         plan = Plan()
         for index in tqdm(range(len(stack)), desc="solving blocks", disable=None):
             draft = Plan()
-            for own in few_at_once(linears_of(stack, index, linears)):
+            for own in in_parts(linears_of(stack, index, linears)):
                 grams = grams_of(stack, index, own, pairs)
                 for path in own:
                     draft += _draft(config, context, path, linears[path], grams.get(path), decisions)
@@ -140,7 +140,7 @@ def _bits(
         )
     cost = error_costs(config, context, stack, linears, slopes=slopes, kept=kept)
     if whole:
-        together = read_together(context.model, some_batches(context, 1)[0], linears)
+        together = read_together(context.model, context.calibration.batches[0], linears)
         return bits_of_modules(config, weights, cost, together, int(asked * stored + 1e-6))
     return bits_of_groups(config, BITS, weights, cost, budget)
 

@@ -10,7 +10,6 @@ from torch import Tensor
 from hf_compress.anatomy.kinds import block_kind
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
-from hf_compress.methods.base.amounts import blocks_to_remove
 from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.mka.config import MKAConfig
 from hf_compress.methods.mka.similarity import block_similarity
@@ -30,10 +29,8 @@ def plan_by_averaging(config: MKAConfig, context: CalibrationContext) -> Plan:
         ValueError: no two neighbouring blocks are of one kind, or no block would be left.
     """
     stack = context.stack(config.stack)
-    bounded = config.ratio is not None or config.num_merges is not None
-    most = len(stack)
-    if bounded:
-        most = blocks_to_remove(len(stack), config.ratio, config.num_merges, "num_merges")
+    bounded = config.amount is not None
+    most = config.amount.of_blocks(len(stack)) if config.amount is not None else len(stack)
     groups = [[index] for index in range(len(stack))]  # of the blocks that became one, in the model's own numbering
     merges: list[dict[str, Any]] = []
     matrix: Tensor | None = None

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Literal
 
-from hf_compress.methods.base.amounts import check_amount
-from hf_compress.methods.base.checks import (
-    check_at_least,
-    check_choice,
-    check_not_negative,
-    check_positive,
-    check_share,
-)
+from hf_compress.checks import setting
+from hf_compress.methods.base.amounts import AMOUNT
 from hf_compress.methods.base.settings import CompressionConfig
-from hf_compress.numerics.manifold import MANIFOLDS
-from hf_compress.numerics.similarity import SIMILARITIES
 
-VARIANTS = ("refit", "paper")
-SIMILARITY_NAMES = (*sorted(SIMILARITIES), "block_influence")
+Similarity = Literal["information", "cka", "cosine", "angular", "block_influence"]
 
 
 @dataclass(frozen=True)
@@ -32,50 +24,27 @@ class MKAConfig(CompressionConfig, method="mka", paper="https://arxiv.org/abs/24
     alpha * earlier + (1 - alpha) * later.
     """
 
-    ratio: float | None = field(default=None, metadata={"help": "share of the blocks to merge away, in (0, 1)"})
-    num_merges: int | None = field(default=None, metadata={"help": "number of merges, instead of ratio"})
-    threshold: float | None = field(
-        default=None, metadata={"help": "paper variant: merge no pair that is less similar than this, in [0, 1]"}
+    ratio: float | None = setting(None, "share of the blocks to merge away", "(0, 1)", group=AMOUNT)
+    num_merges: int | None = setting(None, "number of merges, instead of ratio", "[1, inf)", group=AMOUNT)
+    threshold: float | None = setting(None, "paper variant: merge no pair that is less similar than this", "[0, 1]")
+    variant: Literal["refit", "paper"] = setting("refit", "refit solves for what both blocks gave; paper averages")
+    similarity: Similarity = setting("information", "of two blocks' activations, in the paper variant and in analyze")
+    manifold: Literal["diffusion", "pca", "none"] = setting("diffusion", "embedding that information is measured in")
+    components: int = setting(8, "dimensions of the embedding", "[1, inf)")
+    bandwidth: float | None = setting(None, "of the kernel; the median distance when not given", "(0, inf]")
+    time: float = setting(1.0, "diffusion time: eigenvectors are scaled by eigenvalue ** time", "[0, inf]")
+    neighbors: int = setting(3, "of the nearest-neighbour estimate of information", "[1, inf)")
+    pooling: Literal["mean", "last"] = setting("mean", "of a sample's tokens")
+    alpha: float | None = setting(
+        None, "paper variant: weight of the earlier block; the similarity when not given", "[0, 1]"
     )
-    variant: str = field(default="refit", metadata={"help": f"one of {', '.join(VARIANTS)}"})
-    similarity: str = field(default="information", metadata={"help": f"one of {', '.join(SIMILARITY_NAMES)}"})
-    manifold: str = field(default="diffusion", metadata={"help": "embedding: diffusion, pca or none"})
-    components: int = field(default=8, metadata={"help": "dimensions of the embedding"})
-    bandwidth: float | None = field(
-        default=None, metadata={"help": "of the kernel; the median distance when not given"}
-    )
-    time: float = field(default=1.0, metadata={"help": "diffusion time: eigenvectors are scaled by eigenvalue ** time"})
-    neighbors: int = field(default=3, metadata={"help": "of the nearest-neighbour estimate of information"})
-    pooling: str = field(default="mean", metadata={"help": "of a sample's tokens: mean or last"})
-    alpha: float | None = field(
-        default=None, metadata={"help": "paper variant: weight of the earlier block; the similarity when not given"}
-    )
-    iterative: bool = field(
-        default=True, metadata={"help": "paper variant: measure the similarity anew after every merge"}
-    )
-    choice_samples: int = field(
-        default=32, metadata={"help": "refit variant: calibration samples that candidates are compared on"}
-    )
-    refit_tokens: int = field(
-        default=32768, metadata={"help": "refit variant: calibration tokens that projections are solved from"}
-    )
-    stack: str | None = field(default=None, metadata={"help": "path of the residual stack; found when not given"})
+    iterative: bool = setting(True, "paper variant: measure the similarity anew after every merge")
+    choice_samples: int = setting(32, "refit variant: calibration samples that candidates are compared on", "[1, inf)")
+    refit_tokens: int = setting(32768, "refit variant: calibration tokens that projections are solved from", "[1, inf)")
+    stack: str | None = setting(None, "path of the residual stack; found when not given")
 
     def __post_init__(self) -> None:
-        check_amount(self.ratio, self.num_merges, "num_merges")
-        check_choice("variant", self.variant, VARIANTS)
-        check_choice("similarity", self.similarity, SIMILARITY_NAMES)
-        check_choice("manifold", self.manifold, tuple(MANIFOLDS))
-        check_choice("pooling", self.pooling, ("mean", "last"))
-        for name, least in (("components", 1), ("neighbors", 1), ("choice_samples", 1), ("refit_tokens", 1)):
-            check_at_least(name, getattr(self, name), least)
-        for name in ("threshold", "alpha"):
-            if (value := getattr(self, name)) is not None:
-                check_share(name, value)
-        check_not_negative("time", self.time)
-        if self.bandwidth is not None:
-            check_positive("bandwidth", self.bandwidth)
-        if self.ratio is None and self.num_merges is None and (self.threshold is None or self.variant != "paper"):
+        if self.amount is None and (self.threshold is None or self.variant != "paper"):
             raise ValueError("say how much to merge: ratio=, num_merges=, or, in the paper variant, threshold=")
         if self.variant != "paper" and (self.threshold is not None or self.alpha is not None):
             raise ValueError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from hf_compress.methods.base.amounts import blocks_to_remove
 from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.base.settings import CompressionConfig
 from hf_compress.methods.mka.average import plan_by_averaging
@@ -30,7 +29,6 @@ def plan_merges(config: MKAConfig, context: CalibrationContext) -> Plan:
 
 def single_merges(config: MKAConfig, context: CalibrationContext) -> list[CompressionConfig]:
     """The settings for one merge, as often as there are to be."""
-    if config.ratio is None and config.num_merges is None:
+    if config.amount is None:
         raise ValueError("a threshold does not say how many merges there will be; give ratio= or num_merges=")
-    count = blocks_to_remove(len(context.stack(config.stack)), config.ratio, config.num_merges, "num_merges")
-    return [replace(config, ratio=None, num_merges=1)] * count
+    return [replace(config, ratio=None, num_merges=1)] * config.amount.of_blocks(len(context.stack(config.stack)))

@@ -12,7 +12,7 @@ absorbed others learns what they gave, and the ones above undo what errors still
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -22,14 +22,12 @@ from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.capture import inference
 from hf_compress.calibration.data import Batch
-from hf_compress.calibration.objective import batch_loss, mean_loss, reference_for
-from hf_compress.calibration.runner import BlockRunner
+from hf_compress.calibration.losses import LossRunner, mean_of
 from hf_compress.calibration.streams import StreamPair, start_pairs
 from hf_compress.errors import CalibrationError
-from hf_compress.methods.base.amounts import blocks_to_remove
 from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.mka.config import MKAConfig
-from hf_compress.methods.mka.writers import PENALTIES, Writers
+from hf_compress.methods.mka.writers import Writers
 from hf_compress.plan.edits import Edit, MergeBlocks
 from hf_compress.plan.plan import Plan
 
@@ -46,7 +44,8 @@ def plan_by_refitting(config: MKAConfig, context: CalibrationContext) -> Plan:
         ValueError: no block would be left; fewer than eight calibration samples.
     """
     stack = context.stack(config.stack)
-    count = blocks_to_remove(len(stack), config.ratio, config.num_merges, "num_merges")
+    assert config.amount is not None, "these settings say how much"
+    count = config.amount.of_blocks(len(stack))
     if context.calibration.samples < 8:
         raise CalibrationError(
             f"{context.calibration.samples} calibration samples are too few to solve for projections: "
@@ -56,11 +55,10 @@ def plan_by_refitting(config: MKAConfig, context: CalibrationContext) -> Plan:
         with context.step("choose which blocks to merge"):
             chooser = _Chooser(context, stack, context.calibration.some(config.choice_samples, least=3))
             absorbed, merges = _choose(context, chooser, count)
-        chooser.record(absorbed)
-        plain = chooser.loss()
+        plain = chooser.keep(absorbed)
         with context.trial() as undo, context.step("solve for the projections"):
             tensors, fits = _correct(context, stack, absorbed, config.refit_tokens, undo)
-            refitted = chooser.loss()
+            refitted = chooser.keep(absorbed)
     # Never worse than the plain blocks left out: what does not help on the choice's own samples is not kept.
     notes = {"merges": merges, "fits": fits, "loss": {"blocks left out": plain, "refitted": refitted}}
     return Plan(tuple(_edits(stack, absorbed)), tensors if refitted < plain else {}, notes)
@@ -85,7 +83,7 @@ def _choose(context: CalibrationContext, chooser: _Chooser, count: int) -> tuple
     history: list[dict[str, Any]] = []
     with context.trial() as undo:
         for _ in tqdm(range(count), desc="choosing blocks to merge", disable=None):
-            chooser.record(absorbed)
+            chooser.keep(absorbed)
             candidates = [index for index in range(1, len(chooser.stack)) if index not in absorbed]
             losses = {index: chooser.loss_after_absorbing(index, undo=None) for index in candidates}
             best = min(losses, key=losses.__getitem__)
@@ -100,20 +98,15 @@ class _Chooser:
 
     def __init__(self, context: CalibrationContext, stack: Stack, batches: list[Batch]) -> None:
         self.context, self.stack = context, stack
-        self.runners = runners = [BlockRunner(context.model, stack, batch) for batch in batches]
+        self.runners = runners = [LossRunner(context.model, stack, batch) for batch in batches]
         self.fitting = [r for i, r in enumerate(runners) if i % 3 != 2 or len(runners) < 3]
         self.scoring = [r for i, r in enumerate(runners) if i % 3 == 2 or len(runners) < 3]
         self.absorbed: list[int] = []
-        self.references: dict[int, Tensor | None] = {}
-        self.streams: dict[int, dict[int, Tensor]] = {}
 
-    def record(self, absorbed: Sequence[int]) -> None:
-        """Run the model as it is now, without the blocks `absorbed`, and keep the streams of these batches."""
+    def keep(self, absorbed: Sequence[int]) -> float:
+        """Keep the streams of the model as it is now, without the blocks `absorbed`; its mean loss."""
         self.absorbed = list(absorbed)
-        for runner in self.runners:
-            output, self.streams[id(runner)] = runner.record(absorbed)
-            if id(runner) not in self.references:
-                self.references[id(runner)] = reference_for(self.context.model, output, runner.batch)
+        return mean_of([runner.keep(self.absorbed) for runner in self.runners])
 
     def _before(self, index: int) -> int:
         return max(i for i in range(index) if i not in self.absorbed)
@@ -123,25 +116,12 @@ class _Chooser:
         keeper = self._before(index)
         with Undo() as trial:
             writers = Writers(self.context.model, self.stack, keeper)
-            starts = [self.streams[id(runner)][keeper] for runner in self.fitting]
-            targets = [runner.run(index, self.streams[id(runner)][index]) for runner in self.fitting]
+            starts = [runner.streams[keeper] for runner in self.fitting]
+            targets = [runner.run(index, runner.streams[index]) for runner in self.fitting]
             fit = writers.fit(self.fitting, starts, targets, [_LOCAL_PENALTY])
             if fit is not None:
-                writers.apply(fit.change, trial if undo is None else undo)
-            return self._score(keeper, index)
-
-    def _score(self, keeper: int, index: int) -> float:
-        """Mean loss with the blocks from `keeper` to `index` made by `keeper` alone, as its weights are now."""
-        runs = [(runner, runner.run(keeper, self.streams[id(runner)][keeper])) for runner in self.scoring]
-        return self._mean((runner, runner.finish(index + 1, stream, self.absorbed)) for runner, stream in runs)
-
-    def loss(self) -> float:
-        """Mean loss of the model as it is now, without the blocks last recorded as absorbed."""
-        return self._mean((runner, runner.record(self.absorbed)[0]) for runner in self.runners)
-
-    def _mean(self, outputs: Iterable[tuple[BlockRunner, Any]]) -> float:
-        losses = [batch_loss(self.context.model, out, r.batch, self.references[id(r)]) for r, out in outputs]
-        return mean_loss(sum(loss for loss, _ in losses), sum(weight for _, weight in losses))
+                writers.apply(fit.weight, trial if undo is None else undo)
+            return mean_of([r.loss_after(index, r.run(keeper, r.streams[keeper])) for r in self.scoring])
 
 
 # --- correcting -------------------------------------------------------------------------------------------------------
@@ -182,10 +162,9 @@ def _correct(
 def _fit(context: CalibrationContext, stack: Stack, index: int, pairs: list[StreamPair], undo: Undo) -> dict[str, Any]:
     """Solve for one block's projections and write them; how far from the target they end, and the penalty."""
     writers = Writers(context.model, stack, index)
-    penalties = PENALTIES if len(pairs) >= 4 else [_LOCAL_PENALTY]  # too few to hold any out, and to choose by
     streams, targets = [w.compressed for w in pairs], [w.original for w in pairs]
-    fit = writers.fit([w.runner for w in pairs], streams, targets, penalties)
+    fit = writers.fit([w.runner for w in pairs], streams, targets)
     if fit is None:
         return {"error": 1.0, "penalty": None}
-    writers.apply(fit.change, undo)
+    writers.apply(fit.weight, undo)
     return {"error": fit.error, "penalty": fit.penalty}

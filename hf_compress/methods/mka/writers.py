@@ -7,9 +7,7 @@ the model. To give `target` instead, with a and h as they are, the change of [W_
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,29 +17,13 @@ from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.parts import linear_map, linear_widths
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
-from hf_compress.calibration.capture import hooked, stream_tokens
+from hf_compress.calibration.capture import stream_tokens, watch_arguments
 from hf_compress.calibration.runner import BlockRunner
-from hf_compress.numerics.ridge import LeastSquares, is_held_out, solve_ridge
+from hf_compress.methods.base.ridge import HeldOutSums, RidgeFit, is_held_out
+from hf_compress.methods.base.units import checked_multiplier
 
 # Penalties tried, relative to the mean square of the inputs.
 PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-# Part of the stream's change that the projections may leave unexplained, for rounding in half precision.
-_TOLERANCE = 0.05
-
-
-@dataclass(frozen=True)
-class Fit:
-    """A solved change of a block's projections.
-
-    Attributes:
-        change: (inputs, width) float64, rows in the order of `Writers.features`.
-        error: squared distance from the target on held-out tokens, as a share of what it was without the change.
-        penalty: the one that did best there.
-    """
-
-    change: Tensor
-    error: float
-    penalty: float
 
 
 class Writers:
@@ -49,6 +31,7 @@ class Writers:
 
     Attributes:
         modules: attention's, then the FFN's, as far as the block has them.
+        widths: of their inputs, and 1 where they have a bias: attention and FFN share one penalty.
     """
 
     def __init__(self, model: PreTrainedModel, stack: Stack, index: int) -> None:
@@ -57,29 +40,18 @@ class Writers:
         self.modules: list[nn.Module] = [block.get_submodule(p) for p in Anatomy(model).parts(stack, index).writers]
         self.biases = [bias for module in self.modules if isinstance(bias := getattr(module, "bias", None), Tensor)]
         self.biased = bool(self.biases)
-        self.inputs = sum(linear_widths(module)[0] for module in self.modules) + self.biased
-
-    @contextmanager
-    def _watched(self) -> Iterator[list[list[Tensor]]]:
-        """Collects what each projection is given while a block runs, whichever of them runs first."""
-        seen: list[list[Tensor]] = [[] for _ in self.modules]
-        handles = [
-            module.register_forward_pre_hook(lambda _, args, inputs=inputs: inputs.append(args[0]))
-            for module, inputs in zip(self.modules, seen, strict=True)
-        ]
-        with hooked(handles):
-            yield seen
+        self.widths = [*(linear_widths(module)[0] for module in self.modules), *([1] if self.biased else [])]
+        self.inputs = sum(self.widths)
 
     def features(self, runner: BlockRunner, stream: Tensor) -> tuple[Tensor, Tensor]:
         """What the block makes of `stream`, and its projections' inputs side by side, (samples, positions, inputs)."""
-        with self._watched() as seen:
+        with watch_arguments(dict(enumerate(self.modules))) as given:
             output = runner.run(self.index, stream)
         rows = output.shape[0] * output.shape[1]
-        widths = [linear_widths(module)[0] for module in self.modules]
         parts = [
             part.reshape(*output.shape[:2], width)
-            for inputs, width in zip(seen, widths, strict=True)
-            for part in inputs
+            for calls, width in zip(given.values(), self.widths, strict=False)
+            for part, *_ in calls
             if part.numel() == rows * width
         ]
         if self.biased:
@@ -103,31 +75,16 @@ class Writers:
             return None
         real = stream_tokens(runner.stack, runner.batch, stream)
         added, written = (output - stream)[real].float(), features[real].float() @ self.weight()
-        size = written.square().sum()
-        if size == 0:
-            return None
-        multiplier = ((added * written).sum() / size).item()
-        unexplained = (added - multiplier * written).norm() / added.norm()
-        return multiplier if unexplained < _TOLERANCE and multiplier > 0 else None
+        return checked_multiplier(((added * written).sum() / written.square().sum()).item(), added, written)
 
     def apply(self, change: Tensor, undo: Undo) -> None:
         """Add a solved change to the weights, and its last row to the first bias that there is."""
-        start = 0
-        for module in self.modules:
+        for module, rows in zip(self.modules, change.split(self.widths), strict=False):
             weight = linear_map(module)
-            rows = change[start : start + len(weight)].to(weight.device)
-            undo.write(weight, weight.detach().double() + rows)
-            start += len(weight)
+            undo.write(weight, weight.detach().double() + rows.to(weight.device))
         if self.biased:
             bias = self.biases[0]
             undo.write(bias, bias.detach().double() + change[-1].to(bias.device))
-
-    def _scales(self, statistics: LeastSquares) -> Tensor:
-        """Root mean square of each projection's inputs, for every feature: attention and FFN share one penalty."""
-        squares = statistics.gram.diagonal() / max(1, statistics.count)
-        widths = [linear_widths(module)[0] for module in self.modules] + [1] * self.biased
-        means = [part.mean().clamp(min=1e-12).expand(len(part)) for part in squares.split(widths)]
-        return torch.cat(means).sqrt()
 
     def fit(
         self,
@@ -135,39 +92,23 @@ class Writers:
         streams: Sequence[Tensor],
         targets: Sequence[Tensor],
         penalties: Sequence[float] = PENALTIES,
-    ) -> Fit | None:
+    ) -> RidgeFit | None:
         """Solve for the change with which the block turns `streams` into `targets`, tensors of one batch each.
 
-        The penalty is chosen on every fourth batch, held out; the solution then takes them all. With fewer than four
-        batches nothing is held out, so `penalties` should hold one.
-
         Returns:
-            The change, or None where it would not help on the held-out batches, or the block is not of the kind.
+            The change, (inputs, width) with rows in the order of `features`, and what it leaves of the squared distance
+            from the target on held-out tokens; None where it would not help there, or the block is not of the kind.
         """
         multiplier = self.multiplier(runners[0], streams[0])
         if multiplier is None:
             return None
-        width = targets[0].shape[-1]
-        fitted, held = (LeastSquares(self.inputs, width, targets[0].device) for _ in range(2))
+        sums = HeldOutSums.empty(self.inputs, targets[0].shape[-1], targets[0].device)
         for number, (runner, stream, target) in enumerate(zip(runners, streams, targets, strict=True)):
             output, features = self.features(runner, stream)
             real = stream_tokens(runner.stack, runner.batch, stream)
-            part = held if is_held_out(number) else fitted
-            part.update(features[real], (target - output)[real].double() / multiplier)
-        if held.count == 0 or held.energy == 0:
-            held = fitted
-        if held.energy == 0:  # the target is what the block gives already
+            missing = (target - output)[real].double() / multiplier
+            sums.update(features[real], missing, held=is_held_out(number))
+        if sums.fitted.energy + sums.held.energy == 0:  # the target is what the block gives already
             return None
-        best = min(((self._held_out(fitted, held, p), p) for p in penalties), default=(1.0, 1.0))
-        if not best[0] < 1:
-            return None
-        everything = fitted if held is fitted else fitted.merge(held)
-        return Fit(self._solve(everything, best[1]), *best)
-
-    def _solve(self, statistics: LeastSquares, penalty: float) -> Tensor:
-        scales = self._scales(statistics)[:, None]
-        return solve_ridge(statistics.gram / scales / scales.T, statistics.cross / scales, penalty) / scales
-
-    def _held_out(self, fitted: LeastSquares, held: LeastSquares, penalty: float) -> float:
-        """Error on the held-out tokens as a share of what it is without a change."""
-        return held.error(self._solve(fitted, penalty)) * held.count / held.energy
+        fit = sums.fit(penalties=penalties, parts=self.widths)
+        return fit if fit.error < 1 else None

@@ -1,8 +1,8 @@
-"""FFNs narrowed one after another, each with the errors of those before it in sight.
+"""Blocks narrowed one after another, each with the errors of those before it in sight.
 
 Two streams pair up the stack, the original model's and that of the model compressed so far. In each block the hidden
-units are reduced by what they do on the compressed stream; then the output projection is solved for anew. With R the
-part of the stream that the FFN does not write, it is to make up what the original stream has beyond that:
+units, or the heads, are reduced by what they do on the compressed stream; then the output projection is solved for
+anew. With R the part of the stream that the FFN does not write, it is to make up what the original has beyond that:
 
     min over W, b of  Σ_tokens | W h̃ + b − (y − R̃) / m |²  +  λ · |W − W₀|²,
 
@@ -12,23 +12,22 @@ there without the FFN, m a constant of the model, W₀ the columns of the units 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
 
-from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.anatomy import Block
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.capture import stream_tokens, watch_module
-from hf_compress.calibration.streams import StreamPair
-from hf_compress.methods.base.context import CalibrationContext
-from hf_compress.methods.illc.config import ILLCConfig
-from hf_compress.methods.illc.experts import ExpertNarrowing
-from hf_compress.methods.illc.reductions import REDUCTIONS
-from hf_compress.methods.illc.units import (
+from hf_compress.calibration.runner import BlockRunner
+from hf_compress.calibration.streams import StreamPair, advance
+from hf_compress.methods.base.units import (
     AttentionHeads,
     BlockUnits,
     HiddenUnits,
@@ -42,64 +41,98 @@ from hf_compress.plan.plan import Plan
 from hf_compress.rewrite.apply import carry_out
 from hf_compress.rewrite.builders import Affine
 
+Runs = Sequence[tuple[BlockRunner, Tensor]]  # batches, and the stream before the block
+ExpertNarrower = Callable[[int, int, Runs], Plan]  # of a block, to a width
 
-class Narrowing:
-    """Narrows the FFNs of a stack from the first block up; changes last until `undo` is rolled back.
 
-    Args:
-        pairs: batches before the first block; they go up with it.
-        weights: per batch, (tokens): how much each counts; alike when None.
-        choose: how so many units are chosen, in the place of the config's reduction.
+@dataclass(frozen=True)
+class Compensation:
+    """How what is left of a block makes up for what has gone.
+
+    Attributes:
+        by: "ridge" (the output projection is solved anew), "bias" (it gets the bias that keeps the mean), or "none".
+        target: "stream", what the original block left in the stream, or "ffn", what its part wrote.
+        iterative: whether a block sees the stream of the compressed blocks below; else the original's.
+        bias: whether FFNs' output projections without a bias get one.
     """
 
-    def __init__(
-        self,
-        config: ILLCConfig,
-        context: CalibrationContext,
-        stack: Stack,
-        pairs: list[StreamPair],
-        weights: Sequence[Tensor] | None = None,
-        choose: Callable[[BlockUnits, UnitStatistics, int], Reduction] | None = None,
-    ) -> None:
-        self.config, self.model, self.stack, self.pairs, self.weights = config, context.model, stack, pairs, weights
-        self.choose = choose or partial(REDUCTIONS.resolve(config.reduction_name), config)
+    by: str = "ridge"
+    target: str = "stream"
+    iterative: bool = True
+    bias: bool = False
 
-    def skip(self, index: int) -> None:
+
+@dataclass
+class Narrowing:
+    """Narrows a stack from the first block up.
+
+    Attributes:
+        pairs: batches before the first block; they go up with it.
+        choose: which units of a part are to be left, given what they do and how many.
+        weights: per batch, (tokens): how much each counts; alike when None.
+        row_tokens: of how many tokens of a batch `choose` is told what the units give.
+        experts: narrows the experts of a block, where there may be any.
+    """
+
+    model: PreTrainedModel
+    stack: Stack
+    pairs: list[StreamPair]
+    choose: Callable[[BlockUnits, UnitStatistics, int], Reduction]
+    compensation: Compensation
+    weights: Sequence[Tensor] | None = None
+    row_tokens: int = 1
+    experts: ExpertNarrower | None = None
+
+    def run(self, heads: Mapping[int, int], widths: Mapping[int, int], undo: Undo) -> Plan:
+        """Narrow blocks to so many key and value heads and to so many hidden units, by the number of the block.
+
+        Changes last until `undo` is rolled back. The notes of the plan tell of every part that was narrowed.
+        """
+        plan, notes = Plan(), []
+        for index in tqdm(range(max([*heads, *widths]) + 1), desc="narrowing blocks", disable=None):
+            if index not in heads and index not in widths:
+                self._skip(index)
+                continue
+            for count, draft in self._narrowed(index, heads.get(index), widths.get(index)):
+                carry_out(draft, self.model, undo)
+                plan += draft
+                notes.append({"block": index, "width": count, **draft.notes})
+            if self.compensation.iterative:
+                advance(self.pairs, index)
+        return Plan(plan.edits, plan.tensors, {"blocks": notes})
+
+    def _skip(self, index: int) -> None:
         """Pass a block by, as it is."""
         for pair in self.pairs:
             same = pair.compressed is pair.original  # nothing was changed yet
             pair.original = pair.runner.run(index, pair.original)
             pair.compressed = pair.original if same else pair.runner.run(index, pair.compressed)
 
-    def narrow(self, index: int, heads: int | None, width: int | None, undo: Undo) -> tuple[Plan, list[dict[str, Any]]]:
-        """Narrow a block to so many key and value heads, then to so many hidden units, and go past it; None for all.
+    def _narrowed(self, index: int, heads: int | None, width: int | None) -> Iterator[tuple[int, Plan]]:
+        """For each part of a block that is to be narrowed, how many units stay and the plan, to be carried out at once.
 
-        Returns:
-            The plan, and what there is to tell of the attention and of the FFN.
+        The original stream goes past the block.
         """
         before = [pair.original for pair in self.pairs]
-        attention = [] if heads is None else [(AttentionHeads(self.model, self.stack, index), heads)]
-        parts_of = Anatomy(self.model).parts(self.stack, index)
-        experts = width is not None and parts_of.ffn is not None and parts_of.ffn.kind == "experts"
-        ffn = [] if width is None or experts else [(HiddenUnits(self.model, self.stack, index), width)]
-        parts: list[tuple[BlockUnits, int]] = [*attention, *ffn]
+        block = Block(self.model, self.stack, index)
+        ffn = block.parts.ffn
+        experts = ffn is not None and ffn.kind == "experts"
+        parts: list[tuple[BlockUnits, int]] = []
+        if heads is not None:
+            parts.append((AttentionHeads(block), heads))
+        if width is not None and not experts:
+            parts.append((HiddenUnits(block), width))
         targets = self._targets(index, [units for units, _ in parts])
-        plan, notes = Plan(), []
         for (units, count), target in zip(parts, targets, strict=True):
-            draft, told = self._narrow_units(units, count, target, before)
-            carry_out(draft, self.model, undo)
-            plan += draft
-            notes.append({"block": index, "width": count} | ({} if units.size == 1 else {"part": "attention"}) | told)
-        if experts:
-            assert width is not None
-            draft, told = self._experts(index, width, before)
-            carry_out(draft, self.model, undo)
-            plan += draft
-            notes.append({"block": index, "width": width, **told})
-        if self.config.iterative:
-            for pair in self.pairs:
-                pair.compressed = pair.runner.run(index, pair.compressed)
-        return plan, notes
+            yield count, self._plan(units, count, target, before)
+        if width is not None and experts:
+            assert self.experts is not None
+            runs = [(pair.runner, stream) for pair, stream in zip(self.pairs, self._below(before), strict=True)]
+            yield width, self.experts(index, width, runs)
+
+    def _below(self, before: list[Tensor]) -> list[Tensor]:
+        """The streams that a block is to see: of the compressed blocks below, or of the original ones."""
+        return [pair.compressed for pair in self.pairs] if self.compensation.iterative else before
 
     def _targets(self, index: int, parts: list[BlockUnits]) -> list[_Targets]:
         """Take the original stream past a block; what each of its parts has to write from then on."""
@@ -118,34 +151,25 @@ class Narrowing:
         return [_Targets(after, *part) for part in zip(written, multipliers, strict=True)]
 
     def _multiplier(self, units: BlockUnits) -> float | None:
-        if not self.config.iterative or self.config.target != "stream":
+        if not self.compensation.iterative or self.compensation.target != "stream":
             return None
         return units.multiplier(self.pairs[0].runner, self.pairs[0].compressed)
 
-    def _narrow_units(
-        self, units: BlockUnits, count: int, target: _Targets, before: list[Tensor]
-    ) -> tuple[Plan, dict[str, Any]]:
-        """The plan for one part of a block, and what there is to tell of it."""
+    def _plan(self, units: BlockUnits, count: int, target: _Targets, before: list[Tensor]) -> Plan:
+        """The plan for one part of a block; its notes tell of it."""
         statistics = self._observe(units, target, before)
         reduction = self.choose(units, statistics, count)
         writes, notes = self._solve(units, reduction, statistics, target, before)
+        if units.size > 1:
+            notes["part"] = "attention"
         if reduction.labels is not None:
             notes["clusters"] = reduction.labels.tolist()
-        return units.draft(reduction, writes), notes
-
-    def _experts(self, index: int, width: int, before: list[Tensor]) -> tuple[Plan, dict[str, Any]]:
-        streams = [pair.compressed for pair in self.pairs] if self.config.iterative else before
-        runs = [(pair.runner, stream) for pair, stream in zip(self.pairs, streams, strict=True)]
-        return ExpertNarrowing(self.config, self.model, self.stack, index).plan(runs, width)
+        return replace(units.draft(reduction, writes), notes=notes)
 
     def _observe(self, units: BlockUnits, target: _Targets, before: list[Tensor]) -> UnitStatistics:
         """What the units do on the compressed stream; on the original one where no layer is to see another."""
-
-        def runs() -> Iterator[Run]:
-            for pair, original in zip(self.pairs, before, strict=True):
-                yield units.run(pair.runner, pair.compressed if self.config.iterative else original)
-
-        return observe(runs(), target, self.weights, self.config.rows_of_a_batch(len(self.pairs)))
+        runs = (units.run(pair.runner, stream) for pair, stream in zip(self.pairs, self._below(before), strict=True))
+        return observe(runs, target, self.weights, self.row_tokens)
 
     def _solve(
         self,
@@ -157,16 +181,16 @@ class Narrowing:
     ) -> tuple[Affine, dict[str, Any]]:
         """The output projection of the units that are left, and how far from the target it ends."""
         columns = reduction.columns(units.writes, units.size)
-        if self.config.compensation_name == "none":
+        if self.compensation.by == "none":
             return (columns, None), {}
         if reduction.kept is not None:
             left = statistics.take(reduction.inputs(units.size))
         else:
             with Undo() as trial:
                 carry_out(units.draft(reduction, None), self.model, trial)
-                left = self._observe(HiddenUnits(self.model, self.stack, units.index), target, before)
-        affine = units.biased or (self.config.bias and units.size == 1)
-        if self.config.compensation_name == "bias":
+                left = self._observe(HiddenUnits(units.block), target, before)
+        affine = units.biased or (self.compensation.bias and units.size == 1)
+        if self.compensation.by == "bias":
             return (columns, _mean_gap(left.all, columns).float() if affine or units.size == 1 else None), {}
         fit = left.fit(columns, affine)
         bias = None if fit.bias is None else fit.bias.float()

@@ -9,20 +9,17 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.anatomy import Block
 from hf_compress.anatomy.parts import linear_map
-from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.capture import Seen, hooked, stream_tokens, watch_module
 from hf_compress.calibration.runner import BlockRunner
 from hf_compress.errors import CalibrationError
+from hf_compress.methods.base.ridge import HeldOutSums, is_held_out
 from hf_compress.numerics.elimination import entries
-from hf_compress.numerics.ridge import PENALTIES, LeastSquares, RidgeFit, fit_held_out, is_held_out
 from hf_compress.plan.plan import Plan
 from hf_compress.rewrite.builders import Affine, heads_of, merge_units, narrow_attention, narrow_ffn
 
-_CAUTIOUS = (0.1,)
 _TOLERANCE = 0.05  # of what comes out of a block, for rounding in half precision
 
 
@@ -55,60 +52,36 @@ class Reduction:
 
 
 @dataclass
-class UnitStatistics:
-    """Sums over calibration tokens.
+class UnitStatistics(HeldOutSums):
+    """Sums over calibration tokens of the regression of what has to be written on what the units give.
 
     Attributes:
-        fitted, held: of the regression of what has to be written, (tokens, hidden), on what the units give, (tokens,
-            inputs): on most batches, and on every fourth.
         rows: what they give at some tokens, (tokens, inputs) float32: what units are clustered by.
     """
 
-    fitted: LeastSquares
-    held: LeastSquares
     rows: Tensor
-
-    @property
-    def all(self) -> LeastSquares:
-        """The sums of all batches."""
-        return self.fitted.merge(self.held)
 
     def take(self, inputs: Tensor) -> UnitStatistics:
         """The statistics of some of the inputs, in that order."""
         return UnitStatistics(self.fitted.take(inputs), self.held.take(inputs), self.rows[:, inputs.cpu()])
 
-    def fit(self, prior: Tensor, affine: bool) -> RidgeFit:
-        """The output projection that comes nearest to the target, penalised for leaving `prior` (width, hidden).
-
-        The penalty is chosen on the batches held out, and is a cautious one where one of the two parts has no tokens.
-        """
-        if self.fitted.count == 0 or self.held.count == 0:
-            return fit_held_out(self.all, self.all, _CAUTIOUS, prior.double(), affine)
-        return fit_held_out(self.fitted, self.held, PENALTIES, prior.double(), affine)
-
 
 class Units(Protocol):
-    """What a reduction has to know of units: hidden ones of an FFN or of one expert, or heads of an attention."""
+    """What a reduction has to know of units: hidden ones of an FFN or of one expert, or heads of an attention.
 
-    @property
-    def writes(self) -> Tensor:
-        """The output projection, (inputs, hidden) float32, a row or several for each unit."""
+    Attributes:
+        writes: the output projection, (inputs, hidden) float32, a row or several for each unit.
+        size: how many rows a unit has there.
+        index: a number of their own, for those who draw lots.
+        name: whose they are, for messages.
+        biased: whether a bias is added to what they write.
+    """
 
-    @property
-    def size(self) -> int:
-        """How many rows a unit has there."""
-
-    @property
-    def index(self) -> int:
-        """A number of their own, for those who draw lots."""
-
-    @property
-    def name(self) -> str:
-        """Whose they are, for messages."""
-
-    @property
-    def biased(self) -> bool:
-        """Whether a bias is added to what they write."""
+    writes: Tensor
+    size: int
+    index: int
+    name: str
+    biased: bool
 
 
 class BlockUnits(ABC):
@@ -120,11 +93,11 @@ class BlockUnits(ABC):
         biased: whether it has a bias.
     """
 
-    size = 1
+    size: int = 1
 
-    def __init__(self, model: PreTrainedModel, stack: Stack, index: int, output: str) -> None:
-        self.model, self.stack, self.index, self.name = model, stack, index, f"{stack.path}.{index}"
-        self.output: nn.Module = stack.blocks[index].get_submodule(output)
+    def __init__(self, block: Block, output: str) -> None:
+        self.block, self.index, self.name = block, block.index, block.path
+        self.output: nn.Module = block.module.get_submodule(output)
         self.writes = linear_map(self.output).detach().float()
         self.biased = self.output._parameters.get("bias") is not None
 
@@ -136,7 +109,7 @@ class BlockUnits(ABC):
         """Run the block on a stream."""
         with watch_module(self.output) as seen:
             after = runner.run(self.index, stream)
-        return self.read(seen, after, stream_tokens(self.stack, runner.batch, after))
+        return self.read(seen, after, stream_tokens(self.block.stack, runner.batch, after))
 
     def read(self, seen: Seen, after: Tensor, real: Tensor) -> Run:
         """A run of the block from what the projection was seen to do in it."""
@@ -160,40 +133,38 @@ class BlockUnits(ABC):
         more = torch.randn(after.shape[-1], dtype=torch.float32, generator=generator).to(after) * after.std()
         with hooked([self.output.register_forward_hook(lambda module, args, output: output + more.to(output))]):
             change = (runner.run(self.index, stream).float() - after).flatten(0, -2)
-        multiplier = float((change @ more).mean() / more.square().sum())
-        unexplained = float((change - multiplier * more).norm() / change.norm())
-        return multiplier if multiplier > 0 and unexplained < _TOLERANCE else None
+        return checked_multiplier(float((change @ more).mean() / more.square().sum()), change, more)
 
 
 class HiddenUnits(BlockUnits):
     """The hidden units of a block's FFN."""
 
-    def __init__(self, model: PreTrainedModel, stack: Stack, index: int) -> None:
-        ffn = Anatomy(model).parts(stack, index).ffn
+    def __init__(self, block: Block) -> None:
+        ffn = block.parts.ffn
         assert ffn is not None
         assert ffn.output is not None
-        super().__init__(model, stack, index, ffn.output)
+        super().__init__(block, ffn.output)
         self.name = f"the FFN of {self.name}"
 
     def draft(self, reduction: Reduction, writes: Affine | None) -> Plan:
         if reduction.kept is not None:
-            return narrow_ffn(self.model, self.stack, self.index, reduction.kept, writes)
+            return narrow_ffn(self.block, reduction.kept, writes)
         assert reduction.labels is not None
-        return merge_units(self.model, self.stack, self.index, reduction.labels, writes)
+        return merge_units(self.block, reduction.labels, writes)
 
 
 class AttentionHeads(BlockUnits):
     """The key and value heads of a block's attention, each with the queries that read it."""
 
-    def __init__(self, model: PreTrainedModel, stack: Stack, index: int) -> None:
-        heads = heads_of(model, stack, index)
-        super().__init__(model, stack, index, heads.output)
+    def __init__(self, block: Block) -> None:
+        heads = heads_of(block)
+        super().__init__(block, heads.output)
         self.name = f"the attention of {self.name}"
         self.size = heads.per_group * heads.width
 
     def draft(self, reduction: Reduction, writes: Affine | None) -> Plan:
         assert reduction.kept is not None
-        return narrow_attention(self.model, self.stack, self.index, reduction.kept, writes)
+        return narrow_attention(self.block, reduction.kept, writes)
 
 
 class Run(NamedTuple):
@@ -225,13 +196,36 @@ def observe(
         weights: per batch, (tokens): how much each counts; alike when None.
         row_tokens: of how many tokens of a batch to keep the activations, at least one.
     """
-    parts: list[LeastSquares] = []  # fitted, held
+    sums: HeldOutSums | None = None
     rows = []
     for number, run in enumerate(runs):
-        if not parts:
-            parts = [LeastSquares(run.hidden.shape[1], run.written.shape[1], run.hidden.device) for _ in range(2)]
+        sums = sums or HeldOutSums.empty(run.hidden.shape[1], run.written.shape[1], run.hidden.device)
         counts = None if weights is None else weights[number]
-        parts[is_held_out(number)].update(run.hidden, targets(number, run), counts)
+        sums.update(run.hidden, targets(number, run), counts, held=is_held_out(number))
         some = run.hidden if counts is None else run.hidden * counts[:, None].sqrt().to(run.hidden)
-        rows.append(some[:: max(1, -(-len(some) // row_tokens))].float().cpu())
-    return UnitStatistics(parts[0], parts[1], torch.cat(rows))
+        rows.append(some_rows(some, row_tokens))
+    assert sums is not None
+    return UnitStatistics(sums.fitted, sums.held, torch.cat(rows))
+
+
+def checked_multiplier(multiplier: float, change: Tensor, written: Tensor) -> float | None:
+    """The multiplier, where a stream changed by that many times what was written; None where more comes between.
+
+    Args:
+        multiplier: as it was measured; NaN where nothing was written.
+        change: of the stream, (tokens, hidden).
+        written: (tokens, hidden), or (hidden) where it was the same for all tokens.
+    """
+    unexplained = float((change - multiplier * written).norm() / change.norm())
+    return multiplier if multiplier > 0 and unexplained < _TOLERANCE else None
+
+
+def some_rows(rows: Tensor, count: int) -> Tensor:
+    """About so many of some rows, at equal distances, float32 on the CPU."""
+    return rows[:: max(1, -(-len(rows) // count))].float().cpu()
+
+
+def best(units: Units, scores: Tensor, count: int) -> Reduction:
+    """Keep the units whose inputs score highest together."""
+    scores = scores.view(-1, units.size).sum(dim=1)
+    return Reduction(kept=scores.topk(count).indices.sort().values.cpu())

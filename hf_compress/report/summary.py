@@ -1,0 +1,62 @@
+"""A model's history in a few lines, as text and for notebooks."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+from hf_compress.report.markdown import one_line
+from hf_compress.report.stages import Size, Stage
+
+_COLUMNS = ("", "parameters", "stored bytes", "blocks", "time", "what changed")
+
+
+def summary_text(stages: Sequence[Stage], base_model: str) -> str:
+    """A line for the original and one for each stage, its sizes beside the original's; for `print`."""
+    rows = [_COLUMNS, *_rows(stages)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        [cell.ljust(w) if n in (0, 5) else cell.rjust(w) for n, (cell, w) in enumerate(zip(row, widths, strict=True))]
+        for row in rows
+    ]
+    return "\n".join([_title(stages, base_model), *("  ".join(line).rstrip() for line in lines)])
+
+
+def summary_html(stages: Sequence[Stage], base_model: str) -> str:
+    """The same as a table."""
+    head = "".join(f"<th>{name}</th>" for name in _COLUMNS)
+    body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in _rows(stages))
+    return f"<table><caption>{html.escape(_title(stages, base_model))}</caption><tr>{head}</tr>{body}</table>"
+
+
+def _title(stages: Sequence[Stage], base_model: str) -> str:
+    return f"{one_line(base_model) or 'model'}: {', '.join(one_line(stage.method) for stage in stages)}"
+
+
+def _rows(stages: Sequence[Stage]) -> list[tuple[str, ...]]:
+    first = stages[0].before
+    rows: list[tuple[str, ...]] = [("original", *_sizes(first, first), "", "")]
+    for number, stage in enumerate(stages, 1):
+        seconds = sum(step.seconds for step in stage.steps if math.isfinite(step.seconds))
+        rows.append(
+            (f"{number}. {one_line(stage.method)}", *_sizes(stage.after, first), f"{seconds:.1f} s", _changes(stage))
+        )
+    return rows
+
+
+def _sizes(size: Size, first: Size) -> tuple[str, str, str]:
+    """Parameters and bytes, with the change from the original's, and the blocks of each stack."""
+    counts = ((size.parameters, first.parameters), (size.bytes, first.bytes))
+    changed = size is not first
+    parts = [f"{now:,}" + (f" ({100 * (now / then - 1):+.1f}%)" if changed and then else "") for now, then in counts]
+    return parts[0], parts[1], " + ".join(str(size.blocks.get(stack, 0)) for stack in first.blocks)
+
+
+def _changes(stage: Stage) -> str:
+    """The edits, by kind, and what was trained."""
+    kinds = Counter(one_line(str(edit.get("edit"))) for edit in stage.edits)
+    steps = stage.notes.get("steps", stage.notes.get("trained_steps"))
+    trained = [f"trained for {steps:,} steps"] if isinstance(steps, int) else []
+    return ", ".join([*(f"{count} × {kind}" for kind, count in kinds.items()), *trained]) or "no structure"

@@ -1,0 +1,19 @@
+"""Sums made in parts that fit into memory."""
+
+import pytest
+
+from hf_compress.methods.base import grams
+
+
+@pytest.mark.parametrize(
+    ("sizes", "parts"),
+    [
+        ([], []),
+        ([4, 6, 1], [[0, 1], [2]]),
+        ([11, 1], [[0], [1]]),  # too large: one alone
+        ([1, 11, 12, 1, 9, 1], [[0], [1], [2], [3, 4], [5]]),
+    ],
+)
+def test_parts_fit_into_memory(sizes, parts, monkeypatch):
+    monkeypatch.setattr(grams, "_MEMORY", 10)
+    assert list(grams.few_at_once(dict(enumerate(sizes)))) == parts
