@@ -9,8 +9,7 @@ from hf_compress.attribution.composites import COMPOSITES, Composite, register_c
 from hf_compress.attribution.gradients import as_if
 from hf_compress.attribution.rules import Held, Rule, ThroughOrigin
 from hf_compress.errors import UnsupportedModelError
-from tests.attribution.test_relevance import FLOATS, make, refused
-from tests.attribution.test_rules import OddNorm, dense
+from tests.helpers.relevance import FLOATS, OddNorm, dense, make, refused
 
 IDS = torch.randint(4, 90, (1, 5), generator=torch.Generator().manual_seed(3))
 GRADIENT = Composite(conserves=False)

@@ -7,14 +7,12 @@ import hf_compress as hfc
 from hf_compress.anatomy.parts import is_linear
 from hf_compress.calibration.data import Batch, Calibration, DataOptions, prepare
 from hf_compress.errors import CalibrationError
-from tests.helpers.changes import Trace
 from tests.helpers.models import in_dtype, leftovers
+from tests.helpers.relevance import FLOATS, make, refused
 from tests.helpers.round_trip import build
-from tests.helpers.tiny import randomise
 
 IDS = torch.randint(4, 90, (3, 7), generator=torch.Generator().manual_seed(7))
 PIXELS = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(7))
-FLOATS = torch.randn(3, 6, generator=torch.Generator().manual_seed(7))
 LENGTHS = (7, 4, 2)
 ALL = ("Llama", "Qwen3", "Mixtral", "GPT-2", "BERT", "ViT", "Dense")
 TEXTS = ("Llama", "Qwen3", "Mixtral", "GPT-2", "BERT")
@@ -51,17 +49,6 @@ HEADS = {
     "BERT": "bert.encoder.layer.{}.attention.output.dense",
     "ViT": "vit.layers.{}.attention.o_proj",
 }
-
-
-def make(family):
-    """A model of four blocks in which every parameter matters."""
-    torch.manual_seed(0)
-    if family == "Dense":
-        sizes = {"input_size": 6, "hidden_size": 8, "intermediate_size": 20, "num_hidden_layers": 4, "num_labels": 3}
-        return hfc.DenseForClassification(hfc.DenseConfig(**sizes, residual=True)).eval()
-    model = build(family)
-    randomise(model, seed=2)
-    return model
 
 
 def data_of(model):
@@ -270,14 +257,6 @@ def test_it_works_where_gradients_are_off():
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
-
-
-def refused(model, data, error, message, **settings):
-    before = Trace.of(model)
-    with pytest.raises(error, match=message):
-        hfc.relevance(model, data, **settings)
-    assert before.difference(model) is None
-    assert leftovers(model) == []
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from hf_compress.attribution.passes import explaining
 from hf_compress.errors import UnsupportedModelError
 from tests.helpers.changes import Trace
 from tests.helpers.models import leftovers
+from tests.helpers.relevance import OddNorm, dense
 from tests.helpers.round_trip import GPT2, MODELS, build
 from tests.helpers.tiny import randomise, tiny_model
 
@@ -45,12 +46,6 @@ def data_of(model):
 
 def logits(model):
     return model(**inputs_of(model)).logits
-
-
-def dense(**fields):
-    torch.manual_seed(0)
-    sizes = {"input_size": 6, "hidden_size": 8, "intermediate_size": 20, "num_hidden_layers": 3, "num_labels": 4}
-    return hfc.DenseForClassification(hfc.DenseConfig(**(sizes | fields))).eval()
 
 
 class Surroundings:
@@ -398,13 +393,6 @@ def test_models_whose_blocks_are_not_found(make):
     with pytest.raises(UnsupportedModelError, match="blocks"):
         hfc.relevance(model, data_of(model))
     before.check()
-
-
-class OddNorm(torch.nn.Module):
-    """Scales each number by itself."""
-
-    def forward(self, x):
-        return x / (1 + x.abs())
 
 
 def test_a_norm_that_is_none_is_named():

@@ -1,7 +1,13 @@
 """What tests of every kind do with a model."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
 import torch
 from transformers import PreTrainedModel
+
+from tests.helpers.changes import Trace
 
 
 def in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -20,3 +26,15 @@ def leftovers(model: PreTrainedModel) -> list[str]:
         if "forward" in vars(module):
             found.append(f"forward of {path}")
     return found
+
+
+@contextmanager
+def refusing(
+    model: PreTrainedModel, error: type[BaseException] | tuple[type[BaseException], ...], message: str = ""
+) -> Iterator[None]:
+    """What stands inside is refused in these words, and leaves the model as it was."""
+    before, own = Trace.of(model), leftovers(model)
+    with pytest.raises(error, match=message):
+        yield
+    assert before.difference(model) is None
+    assert leftovers(model) == own

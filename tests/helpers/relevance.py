@@ -1,0 +1,39 @@
+"""Models to explain, and what an explanation is refused with."""
+
+import torch
+
+import hf_compress as hfc
+from tests.helpers.models import refusing
+from tests.helpers.round_trip import build
+from tests.helpers.tiny import randomise
+
+FLOATS = torch.randn(3, 6, generator=torch.Generator().manual_seed(7))
+
+
+class OddNorm(torch.nn.Module):
+    """Scales each number by itself."""
+
+    def forward(self, x):
+        return x / (1 + x.abs())
+
+
+def dense(**fields):
+    torch.manual_seed(0)
+    sizes = {"input_size": 6, "hidden_size": 8, "intermediate_size": 20, "num_hidden_layers": 3, "num_labels": 4}
+    return hfc.DenseForClassification(hfc.DenseConfig(**(sizes | fields))).eval()
+
+
+def make(family):
+    """A model of four blocks in which every parameter matters."""
+    torch.manual_seed(0)
+    if family == "Dense":
+        sizes = {"input_size": 6, "hidden_size": 8, "intermediate_size": 20, "num_hidden_layers": 4, "num_labels": 3}
+        return hfc.DenseForClassification(hfc.DenseConfig(**sizes, residual=True)).eval()
+    model = build(family)
+    randomise(model, seed=2)
+    return model
+
+
+def refused(model, data, error, message, **settings):
+    with refusing(model, error, message):
+        hfc.relevance(model, data, **settings)
