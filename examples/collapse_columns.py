@@ -27,7 +27,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from hf_compress.methods.base.checks import is_number
 from torch import Tensor
 from transformers import (
     DataCollatorWithPadding,
@@ -43,6 +42,7 @@ from transformers import (
 import hf_compress as hfc
 from hf_compress.anatomy.anatomy import Block
 from hf_compress.calibration.data import DataOptions, prepare
+from hf_compress.checks import is_number
 from hf_compress.evaluation.size import parameter_count
 from hf_compress.methods.layer_collapse.blend import fitting_blend, mean_gates
 from hf_compress.methods.layer_collapse.product import product

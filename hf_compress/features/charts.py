@@ -11,10 +11,10 @@ _SPREAD = 20.0  # a curve whose largest value is so many times its smallest is d
 _DEPTH = 1e-5  # of its largest value: what is smaller stands on the lowest line of a log scale
 
 
-def learning(curve: dict[str, list[float]]) -> str:
+def training_curve(curve: dict[str, list[float]]) -> str:
     steps = curve.get("step", [])
     if not steps:
-        return "<p>The learning of the training is not known, or there were no steps.</p>"
+        return "<p>How the training went is not known, or there were no steps.</p>"
     charts = []
     for name, caption, style in (
         ("retention", "Share of the features kept", "blue"),

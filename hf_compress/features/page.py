@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hf_compress.features.charts import learning, spectrum
+from hf_compress.features.charts import spectrum, training_curve
 from hf_compress.features.reconstruction import Reconstruction
 from hf_compress.report.canvas import BLUE, GREY, INK, VERMILION
 
@@ -144,7 +144,7 @@ def _section(section: Section, number: int) -> str:
     return (
         f'<section id="s{number}"><h2>Behind {_text(section.name)}</h2>'
         f'<p class="soft">{_text(section.path)} · {_text(section.form)}</p><dl>{boxes}</dl>{remarks}'
-        f'<div class="charts">{learning(section.curve)}{spectrum(section.importance, section.kept)}'
+        f'<div class="charts">{training_curve(section.curve)}{spectrum(section.importance, section.kept)}'
         f"<div><h3>Dead features: {len(section.dead):,} of {section.features:,}</h3>"
         f'<p class="soft">{_text(section.dead_rule)}</p><p class="long">{dead}</p></div></div>'
         f"<h3>The {len(section.cards)} most important features</h3>"

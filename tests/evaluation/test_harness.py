@@ -135,7 +135,7 @@ def test_an_unknown_task_is_named_beside_what_there_is(
     [
         ({"tasks": []}, "tasks is empty.*manuals_cloze"),
         ({"include_path": "no/such/folder"}, "'no/such/folder' is not a folder"),
-        ({"batch_size": 0}, "batch_size is 0"),
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 1; got 0"),
         ({"limit": 0}, "limit is 0; expected"),
         ({"limit": 2.5}, "limit is 2.5; expected"),
     ],

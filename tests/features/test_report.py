@@ -333,7 +333,7 @@ def test_spliced_bottlenecks_read_what_goes_into_them(model, framing_tokenizer, 
     apply(found.plan(model), model)
     bare = report(tmp_path, model, texts, framing_tokenizer)
     assert [one.places for one in cards(bare)] == [one.places for one in cards(before)]
-    assert "learning of the training is not known" in bare
+    assert "How the training went is not known" in bare
     assert "importance of the features is not known" in bare
     assert "numbered as they stand" in bare
     assert "<dd>6</dd>" in bare
@@ -569,7 +569,7 @@ def points(chart: str) -> list[tuple[float, float]]:
 
 def test_curves_lie_where_their_axes_say():
     """A value on a line of the grid is drawn at its height; x runs over the whole width; both axes have names."""
-    retention, error = charts.learning(CURVE).split("</figure>")[:2]
+    retention, error = charts.training_curve(CURVE).split("</figure>")[:2]
     assert "training step" in retention
     assert ">retention</text>" in retention
     assert ">error</text>" in error
@@ -589,7 +589,7 @@ def test_curves_lie_where_their_axes_say():
 def test_curves_of_thousands_of_steps_are_means():
     steps = [float(step) for step in range(5000)]
     curve = {"step": steps, "retention": [1.0] * 5000, "error": [1.0 + step % 2 for step in range(5000)]}
-    chart = charts.learning(curve)
+    chart = charts.training_curve(curve)
     found = points(chart.split("</figure>")[1])
     assert 200 <= len(found) <= 400
     assert charts._thinned(list(zip(steps, curve["error"], strict=True)))[0] == (6.0, pytest.approx(1 + 6 / 13))
@@ -607,7 +607,7 @@ def test_curves_of_thousands_of_steps_are_means():
 )
 def test_odd_curves(curve):
     """Every number stays within its chart."""
-    chart = charts.learning(curve)
+    chart = charts.training_curve(curve)
     assert chart.count("<figure>") == sum(name in curve for name in ("retention", "error"))
     assert "nan" not in chart
     for part in chart.split("</figure>")[:-1]:
@@ -618,7 +618,7 @@ def test_odd_curves(curve):
 
 
 def test_what_is_not_known_of_the_training_is_said():
-    assert "not known" in charts.learning({})
+    assert "not known" in charts.training_curve({})
     assert "not known" in charts.spectrum([], None)
     assert "none was measured" in charts.spectrum([0.0, 0.0], [0, 1])
 

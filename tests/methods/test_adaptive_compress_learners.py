@@ -15,7 +15,7 @@ from hf_compress.errors import CalibrationError
 from hf_compress.methods.adaptive_compress import AdaptiveCompressConfig
 from hf_compress.methods.adaptive_compress.fit import LEARNERS
 from hf_compress.methods.adaptive_compress.learner import StreamMoments
-from hf_compress.methods.adaptive_compress.learning import Learning
+from hf_compress.methods.adaptive_compress.learner_run import LearnerRun
 from tests.helpers.language import words
 from tests.helpers.models import in_dtype, leftovers
 from tests.helpers.plans import Before
@@ -164,9 +164,9 @@ def test_the_autoencoders_loss_is_its_share_of_the_variance():
 def test_the_autoencoder_comes_near_pca_and_not_below():
     rows = stream(60)
     found = learner("linear", rows, learning_rate=0.03, updates=1)
-    learning, start = Learning(found), missed(found.module(rows), rows)
+    run, start = LearnerRun(found), missed(found.module(rows), rows)
     for step in range(300):
-        learning.learn(rows, step, 300)
+        run.learn(rows, step, 300)
     best = missed(learner("pca", rows).module(rows), rows)
     assert start > 1.2 * best
     assert best * (1 - 1e-6) <= missed(found.module(rows), rows) < 1.01 * best
@@ -233,9 +233,9 @@ def test_the_gradient_along_a_direction_is_taken_out(variant):
 @pytest.mark.parametrize("variant", DICTIONARIES)
 def test_directions_are_one_long_after_every_step(variant):
     found = learner(variant, updates=1, learning_rate=0.05)
-    learning, before = Learning(found), found.module.decoder.detach().clone()
+    run, before = LearnerRun(found), found.module.decoder.detach().clone()
     for step in range(5):
-        learning.learn(stream(seed=step), step, 5)
+        run.learn(stream(seed=step), step, 5)
         assert found.module.decoder.norm(dim=1).tolist() == pytest.approx([1.0] * 20, abs=1e-6)
     assert not torch.allclose(found.module.decoder, before, atol=0.01)
 
@@ -391,17 +391,17 @@ def test_batchtopks_threshold_is_what_decides_afterwards():
 
 def test_adam_leaves_the_threshold_alone():
     found = learner("batchtopk", updates=1)
-    trained = [id(one) for group in Learning(found).optimizer.param_groups for one in group["params"]]
+    trained = [id(one) for group in LearnerRun(found).optimizer.param_groups for one in group["params"]]
     assert trained == [id(getattr(found.module, name)) for name in ("encoder", "decoder", "center", "bias")]
 
 
 def test_in_the_end_about_as_many_features_are_active_as_were_asked_for():
     rows = stream(400)
     found = learner("batchtopk", rows, updates=1, learning_rate=0.003)
-    learning = Learning(found)
+    run = LearnerRun(found)
     for step in range(60):
-        learning.learn(stream(400, seed=step), step, 60)
-    active = (learning.finished()[0](rows.float()), found.module.encode(rows.float())[0] != 0)[1].sum(1).double().mean()
+        run.learn(stream(400, seed=step), step, 60)
+    active = (run.finished()[0](rows.float()), found.module.encode(rows.float())[0] != 0)[1].sum(1).double().mean()
     assert active.item() == pytest.approx(2, abs=0.2)
 
 
@@ -414,7 +414,7 @@ def test_every_token_of_a_batch_is_learnt_from_once(variant, monkeypatch):
     terms = found.terms
     monkeypatch.setattr(found, "terms", lambda rows: (seen.append(rows.clone()), terms(rows))[1])
     rows = stream(11)
-    Learning(found).learn(rows, 0, 8)
+    LearnerRun(found).learn(rows, 0, 8)
     assert [len(part) for part in seen] == [3, 3, 3, 2]
     assert sorted(torch.cat(seen).tolist()) == sorted(rows.tolist())
     assert torch.cat(seen).tolist() != rows.tolist(), "neighbours in a text come in the same step"
@@ -423,57 +423,57 @@ def test_every_token_of_a_batch_is_learnt_from_once(variant, monkeypatch):
 @pytest.mark.parametrize("variant", ["default", "paper"])
 def test_a_step_without_tokens_teaches_nothing(variant):
     found = learner(variant, updates=1)
-    learning, before = Learning(found), found.importance.clone()
-    learning.learn(stream()[:0], 0, 4)
+    run, before = LearnerRun(found), found.importance.clone()
+    run.learn(stream()[:0], 0, 4)
     assert torch.equal(found.importance, before)
-    assert learning.curve["error"] == []
+    assert run.curve["error"] == []
 
 
 @pytest.mark.parametrize("variant", TRAINED)
 def test_a_step_that_makes_no_sense_any_more_is_the_last(variant):
     found = learner(variant, updates=1, learning_rate=1e6)
-    learning = Learning(found)
+    run = LearnerRun(found)
     for step in range(6):
-        learning.learn(stream(seed=step), step, 6)
-    assert "learning_rate" in learning.stopped
-    assert not learning.goes_on
-    assert len(learning.curve["error"]) < 6
-    module, _ = learning.finished()
+        run.learn(stream(seed=step), step, 6)
+    assert "learning_rate" in run.stopped
+    assert not run.goes_on
+    assert len(run.curve["error"]) < 6
+    module, _ = run.finished()
     assert all(tensor.isfinite().all() for tensor in module.state_dict().values())
     assert missed(module(stream().float()), stream()) < 20 * found.variance
 
 
 def test_what_is_no_number_stops_it_too_and_the_last_good_state_comes_back():
     found = learner("linear", updates=1)
-    learning = Learning(found)
-    learning.learn(stream(), 0, 9)
+    run = LearnerRun(found)
+    run.learn(stream(), 0, 9)
     kept = found.module.encoder.detach().clone()
-    learning._good = (1, {name: tensor.clone() for name, tensor in found.state().items()})
+    run._good = (1, {name: tensor.clone() for name, tensor in found.state().items()})
     with torch.no_grad():
         found.module.encoder[0, 0] = float("nan")
-    learning.learn(stream(), 2, 9)
-    assert "step 2 (error nan" in learning.stopped
-    assert "as it was in step 1" in learning.stopped
+    run.learn(stream(), 2, 9)
+    assert "step 2 (error nan" in run.stopped
+    assert "as it was in step 1" in run.stopped
     assert torch.equal(found.module.encoder, kept)
 
 
 def test_nothing_more_is_learnt_once_it_has_stopped():
     found = learner("linear", updates=9, learning_rate=1e6)
-    start, learning = found.module.encoder.detach().clone(), Learning(found)
-    learning.learn(stream(), 0, 9)
-    learning.learn(stream(), 9, 18)
-    assert learning.stopped.startswith("diverged in step 1 ")
-    assert learning.curve["step"] == [0]
+    start, run = found.module.encoder.detach().clone(), LearnerRun(found)
+    run.learn(stream(), 0, 9)
+    run.learn(stream(), 9, 18)
+    assert run.stopped.startswith("diverged in step 1 ")
+    assert run.curve["step"] == [0]
     assert torch.equal(found.module.encoder, start)
 
 
 @pytest.mark.parametrize("variant", ["linear", "topk", "paper"])
 def test_a_last_step_that_makes_no_sense_is_noticed(variant):
     found = learner(variant, updates=1, learning_rate=1e6)
-    learning = Learning(found)
-    learning.learn(stream(), 0, 1)
-    module, _ = learning.finished()
-    assert learning.stopped
+    run = LearnerRun(found)
+    run.learn(stream(), 0, 1)
+    module, _ = run.finished()
+    assert run.stopped
     assert missed(module(stream().float()), stream()) < 20 * found.variance
 
 
@@ -482,11 +482,11 @@ def test_a_stream_far_from_0_is_learnt_by_the_paper_too():
     rows = stream(50)
     rows[:, 2] += 8 * rows.std()
     found = learner("paper", rows, updates=1)
-    learning = Learning(found)
+    run = LearnerRun(found)
     for step in range(10):
-        learning.learn(rows, step, 10)
-    assert not learning.stopped
-    assert len(learning.curve["error"]) == 10
+        run.learn(rows, step, 10)
+    assert not run.stopped
+    assert len(run.curve["error"]) == 10
 
 
 # --- fit: the model ---------------------------------------------------------------------------------------------------
@@ -552,7 +552,7 @@ def test_the_model_is_as_it_was(lived_in, ids):
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize(
     ("where", "call"),
-    [("learner.StreamMoments.update", 3), ("learning.Learning.learn", 1), ("learning.Learning.learn", 6)],
+    [("learner.StreamMoments.update", 3), ("learner_run.LearnerRun.learn", 1), ("learner_run.LearnerRun.learn", 6)],
 )
 def test_the_model_is_as_it_was_when_fitting_ends_in_the_middle(lived_in, ids, monkeypatch, where, call, error):
     before = picture(lived_in)
@@ -652,14 +652,14 @@ def real_rows(model, tokenizer, texts, layer):
 
 
 def learnt_from(monkeypatch):
-    """What the learning of any learner is given."""
-    seen, learn = [], Learning.learn
+    """What the run of any learner is given."""
+    seen, learn = [], LearnerRun.learn
 
     def watched(self, rows, step, steps):
         seen.append(rows.clone())
         learn(self, rows, step, steps)
 
-    monkeypatch.setattr(Learning, "learn", watched)
+    monkeypatch.setattr(LearnerRun, "learn", watched)
     return seen
 
 
@@ -794,7 +794,7 @@ def test_what_is_taken_up_again_ends_bit_for_bit_the_same(model, ids, tmp_path, 
     options = DataOptions(batch_size=1)
     expected = hfc.fit(model, everything(), ids, options=options)
     with monkeypatch.context() as patched:
-        interrupt(patched, "learning.Learning.learn", call, KeyboardInterrupt)
+        interrupt(patched, "learner_run.LearnerRun.learn", call, KeyboardInterrupt)
         with pytest.raises(KeyboardInterrupt):
             hfc.fit(model, everything(), ids, options=options, checkpoint=tmp_path, save_every=2)
     calls = []
@@ -824,9 +824,9 @@ def test_what_had_diverged_stays_so(model, ids, tmp_path):
 
 
 def test_what_diverges_once_it_is_taken_up_again_goes_as_far_back(model, ids, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_compress.methods.adaptive_compress.learning._KEEP_EVERY", 4)
+    monkeypatch.setattr("hf_compress.methods.adaptive_compress.learner_run._KEEP_EVERY", 4)
     options, one = DataOptions(batch_size=1), config("linear", layers=(1,), updates=1, learning_rate=0.01)
-    step_of, last = Learning._step, []
+    step_of, last = LearnerRun._step, []
 
     def step_into_nothing(self, rows, step, steps):
         if last and step == last[0]:
@@ -835,7 +835,7 @@ def test_what_diverges_once_it_is_taken_up_again_goes_as_far_back(model, ids, tm
             self.learner.module.encoder.data.fill_(float("nan"))
         step_of(self, rows, step, steps)
 
-    monkeypatch.setattr(Learning, "_step", step_into_nothing)
+    monkeypatch.setattr(LearnerRun, "_step", step_into_nothing)
     expected = hfc.fit(model, one, ids, options=options)
     assert "it is as it was in step 4" in expected.places[1].stopped
     last.append(6)

@@ -14,7 +14,7 @@ from hf_compress.methods.adaptive_compress import AdaptiveCompressConfig
 from hf_compress.methods.adaptive_compress.adaptive import Adaptive, Paper
 from hf_compress.methods.adaptive_compress.fit import ordinary
 from hf_compress.methods.adaptive_compress.learner import StreamMoments, correlation, top_mask
-from hf_compress.methods.adaptive_compress.learning import Learning
+from hf_compress.methods.adaptive_compress.learner_run import LearnerRun
 
 HIDDEN, TOKENS = 5, 9
 LEARNERS = {"paper": Paper, "default": Adaptive}
@@ -436,19 +436,19 @@ def test_a_whole_run_is_the_slow_one(variant, importance, tied):
     center = module.center if variant == "default" else torch.zeros(HIDDEN, dtype=torch.float64)
     start = [tensor.detach().clone() for tensor in (module.encoder, module.decoder, center, found.importance)]
     expected, trace = slow_run(variant, found.config, start, batches, variance_of(torch.cat(batches).tolist()))
-    learning = Learning(found)
+    run = LearnerRun(found)
     for step, rows in enumerate(batches):
-        learning.learn(rows, step, len(batches))
-    assert not learning.stopped
+        run.learn(rows, step, len(batches))
+    assert not run.stopped
     torch.testing.assert_close(found.importance, trace, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(module.encoder.detach(), expected[0], rtol=0, atol=1e-5)
     torch.testing.assert_close(module.decoder.detach(), expected[1], rtol=0, atol=1e-5)
     assert not torch.allclose(module.encoder.detach(), start[0], atol=1e-2), "nothing was learnt"
     if variant == "default":
         torch.testing.assert_close(module.center.detach(), expected[2], rtol=0, atol=1e-5)
-    assert learning.curve["retention"] == pytest.approx([0.8, 0.8, 0.8, 0.7, 0.6, 0.5, 0.4, 0.4])
-    assert learning.curve["step"] == list(range(8))
-    assert learning.curve["active"] == [4, 4, 4, 4, 3, 3, 2, 2]
+    assert run.curve["retention"] == pytest.approx([0.8, 0.8, 0.8, 0.7, 0.6, 0.5, 0.4, 0.4])
+    assert run.curve["step"] == list(range(8))
+    assert run.curve["active"] == [4, 4, 4, 4, 3, 3, 2, 2]
 
 
 def test_the_papers_weights_start_as_a_linear_layers():
@@ -623,9 +623,9 @@ def trained(variant="default", **settings):
     rows = 10 * stream(60)
     settings = {"l1": 2.0, "learning_rate": 0.02, "updates": 1, "retention_final": 0.6} | settings
     found = learner(variant, rows, **settings)
-    learning = Learning(found)
+    run = LearnerRun(found)
     for step in range(20):
-        learning.learn(rows, step, 20)
+        run.learn(rows, step, 20)
     found.retain(0.6)
     return found, rows
 
@@ -697,12 +697,12 @@ def test_a_tied_encoder_has_the_gradient_of_both_its_roles(variant, skip):
 def test_weights_are_tied_after_every_step_and_in_the_end(variant):
     rows = stream(30)
     found = learner(variant, rows, tie_weights=True, learning_rate=0.01, updates=1, retention_final=0.6)
-    learning = Learning(found)
+    run = LearnerRun(found)
     for step in range(6):
-        learning.learn(stream(seed=step), step, 6)
+        run.learn(stream(seed=step), step, 6)
         encoder, decoder = found.module.encoder.detach(), found.module.decoder.detach()
         assert torch.equal(decoder, (1 - found.module.form.skip) * encoder.T)
-    module, kept = learning.finished()
+    module, kept = run.finished()
     gates = found.module.gate[kept]
     assert len(kept) == 3
     torch.testing.assert_close(module.decoder, (0.9 * encoder.T)[kept].float())

@@ -22,7 +22,7 @@ from hf_compress.errors import CalibrationError
 from hf_compress.methods.adaptive_compress.adaptive import Adaptive, Paper
 from hf_compress.methods.adaptive_compress.config import AdaptiveCompressConfig
 from hf_compress.methods.adaptive_compress.learner import Learner, StreamMoments
-from hf_compress.methods.adaptive_compress.learning import Learning, everywhere, processes
+from hf_compress.methods.adaptive_compress.learner_run import LearnerRun, everywhere, processes
 from hf_compress.methods.adaptive_compress.peers import BatchTopK, Linear, Principal, TopK
 from hf_compress.methods.adaptive_compress.progress import Progress
 from hf_compress.numerics.defaults import torch_defaults
@@ -119,15 +119,18 @@ def fit_all(
         check_schedule(config, data, len(batches))
     with inference(model):
         moments = stream_moments(model, stack, sorted({i for layers in places for i in layers}), data, configs[0])
-        learnings = [
-            {layer: Learning(LEARNERS[config.variant](config, moments[layer], config.seed + layer)) for layer in layers}
+        runs = [
+            {
+                layer: LearnerRun(LEARNERS[config.variant](config, moments[layer], config.seed + layer))
+                for layer in layers
+            }
             for config, layers in zip(configs, places, strict=True)
         ]
-        progress = Progress(checkpoint, learnings, configs, model, data, save_every)
-        _train(model, stack, learnings, configs, batches, progress)
+        progress = Progress(checkpoint, runs, configs, model, data, save_every)
+        _train(model, stack, runs, configs, batches, progress)
     results = []
-    for config, mine in zip(configs, learnings, strict=True):
-        found = {layer: _fitted(layer, learning) for layer, learning in mine.items()}
+    for config, mine in zip(configs, runs, strict=True):
+        found = {layer: _fitted(layer, run) for layer, run in mine.items()}
         results.append(Bottlenecks(stack.path, found, config.to_dict(), data.tokens * config.epochs))
     return results
 
@@ -135,20 +138,20 @@ def fit_all(
 def _train(
     model: PreTrainedModel,
     stack: Stack,
-    learnings: list[dict[int, Learning]],
+    runs: list[dict[int, LearnerRun]],
     configs: Sequence[AdaptiveCompressConfig],
     batches: list[Batch],
     progress: Progress,
 ) -> None:
     """Go through the batches as often as each config asks for; a bottleneck that is done, or has stopped, sits out."""
-    wanted = sorted({layer for mine in learnings for layer, learning in mine.items() if learning.learner.trains})
+    wanted = sorted({layer for mine in runs for layer, run in mine.items() if run.learner.trains})
     rounds = max(config.epochs for config in configs)
     for done in tqdm(range(progress.done, rounds * len(batches)), desc="fitting", disable=None):
         epoch, number = divmod(done, len(batches))
         active = [
             (config, mine)
-            for config, mine in zip(configs, learnings, strict=True)
-            if epoch < config.epochs and any(learning.goes_on for learning in mine.values())
+            for config, mine in zip(configs, runs, strict=True)
+            if epoch < config.epochs and any(run.goes_on for run in mine.values())
         ]
         if not active or not wanted:
             break
@@ -278,8 +281,8 @@ def _own_share(data: Calibration) -> list[Batch]:
     return list(data.batches)[rank::world][:share]
 
 
-def _fitted(layer: int, learning: Learning) -> FittedBottleneck:
-    if learning.stopped:
-        logger.warning("the bottleneck behind block %d %s", layer, learning.stopped)
-    module, kept = learning.finished()
-    return FittedBottleneck(module, learning.learner.importance, kept, learning.curve, learning.stopped)
+def _fitted(layer: int, run: LearnerRun) -> FittedBottleneck:
+    if run.stopped:
+        logger.warning("the bottleneck behind block %d %s", layer, run.stopped)
+    module, kept = run.finished()
+    return FittedBottleneck(module, run.learner.importance, kept, run.curve, run.stopped)

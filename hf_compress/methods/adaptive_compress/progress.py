@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from hf_compress.calibration.data import Calibration
 from hf_compress.methods.adaptive_compress.config import AdaptiveCompressConfig
-from hf_compress.methods.adaptive_compress.learning import Learning, everywhere
+from hf_compress.methods.adaptive_compress.learner_run import LearnerRun, everywhere
 from hf_compress.numerics.tensor_file import read_tensors, write_tensors
 
 _FILE = "fitting.safetensors"
@@ -32,21 +32,19 @@ class Progress:
     def __init__(
         self,
         folder: str | Path | None,
-        learnings: list[dict[int, Learning]],
+        runs: list[dict[int, LearnerRun]],
         configs: Sequence[AdaptiveCompressConfig],
         model: PreTrainedModel,
         data: Calibration,
         every: int,
     ) -> None:
         self.path = None if folder is None else Path(folder) / _FILE
-        self.learnings = {
-            f"{n}.{layer}": learning for n, mine in enumerate(learnings) for layer, learning in mine.items()
-        }
+        self.runs = {f"{n}.{layer}": run for n, mine in enumerate(runs) for layer, run in mine.items()}
         self.every = every
         self.done = 0
         if self.path is None:
             return
-        self.run = {
+        self.identity = {
             "configs": json.loads(json.dumps([config.to_dict() for config in configs])),
             "data": _known_by(tensor for batch in data for tensor in batch.inputs.values()),
             "model": _known_by(parameter.flatten()[:_LOOKED_AT] for parameter in model.parameters()),
@@ -60,27 +58,21 @@ class Progress:
         self.done = done
         if self.path is None or done % self.every or everywhere()[0]:
             return
-        tensors = {
-            f"{key}.{name}": tensor
-            for key, learning in self.learnings.items()
-            for name, tensor in learning.state().items()
-        }
-        facts = {
-            key: {"curve": learning.curve, "stopped": learning.stopped} for key, learning in self.learnings.items()
-        }
+        tensors = {f"{key}.{name}": tensor for key, run in self.runs.items() for name, tensor in run.state().items()}
+        facts = {key: {"curve": run.curve, "stopped": run.stopped} for key, run in self.runs.items()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(self.path, tensors, {"run": self.run, "done": done, "learnings": facts})
+        write_tensors(self.path, tensors, {"identity": self.identity, "done": done, "runs": facts})
 
     def _read(self, path: Path) -> None:
         whole, tensors = read_tensors(path)
-        if whole["run"] != self.run:
-            different = [name for name, value in self.run.items() if whole["run"].get(name) != value]
+        if whole["identity"] != self.identity:
+            different = [name for name, value in self.identity.items() if whole["identity"].get(name) != value]
             raise ValueError(f"{path} is of a run with other {', '.join(different)}: delete it, or give another folder")
         self.done = whole["done"]
-        for key, learning in self.learnings.items():
+        for key, run in self.runs.items():
             prefix = f"{key}."
-            learning.restore({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
-            learning.curve, learning.stopped = whole["learnings"][key]["curve"], whole["learnings"][key]["stopped"]
+            run.restore({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+            run.curve, run.stopped = whole["runs"][key]["curve"], whole["runs"][key]["stopped"]
 
 
 def _known_by(tensors: Iterable[Tensor]) -> str:

@@ -17,7 +17,7 @@ from hf_compress.calibration.data import Batch, special_ids
 from hf_compress.calibration.decoder import has_decoder, read_before
 from hf_compress.methods.adaptive_compress.config import AdaptiveCompressConfig
 from hf_compress.methods.adaptive_compress.fit import LEARNERS, layers_of, ordinary, stream_moments
-from hf_compress.methods.adaptive_compress.learning import Learning, processes
+from hf_compress.methods.adaptive_compress.learner_run import LearnerRun, processes
 from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.base.schedule import TrainingSchedule
 from hf_compress.modules.bottleneck import BOTTLENECK, Bottleneck
@@ -43,7 +43,7 @@ class Joint(TrainingSchedule):
     def __init__(self, config: AdaptiveCompressConfig) -> None:
         super().__init__(config)
         self.found: Bottlenecks | None = None
-        self.learnings: dict[int, Learning] = {}
+        self.runs: dict[int, LearnerRun] = {}
         self.losses: dict[int, Tensor] = {}  # of this micro-batch
         self.told: dict[int, list[Tensor]] = {}  # error, active features and energy, of each micro-batch of a step
         self.hooks: list[RemovableHandle] = []
@@ -68,11 +68,11 @@ class Joint(TrainingSchedule):
         self.stack_path = stack.path
         plan = Plan()
         for layer in layers:
-            learning = Learning(LEARNERS[config.variant](config, moments[layer], config.seed + layer))
-            learning.learner.retain(config.retention_init)
-            self.learnings[layer] = learning
+            run = LearnerRun(LEARNERS[config.variant](config, moments[layer], config.seed + layer))
+            run.learner.retain(config.retention_init)
+            self.runs[layer] = run
             if self.splices:
-                plan += insert_bottleneck(Block(model, stack, layer), learning.learner.module)
+                plan += insert_bottleneck(Block(model, stack, layer), run.learner.module)
         return plan
 
     def begin(self, model: PreTrainedModel, progress: float) -> None:
@@ -83,31 +83,31 @@ class Joint(TrainingSchedule):
         special = special_ids(model.config, None)
         stack = Anatomy(model).stack(self.stack_path)
         self.hooks.append(model.register_forward_pre_hook(_keeper(self, special), with_kwargs=True))
-        for layer, learning in self.learnings.items():
+        for layer, run in self.runs.items():
             watch = _watcher(self, layer, stack)
             block = stack.blocks[layer]
             if self.splices:
-                learning.learner.module = _bottleneck_of(block)
-                if learning.learner.module.form.select == "above":
-                    learning.learner.module.threshold.requires_grad_(False)
-                self.hooks.append(learning.learner.module.register_forward_pre_hook(watch))
+                run.learner.module = _bottleneck_of(block)
+                if run.learner.module.form.select == "above":
+                    run.learner.module.threshold.requires_grad_(False)
+                self.hooks.append(run.learner.module.register_forward_pre_hook(watch))
             else:
-                learning.learner.module.to(model.device)
+                run.learner.module.to(model.device)
                 self.hooks.append(block.register_forward_hook(watch))
 
     def learn(self, layer: int, stack: Stack, stream: Tensor) -> None:
         """Take in a stream (samples, positions, hidden) that one of the bottlenecks is given."""
-        learning = self.learnings[layer]
-        if self._real is None or not learning.learner.trains:
+        run = self.runs[layer]
+        if self._real is None or not run.learner.trains:
             return
         rows = stream.detach()[stream_tokens(stack, self._real, stream)]
         with torch.autocast(stream.device.type, enabled=False):
-            rows = ordinary(rows.to(learning.learner.module.encoder.dtype), self.config.outliers)
+            rows = ordinary(rows.to(run.learner.module.encoder.dtype), self.config.outliers)
             self.tokens += len(rows)
             if not self.splices:
-                learning.learn(rows, self.now * self.config.updates, self.steps * self.config.updates)
+                run.learn(rows, self.now * self.config.updates, self.steps * self.config.updates)
             elif len(rows):
-                terms = learning.learner.terms(rows)
+                terms = run.learner.terms(rows)
                 self.losses[layer] = terms.loss
                 self.told.setdefault(layer, []).append(terms.told.float())
 
@@ -121,62 +121,60 @@ class Joint(TrainingSchedule):
         if not self.splices:
             return
         for layer, parts in self.told.items():
-            learning, told = self.learnings[layer], torch.stack(parts).mean(0)
+            run, told = self.runs[layer], torch.stack(parts).mean(0)
             if processes() > 1:
                 dist.all_reduce(told)
                 told /= processes()
-            learning.learner.constrain_gradients()
-            learning.learner.after_step(told[2:])
+            run.learner.constrain_gradients()
+            run.learner.after_step(told[2:])
             retention = self.config.retention(self.now, self.steps)
-            learning.learner.retain(retention)
-            learning.note(self.now, retention, told)
+            run.learner.retain(retention)
+            run.note(self.now, retention, told)
         self.told = {}
 
     def finish(self, context: CalibrationContext) -> Plan | None:
         """The features that are left; nothing is solved for, which would undo what the model's loss has taught."""
         self._remove_hooks()
         places = {}
-        for layer, learning in self.learnings.items():
-            if self.splices and learning.learner.module.form.gated:
-                learning.learner.retain(self.config.kept)
-                module, kept = learning.learner.cut()
+        for layer, run in self.runs.items():
+            if self.splices and run.learner.module.form.gated:
+                run.learner.retain(self.config.kept)
+                module, kept = run.learner.cut()
             else:
-                module, kept = learning.finished()
-            places[layer] = FittedBottleneck(
-                module, learning.learner.importance, kept, learning.curve, learning.stopped
-            )
+                module, kept = run.finished()
+            places[layer] = FittedBottleneck(module, run.learner.importance, kept, run.curve, run.stopped)
         found = Bottlenecks(self.stack_path, places, self.config.to_dict(), self.tokens // max(1, len(places)))
         if not self.splices:
             self.found = found
             return None
         plan = found.plan(context.model)
-        changed = any(learning.learner.module.form.gated for learning in self.learnings.values())
+        changed = any(run.learner.module.form.gated for run in self.runs.values())
         return plan if changed else Plan(notes=plan.notes)
 
     def logs(self) -> dict[str, float]:
         return {
-            f"{name}_{layer}": learning.curve[name][-1]
-            for layer, learning in self.learnings.items()
+            f"{name}_{layer}": run.curve[name][-1]
+            for layer, run in self.runs.items()
             for name in ("error", "active", "retention")
-            if learning.curve[name]
+            if run.curve[name]
         }
 
     def state(self) -> dict[str, Tensor]:
         """Importance, and what stands beside the model; what stands in it is in the checkpoint."""
         found: dict[str, Tensor] = {}
-        for layer, learning in self.learnings.items():
-            own = learning.learner.module.state_dict().keys() if self.splices else ()
-            state = learning.learner.state() if self.splices else learning.state()
+        for layer, run in self.runs.items():
+            own = run.learner.module.state_dict().keys() if self.splices else ()
+            state = run.learner.state() if self.splices else run.state()
             found |= {f"{layer}.{name}": tensor.cpu() for name, tensor in state.items() if name not in own}
         return found
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        for layer, learning in self.learnings.items():
+        for layer, run in self.runs.items():
             own = {n.partition(".")[2]: t for n, t in state.items() if n.partition(".")[0] == str(layer)}
             if self.splices:
-                learning.learner.restore(own | learning.learner.module.state_dict())
+                run.learner.restore(own | run.learner.module.state_dict())
             else:
-                learning.restore(own)
+                run.restore(own)
 
     def _remove_hooks(self) -> None:
         while self.hooks:

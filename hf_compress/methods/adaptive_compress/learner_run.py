@@ -15,7 +15,7 @@ _KEEP_EVERY = 50  # steps
 _DIVERGED = 10.0  # times the variance of the stream, or the first error
 
 
-class Learning:
+class LearnerRun:
     """
     Attributes:
         learner: what learns.
