@@ -30,7 +30,7 @@ def leftovers(model: PreTrainedModel) -> list[str]:
 
 @contextmanager
 def refusing(
-    model: PreTrainedModel, error: type[BaseException] | tuple[type[BaseException], ...], message: str = ""
+    model: PreTrainedModel, error: type[BaseException] | tuple[type[BaseException], ...], message: str | None = None
 ) -> Iterator[None]:
     """What stands inside is refused in these words, and leaves the model as it was."""
     before, own = Trace.of(model), leftovers(model)

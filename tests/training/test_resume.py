@@ -51,7 +51,7 @@ CASES = {
     "collapsing": (LayerCollapseConfig(num_layers=2), {"every": 3}, {"weight_decay": 0.1}),
 }
 
-RARE = ("learned, ramp, teacher", "refitting")  # for `make check`
+RARE = ("learned, ramp, teacher", "accumulated", "dropped first", "refitting", "bottlenecks beside")  # for `make check`
 
 
 class StopAt(TrainerCallback):
