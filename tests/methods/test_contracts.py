@@ -149,7 +149,7 @@ def test_the_saved_model_is_the_one_in_memory(name, dtype, tied, tmp_path):
         assert torch.equal(loaded.generate(IDS[:2], **options), model.generate(IDS[:2], **options))
     report = model.compression_report
     assert report.config == ROWS[name].config.to_dict()
-    assert hfc.CompressionReport.from_json(report.to_json()).to_json() == report.to_json()
+    assert hfc.CompressionReport.from_json(report.to_json()) == report
 
 
 @pytest.mark.parametrize("name", FIRST)

@@ -78,7 +78,9 @@ class CompressionConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields and the method's name: JSON values only, the inverse of `from_dict`."""
-        return {"method": self.method, **asdict(self)}
+        values = asdict(self)
+        lists = {name: list(value) for name, value in values.items() if isinstance(value, tuple)}
+        return {"method": self.method, **values, **lists}
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> CompressionConfig:
