@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from hf_compress.evaluation.evaluate import TaskScore
 
-REFERENCE = Path(__file__).resolve().parent.parent / "examples" / "reference"
+REFERENCE = Path(__file__).resolve().parents[2] / "examples" / "reference"
 RATIO = 0.25
 _CALIBRATION_TOKENS = 256  # of each text
 _HELD_OUT_LETTERS = 1500  # from the middle of each held-out document: about as many tokens as the model has positions

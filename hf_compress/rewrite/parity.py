@@ -8,7 +8,7 @@ sliding window, a layer index), a buffer, or at last the outputs.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.layout import position_fields
-from hf_compress.calibration.capture import forward, inference
+from hf_compress.calibration.capture import forward, hooked, inference
 from hf_compress.errors import ParityError, UnsupportedModelError, one_line
 from hf_compress.rewrite.probe import Outputs, Probe, outputs_on, quiet, same_outputs, same_tensor
 
@@ -105,24 +105,32 @@ def check_parity(model: PreTrainedModel, probe: Probe) -> Outputs:
 
 def _difference(model: PreTrainedModel, rebuilt: PreTrainedModel, probe: Probe) -> str | None:
     """What tells the modules and buffers of two models apart, in words."""
-    difference = next(module_differences(model, rebuilt, unset=False), None) or next(
+    difference = next(module_differences(model, rebuilt, unset=()), None) or next(
         _buffer_differences(model, rebuilt), None
     )
     if difference or (difference := next(module_differences(model, rebuilt), None)) is None:
         return difference
-    try:  # a module may find out when it first runs (Gemma 4, how much to pad)
-        with inference(rebuilt):
+    reached: set[str] = set()
+    hooks = (
+        module.register_forward_hook(lambda *_, path=path: reached.add(path))
+        for path, module in rebuilt.named_modules()
+    )
+    try:  # a module may find out when it first runs (Gemma 4, how much to pad), and some do not on this probe
+        with inference(rebuilt), hooked(hooks):
             forward(rebuilt, probe.batch)
-            return next(module_differences(model, rebuilt), None)
+            return next(module_differences(model, rebuilt, reached), None)
     except Exception:  # it does not run, being another model
         return difference
 
 
-def module_differences(model: PreTrainedModel, rebuilt: PreTrainedModel, unset: bool = True) -> Iterator[str]:
+def module_differences(
+    model: PreTrainedModel, rebuilt: PreTrainedModel, unset: Collection[str] | None = None
+) -> Iterator[str]:
     """What tells the modules of a rebuilt model from the live one's, in words: classes and settings.
 
     Outside of the blocks, what only the live model has does no harm: a table for a kind of block of which none is left,
-    or its name in a list. `unset`: whether to count settings that are still None in the rebuilt one.
+    or its name in a list. `unset`: the paths of modules of which settings count that are None in the rebuilt one; all
+    modules' when None.
     """
     stacks = tuple(stack.path for stack in Anatomy(model).stacks)
     others = dict(rebuilt.named_modules())
@@ -140,7 +148,7 @@ def module_differences(model: PreTrainedModel, rebuilt: PreTrainedModel, unset: 
             if name not in vars(other) and not path.startswith(stacks):
                 continue
             theirs = vars(other).get(name)
-            if theirs is None and not unset:
+            if theirs is None and unset is not None and path not in unset:
                 continue
             if not path.startswith(stacks) and isinstance(value, list) and isinstance(theirs, list):
                 value = [kind for kind in value if kind in theirs]

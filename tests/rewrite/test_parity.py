@@ -8,7 +8,7 @@ from hf_compress.calibration.data import Batch
 from hf_compress.errors import ParityError, UnsupportedModelError
 from hf_compress.rewrite.parity import check_parity, rebuild
 from hf_compress.rewrite.probe import Probe, same_outputs, same_tensor
-from tests.helpers.tiny import tiny_base_model, tiny_inputs, tiny_model
+from tests.helpers.tiny import tiny_base_model, tiny_inputs, tiny_model, tiny_vision_language_model
 
 
 def check(model, probe=None) -> None:
@@ -118,3 +118,14 @@ def test_a_model_with_added_tokens_is_itself():
     model = tiny_model("llama")
     model.resize_token_embeddings(model.config.vocab_size + 6)
     check(model)
+
+
+def test_what_a_module_finds_out_when_it_runs_is_no_difference():
+    """Gemma 4's audio tower learns how much to pad in its first pass; a probe without sound never gets there."""
+    model = tiny_vision_language_model("gemma4")
+    with torch.no_grad():
+        model(**tiny_inputs(model))
+    check(model)
+    text = {name: value for name, value in tiny_inputs(model).items() if name in ("input_ids", "attention_mask")}
+    text["input_ids"] = torch.randint(10, 40, text["input_ids"].shape)
+    check(model, Probe.of(model, Batch(text, None)))
