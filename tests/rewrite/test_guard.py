@@ -41,21 +41,20 @@ TEXT = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
+VISION = {
+    "depth": 4,
+    "hidden_size": 32,
+    "num_heads": 4,
+    "intermediate_size": 64,
+    "out_hidden_size": 64,
+    "patch_size": 4,
+    "temporal_patch_size": 1,
+}
 ROPE = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}
 
 
 def qwen3_vl(places):
-    vision = {
-        "depth": 4,
-        "hidden_size": 32,
-        "num_heads": 4,
-        "intermediate_size": 64,
-        "out_hidden_size": 64,
-        "patch_size": 4,
-        "temporal_patch_size": 1,
-        "num_position_embeddings": 64,
-        "deepstack_visual_indexes": places,
-    }
+    vision = {**VISION, "num_position_embeddings": 64, "deepstack_visual_indexes": places}
     text = {**TEXT, "head_dim": 16, "rope_parameters": ROPE}
     config = Qwen3VLConfig(image_token_id=90, text_config=text, vision_config=vision)
     ids = torch.tensor([[5, 92, 90, 90, 93, 7]])
@@ -68,17 +67,7 @@ def qwen3_vl(places):
 
 
 def qwen2_5_vl(places):
-    vision = {
-        "depth": 4,
-        "hidden_size": 32,
-        "num_heads": 4,
-        "intermediate_size": 64,
-        "out_hidden_size": 64,
-        "patch_size": 4,
-        "temporal_patch_size": 1,
-        "window_size": 16,
-        "fullatt_block_indexes": places,
-    }
+    vision = {**VISION, "window_size": 16, "fullatt_block_indexes": places}
     text = {**TEXT, "rope_parameters": ROPE}
     config = Qwen2_5_VLConfig(image_token_id=90, text_config=text, vision_config=vision)
     ids = torch.tensor([[5, 92, *[90] * 16, 93, 7]])
