@@ -68,6 +68,12 @@ def seconds(work: Callable[[], object]) -> float:
     return perf_counter() - start
 
 
+def peak_of_this_process() -> float:
+    """Largest resident set so far in MiB (Linux). Not getrusage's, which a child inherits from its parent."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
+
+
 def cost_ratios(directory: Path, config: CompressionConfig, windows: Tensor, repeats: int) -> list[float]:
     """Time of `compress` over the mean of the plain passes before and after it."""
     found = []

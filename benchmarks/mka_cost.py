@@ -16,7 +16,15 @@ import sys
 from pathlib import Path
 from statistics import median
 
-from common import REFERENCE, calibration_windows, cost_ratios, load, plain_pass, write_result
+from common import (
+    REFERENCE,
+    calibration_windows,
+    cost_ratios,
+    load,
+    peak_of_this_process,
+    plain_pass,
+    write_result,
+)
 from tqdm import tqdm
 
 from hf_compress import MKAConfig, compress
@@ -51,12 +59,6 @@ def child(directory: Path, what: str, samples: int) -> None:
     else:
         compress(model, MKAConfig(num_merges=MERGES_FOR_MEMORY), windows)
     print(peak_of_this_process())
-
-
-def peak_of_this_process() -> float:
-    """Largest resident set so far in MiB (Linux). Not getrusage's, which a child inherits from its parent."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
 
 
 def main() -> None:

@@ -1,0 +1,65 @@
+"""What llm-compressor's GPTQ (W4A16) costs on the work of cost.py, which runs this in an environment that has it.
+
+    pip install llmcompressor==0.14.0
+    python benchmarks/cost.py --peer that/environment/bin/python
+
+Prints time over one plain pass, and the MiB that the largest resident set grew by beyond that of the plain pass.
+"""
+
+from pathlib import Path
+from time import perf_counter
+
+import torch
+from datasets import Dataset
+from llmcompressor import oneshot
+from llmcompressor.modifiers.quantization import GPTQModifier
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+SAMPLES, POSITIONS, VOCABULARY, BATCH = 32, 256, 32_000, 8  # as in cost.py
+
+
+def resident() -> float:
+    """Largest resident set so far in MiB (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=6,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        max_position_embeddings=POSITIONS,
+        tie_word_embeddings=True,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    windows = torch.randint(3, VOCABULARY, (SAMPLES, POSITIONS), generator=torch.Generator().manual_seed(1))
+
+    def plain() -> float:
+        start = perf_counter()
+        with torch.no_grad():
+            for ids in windows.split(BATCH):
+                model(input_ids=ids, use_cache=False)
+        return perf_counter() - start
+
+    plain()
+    before, lowest = plain(), resident()
+    data = Dataset.from_dict({"input_ids": windows.tolist(), "attention_mask": torch.ones_like(windows).tolist()})
+    start = perf_counter()
+    oneshot(
+        model=model,
+        dataset=data,
+        recipe=GPTQModifier(targets="Linear", scheme="W4A16", ignore=["lm_head"]),
+        max_seq_length=POSITIONS,
+        num_calibration_samples=SAMPLES,
+        batch_size=BATCH,
+    )
+    print(f"{(perf_counter() - start) / before:.3f} {resident() - lowest:.1f}")
+
+
+if __name__ == "__main__":
+    main()
