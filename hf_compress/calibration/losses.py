@@ -26,13 +26,14 @@ class LossRunner(BlockRunner):
     """One batch, and what changes of the model cost on it.
 
     Attributes:
-        streams: before every block, of the model as it was kept last.
+        streams: before every block and behind the last, of the model as it was kept last.
+        skipped: the blocks that it was kept without.
     """
 
     def __init__(self, model: PreTrainedModel, stack: Stack, batch: Batch) -> None:
         super().__init__(model, stack, batch)
         self.streams: dict[int, Tensor] = {}
-        self._skipped: Collection[int] = ()
+        self.skipped: Collection[int] = ()
         self._reference: tuple[Tensor | None] | None = None
 
     def keep(self, skipped: Collection[int] = ()) -> Loss:
@@ -41,13 +42,18 @@ class LossRunner(BlockRunner):
         The first time, with nothing changed or skipped: that is what the outputs of other models are held to.
         """
         output, self.streams = self.record(skipped)
-        self._skipped = skipped
+        self.skipped = skipped
         self._reference = self._reference or (reference_for(self.model, output, self.batch),)
         return self._loss(output)
 
+    def go_on(self, start: int, skipped: Collection[int]) -> None:
+        """Keep the streams behind block `start` on, which has changed, without the blocks `skipped`."""
+        self.record_from(start, self.streams, skipped)
+        self.skipped = skipped
+
     def loss_after(self, index: int, stream: Tensor) -> Loss:
         """The loss where `stream` is what comes out of block `index`; the blocks after it are as they were kept."""
-        return self._loss(self.finish(index + 1, stream, self._skipped))
+        return self._loss(self.finish(index + 1, stream, self.skipped))
 
     def _loss(self, output: Any) -> Loss:
         assert self._reference is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 from hf_compress.calibration.capture import decoder_tokens, real_tokens
 from hf_compress.calibration.data import Batch
 from hf_compress.calibration.decoder import has_decoder
-from hf_compress.errors import UnsupportedModelError
+from hf_compress.errors import CalibrationError, UnsupportedModelError
 
 
 def first_tensor(output: Any) -> Tensor:
@@ -87,6 +88,32 @@ def output_tokens(model: PreTrainedModel, batch: Batch, value: Tensor) -> Tensor
     if batch.targets is not None or (has_decoder(model) and speaks(model, batch)):
         return next_tokens(model, batch, value) != -100
     return decoder_tokens(batch, value) if has_decoder(model) else real_tokens(batch, value)
+
+
+def drawn_gradient(model: PreTrainedModel, output: Any, batch: Batch, generator: torch.Generator) -> Tensor:
+    """The gradient, at a model's outputs, of the log-probability of an output that is drawn from them.
+
+    Of logits of classes or words, for each sample or token: the class drawn less the probabilities of all, or of
+    several labels each by itself. Of anything else, which is taken for the mean of a Gaussian, noise. 0 where
+    nothing counts (see `output_tokens`).
+    """
+    value = first_tensor(output).detach()
+    logits = value.float().reshape(-1, value.shape[-1])
+    if not bool(torch.isfinite(logits).all()):
+        raise CalibrationError(f"{type(model).__name__} gives NaN or infinite outputs on this data")
+    problem = getattr(model.config, "problem_type", None)
+    classes = getattr(output, "logits", None) is not None and value.ndim in (2, 3) and logits.shape[-1] > 1
+    if not classes or problem == "regression":
+        start = torch.randn(logits.shape, dtype=torch.float32, generator=generator)
+    elif problem == "multi_label_classification":
+        probabilities = logits.sigmoid().cpu()
+        start = torch.bernoulli(probabilities, generator=generator) - probabilities
+    else:
+        probabilities = logits.softmax(dim=-1)
+        drawn = torch.multinomial(probabilities.cpu(), 1, generator=generator).to(logits.device)
+        start = probabilities.neg_().scatter_add_(1, drawn, torch.ones_like(drawn, dtype=probabilities.dtype))
+    start = start.view(value.shape).to(value)
+    return start * output_tokens(model, batch, start)[..., None] if start.ndim == 3 else start
 
 
 def mean_loss(loss: float, weight: float) -> float:

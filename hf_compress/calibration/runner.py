@@ -1,22 +1,25 @@
-"""Running single blocks on any residual stream, inside the model's own forward.
+"""Running single blocks on any residual stream, as the model's own forward calls them.
 
-The model prepares masks, positions and caches as it always does; the blocks before the wanted one hand a given stream
-through, and the pass ends after it. So no family needs code of its own.
+A batch is given to the model's forward once, and that waits before each block until somebody asks what the next one
+does. So the model prepares masks, positions and caches as it always does, no family needs code of its own, and each
+block's arguments are there from then on: to run it on another stream takes no more than the block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from contextvars import copy_context
+from functools import partial
+from typing import Any, NamedTuple
 
+from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.capture import (
-    StopForward,
     check_stream,
     forward,
     stream_of,
@@ -58,11 +61,33 @@ def _wrapped(own: Callable[..., Any], new: BlockForward) -> Callable[..., Any]:
     return forward
 
 
+class _Call(NamedTuple):
+    """What the model calls a block with; the place of the stream is empty, so that none is kept."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    name: str | None  # of the stream, where it is given by name
+
+    @staticmethod
+    def of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
+        if args:
+            return _Call((None, *args[1:]), kwargs, None)
+        stream = stream_of(args, kwargs)
+        name = next(name for name, value in kwargs.items() if value is stream)
+        return _Call((), {**kwargs, name: None}, name)
+
+    def on(self, stream: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments, with a stream among them."""
+        if self.name is None:
+            return (stream, *self.args[1:]), self.kwargs
+        return (), {**self.kwargs, self.name: stream}
+
+
 class BlockRunner:
     """One batch, and blocks run on streams of it.
 
     What a block returns besides the stream (a tuple's other entries, such as T5's position bias) is kept from the first
-    time it runs, for when it has to hand a stream through; so every block has to run before a later one is run alone.
+    time it runs, and goes on with the model's forward; so every block has to run before a later one is run alone.
 
     Attributes:
         batch: the inputs.
@@ -70,97 +95,99 @@ class BlockRunner:
 
     def __init__(self, model: PreTrainedModel, stack: Stack, batch: Batch) -> None:
         self.model, self.stack, self.batch = model, stack, batch
-        self._forms: dict[int, Any] = {}
-
-    def record(self, skipped: Collection[int] = ()) -> tuple[Any, dict[int, Tensor]]:
-        """The model's output without the blocks `skipped`, and the stream before every block.
-
-        The first time, no block may be skipped.
-        """
-        streams: dict[int, Tensor] = {}
-
-        def recorded(index: int) -> BlockForward:
-            def block(own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-                streams[index] = stream_of(args, kwargs)
-                if index in skipped:
-                    return with_stream(self._forms[index], streams[index])
-                output = own(*args, **kwargs)
-                self._refuse_several_streams(index, output, kwargs, streams[index])
-                check_stream(self.stack, index, streams[index], stream_of_output(output))
-                self._forms.setdefault(index, with_stream(output, None))
-                return output
-
-            return block
-
-        with replaced_forwards(self.stack, {index: recorded(index) for index in range(len(self.stack))}):
-            return forward(self.model, self.batch), streams
+        self._calls: dict[int, _Call] = {}  # of the blocks that the forward has come to
+        self._forms: dict[int, Any] = {}  # what they return, without the stream
+        self._waiting: greenlet | None = None  # the forward, inside its call of block `_reached`
+        self._reached = -1
+        self._handed: Tensor | None = None  # the stream that it goes on with
 
     def start(self) -> Tensor:
         """The stream before the first block, (samples, positions, width)."""
-        seen: list[Tensor] = []
-
-        def stop(own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            seen.append(stream_of(args, kwargs))
-            raise StopForward
-
-        with replaced_forwards(self.stack, {0: stop}):
-            forward(self.model, self.batch)
-        return self._seen(0, seen)
+        self._waiting = greenlet(partial(forward, self.model, self.batch))
+        self._waiting.gr_context = copy_context()
+        self._reached = -1
+        return self._next()
 
     def run(self, index: int, stream: Tensor) -> Tensor:
         """What block `index` makes of `stream`."""
-        seen: list[Tensor] = []
-
-        def wanted(own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            output = own(*_with_argument(args, stream), **kwargs) if args else own(**_with_keyword(kwargs, stream))
-            seen.append(stream_of_output(output))
-            self._refuse_several_streams(index, output, kwargs, seen[0])
-            self._forms.setdefault(index, with_stream(output, None))
-            raise StopForward
-
-        with replaced_forwards(self.stack, {**self.handing(range(index), stream), index: wanted}):
-            forward(self.model, self.batch)
-        after = self._seen(index, seen)
+        if index not in self._calls:
+            self._come_to(index)
+        output = self.output(index, stream)
+        after = stream_of_output(output)
+        if beside := streams_beside(output, self._calls[index].kwargs, after):
+            raise UnsupportedModelError(
+                f"block {self.stack.path}.{index} has a second stream, {next(iter(beside))}, and no single one that "
+                "tells what it does"
+            )
         check_stream(self.stack, index, stream, after)
+        self._forms.setdefault(index, with_stream(output, None))
+        if index == self._reached:
+            self._handed = after
         return after
 
-    def _seen(self, index: int, seen: list[Tensor]) -> Tensor:
-        """The stream that was seen at a block; CalibrationError where the model has passed the block by."""
+    def record(self, skipped: Collection[int] = ()) -> tuple[Any, dict[int, Tensor]]:
+        """The model's output without the blocks `skipped`, and the streams before every block and behind the last.
+
+        The first time, no block may be skipped.
+        """
+        streams = {0: self.start()}
+        self.record_from(0, streams, skipped)
+        return self.finish(len(self.stack), streams[len(self.stack)], ()), streams
+
+    def record_from(self, start: int, streams: dict[int, Tensor], skipped: Collection[int] = ()) -> None:
+        """Put the streams behind block `start` and all later ones into `streams`, which has those up to it."""
+        for index in range(start, len(self.stack)):
+            streams[index + 1] = streams[index] if index in skipped else self.run(index, streams[index])
+
+    def finish(self, start: int, stream: Tensor, skipped: Collection[int]) -> Any:
+        """The model's output when `stream` is what comes before block `start` and the blocks `skipped` are left out."""
+        for index in range(start, len(self.stack)):
+            if index not in skipped:
+                stream = stream_of_output(self.output(index, stream))
+        with replaced_forwards(self.stack, self.handing(range(len(self.stack)), stream)):
+            return forward(self.model, self.batch)
+
+    def handing(self, indices: Iterable[int], stream: Tensor) -> dict[int, BlockForward]:
+        """Replacements with which blocks return `stream` in the form of their own return values."""
+
+        def hand(index: int) -> BlockForward:
+            return lambda own, args, kwargs: with_stream(self._forms[index], stream)
+
+        return {index: hand(index) for index in indices}
+
+    def output(self, index: int, stream: Tensor) -> Any:
+        """All that block `index`, which has run before, returns for `stream`."""
+        args, kwargs = self._calls[index].on(stream)
+        return self.stack.blocks[index](*args, **kwargs)
+
+    def _come_to(self, index: int) -> None:
+        """Let the forward go on as far as its call of block `index`."""
+        if self._waiting is None:
+            self.start()
+        while self._reached < index:
+            self._next()
+
+    def _next(self) -> Tensor:
+        """Let the forward go on from one block's call to that of the next; the stream that it comes with."""
+        here, index = getcurrent(), self._reached + 1
+        calls, seen = self._calls, list[Tensor]()
+
+        # It does not know the runner: what waits inside a forward is not seen by the collection of garbage.
+        def wait(own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            seen.append(stream_of(args, kwargs))
+            calls[index] = _Call.of(args, kwargs)
+            return here.switch()
+
+        assert self._waiting is not None
+        returned = (with_stream(self._forms[index - 1], self._handed),) if index else ()
+        with replaced_forwards(self.stack, {index: wait}):
+            self._waiting.switch(*returned)
         if not seen:
             raise CalibrationError(
                 f"block {self.stack.path}.{index} does not run on the calibration data, as one that reads images does "
                 "not on text alone: give data that all blocks run on"
             )
-        return seen[0]
-
-    def _refuse_several_streams(self, index: int, output: Any, kwargs: dict[str, Any], stream: Tensor) -> None:
-        if beside := streams_beside(output, kwargs, stream):
-            raise UnsupportedModelError(
-                f"block {self.stack.path}.{index} has a second stream, {next(iter(beside))}, and no single one that "
-                "tells what it does"
-            )
-
-    def finish(self, start: int, stream: Tensor, skipped: Collection[int]) -> Any:
-        """The model's output when `stream` is what comes before block `start` and the blocks `skipped` are left out."""
-        replacements = self.handing(range(start), stream) | self.handing([i for i in skipped if i >= start], None)
-        with replaced_forwards(self.stack, replacements):
-            return forward(self.model, self.batch)
-
-    def handing(self, indices: Iterable[int], stream: Tensor | None) -> dict[int, BlockForward]:
-        """Replacements with which blocks return `stream`, or what came in, in the form of their own return values."""
-
-        def hand(index: int) -> BlockForward:
-            return lambda own, args, kwargs: with_stream(
-                self._forms[index], stream_of(args, kwargs) if stream is None else stream
-            )
-
-        return {index: hand(index) for index in indices}
-
-
-def _with_argument(args: tuple[Any, ...], stream: Tensor) -> tuple[Any, ...]:
-    return (stream, *args[1:])
-
-
-def _with_keyword(kwargs: dict[str, Any], stream: Tensor) -> dict[str, Any]:
-    name = next(n for n, v in kwargs.items() if v is stream_of((), kwargs))
-    return {**kwargs, name: stream}
+        self._reached = index
+        if index == len(self.stack) - 1:
+            self._waiting = None  # what it holds is of no more use
+        return seen.pop()

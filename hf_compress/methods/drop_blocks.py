@@ -9,14 +9,18 @@ import torch
 
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.losses import losses_without
+from hf_compress.calibration.sensitivity import costs_without
 from hf_compress.calibration.statistics import block_statistics
 from hf_compress.checks import setting
 from hf_compress.methods.base.amounts import AMOUNT
+from hf_compress.methods.base.choice import cheapest
 from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.base.registry import Method, register
 from hf_compress.methods.base.settings import CompressionConfig
 from hf_compress.plan.edits import RemoveBlocks
 from hf_compress.plan.plan import Plan
+
+_TRIED = 4  # candidates of which the loss is measured for every block that goes, and the last one's neighbours
 
 
 @dataclass(frozen=True)
@@ -83,12 +87,24 @@ def _choose(config: DropBlocksConfig, context: CalibrationContext, stack: Stack,
 
 
 def _greedy(context: CalibrationContext, stack: Stack, count: int) -> tuple[list[int], dict]:
-    """One block after another, each time the one whose absence costs least."""
+    """One block after another, each time the one whose absence costs least.
+
+    What each would cost is estimated in one backward sweep. The few that cost least are tried, and so are the
+    neighbours of the block that went last.
+    """
+    model, data = context.model, context.calibration
+    left = list(range(len(stack)))
+    estimates = costs_without(model, stack, data)
     removed: list[int] = []
+    touched: list[int] = []
     history = []
     for _ in range(count):
-        left = [i for i in range(len(stack)) if i not in removed]
-        losses = losses_without(context.model, stack, context.calibration, left, skipped=removed)
-        removed.append(min(losses, key=losses.__getitem__))
-        history.append({"removed": removed[-1], "loss": losses[removed[-1]]})
+        best, losses = cheapest(
+            left, estimates, lambda some: losses_without(model, stack, data, some, skipped=removed), touched, _TRIED
+        )
+        place = left.index(best)
+        left.remove(best)
+        touched = left[max(0, place - 1) : place + 1]
+        removed.append(best)
+        history.append({"removed": best, "loss": losses[best]})
     return sorted(removed), {"greedy": history}

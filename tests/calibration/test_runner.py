@@ -95,8 +95,42 @@ def test_recording_is_the_model_and_keeps_every_stream(name, side):
         output, streams = runner.record()
         assert same_output(output, whole)
         assert same_output(runner.finish(2, streams[2], ()), whole)
-    assert list(streams) == list(range(len(stack)))
+    assert list(streams) == list(range(len(stack) + 1))
     assert all(torch.equal(streams[index], before[index]) for index in before)
+
+
+@pytest.mark.parametrize(("name", "side"), CASES)
+def test_the_forward_is_entered_once_for_all_blocks(name, side):
+    model, stack, batch = built(name, side)
+    entered = []
+    model.register_forward_pre_hook(lambda *_: entered.append(1))
+    with inference(model):
+        runner = BlockRunner(model, stack, batch)
+        stream = runner.start()
+        for index in range(len(stack)):
+            runner.run(index, stream * 1.5)
+            stream = runner.run(index, stream)
+        runner.run(0, stream)
+    assert len(entered) == 1
+
+
+def test_a_runner_that_is_given_up_leaves_its_forward():
+    model, stack, batch = built("llama")
+    closed, own = [], model.model.forward
+
+    def opened(*args, **kwargs):
+        try:
+            return own(*args, **kwargs)
+        finally:
+            closed.append(1)
+
+    model.model.forward = opened
+    with inference(model):
+        runner = BlockRunner(model, stack, batch)
+        runner.run(0, runner.start())
+        assert not closed
+        del runner
+        assert closed
 
 
 def test_another_stream_gives_another_output():

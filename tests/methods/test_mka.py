@@ -313,7 +313,8 @@ def test_a_block_that_does_nothing_costs_nothing(model):
     scored = calibration.some(6, least=3)[2::3]  # of three batches, the third is not fitted on
     whole = mean_loss_on(model, scored)
     assert losses["3"] == pytest.approx(whole, rel=1e-6)
-    assert all(losses[index] != pytest.approx(whole, rel=1e-6) for index in "124")
+    assert len(losses) > 1
+    assert all(loss != pytest.approx(whole, rel=1e-6) for index, loss in losses.items() if index != "3")
 
 
 def test_solving_takes_away_error_on_data_that_was_not_seen(model):
@@ -359,7 +360,7 @@ def test_too_few_samples(model):
 def test_with_too_few_batches_to_hold_one_out_the_penalty_is_not_chosen(model):
     calibration = calibration_of(model, samples=9, batch_size=3)
     plan = plan_of(model, calibration, num_merges=1)
-    assert {fit["penalty"] for fit in plan.notes["fits"]} <= {refit_module._LOCAL_PENALTY, None}
+    assert {fit["penalty"] for fit in plan.notes["fits"]} <= {0.1, None}
 
 
 # --- cost -------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.capture import inference
 from hf_compress.calibration.losses import LossRunner, mean_of
 from hf_compress.errors import UnsupportedModelError
+from hf_compress.methods.base.choice import cheapest
 from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.layer_collapse.config import LayerCollapseConfig
 from hf_compress.methods.layer_collapse.linear import LinearFit, fit_ffns
@@ -42,14 +43,11 @@ def plan_closed_form(config: LayerCollapseConfig, context: CalibrationContext) -
         for _ in tqdm(range(count), desc="collapsing FFNs", disable=None):
             with context.step("fit the FFNs"):
                 fits = fit_ffns(context.model, stack, context.calibration, left, config.penalty, config.rank)
+            able = [index for index in left if config.target_r2 is None or fits[index].r2 >= config.target_r2]
+            if not able:
+                break
             with context.step("choose"):
-                costs = _costs(config.criterion, fits, runners)
-            best = min(costs, key=costs.__getitem__)
-            if config.target_r2 is not None:
-                linear = [index for index in left if fits[index].r2 >= config.target_r2]
-                if not linear:
-                    break
-                best = min(linear, key=costs.__getitem__)
+                best, costs = _choose(config.criterion, {index: fits[index] for index in able}, runners)
             draft = fits[best].draft(Block(context.model, stack, best))
             carry_out(draft, context.model, undo)
             plan += draft
@@ -98,11 +96,13 @@ def count_of(config: LayerCollapseConfig, total: int) -> int:
     return count
 
 
-def _costs(criterion: str, fits: dict[int, LinearFit], runners: Sequence[LossRunner]) -> dict[int, float]:
-    """What the collapse of each FFN would cost, by a criterion."""
+def _choose(criterion: str, fits: dict[int, LinearFit], runners: Sequence[LossRunner]) -> tuple[int, dict[int, float]]:
+    """The FFN whose collapse costs least by a criterion, and what that of each costs which was looked at."""
     if criterion == "loss":
-        return _losses(fits, runners)
-    return {index: -fit.r2 if criterion == "linearity" else fit.in_stream for index, fit in fits.items()}
+        in_stream = {index: fit.in_stream for index, fit in fits.items()}
+        return cheapest(fits, in_stream, lambda some: _losses({index: fits[index] for index in some}, runners))
+    costs = {index: -fit.r2 if criterion == "linearity" else fit.in_stream for index, fit in fits.items()}
+    return min(costs, key=costs.__getitem__), costs
 
 
 def _losses(fits: dict[int, LinearFit], runners: Sequence[LossRunner]) -> dict[int, float]:

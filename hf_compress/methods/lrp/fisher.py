@@ -24,7 +24,7 @@ from hf_compress.anatomy.undo import Undo
 from hf_compress.attribution.passes import set_gradient
 from hf_compress.calibration.capture import forward, hooked, inference, watch_encoded
 from hf_compress.calibration.data import Batch
-from hf_compress.calibration.objective import first_tensor, output_tokens
+from hf_compress.calibration.objective import drawn_gradient, first_tensor
 from hf_compress.calibration.routing import watch_routes
 from hf_compress.errors import CalibrationError, UnsupportedModelError, one_line
 from hf_compress.methods.lrp.scores import real_rows
@@ -69,7 +69,7 @@ def energies(
         for batch in tqdm(batches, desc="drawing outputs", disable=None):
             with _watched(stack, batch, linears, found):
                 output = forward(model, batch)
-                _backward(first_tensor(output), _drawn(model, output, batch, generator))
+                _backward(first_tensor(output), drawn_gradient(model, output, batch, generator))
     blind = [path for path, sums in found.gradients.items() if not bool(sums.any())]
     if len(blind) == len(found.gradients):
         raise _no_gradients("they are all 0")
@@ -102,32 +102,6 @@ def _watched(stack: Stack, batch: Batch, linears: Mapping[str, nn.Module], found
     hooks = (module.register_forward_hook(hook(path)) for path, module in linears.items())
     with watch_routes(stack.blocks) as routes, watch_encoded(stack) as encoded, hooked(hooks):
         yield
-
-
-def _drawn(model: PreTrainedModel, output: Any, batch: Batch, generator: torch.Generator) -> Tensor:
-    """The gradient, at a model's outputs, of the log-probability of an output that is drawn from them.
-
-    Of logits of classes or words, for each sample or token: the class drawn less the probabilities of all, or of
-    several labels each by itself. Of anything else, which is taken for the mean of a Gaussian, noise. 0 where
-    nothing counts (see `output_tokens`).
-    """
-    value = first_tensor(output).detach()
-    logits = value.float().reshape(-1, value.shape[-1])
-    if not bool(torch.isfinite(logits).all()):
-        raise CalibrationError(f"{type(model).__name__} gives NaN or infinite outputs on this data")
-    problem = getattr(model.config, "problem_type", None)
-    classes = getattr(output, "logits", None) is not None and value.ndim in (2, 3) and logits.shape[-1] > 1
-    if not classes or problem == "regression":
-        start = torch.randn(logits.shape, dtype=torch.float32, generator=generator)
-    elif problem == "multi_label_classification":
-        probabilities = logits.sigmoid().cpu()
-        start = torch.bernoulli(probabilities, generator=generator) - probabilities
-    else:
-        probabilities = logits.softmax(dim=-1)
-        drawn = torch.multinomial(probabilities.cpu(), 1, generator=generator).to(logits.device)
-        start = probabilities.neg_().scatter_add_(1, drawn, torch.ones_like(drawn, dtype=probabilities.dtype))
-    start = start.view(value.shape).to(value)
-    return start * output_tokens(model, batch, start)[..., None] if start.ndim == 3 else start
 
 
 def _backward(output: Tensor, start: Tensor) -> None:

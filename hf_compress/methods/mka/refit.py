@@ -4,8 +4,7 @@ Averaging two blocks' parameters is worse than leaving one out, since the two do
 same stream. What one block can take over of the next is what is linear in its own attention and hidden units, and that
 has a closed form (`Writers.fit`).
 
-First *choose*: again and again, let every block in turn absorb the next, by a local fit on a few calibration samples,
-and keep the candidate that costs least on other samples. Then *correct*, from the original weights: pair up the stack,
+First *choose* (see `choice`). Then *correct*, from the original weights: pair up the stack,
 with the original model beside, and solve each block for the original stream at the next block's input. So a block that
 absorbed others learns what they gave, and the ones above undo what errors still reach them.
 """
@@ -21,18 +20,15 @@ from tqdm import tqdm
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.capture import inference
-from hf_compress.calibration.data import Batch
-from hf_compress.calibration.losses import LossRunner, mean_of
 from hf_compress.calibration.streams import StreamPair, start_pairs
 from hf_compress.errors import CalibrationError
 from hf_compress.methods.base.context import CalibrationContext
+from hf_compress.methods.mka.choice import Chooser
 from hf_compress.methods.mka.config import MKAConfig
 from hf_compress.methods.mka.writers import Writers
 from hf_compress.plan.edits import Edit, MergeBlocks
 from hf_compress.plan.plan import Plan
 
-# Penalty of the local fits, which are many and on little data.
-_LOCAL_PENALTY = 0.1
 # A block that cannot take away even a hundredth of the error left is the last to be solved until one absorbs another.
 _SETTLED = 0.99
 
@@ -53,12 +49,12 @@ def plan_by_refitting(config: MKAConfig, context: CalibrationContext) -> Plan:
         )
     with inference(context.model):
         with context.step("choose which blocks to merge"):
-            chooser = _Chooser(context, stack, context.calibration.some(config.choice_samples, least=3))
-            absorbed, merges = _choose(context, chooser, count)
-        plain = chooser.keep(absorbed)
+            chooser = Chooser(context, stack, context.calibration.some(config.choice_samples, least=3))
+            absorbed, merges = chooser.choose(count)
+            plain = chooser.loss_without(absorbed)
         with context.trial() as undo, context.step("solve for the projections"):
             tensors, fits = _correct(context, stack, absorbed, config.refit_tokens, undo)
-            refitted = chooser.keep(absorbed)
+            refitted = chooser.loss_without(absorbed)
     # Never worse than the plain blocks left out: what does not help on the choice's own samples is not kept.
     notes = {"merges": merges, "fits": fits, "loss": {"blocks left out": plain, "refitted": refitted}}
     return Plan(tuple(_edits(stack, absorbed)), tensors if refitted < plain else {}, notes)
@@ -69,62 +65,6 @@ def _edits(stack: Stack, absorbed: Sequence[int]) -> list[Edit]:
     kept = [index for index in range(len(stack)) if index not in absorbed]
     groups = {k: tuple(range(k + 1, n)) for k, n in zip(kept, [*kept[1:], len(stack)], strict=True)}
     return [MergeBlocks(stack.path, index, group) for index, group in groups.items() if group]
-
-
-# --- choosing ---------------------------------------------------------------------------------------------------------
-
-
-def _choose(context: CalibrationContext, chooser: _Chooser, count: int) -> tuple[list[int], list[dict[str, Any]]]:
-    """The blocks to absorb into those before them, and the loss of every candidate at every step.
-
-    The first block has none before it to absorb it, and is never a candidate.
-    """
-    absorbed: list[int] = []
-    history: list[dict[str, Any]] = []
-    with context.trial() as undo:
-        for _ in tqdm(range(count), desc="choosing blocks to merge", disable=None):
-            chooser.keep(absorbed)
-            candidates = [index for index in range(1, len(chooser.stack)) if index not in absorbed]
-            losses = {index: chooser.loss_after_absorbing(index, undo=None) for index in candidates}
-            best = min(losses, key=losses.__getitem__)
-            chooser.loss_after_absorbing(best, undo)
-            absorbed.append(best)
-            history.append({"absorbed": best, "losses": {str(index): loss for index, loss in losses.items()}})
-    return sorted(absorbed), history
-
-
-class _Chooser:
-    """Compares candidates on a few batches: of three, two to fit and one to score."""
-
-    def __init__(self, context: CalibrationContext, stack: Stack, batches: list[Batch]) -> None:
-        self.context, self.stack = context, stack
-        self.runners = runners = [LossRunner(context.model, stack, batch) for batch in batches]
-        self.fitting = [r for i, r in enumerate(runners) if i % 3 != 2 or len(runners) < 3]
-        self.scoring = [r for i, r in enumerate(runners) if i % 3 == 2 or len(runners) < 3]
-        self.absorbed: list[int] = []
-
-    def keep(self, absorbed: Sequence[int]) -> float:
-        """Keep the streams of the model as it is now, without the blocks `absorbed`; its mean loss."""
-        self.absorbed = list(absorbed)
-        return mean_of([runner.keep(self.absorbed) for runner in self.runners])
-
-    def _before(self, index: int) -> int:
-        return max(i for i in range(index) if i not in self.absorbed)
-
-    def loss_after_absorbing(self, index: int, undo: Undo | None) -> float:
-        """Mean loss on the scoring batches once the block before `index` has absorbed it; stays so with an `undo`."""
-        keeper = self._before(index)
-        with Undo() as trial:
-            writers = Writers(self.context.model, self.stack, keeper)
-            starts = [runner.streams[keeper] for runner in self.fitting]
-            targets = [runner.run(index, runner.streams[index]) for runner in self.fitting]
-            fit = writers.fit(self.fitting, starts, targets, [_LOCAL_PENALTY])
-            if fit is not None:
-                writers.apply(fit.weight, trial if undo is None else undo)
-            return mean_of([r.loss_after(index, r.run(keeper, r.streams[keeper])) for r in self.scoring])
-
-
-# --- correcting -------------------------------------------------------------------------------------------------------
 
 
 def _correct(

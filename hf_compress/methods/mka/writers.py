@@ -21,6 +21,7 @@ from hf_compress.calibration.capture import stream_tokens, watch_arguments
 from hf_compress.calibration.runner import BlockRunner
 from hf_compress.methods.base.ridge import HeldOutSums, RidgeFit, is_held_out
 from hf_compress.methods.base.units import checked_multiplier
+from hf_compress.numerics.row_ridge import solve_rows
 
 # Penalties tried, relative to the mean square of the inputs.
 PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
@@ -86,6 +87,33 @@ class Writers:
             bias = self.biases[0]
             undo.write(bias, bias.detach().double() + change[-1].to(bias.device))
 
+    def local_change(
+        self,
+        runners: Sequence[BlockRunner],
+        streams: Sequence[Tensor],
+        targets: Sequence[Tensor],
+        penalty: float,
+        tokens: int,
+    ) -> Tensor | None:
+        """The change with which the block turns `streams` into `targets`, solved from about so many of their tokens.
+
+        Returns:
+            As the weight of `fit`, float32; None where the block is not of the kind.
+        """
+        multiplier = self.multiplier(runners[0], streams[0])
+        if multiplier is None:
+            return None
+        found = [self._rows(*of_batch) for of_batch in zip(runners, streams, targets, strict=True)]
+        features, missing = (torch.cat(rows) for rows in zip(*found, strict=True))
+        every = max(1, len(features) // tokens)
+        return solve_rows(features[::every], missing[::every] / multiplier, penalty, self.widths)
+
+    def _rows(self, runner: BlockRunner, stream: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """The projections' inputs at the real tokens of a batch, and what the block's output lacks of the target."""
+        output, features = self.features(runner, stream)
+        real = stream_tokens(runner.stack, runner.batch, stream)
+        return features[real], (target - output)[real].float()
+
     def fit(
         self,
         runners: Sequence[BlockRunner],
@@ -104,10 +132,8 @@ class Writers:
             return None
         sums = HeldOutSums.empty(self.inputs, targets[0].shape[-1], targets[0].device)
         for number, (runner, stream, target) in enumerate(zip(runners, streams, targets, strict=True)):
-            output, features = self.features(runner, stream)
-            real = stream_tokens(runner.stack, runner.batch, stream)
-            missing = (target - output)[real].double() / multiplier
-            sums.update(features[real], missing, held=is_held_out(number))
+            features, missing = self._rows(runner, stream, target)
+            sums.update(features, missing / multiplier, held=is_held_out(number))
         if sums.fitted.energy + sums.held.energy == 0:  # the target is what the block gives already
             return None
         fit = sums.fit(penalties=penalties, parts=self.widths)

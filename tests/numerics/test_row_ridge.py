@@ -1,0 +1,42 @@
+"""Ridge regression on few rows, against a stacked least-squares problem by numpy."""
+
+import numpy as np
+import pytest
+import torch
+
+from hf_compress.numerics.row_ridge import solve_rows
+
+
+def by_numpy(x, y, penalty, parts):
+    """With the features of every part divided by their root mean square."""
+    scales = np.concatenate(
+        [np.full(p.shape[1], np.sqrt((p**2).mean())) for p in np.split(x, np.cumsum(parts)[:-1], 1)]
+    )
+    scaled = x / scales
+    rows = np.vstack([scaled, np.sqrt(penalty * len(x)) * np.eye(x.shape[1])])
+    solution, *_ = np.linalg.lstsq(rows, np.vstack([y, np.zeros((x.shape[1], y.shape[1]))]), rcond=None)
+    return solution / scales[:, None]
+
+
+@pytest.mark.parametrize(("rows", "parts"), [(20, (30, 12)), (42, (30, 12)), (200, (30, 12)), (15, (42,))])
+@pytest.mark.parametrize("penalty", [0.01, 0.1, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_is_the_ridge_solution(rows, parts, penalty, dtype):
+    """By the rows' Gram matrix and by the features' alike, with parts of very different size."""
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, 42, generator=generator)
+    x[:, parts[0] :] *= 1e3
+    x, y = x.to(dtype), torch.randn(rows, 5, generator=generator)
+    found = solve_rows(x, y, penalty, parts)
+    expected = by_numpy(x.double().numpy(), y.double().numpy(), penalty, parts)
+    assert found.dtype == torch.float32
+    scale = np.abs(expected).max(axis=1, keepdims=True)
+    assert (np.abs(found.numpy() - expected) <= 1e-4 * scale + 1e-9).all()
+
+
+def test_features_that_are_all_zero_get_nothing():
+    x = torch.randn(10, 6, generator=torch.Generator().manual_seed(0))
+    x[:, 4:] = 0
+    found = solve_rows(x, torch.ones(10, 2), 0.1, (4, 2))
+    assert torch.isfinite(found).all()
+    assert not found[4:].any()
