@@ -6,7 +6,8 @@ BigBird turns its sparse attention off for good when an input is short; rotary e
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, MutableMapping
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -18,13 +19,53 @@ _PLAIN = (bool, int, float, str)
 
 
 class State:
-    """Settings, children and buffers of every module of a model, as they were when this was made."""
+    """Settings, children and buffers of every module of a model, as they were when this was made.
+
+    What is changed on purpose meanwhile has to be told (see `accept`), or it is put back as well.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        self._paths = {module: path for path, module in model.named_modules()}
-        self._settings = {module: _settings(module) for module in self._paths}
-        self._tables = {module: (dict(module._modules), dict(module._buffers)) for module in self._paths}
+        self._paths: dict[nn.Module, str] = {}
+        self._settings: dict[nn.Module, dict[str, Any]] = {}
+        self._tables: dict[nn.Module, tuple[dict[str, Any], dict[str, Any]]] = {}
+        self._then: dict[int, dict[str, Any]] = {}  # by the id of a table of a module, what was in it
+        self._watch(model, "")
         self._versions = {tensor: _version(tensor) for tensor in model.parameters()}
+
+    def _watch(self, module: nn.Module, path: str) -> None:
+        for name, part in module.named_modules(prefix=path):
+            self._paths[part] = name
+            self._settings[part] = _settings(part)
+            self._tables[part] = dict(part._modules), dict(part._buffers)
+            tables = (vars(part), part._modules, part._buffers)
+            self._then |= {
+                id(t): then for t, then in zip(tables, (self._settings[part], *self._tables[part]), strict=True)
+            }
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Put everything back in the end."""
+        _KEPT.append(self)
+        try:
+            yield
+        finally:
+            _KEPT.remove(self)
+            self.restore()
+
+    def _accept(self, table: MutableMapping[str, Any], name: str) -> None:
+        then = self._then.get(id(table))
+        if then is None:  # of a module that is new itself, or of parameters, which no pass replaces
+            return
+        new, old = table.get(name), then.get(name)
+        if isinstance(new, nn.Module) and new not in self._paths:
+            self._watch(new, name)
+            if isinstance(old, nn.Module):  # in the mode that the old one is to come back to
+                for part in new.modules():
+                    self._settings[part]["training"] = self._settings[old]["training"]
+        if name not in table:
+            then.pop(name, None)
+        elif isinstance(new, (nn.Module, Tensor)) or new is None or (_is_setting(name, new) and name != "training"):
+            then[name] = new
 
     def restore(self) -> None:
         """Put everything back; a changed word or flag or a changed part is told of, once.
@@ -59,6 +100,16 @@ class State:
                 table.update(old)
 
 
+_KEPT: list[State] = []  # those that are to come back
+
+
+def accept(changed: Iterable[tuple[MutableMapping[str, Any], str]]) -> None:
+    """Let changes that were made on purpose, the entries of modules' tables, be what states come back to."""
+    for table, name in changed:
+        for state in _KEPT:
+            state._accept(table, name)
+
+
 @cache
 def _tell(changed: str) -> None:
     logger.warning(
@@ -70,7 +121,11 @@ def _tell(changed: str) -> None:
 
 def _settings(module: nn.Module) -> dict[str, Any]:
     """Plain data; not what is private, as Transformers' note that its collecting hooks are on, which stay."""
-    return {name: v for name, v in vars(module).items() if isinstance(v, _PLAIN) and not name.startswith("_")}
+    return {name: value for name, value in vars(module).items() if _is_setting(name, value)}
+
+
+def _is_setting(name: str, value: Any) -> bool:
+    return isinstance(value, _PLAIN) and not name.startswith("_")
 
 
 def _version(tensor: Tensor) -> int:

@@ -15,10 +15,14 @@ class Undo:
     with Undo() as undo:        # rolls back when the block ends, however it ends
         undo.write(parameter, tensor)
     undo = Undo(); ...; undo.rollback()   # or by hand
+
+    Attributes:
+        changed: the tables in which something was put, and under what name: attributes, children, parameters, buffers.
     """
 
     def __init__(self) -> None:
         self._steps: list[Callable[[], None]] = []
+        self.changed: list[tuple[MutableMapping[str, Any], str]] = []
 
     def __enter__(self) -> Undo:
         return self
@@ -35,6 +39,7 @@ class Undo:
         attributes = vars(owner)
         if name in attributes:
             old = attributes.pop(name)
+            self.changed.append((attributes, name))
             self._steps.append(lambda: attributes.__setitem__(name, old))
 
     def put(self, table: MutableMapping[str, Any], name: str, value: Any) -> None:
@@ -44,6 +49,7 @@ class Undo:
             self._steps.append(lambda: table.__setitem__(name, old))
         else:
             self._steps.append(lambda: table.pop(name, None))
+        self.changed.append((table, name))
         table[name] = value
 
     def replace_children(self, blocks: nn.ModuleList, kept: list[nn.Module]) -> None:
@@ -65,10 +71,17 @@ class Undo:
         """Have `step` done in its turn when everything is taken back."""
         self._steps.append(step)
 
+    def take_over(self, other: Undo) -> None:
+        """Take the changes of another back as well; it forgets them."""
+        self._steps += other._steps
+        self.changed += other.changed
+        other._steps, other.changed = [], []
+
     def rollback(self) -> None:
         """Take every change back, the last one first. A second call does nothing."""
         while self._steps:
             self._steps.pop()()
+        self.changed = []
 
 
 @torch.no_grad()

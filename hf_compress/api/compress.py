@@ -19,7 +19,7 @@ from hf_compress.numerics.defaults import check_not_inference, torch_defaults
 from hf_compress.plan.plan import Plan
 from hf_compress.report.history import add_stage, history_of, model_size
 from hf_compress.report.stages import Size, Stage, Step
-from hf_compress.rewrite.apply import apply
+from hf_compress.rewrite.apply import Change
 from hf_compress.rewrite.probe import Probe
 
 
@@ -55,9 +55,13 @@ def compress(
     data = _prepare(calibration, model, tokenizer, options)
     context = CalibrationContext(model, data, {"prepare calibration data": perf_counter() - start} if data else {})
     history, before = history_of(model), model_size(model)
-    plan = _plan(config, context)
-    with context.step("apply and check"):
-        apply(plan, model, Probe.of(model, data.batches[0] if data else None))
+    with Change(model) as change:
+        with context.step("apply and check"):
+            probe = Probe.of(model, data.batches[0] if data else None)
+        context.change = change
+        plan = _plan(config, context)
+        with context.step("apply and check"):
+            change.finish(plan, probe)
     add_stage(model, stage_of(config, plan, context, before, model_size(model)), history)
     return model
 

@@ -47,19 +47,15 @@ def inference(model: nn.Module) -> Iterator[None]:
 
     Afterwards every module is as it was, and what the config says of outputs; see `State` for what a pass may change.
     """
-    state = State(model)
-    model.eval()
-    try:
-        with torch.no_grad(), Undo() as undo:
-            if "_original_forward" in vars(model):  # Accelerate's, from a training in mixed precision
-                undo.unset(model, "forward")
-            for config in {id(config): config for config in _configs(model)}.values():
-                for name, value in _OUTPUTS.items():
-                    if name in vars(config):
-                        undo.set(config, name, value)
-            yield
-    finally:
-        state.restore()
+    with State(model).kept(), torch.no_grad(), Undo() as undo:
+        model.eval()
+        if "_original_forward" in vars(model):  # Accelerate's, from a training in mixed precision
+            undo.unset(model, "forward")
+        for config in {id(config): config for config in _configs(model)}.values():
+            for name, value in _OUTPUTS.items():
+                if name in vars(config):
+                    undo.set(config, name, value)
+        yield
 
 
 def _configs(model: nn.Module) -> Iterator[object]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -12,6 +14,7 @@ from hf_compress.anatomy.undo import Undo
 from hf_compress.errors import PlanError
 from hf_compress.numerics.defaults import torch_defaults
 from hf_compress.plan.algebra import Removal
+from hf_compress.plan.edits import ModuleEdit
 from hf_compress.plan.plan import Plan
 from hf_compress.rewrite.blocks import kept_blocks, remove_blocks
 from hf_compress.rewrite.edits.sealed import Seal
@@ -39,22 +42,52 @@ def apply(plan: Plan, model: PreTrainedModel, probe: Probe | None = None) -> Non
         UnsupportedModelError: the model does not run afterwards, or its config cannot say what it has become
             (`ParityError`). In every case, on interruption too, the model is as it was.
     """
-    probe = probe or Probe.of(model)
-    undo = Undo()
-    try:
-        edits = [edit for edit in recorded(model.config) if not isinstance(edit, Seal)]
-        plan = change_modules(plan, model, undo)
+    with Change(model) as change:
+        change.finish(plan, probe or Probe.of(model))
+
+
+class Change:
+    """A change of a live model: drafts are carried out on it one after another, and in the end all of it is checked.
+
+    with Change(model) as change:    # takes everything back if the block ends by an error
+        ...
+        change.finish(plan, probe)
+
+    Attributes:
+        undo: how to take back what was done.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.undo = model, Undo()
+        self._before = [edit for edit in recorded(model.config) if not isinstance(edit, Seal)]
+        self._done: list[ModuleEdit] = []
+
+    def __enter__(self) -> Change:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self.undo.rollback()
+
+    def keep(self, drafts: Iterable[ModuleEdit], undo: Undo) -> None:
+        """Count edits as done that were carried out on the model, and that `undo` takes back."""
+        self._done += drafts
+        self.undo.take_over(undo)
+
+    def finish(self, plan: Plan, probe: Probe) -> None:
+        """Carry out what of `plan` is not done yet, take blocks out, and check all of it; see `apply` for errors."""
+        model, undo = self.model, self.undo
+        left = tuple(edit for edit in plan.edits if edit not in self._done)
+        done = [edit for edit in plan.module_edits if edit in self._done]
+        plan = change_modules(Plan(left, plan.tensors), model, undo)
         removed = removed_blocks(plan, model)
         whole = outputs_without(model, removed, probe)
         for stack, blocks in removed.items():
             remove_blocks(model, stack, blocks, undo)
         gone = Removal({stack.path: blocks for stack, blocks in removed.items()})
-        record(model, gone.left_of([*edits, *plan.module_edits]), undo)
+        record(model, gone.left_of([*self._before, *done, *plan.module_edits]), undo)
         check_left_out(model, removed, whole, check_parity(model, probe))
         probe.keep(model)
-    except BaseException:
-        undo.rollback()
-        raise
 
 
 def carry_out(plan: Plan, model: PreTrainedModel, undo: Undo) -> Plan:

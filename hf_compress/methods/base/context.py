@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -13,9 +13,51 @@ from transformers import PreTrainedModel
 
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.stacks import Stack
+from hf_compress.anatomy.state import accept
 from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.data import Calibration
 from hf_compress.errors import CalibrationError, PlanError, UnsupportedModelError, one_line
+from hf_compress.plan.plan import Plan
+from hf_compress.rewrite.apply import Change, change_modules
+
+
+@dataclass
+class Drafts:
+    """What a method has carried out on a model while it decides; see `CalibrationContext.drafts`.
+
+    Attributes:
+        keeps_tensors: whether the plan has the drafts' tensors.
+        plan: all drafts as one.
+        undo: takes them back.
+    """
+
+    model: PreTrainedModel
+    keeps_tensors: bool
+    plan: Plan = field(default_factory=Plan)
+    undo: Undo = field(default_factory=Undo)
+
+    def add(self, draft: Plan) -> None:
+        """Carry a draft out. It takes no blocks out."""
+        done = change_modules(draft, self.model, self.undo)
+        accept(self.undo.changed)
+        self.plan = self.plan.then(done if self.keeps_tensors else Plan(done.edits, {}, done.notes))
+
+    def rewrite(self, names: Iterable[str]) -> None:
+        """Have the plan give parameters, by their names, the values that they have now; `undo` knows the old ones."""
+        if self.keeps_tensors:
+            tensors = {name: self.model.get_parameter(name).detach().clone() for name in names}
+            self.plan = self.plan.then(Plan((), tensors))
+
+    def take_back(self) -> None:
+        """Leave the model as it was before the first draft, and the plan empty."""
+        self.undo_all()
+        self.plan = Plan()
+
+    def undo_all(self) -> None:
+        """Leave the model as it was before the first draft."""
+        changed = self.undo.changed
+        self.undo.rollback()
+        accept(changed)
 
 
 @dataclass
@@ -28,11 +70,13 @@ class CalibrationContext:
         model: the model to decide about.
         data: calibration data, or None.
         seconds: how long each stage of planning took.
+        change: of the model, where what the method carries out on it is to stay; None where it is to make a plan.
     """
 
     model: PreTrainedModel
     data: Calibration | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    change: Change | None = None
 
     @property
     def anatomy(self) -> Anatomy:
@@ -53,6 +97,21 @@ class CalibrationContext:
     def trial(self) -> Undo:
         """Changes made through it last until the end of the `with` block that it opens."""
         return Undo()
+
+    @contextmanager
+    def drafts(self) -> Iterator[Drafts]:
+        """Drafts carried out on the model one after another, each made for what the last one has left.
+
+        In the end the model is as it was, and their plan has the tensors. In a change that is to stay, they stay, and
+        the plan has none, so that no tensor is held twice. After an error they are taken back either way.
+        """
+        drafts = Drafts(self.model, keeps_tensors=self.change is None)
+        try:
+            yield drafts
+            if self.change is not None:
+                self.change.keep(drafts.plan.module_edits, drafts.undo)
+        finally:
+            drafts.undo_all()
 
     @contextmanager
     def naming_failures(self) -> Iterator[None]:

@@ -27,6 +27,7 @@ from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.capture import stream_tokens, watch_module
 from hf_compress.calibration.runner import BlockRunner
 from hf_compress.calibration.streams import StreamPair, advance
+from hf_compress.methods.base.context import Drafts
 from hf_compress.methods.base.units import (
     AttentionHeads,
     BlockUnits,
@@ -83,23 +84,23 @@ class Narrowing:
     row_tokens: int = 1
     experts: ExpertNarrower | None = None
 
-    def run(self, heads: Mapping[int, int], widths: Mapping[int, int], undo: Undo) -> Plan:
+    def run(self, heads: Mapping[int, int], widths: Mapping[int, int], drafts: Drafts) -> list[dict[str, Any]]:
         """Narrow blocks to so many key and value heads and to so many hidden units, by the number of the block.
 
-        Changes last until `undo` is rolled back. The notes of the plan tell of every part that was narrowed.
+        Returns:
+            Notes of every part that was narrowed.
         """
-        plan, notes = Plan(), []
+        notes = []
         for index in tqdm(range(max([*heads, *widths]) + 1), desc="narrowing blocks", disable=None):
             if index not in heads and index not in widths:
                 self._skip(index)
                 continue
             for count, draft in self._narrowed(index, heads.get(index), widths.get(index)):
-                carry_out(draft, self.model, undo)
-                plan += draft
+                drafts.add(replace(draft, notes={}))
                 notes.append({"block": index, "width": count, **draft.notes})
             if self.compensation.iterative:
                 advance(self.pairs, index)
-        return Plan(plan.edits, plan.tensors, {"blocks": notes})
+        return notes
 
     def _skip(self, index: int) -> None:
         """Pass a block by, as it is."""

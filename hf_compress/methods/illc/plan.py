@@ -61,22 +61,23 @@ def plan_narrower(config: ILLCConfig, context: CalibrationContext) -> Plan:
                 config.rows_of_a_batch(len(pairs)),
                 lambda index, *asked: ExpertNarrowing(config, Block(context.model, stack, index)).plan(*asked),
             )
-            with context.trial() as undo:
-                plan = narrowing.run(heads, widths, undo)
+            with context.drafts() as drafts:
+                blocks = narrowing.run(heads, widths, drafts)
                 if config.plain:
-                    _check_plain(context.model, plan, undo)
-    blocks = plan.notes["blocks"]
+                    _check_plain(context.model, drafts.plan)
     if sum(len(told.get("clusters", ())) for told in blocks) > _CLUSTERS_KEPT:
         for told in blocks:
             told.pop("clusters", None)
     summary = {"reduction": config.reduction_name, "compensation": config.compensation_name, "blocks": blocks}
-    return replace(plan, notes=summary)
+    return replace(drafts.plan, notes=summary)
 
 
-def _check_plain(model: PreTrainedModel, plan: Plan, undo: Undo) -> None:
+def _check_plain(model: PreTrainedModel, plan: Plan) -> None:
     """Raise where the config of a model that a plan has been carried out on cannot say so."""
-    record(model, [*recorded(model.config), *plan.module_edits], undo)
-    if said := recorded(model.config):
+    with Undo() as trial:
+        record(model, [*recorded(model.config), *plan.module_edits], trial)
+        said = recorded(model.config)
+    if said:
         raise ValueError(
             f"plain=True asks for what stock Transformers can load, but the config of {type(model).__name__} cannot "
             f"say what becomes of {said[0].paths[-1]}: leave out plain, or narrow the model's other stacks alike"

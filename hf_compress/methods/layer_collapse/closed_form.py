@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from tqdm import tqdm
@@ -36,8 +37,8 @@ def plan_closed_form(config: LayerCollapseConfig, context: CalibrationContext) -
     stack = context.stack(config.stack)
     left = collapsible(context, stack, config.rank)
     count = len(left) if config.target_r2 is not None else count_of(config, len(left))
-    plan, steps = Plan(), []
-    with inference(context.model), context.trial() as undo:
+    steps = []
+    with inference(context.model), context.drafts() as drafts:
         some = context.calibration.some(config.choice_samples) if config.criterion == "loss" else []
         runners = [LossRunner(context.model, stack, batch) for batch in some]
         for _ in tqdm(range(count), desc="collapsing FFNs", disable=None):
@@ -48,14 +49,12 @@ def plan_closed_form(config: LayerCollapseConfig, context: CalibrationContext) -
                 break
             with context.step("choose"):
                 best, costs = _choose(config.criterion, {index: fits[index] for index in able}, runners)
-            draft = fits[best].draft(Block(context.model, stack, best))
-            carry_out(draft, context.model, undo)
-            plan += draft
+            drafts.add(fits[best].draft(Block(context.model, stack, best)))
             left = [index for index in left if index != best]
             steps.append(_step(best, fits, costs))
     if not steps:
         raise ValueError(f"no FFN has R² of at least {config.target_r2}: {_r2(fits)}; lower target_r2")
-    return Plan(plan.edits, plan.tensors, {"criterion": config.criterion, "collapsed": steps})
+    return replace(drafts.plan, notes={"criterion": config.criterion, "collapsed": steps})
 
 
 def collapsible(context: CalibrationContext, stack: Stack, rank: int | None) -> list[int]:

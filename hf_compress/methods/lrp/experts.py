@@ -10,13 +10,10 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from hf_compress.anatomy.stacks import Stack
-from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.capture import forward, watch_arguments
 from hf_compress.errors import UnsupportedModelError
-from hf_compress.methods.base.context import CalibrationContext
+from hf_compress.methods.base.context import CalibrationContext, Drafts
 from hf_compress.methods.lrp.linears import some_batch
-from hf_compress.plan.plan import Plan
-from hf_compress.rewrite.apply import carry_out
 from hf_compress.rewrite.builders import split_experts
 
 logger = logging.getLogger(__name__)
@@ -24,30 +21,31 @@ _TOLERANCE = {torch.float32: 2e-3, torch.float64: 2e-3}  # of the size of what i
 _TOLERANCE_HALF = 3e-2
 
 
-def plan_separation(context: CalibrationContext, stack: Stack, undo: Undo) -> Plan:
-    """Give the experts of every block linear maps of their own; the model stays changed until `undo` is rolled back.
+def separate_experts(context: CalibrationContext, stack: Stack, drafts: Drafts) -> None:
+    """Give the experts of every block linear maps of their own.
 
     Experts that cannot be taken apart stay as they are, and a warning says so.
 
     Raises:
         UnsupportedModelError: apart, experts do not write what they wrote.
     """
-    plan = Plan()
-    for path in _in_tensors(stack):
+    model = context.model
+    experts = {path: model.get_submodule(path) for path in _in_tensors(stack)}
+    if not experts:
+        return
+    with watch_arguments(experts) as calls:
+        forward(model, some_batch(context))
+    for path, module in experts.items():
         try:
-            plan += split_experts(context.model, path)
+            draft = split_experts(model, path)
         except UnsupportedModelError as error:
             logger.warning("tensors of three dimensions stay as they are: %s", error)
-    if plan.edits:
-        experts = {path: context.model.get_submodule(path) for edit in plan.module_edits for path in edit.paths}
-        with watch_arguments(experts) as calls:
-            forward(context.model, some_batch(context))
-        given = {path: args[-1] for path, args in calls.items() if args}
-        before = {path: _written(experts[path], args) for path, args in given.items()}
-        carry_out(plan, context.model, undo)
-        for path, args in given.items():
-            _check_same(path, before[path], _written(context.model.get_submodule(path), args))
-    return plan
+            continue
+        given = calls[path][-1] if calls[path] else None
+        before = _written(module, given) if given else None
+        drafts.add(draft)
+        if before is not None and given:
+            _check_same(path, before, _written(model.get_submodule(path), given))
 
 
 def _in_tensors(stack: Stack) -> list[str]:

@@ -26,16 +26,16 @@ def plan_by_relevance(config: LRPConfig, context: CalibrationContext) -> Plan:
     structured = config.prunes and config.granularity in STRUCTURED
     if structured and config.granularity == "block" and config.quantizes:
         raise ValueError("leave blocks out in a compress() of its own, and then give bits= to what is left")
-    plan = Plan()
     notes: dict[str, Any] = {"score": config.score_name}
-    with inference(context.model), context.trial() as undo:
+    left = Plan()
+    with inference(context.model), context.drafts() as drafts:
         if structured:
-            part = plan_units(config, context, context.stack(config.stack), undo)
-            plan, notes = part, notes | part.notes
+            left = plan_units(config, context, context.stack(config.stack), drafts)
+            notes |= left.notes
         if config.quantizes or (config.prunes and not structured):
-            part = plan_weights(config, context, context.stack(config.stack), undo, config.prunes and not structured)
-            plan, notes = plan.then(part), notes | part.notes
-    return Plan(plan.edits, plan.tensors, notes)
+            prunes = config.prunes and not structured
+            notes |= plan_weights(config, context, context.stack(config.stack), drafts, prunes)
+    return Plan(drafts.plan.edits + left.edits, drafts.plan.tensors, notes)
 
 
 def _counting_what_is_read(context: CalibrationContext) -> CalibrationContext:

@@ -7,11 +7,10 @@ from torch import Tensor, nn
 
 from hf_compress.anatomy.anatomy import Anatomy, Block
 from hf_compress.anatomy.stacks import Stack
-from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.streams import start_pairs
 from hf_compress.errors import UnsupportedModelError
 from hf_compress.methods.base.amounts import share_of
-from hf_compress.methods.base.context import CalibrationContext
+from hf_compress.methods.base.context import CalibrationContext, Drafts
 from hf_compress.methods.base.narrowing import Compensation, Narrowing
 from hf_compress.methods.base.units import BlockUnits, Reduction, UnitStatistics, best
 from hf_compress.methods.lrp.config import LRPConfig
@@ -24,8 +23,11 @@ from hf_compress.rewrite.record import missing
 _Writer = tuple[int, str, nn.Module]  # of a block by its number, the path and the projection that reads its units
 
 
-def plan_units(config: LRPConfig, context: CalibrationContext, stack: Stack, undo: Undo) -> Plan:
-    """Leave hidden units, heads or blocks out; the model stays changed until `undo` is rolled back.
+def plan_units(config: LRPConfig, context: CalibrationContext, stack: Stack, drafts: Drafts) -> Plan:
+    """Leave hidden units, heads or blocks out; of units and heads the model is left without, of blocks not.
+
+    Returns:
+        What is not done yet, and notes.
 
     Raises:
         UnsupportedModelError: the blocks have none, or experts.
@@ -46,7 +48,8 @@ def plan_units(config: LRPConfig, context: CalibrationContext, stack: Stack, und
     with context.step("narrow blocks"):
         pairs = start_pairs(context.model, stack, context.calibration, config.tokens)
         compensation = Compensation("ridge" if config.solves else "none")
-        return Narrowing(context.model, stack, pairs, choose, compensation).run(heads, widths, undo)
+        narrowing = Narrowing(context.model, stack, pairs, choose, compensation)
+        return Plan(notes={"blocks": narrowing.run(heads, widths, drafts)})
 
 
 def _writers(config: LRPConfig, context: CalibrationContext, stack: Stack) -> list[_Writer]:

@@ -12,12 +12,11 @@ from tqdm import tqdm
 
 from hf_compress.anatomy.parts import linear_map
 from hf_compress.anatomy.stacks import Stack
-from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.streams import advance, start_pairs
-from hf_compress.methods.base.context import CalibrationContext
+from hf_compress.methods.base.context import CalibrationContext, Drafts
 from hf_compress.methods.lrp.config import BITS, MODULE_BITS, LRPConfig
 from hf_compress.methods.lrp.error_costs import error_costs
-from hf_compress.methods.lrp.experts import plan_separation
+from hf_compress.methods.lrp.experts import separate_experts
 from hf_compress.methods.lrp.grams import grams_of, in_parts, linears_of
 from hf_compress.methods.lrp.linears import changeable_linears, weights_of
 from hf_compress.methods.lrp.masks import kept_weights
@@ -27,7 +26,6 @@ from hf_compress.methods.lrp.scores import Scores, score
 from hf_compress.modules.packed import filled
 from hf_compress.numerics.masked import solve_masked
 from hf_compress.plan.plan import Plan
-from hf_compress.rewrite.apply import carry_out
 from hf_compress.rewrite.builders import pack_linear, sparsify_linear
 
 
@@ -39,17 +37,15 @@ class _Decisions:
     bits: dict[str, Tensor]
 
 
-def plan_weights(config: LRPConfig, context: CalibrationContext, stack: Stack, undo: Undo, prunes: bool) -> Plan:
-    """Leave weights out, round the rest, or both; the model stays changed until `undo` is rolled back."""
+def plan_weights(
+    config: LRPConfig, context: CalibrationContext, stack: Stack, drafts: Drafts, prunes: bool
+) -> dict[str, Any]:
+    """Leave weights out, round the rest, or both; notes of what was done."""
     with context.step("separate experts"):
-        apart = plan_separation(context, stack, undo)
-    return apart.then(_plan_linears(config, context, stack, undo, prunes))
-
-
-def _plan_linears(config: LRPConfig, context: CalibrationContext, stack: Stack, undo: Undo, prunes: bool) -> Plan:
+        separate_experts(context, stack, drafts)
     linears = changeable_linears(context, stack)
     if config.split is not None:
-        return _split(config, context, linears, undo)
+        return _split(config, context, linears, drafts)
     with context.step("score weights"):
         scores = score(config, context, linears, {}, config.score_name) if prunes else Scores()
         kept = kept_weights(config, scores.weights) if prunes else {}
@@ -59,20 +55,20 @@ def _plan_linears(config: LRPConfig, context: CalibrationContext, stack: Stack, 
     with context.step("solve weights"):
         solves = config.solves if prunes else config.rounding == "compensated"
         pairs = start_pairs(context.model, stack, context.calibration, config.tokens) if solves else []
-        plan = Plan()
         for index in tqdm(range(len(stack)), desc="solving blocks", disable=None):
             draft = Plan()
             for own in in_parts(linears_of(stack, index, linears)):
                 grams = grams_of(stack, index, own, pairs)
                 for path in own:
                     draft += _draft(config, context, path, linears[path], grams.get(path), decisions)
-            carry_out(draft, context.model, undo)
-            plan += draft
+            drafts.add(draft)
             advance(pairs, index)
-    return Plan(plan.edits, plan.tensors, {"linears": _notes(linears, decisions)})
+    return {"linears": _notes(linears, decisions)}
 
 
-def _split(config: LRPConfig, context: CalibrationContext, linears: Mapping[str, nn.Module], undo: Undo) -> Plan:
+def _split(
+    config: LRPConfig, context: CalibrationContext, linears: Mapping[str, nn.Module], drafts: Drafts
+) -> dict[str, Any]:
     """The paper's mixed precision: of each layer's weights the half above the median in more bits, one by one."""
     assert config.split is not None
     with context.step("score weights"):
@@ -87,8 +83,8 @@ def _split(config: LRPConfig, context: CalibrationContext, linears: Mapping[str,
         bits = torch.repeat_interleave(torch.tensor(config.split), torch.tensor(groups))
         even = config.is_symmetric(config.split[0]) or config.split[0] > 8  # zeros are stored in a byte
         plan += sparsify_linear(context.model, path, upper, None, bits, config.group_size, even, rest=True)
-    carry_out(plan, context.model, undo)
-    return Plan(plan.edits, plan.tensors, {"split": list(config.split)})
+    drafts.add(plan)
+    return {"split": list(config.split)}
 
 
 def _draft(

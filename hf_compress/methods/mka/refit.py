@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
 from tqdm import tqdm
 
 from hf_compress.anatomy.stacks import Stack
@@ -22,7 +21,7 @@ from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.capture import inference
 from hf_compress.calibration.streams import StreamPair, start_pairs
 from hf_compress.errors import CalibrationError
-from hf_compress.methods.base.context import CalibrationContext
+from hf_compress.methods.base.context import CalibrationContext, Drafts
 from hf_compress.methods.mka.choice import Chooser
 from hf_compress.methods.mka.config import MKAConfig
 from hf_compress.methods.mka.writers import Writers
@@ -52,12 +51,14 @@ def plan_by_refitting(config: MKAConfig, context: CalibrationContext) -> Plan:
             chooser = Chooser(context, stack, context.calibration.some(config.choice_samples, least=3))
             absorbed, merges = chooser.choose(count)
             plain = chooser.loss_without(absorbed)
-        with context.trial() as undo, context.step("solve for the projections"):
-            tensors, fits = _correct(context, stack, absorbed, config.refit_tokens, undo)
-            refitted = chooser.loss_without(absorbed)
-    # Never worse than the plain blocks left out: what does not help on the choice's own samples is not kept.
+        with context.drafts() as drafts:
+            with context.step("solve for the projections"):
+                fits = _correct(context, stack, absorbed, config.refit_tokens, drafts)
+                refitted = chooser.loss_without(absorbed)
+            if not refitted < plain:  # what does not help on the choice's own samples is not kept
+                drafts.take_back()
     notes = {"merges": merges, "fits": fits, "loss": {"blocks left out": plain, "refitted": refitted}}
-    return Plan(tuple(_edits(stack, absorbed)), tensors if refitted < plain else {}, notes)
+    return Plan(tuple(_edits(stack, absorbed)), drafts.plan.tensors, notes)
 
 
 def _edits(stack: Stack, absorbed: Sequence[int]) -> list[Edit]:
@@ -68,19 +69,18 @@ def _edits(stack: Stack, absorbed: Sequence[int]) -> list[Edit]:
 
 
 def _correct(
-    context: CalibrationContext, stack: Stack, absorbed: Sequence[int], tokens: int, undo: Undo
-) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    context: CalibrationContext, stack: Stack, absorbed: Sequence[int], tokens: int, drafts: Drafts
+) -> list[dict[str, Any]]:
     """Solve every block that stays, from the first that absorbs another on, for the original stream after it.
 
     The streams of as many batches as hold `tokens` tokens are kept, two a batch and no more.
 
     Returns:
-        New parameters by name, and each block's held-out error and penalty.
+        Each block's held-out error and penalty.
     """
     pairs = start_pairs(context.model, stack, context.calibration, tokens)
     kept = [index for index in range(len(stack)) if index not in absorbed]
     fits: list[dict[str, Any]] = []
-    tensors: dict[str, Tensor] = {}
     settled = True  # whether what follows need not be corrected: at first, because both models are one
     for index, end in tqdm(list(zip(kept, [*kept[1:], len(stack)], strict=True)), desc="solving", disable=None):
         if settled and index > max(absorbed):
@@ -89,14 +89,14 @@ def _correct(
             for passed in range(index, end):
                 pair.original = pair.runner.run(passed, pair.original)
         if not settled or end > index + 1:
-            fit = _fit(context, stack, index, pairs, undo)
+            fit = _fit(context, stack, index, pairs, drafts.undo)
             fits.append({"block": index, "absorbed": list(range(index + 1, end))} | fit)
             settled = fit["error"] > _SETTLED
             if fit["penalty"] is not None:
-                tensors |= {f"{stack.path}.{index}.{name}": p for name, p in stack.blocks[index].named_parameters()}
+                drafts.rewrite(f"{stack.path}.{index}.{name}" for name, _ in stack.blocks[index].named_parameters())
         for pair in pairs:
             pair.compressed = pair.runner.run(index, pair.compressed) if fits else pair.original
-    return {name: tensor.detach().clone() for name, tensor in tensors.items()}, fits
+    return fits
 
 
 def _fit(context: CalibrationContext, stack: Stack, index: int, pairs: list[StreamPair], undo: Undo) -> dict[str, Any]:
