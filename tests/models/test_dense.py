@@ -193,10 +193,7 @@ def test_digits_are_learned_in_one_epoch(tmp_path):
     torch.manual_seed(0)
     model = hfc.DenseForClassification(hfc.DenseConfig(input_size=64, hidden_size=32, num_labels=10))
     trainer = train(
-        *(model, sets["train"], tmp_path),
-        num_train_epochs=1,
-        per_device_train_batch_size=32,
-        learning_rate=1e-2,
+        *(model, sets["train"], tmp_path), num_train_epochs=1, per_device_train_batch_size=32, learning_rate=1e-2
     )
     predicted = trainer.predict(sets["test"]).predictions.argmax(-1)
     assert (predicted == y[parts["test"]]).mean() > 0.8

@@ -67,11 +67,7 @@ SIZES = [
     (PackLinear, "group_size"),
     (ReplaceActivation, "width"),
 ]
-SWITCHES = [
-    (NarrowFFN, "bias"),
-    (LinearFFN, "bias"),
-    (PackLinear, "symmetric"),
-]
+SWITCHES = [(NarrowFFN, "bias"), (LinearFFN, "bias"), (PackLinear, "symmetric")]
 
 
 def make(kind, **changes):

@@ -164,10 +164,7 @@ def test_a_linear_ffn_as_wide_as_the_stream_is_sealed(tmp_path):
     """Its matrix has the shape of the projection whose name it has."""
     model = tiny_model("llama", seed=0)
     apply(
-        sum(
-            (builders.narrow_ffn(Anatomy(model).block(i), range(model.config.hidden_size)) for i in range(4)),
-            Plan(),
-        ),
+        sum((builders.narrow_ffn(Anatomy(model).block(i), range(model.config.hidden_size)) for i in range(4)), Plan()),
         model,
     )
     assert model.config.intermediate_size == model.config.hidden_size

@@ -22,18 +22,7 @@ from hf_compress.rewrite.edits.packed import PackLinear
 from hf_compress.rewrite.edits.sealed import Seal
 from hf_compress.rewrite.site import Site
 from tests.helpers.changes import forward
-from tests.helpers.plans import (
-    BLOCK,
-    DOWN,
-    GATED,
-    HIDDEN,
-    MLP,
-    PLANS,
-    Before,
-    bottleneck_plan,
-    linear_plan,
-    pack_plan,
-)
+from tests.helpers.plans import BLOCK, DOWN, GATED, HIDDEN, MLP, PLANS, Before, bottleneck_plan, linear_plan, pack_plan
 from tests.helpers.tiny import tiny_base_model, tiny_inputs, tiny_model
 
 

@@ -20,14 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_compress.rewrite.edits import EDITS
 from hf_compress.rewrite.probe import quiet
-from tests.helpers.untrusted import (
-    LONG,
-    check,
-    config_of,
-    copied,
-    replace_weights,
-    write_config,
-)
+from tests.helpers.untrusted import LONG, check, config_of, copied, replace_weights, write_config
 
 quickly = settings(
     max_examples=150,
