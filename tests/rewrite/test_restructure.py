@@ -7,7 +7,6 @@ import torch
 
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.undo import Undo
-from hf_compress.errors import PlanError
 from hf_compress.modules.activation import BlendedActivation
 from hf_compress.modules.bottleneck import BOTTLENECK, Form
 from hf_compress.modules.packed import MixedPrecisionLinear
@@ -212,11 +211,6 @@ def test_a_sum_has_the_edits_of_both_in_order(model):
     assert both.edits == first.edits + second.edits
     assert both.tensors.keys() == first.tensors.keys() | second.tensors.keys()
     assert both.notes == {"first": 1, "second": 2}
-
-
-def test_two_plans_for_one_ffn_do_not_add_up(model):
-    with pytest.raises(PlanError, match="both plans give values for"):
-        narrow_ffn(Anatomy(model).block(0), UNITS) + linear_plan(model, 0)
 
 
 def test_an_ffn_is_narrowed_twice(model):
