@@ -1,19 +1,16 @@
 """Models whose structure no config can say, through everything that Transformers does with a model."""
 
 import copy
-import json
 
 import peft
 import pytest
 import torch
-from datasets import Dataset
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     Trainer,
-    TrainingArguments,
 )
 
 from hf_compress.anatomy.anatomy import Anatomy
@@ -23,6 +20,8 @@ from hf_compress.rewrite import builders
 from hf_compress.rewrite.apply import apply
 from hf_compress.storage.save import save
 from tests.helpers.round_trip import EDITS, build, inputs, logits
+from tests.helpers.runs import arguments, same, state_of, token_rows
+from tests.helpers.untrusted import config_of, write_config
 
 RECORDED = ("narrow one FFN", "linear FFN", "low-rank FFN", "bottleneck", "packed linear", "blended activation")
 
@@ -46,8 +45,7 @@ def several(family="Llama"):
 
 
 def same_state(first, second):
-    one, other = first.state_dict(), second.state_dict()
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    return same(state_of(first), state_of(second))
 
 
 @pytest.mark.parametrize(
@@ -161,37 +159,22 @@ def test_a_deep_copy_is_the_same_model(tmp_path):
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(save(twin, tmp_path / "out"))), logits(model))
 
 
-def dataset():
-    ids = torch.randint(0, 99, (8, 12), generator=torch.Generator().manual_seed(3))
-    return Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()})
-
-
-def arguments(folder, steps):
-    return TrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        save_steps=2,
-        per_device_train_batch_size=2,
-        learning_rate=1e-3,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-    )
+def trainer(folder, output):
+    """For four steps, with a checkpoint after two of them."""
+    settings = {"save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-3, "lr_scheduler_type": "linear"}
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    return Trainer(model, arguments(output, **settings, train_sampling_strategy="random"), train_dataset=token_rows())
 
 
 def test_trainer(tmp_path):
     """Trained in two stretches from a checkpoint or in one go, and loaded from what Trainer wrote."""
     folder = save(several(), tmp_path / "out")
-    whole = Trainer(
-        AutoModelForCausalLM.from_pretrained(folder), arguments(tmp_path / "whole", 4), train_dataset=dataset()
-    )
+    whole = trainer(folder, tmp_path / "whole")
     whole.train()
     assert not torch.equal(logits(whole.model), logits(several()))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "checkpoint-4")
     assert torch.equal(logits(loaded), logits(whole.model))
-    resumed = Trainer(
-        AutoModelForCausalLM.from_pretrained(folder), arguments(tmp_path / "whole", 4), train_dataset=dataset()
-    )
+    resumed = trainer(folder, tmp_path / "whole")
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     assert same_state(resumed.model, whole.model)
 
@@ -224,12 +207,8 @@ def test_an_adapter_finds_its_way_back(tmp_path):
         assert torch.equal(again.eval()(ids).logits, adapted.eval()(ids).logits)
 
 
-def rewrite(folder, **entry):
-    """Change fields of the record in a saved config."""
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    config["quantization_config"] |= entry
-    path.write_text(json.dumps(config))
+MLP = "model.layers.1.mlp"
+WIDE = {"edit": "NarrowFFN", "inputs": [f"{MLP}.gate_proj", f"{MLP}.up_proj"], "output": f"{MLP}.down_proj"}
 
 
 @pytest.mark.parametrize(
@@ -245,20 +224,13 @@ def rewrite(folder, **entry):
         ({"plan": [{"edit": "RemoveBlocks", "stack": "model.layers", "blocks": [0]}]}, "says by itself which blocks"),
         ({"plan": [{"edit": "Seal", "module": "../model"}]}, "must be the path of a module"),
         ({"plan": [{"edit": "Seal", "module": "model.nowhere"}]}, "LlamaForCausalLM has no module model.nowhere"),
+        ({"plan": [WIDE | {"width": 10**9}]}, "has 64 hidden units; the plan asks for 1000000000"),
         ({"surprise": 1}, "unknown fields .'surprise'"),
     ],
 )
 def test_a_record_that_cannot_be_carried_out(entry, message, tmp_path):
     folder = save(changed(), tmp_path / "out")
-    rewrite(folder, **entry)
+    config = config_of(folder)
+    write_config(folder, config | {"quantization_config": config["quantization_config"] | entry})
     with pytest.raises(PlanError, match=message):
-        AutoModelForCausalLM.from_pretrained(folder)
-
-
-def test_a_record_wider_than_the_model(tmp_path):
-    folder = save(changed(), tmp_path / "out")
-    entry = json.loads((folder / "config.json").read_text())["quantization_config"]
-    entry["plan"][0]["width"] = 10**9
-    rewrite(folder, **entry)
-    with pytest.raises(PlanError, match="has 64 hidden units; the plan asks for 1000000000"):
         AutoModelForCausalLM.from_pretrained(folder)

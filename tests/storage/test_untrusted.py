@@ -40,6 +40,16 @@ def without(*parts):
     return change
 
 
+def altered(source, fields=None, record=None):
+    """What comes of loading a checkpoint with other fields in its config, and in the record there."""
+    with copied(source) as folder:
+        config = config_of(folder) | (fields or {})
+        if record:
+            config["quantization_config"] |= record
+        write_config(folder, config)
+        return load(folder)
+
+
 def missing(folder, auto=AutoModelForCausalLM, **options):
     """The message of the refusal to load, which has to say that tensors are missing."""
     error = load(folder, auto, **options)
@@ -125,14 +135,9 @@ def test_names_without_the_name_of_the_body(checkpoints, tmp_path):
 
 
 def test_weights_that_stay_on_the_disk(checkpoints, tmp_path):
-    parts = [
-        "model.embed_tokens",
-        *(f"model.layers.{i}" for i in range(4)),
-        "model.norm",
-        "model.rotary_emb",
-        "lm_head",
-    ]
-    places = dict.fromkeys(parts, "cpu") | {"model.layers.1": "disk"}
+    layers = [f"model.layers.{i}" for i in range(4)]
+    parts = ["model.embed_tokens", *layers, "model.norm", "model.rotary_emb", "lm_head"]
+    places = dict.fromkeys(parts, "cpu") | {layers[1]: "disk"}
     on_disk = {"device_map": places, "offload_folder": tmp_path}
     with copied(checkpoints["Llama"]) as folder:
         model, _ = load(folder, **on_disk)
@@ -147,12 +152,8 @@ def test_tied_weights_cannot_be_changed(checkpoints):
         {"edit": "Seal", "module": "model.embed_tokens"},
     ]
     for edit in edits:
-        with copied(checkpoints["Llama"]) as folder:
-            config = config_of(folder)
-            config["quantization_config"]["plan"] = [edit]
-            write_config(folder, config)
-            assert isinstance(error := load(folder), PlanError)
-            assert "tied" in str(error)
+        assert isinstance(error := altered(checkpoints["Llama"], record={"plan": [edit]}), PlanError)
+        assert "tied" in str(error)
 
 
 # --- programs in the repository ---------------------------------------------------------------------------------------
@@ -233,9 +234,7 @@ SAME = {"edit": "Seal", "module": "model.norm"}
     ],
 )
 def test_absurd_sizes(family, change, checkpoints):
-    with copied(checkpoints[family]) as folder:
-        write_config(folder, config_of(folder) | change)
-        assert isinstance(error := load(folder), PlanError), error
+    assert isinstance(error := altered(checkpoints[family], change), PlanError), error
 
 
 @pytest.mark.parametrize(
@@ -258,12 +257,8 @@ def test_absurd_sizes(family, change, checkpoints):
     ids=range(13),
 )
 def test_absurd_plans(plan, checkpoints):
-    with copied(checkpoints["Llama"]) as folder:
-        config = config_of(folder)
-        config["quantization_config"]["plan"] = plan
-        write_config(folder, config)
-        assert isinstance(error := load(folder), PlanError), error
-        assert len(str(error)) < 2000
+    assert isinstance(error := altered(checkpoints["Llama"], record={"plan": plan}), PlanError), error
+    assert len(str(error)) < 2000
 
 
 # --- records that are none --------------------------------------------------------------------------------------------
@@ -272,14 +267,8 @@ def test_absurd_plans(plan, checkpoints):
 @pytest.mark.parametrize("record", [{"version": 2}, {"version": "<long text>"}, {"version": True}, {"version": None}])
 @pytest.mark.parametrize("plan", [[], None, {}, "", 0, [None], [[]], [{}]])
 def test_malformed_records(record, plan, checkpoints):
-    with copied(checkpoints["Llama"]) as folder:
-        config = config_of(folder)
-        config["quantization_config"] |= record
-        write_config(folder, config)
-        assert isinstance(load(folder), PlanError)
-        config["quantization_config"] |= {"version": 1, "plan": plan}
-        write_config(folder, config)
-        assert is_plain(load(folder))
+    assert isinstance(altered(checkpoints["Llama"], record=record), PlanError)
+    assert is_plain(altered(checkpoints["Llama"], record={"version": 1, "plan": plan}))
 
 
 @pytest.mark.parametrize(
@@ -295,26 +284,17 @@ def test_malformed_records(record, plan, checkpoints):
     ],
 )
 def test_records_of_others(record, error, checkpoints):
-    with copied(checkpoints["Llama"]) as folder:
-        config = config_of(folder)
-        config["quantization_config"] |= record
-        write_config(folder, config)
-        assert isinstance(found := load(folder), error), found
+    assert isinstance(found := altered(checkpoints["Llama"], record=record), error), found
 
 
 def test_no_record(checkpoints):
-    with copied(checkpoints["Llama"]) as folder:
-        write_config(folder, config_of(folder) | {"quantization_config": None})
-        assert "ignore_mismatched_sizes" in str(load(folder))
-        write_config(folder, config_of(folder) | {"quantization_config": {}})
-        assert isinstance(load(folder), ValueError)
+    assert "ignore_mismatched_sizes" in str(altered(checkpoints["Llama"], {"quantization_config": None}))
+    assert isinstance(altered(checkpoints["Llama"], {"quantization_config": {}}), ValueError)
 
 
 @pytest.mark.parametrize("record", [[], "", 0, False, "hf_compress", 1, [1], True])
 def test_records_of_a_wrong_type_fail_in_transformers(record, checkpoints):
-    with copied(checkpoints["Llama"]) as folder:
-        write_config(folder, config_of(folder) | {"quantization_config": record})
-        assert isinstance(load(folder), AttributeError)
+    assert isinstance(altered(checkpoints["Llama"], {"quantization_config": record}), AttributeError)
 
 
 @pytest.mark.parametrize("named", [".", [], {"AutoModel": 5}, {"AutoModel": "modeling_hf_compress.Gone"}])
