@@ -348,11 +348,3 @@ def test_a_mixture_is_left_as_it_was(family, make, message):
     plan = make(model)
     with refused_without_trace(model, ValueError, message):
         apply(plan, model)
-
-
-def test_experts_whose_hidden_units_cannot_be_told(model):
-    experts = nn.Module()
-    experts.up, experts.down = nn.Parameter(torch.zeros(2, 64, 64)), nn.Parameter(torch.zeros(2, 64, 64))
-    model.get_submodule(MLP).experts = experts
-    with refused_without_trace(model, UnsupportedModelError, "both sides of down could be the hidden units"):
-        restructure(NarrowExperts(f"{MLP}.experts", 8), model)
