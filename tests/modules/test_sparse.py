@@ -69,9 +69,6 @@ def bytes_in(module):
     return sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
 
 
-# --- masks ------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("shape", SIZES)
 def test_a_mask_is_stored_bit_by_bit(shape):
     """Row by row, the first bit of a byte the lowest, the last byte filled up with zeros."""
@@ -186,11 +183,9 @@ def test_both_kinds_get_bits_of_their_own():
 def test_bytes_are_the_mask_and_what_is_kept(shape, rest):
     mask = some(*shape)
     count = mask.numel() if rest else int(mask.sum())
-    bytes_of_mask = (mask.numel() + 7) // 8
-    assert bytes_in(sparse(normal(*shape), mask, rest)) == bytes_of_mask + 4 * count
-    assert bytes_in(sparse(normal(*shape), mask, rest, normal(shape[0])).half()) == bytes_of_mask + 2 * (
-        count + shape[0]
-    )
+    mask_bytes, halves = (mask.numel() + 7) // 8, sparse(normal(*shape), mask, rest, normal(shape[0])).half()
+    assert bytes_in(sparse(normal(*shape), mask, rest)) == mask_bytes + 4 * count
+    assert bytes_in(halves) == mask_bytes + 2 * (count + shape[0])
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -334,9 +329,6 @@ def test_an_edit_that_does_not_fit_the_model_leaves_it_alone(edit, message):
     model = build("Llama")
     with refusing(model, PlanError, message):
         apply(Plan((edit,)), model)
-
-
-# --- plans one after another ------------------------------------------------------------------------------------------
 
 
 def test_then_takes_a_map_as_the_first_plan_leaves_it():

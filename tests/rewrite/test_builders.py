@@ -249,8 +249,6 @@ def test_many_bits_are_almost_the_original():
     assert not torch.equal(got, it.reference)
 
 
-# --- drafts only look -------------------------------------------------------------------------------------------------
-
 EVERY = {
     "narrow": lambda block: narrow_ffn(block, [3, 1]),
     "linear": lambda block: linear_ffn(block, [noise(HIDDEN, HIDDEN)], noise(HIDDEN)),

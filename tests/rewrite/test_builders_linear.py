@@ -22,8 +22,6 @@ from tests.helpers.ffns import (
 from tests.helpers.plans import linear_bottleneck
 from tests.helpers.tiny import tiny_model
 
-# --- linear -----------------------------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("bias", [noise(HIDDEN, seed=9), None], ids=["a bias", "none of the old ones left"])
 @families()

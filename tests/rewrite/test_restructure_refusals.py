@@ -323,9 +323,6 @@ def test_a_failure_leaves_an_already_changed_model_as_it_was(model):
             apply(plan, model)
 
 
-# --- mixtures ---------------------------------------------------------------------------------------------------------
-
-
 def experts_plan(model, width=24):
     return narrow_experts(Anatomy(model).block(0), torch.arange(width).expand(4, -1))
 
