@@ -62,8 +62,6 @@ def test_an_empty_plan_changes_nothing(model):
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
-        (Plan((RemoveBlocks(LAYERS, (4,)),)), "has the blocks 0 to 3"),
-        (Plan((RemoveBlocks(LAYERS, (0, 1, 2, 3)),)), "leaves none"),
         (Plan((RemoveBlocks("model.blocks", (0,)),)), "no residual stack 'model.blocks'"),
         (Plan(tensors={"model.nothing": torch.zeros(1)}), r"does not have: \['model.nothing'\]"),
         (Plan((MergeBlocks(LAYERS, 0, (1,)),), {NAME: torch.zeros(1)}), "does not fit a parameter"),

@@ -188,10 +188,21 @@ def test_bits_that_differ_within_a_map(tmp_path):
     refused(calibrated(build("Llama"), bits=4.5, group_size=32), tmp_path, "per='module'")
 
 
-@pytest.mark.parametrize("bits", [2, 3, 5, 6])
-def test_bits_that_not_all_read_alike(bits, tmp_path):
-    message = rf"q_proj is packed in {bits} bits, where 4 or 8 are read alike everywhere: .*per='module'"
-    refused(pack_all(build("Llama"), bits=(bits,)), tmp_path, message)
+ALIKE = "bits, where 4 or 8 are read alike everywhere: .*per='module'"
+
+
+@pytest.mark.parametrize(
+    ("family", "how", "message"),
+    [
+        *(("Llama", {"bits": (bits,)}, f"q_proj is packed in {bits} {ALIKE}") for bits in (2, 3, 5, 6)),
+        ("Llama", {"only": []}, "LlamaForCausalLM has no packed linear maps: compress with LRPConfig"),
+        ("Llama", {"size": 24}, "reads 32 inputs, which are no whole groups of 24: .* group_size= that divides them"),
+        ("GPT-2", {}, "c_attn is a Conv1D in Transformers, and .* packs Linear alone: save"),
+        ("Mixtral", {}, r"writes model\.layers\.0\.\S*experts\.0\S* under a name that the model has not in memory"),
+    ],
+)
+def test_maps_that_not_all_read_alike(family, how, message, tmp_path):
+    refused(pack_all(build(family), **how), tmp_path, message)
 
 
 def test_sparse_maps(tmp_path):
@@ -219,24 +230,6 @@ def test_narrower_ffns_that_the_config_says(tmp_path):
     """They are no record: the result loads."""
     folder = save_compressed_tensors(changed_and_packed("narrow every FFN"), tmp_path / "out")
     assert json.loads((folder / "config.json").read_text())["intermediate_size"] == 48
-
-
-def test_nothing_packed(tmp_path):
-    refused(build("Llama"), tmp_path, "LlamaForCausalLM has no packed linear maps: compress with LRPConfig")
-
-
-def test_inputs_that_are_no_whole_groups(tmp_path):
-    message = r"q_proj reads 32 inputs, which are no whole groups of 24: .* group_size= that divides them"
-    refused(pack_all(build("Llama"), size=24), tmp_path, message)
-
-
-def test_maps_that_are_no_linear(tmp_path):
-    refused(pack_all(build("GPT-2")), tmp_path, r"c_attn is a Conv1D in Transformers, and .* packs Linear alone: save")
-
-
-def test_experts_beside(tmp_path):
-    message = r"Transformers writes model\.layers\.0\.\S*experts\.0\S* under a name that the model has not in memory"
-    refused(pack_all(build("Mixtral")), tmp_path, message)
 
 
 def test_models_that_transformers_does_not_know(tmp_path):

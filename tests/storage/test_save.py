@@ -52,10 +52,6 @@ def test_all_of_it_is_written(model, tokenizer, ids, tmp_path):
     assert [path.name for path in folder.parent.iterdir()] == ["out"]
 
 
-def test_a_model_that_was_not_compressed_has_no_report_and_no_card(model, tmp_path):
-    assert not {REPORT_FILE, "README.md"} & files(save(model, tmp_path / "out")).keys()
-
-
 def report_of(model) -> CompressionReport:
     size = Size(parameters=1, bytes=4, blocks={"model.layers": 5})
     return CompressionReport("org/base", [Stage("nothing", {}, size, size, [], {}, [], {}, parity=True)])
