@@ -2,7 +2,6 @@
 
 import struct
 from bisect import bisect_left
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -124,9 +123,10 @@ def test_a_group_is_packed_alike_in_any_company():
 # --- rounding ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("scale", [1e-4, 0.02, 4.0])
 @EVERY_WIDTH
-def test_every_weight_becomes_the_nearest_value_that_its_group_has(bits, symmetric):
-    values = weight(10 + bits)
+def test_every_weight_becomes_the_nearest_value_that_its_group_has(bits, symmetric, scale):
+    values = weight(10 + bits, scale=scale)
     layer = packed(values, bits, symmetric=symmetric)
     stored, steps, zeros = groups_of(read_weight(layer)), read_steps(layer), read_zeros(layer)
     for group, kept, step, zero in zip(groups_of(values), stored, steps, zeros, strict=True):
@@ -141,17 +141,6 @@ def test_the_step_is_the_smallest_bfloat16_that_covers_the_group(bits, symmetric
     values = weight(20 + bits, scale=scale)
     expected = [covering_step(group, bits, symmetric) for group in groups_of(values)]
     assert read_steps(packed(values, bits, symmetric=symmetric)) == expected
-
-
-@pytest.mark.parametrize("scale", [1e-4, 0.02, 4.0])
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_every_bit_more_about_halves_the_error_also_of_small_weights(symmetric, scale):
-    values = weight(scale=scale)
-    layers = [packed(values, bits, symmetric=symmetric) for bits in range(FEWEST[symmetric], MOST[symmetric] + 1)]
-    errors = [(layer.unpacked() - values).abs().max().item() for layer in layers]
-    assert errors[0] < values.abs().max()
-    for fewer, more in pairwise(errors):
-        assert more < 0.7 * fewer
 
 
 @pytest.mark.parametrize("low", [-1.0, 0.0, 2.0, -9.0])
@@ -207,16 +196,6 @@ def test_forward_is_the_linear_map_of_the_unpacked_weight(dtype, offset):
     assert got.dtype == dtype
     assert (layer.bias is None) == (offset is None)
     assert torch.equal(got, functional.linear(x, layer.unpacked().to(dtype), layer.bias))
-
-
-def test_forward_number_by_number():
-    offset = weight(5, 1, OUTPUTS)[0]
-    layer = packed(weight(), 3, bias=offset)
-    x = torch.randn(INPUTS, generator=torch.Generator().manual_seed(2))
-    rows = read_weight(layer).tolist()
-    for j in range(OUTPUTS):
-        expected = offset[j].item() + sum(w * v for w, v in zip(rows[j], x.tolist(), strict=True))
-        assert layer(x)[j].item() == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

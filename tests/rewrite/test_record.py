@@ -104,14 +104,6 @@ def test_block_after_block_until_the_config_can_say_it(tmp_path):
     assert reloads(model, tmp_path)
 
 
-def test_the_last_width_counts(tmp_path):
-    model = build("Llama")
-    for width in (50, 40):
-        apply(builders.narrow_ffn(Anatomy(model).block(1), range(width)), model)
-    assert [edit.width for edit in recorded(model.config)] == [40]
-    assert reloads(model, tmp_path)
-
-
 def test_a_second_change_of_a_loaded_model_is_added(tmp_path):
     model = change(build("Llama"), "narrow one FFN", 1)
     loaded = AutoModelForCausalLM.from_pretrained(save(model, tmp_path / "first"))

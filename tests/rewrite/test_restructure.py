@@ -51,6 +51,14 @@ def seal_plan(model):
 # --- what an edit makes -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", PLANS)
+def test_a_draft_only_looks(name):
+    model = model_for(name)
+    before = Before.of(model)
+    assert PLANS[name](model).edits
+    before.check(model)
+
+
 @pytest.fixture(params=PLANS)
 def drafted(request):
     """A model, and a plan for it; of every kind of edit."""
