@@ -18,16 +18,10 @@ from hf_compress.rewrite.edits.sealed import Seal
 from hf_compress.rewrite.record import record, recorded
 from hf_compress.storage.save import save
 from tests.helpers.models import refusing, saved_and_loaded
-from tests.helpers.round_trip import EDITS, build, logits
+from tests.helpers.round_trip import build, change, logits
 from tests.helpers.tiny import tiny_model
 
 TOKENS = {"input_ids": torch.arange(4, 12)[None]}
-
-
-def change(model, edit, block=1, stack=None):
-    torch.manual_seed(2)
-    apply(EDITS[edit](model, Anatomy(model).stack(stack), block), model)
-    return model
 
 
 def remove(model, *blocks):

@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 
 import hf_compress.storage.compressed_tensors as written
-from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.api.compress import compress
 from hf_compress.calibration.data import DataOptions
 from hf_compress.errors import ParityError, UnsupportedModelError
@@ -26,7 +25,7 @@ from hf_compress.storage.save import save
 from tests.helpers.language import tiny_llama
 from tests.helpers.linears import IDS, modules_of, pack_all, stored
 from tests.helpers.models import in_dtype
-from tests.helpers.round_trip import EDITS, build, logits
+from tests.helpers.round_trip import build, change, logits
 
 HERE = "model.layers.1.mlp.gate_proj"
 SIZE = 16
@@ -214,21 +213,15 @@ def test_sparse_maps(tmp_path):
     refused(model, tmp_path, message)
 
 
-def changed_and_packed(edit):
-    model = build("Llama")
-    apply(EDITS[edit](model, Anatomy(model).stack(), 1), model)
-    return pack_all(model)
-
-
 @pytest.mark.parametrize("edit", ["bottleneck", "linear FFN", "narrow one FFN", "blended activation"])
 def test_other_records(edit, tmp_path):
-    model = changed_and_packed(edit)
+    model = pack_all(change(build("Llama"), edit))
     refused(model, tmp_path, r"was changed in a way \(\w+\) that compressed-tensors cannot say: save with hf_compress")
 
 
 def test_narrower_ffns_that_the_config_says(tmp_path):
     """They are no record: the result loads."""
-    folder = save_compressed_tensors(changed_and_packed("narrow every FFN"), tmp_path / "out")
+    folder = save_compressed_tensors(pack_all(change(build("Llama"), "narrow every FFN")), tmp_path / "out")
     assert json.loads((folder / "config.json").read_text())["intermediate_size"] == 48
 
 
