@@ -91,12 +91,7 @@ def test_activation(model_type, activation):
     [
         ("mixtral", 0, {"gate_up_proj": (1, 2), "down_proj": (2, 1)}, False),
         ("qwen3_moe", 1, {"gate_up_proj": (1, 2), "down_proj": (2, 1)}, False),
-        (
-            "gpt_oss",
-            0,
-            {"gate_up_proj": (2, 2), "gate_up_proj_bias": (1, 2), "down_proj": (1, 1)},
-            True,
-        ),
+        ("gpt_oss", 0, {"gate_up_proj": (2, 2), "gate_up_proj_bias": (1, 2), "down_proj": (1, 1)}, True),
     ],
 )
 def test_where_the_hidden_units_of_experts_are(model_type, index, of, interleaved):

@@ -12,7 +12,6 @@ import torch
 
 from hf_compress.anatomy.anatomy import Anatomy, Block
 from hf_compress.anatomy.parts import expert_axes, hidden_size
-from hf_compress.anatomy.stacks import Stack
 from hf_compress.errors import PlanError, UnsupportedModelError
 from hf_compress.plan.plan import Plan
 from hf_compress.rewrite import builders
@@ -48,29 +47,29 @@ NOTHING = "no part to change was found"
 SPEECH = ("takes input_values", "takes input_features", "does not run on the inputs it would be checked with")
 
 
-def reversed_units(model, stack: Stack, index: int) -> Plan | None:
-    ffn = Anatomy(model).parts(stack, index).ffn
+def reversed_units(block: Block) -> Plan | None:
+    ffn = block.parts.ffn
     if ffn is None:
         return None
     if ffn.experts is None:
-        return builders.narrow_ffn(Block(model, stack, index), range(ffn.width)[::-1])
-    experts = model.get_submodule(f"{stack.path}.{index}.{ffn.experts}")
+        return builders.narrow_ffn(block, range(ffn.width)[::-1])
+    experts = block.module.get_submodule(ffn.experts)
     count = len(experts.get_parameter(next(iter(expert_axes(experts).of))))
-    return builders.narrow_experts(Block(model, stack, index), torch.arange(ffn.width).flip(0).expand(count, -1))
+    return builders.narrow_experts(block, torch.arange(ffn.width).flip(0).expand(count, -1))
 
 
-def reversed_heads(model, stack: Stack, index: int) -> Plan | None:
+def reversed_heads(block: Block) -> Plan | None:
     try:
-        groups = builders.heads_of(Block(model, stack, index)).groups
+        groups = builders.heads_of(block).groups
     except UnsupportedModelError:
         return None
-    return builders.narrow_attention(Block(model, stack, index), range(groups)[::-1])
+    return builders.narrow_attention(block, range(groups)[::-1])
 
 
-def bottleneck(model, stack: Stack, index: int) -> Plan:
-    d = hidden_size(stack.configs[0][0])
+def bottleneck(block: Block) -> Plan:
+    d = hidden_size(block.stack.configs[0][0])
     directions = torch.linalg.qr(torch.randn(d, d // 2, generator=torch.Generator().manual_seed(0))).Q
-    return builders.insert_bottleneck(Block(model, stack, index), linear_bottleneck(directions, 0.9 * directions.T))
+    return builders.insert_bottleneck(block, linear_bottleneck(directions, 0.9 * directions.T))
 
 
 def change(key: str, kind: str, side: str | None, draft: Callable[..., Plan | None], folder) -> float | None:
@@ -82,7 +81,7 @@ def change(key: str, kind: str, side: str | None, draft: Callable[..., Plan | No
         return None
     inputs = tiny_inputs(model)
     before = forward(model, inputs)
-    refusal = try_out(model, lambda: draft(model, stack, len(stack) - 1), folder)
+    refusal = try_out(model, lambda: draft(Block(model, stack, len(stack) - 1)), folder)
     if refusal:
         expected = (NOTHING, *SPEECH, REFUSED[draft.__name__].get(kind, "nothing else"))
         assert any(words in refusal for words in expected), refusal
@@ -106,15 +105,9 @@ def try_out(model, draft: Callable[[], Plan | None], folder) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("key", "kind", "side"), TYPES)
-def test_reversed_units(key, kind, side, tmp_path):
-    moved = change(key, kind, side, reversed_units, tmp_path)
-    assert moved is None or moved < 1e-3
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("key", "kind", "side"), TYPES)
-def test_reversed_heads(key, kind, side, tmp_path):
-    moved = change(key, kind, side, reversed_heads, tmp_path)
+@pytest.mark.parametrize("draft", [reversed_units, reversed_heads])
+def test_another_order_moves_nothing(draft, key, kind, side, tmp_path):
+    moved = change(key, kind, side, draft, tmp_path)
     assert moved is None or moved < 1e-3
 
 

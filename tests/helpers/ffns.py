@@ -9,6 +9,8 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.undo import Undo
+from hf_compress.rewrite.apply import carry_out
 from tests.helpers.changes import forward
 from tests.helpers.tiny import tiny_base_model, tiny_inputs, tiny_model, tiny_seq2seq_model
 
@@ -102,31 +104,6 @@ def hooked(*handles):
             handle.remove()
 
 
-def masked(model, family, units, inputs):
-    """What the original gives when all other hidden units are put to zero just before the last projection."""
-    mask = torch.zeros(family.width)
-    for unit in units.tolist():
-        mask[unit] = 1
-    last = model.get_submodule(family.path(family.last))
-    with hooked(last.register_forward_pre_hook(lambda module, args: (args[0] * mask, *args[1:]))):
-        return forward(model, inputs)
-
-
-def with_linear(model, family, matrix, bias, inputs):
-    """What the original gives when x·W + b takes the place of what its FFN makes of x."""
-    seen = []
-
-    def take(module, args):
-        seen.append(args[0])
-
-    def give(module, args, output):
-        return (seen.pop() @ matrix + bias).view_as(output)
-
-    first, last = (model.get_submodule(family.path(name)) for name in (family.first, family.last))
-    with hooked(first.register_forward_pre_hook(take), last.register_forward_hook(give)):
-        return forward(model, inputs)
-
-
 def matrix_of(module):
     """The weight that multiplies from the right."""
     weight = module.weight.detach()
@@ -135,3 +112,50 @@ def matrix_of(module):
 
 def bias_of(module, width):
     return torch.zeros(width) if module.bias is None else module.bias.detach()
+
+
+class Subject:
+    """A tiny model of which one block is to be changed: its inputs, and what it gives for them."""
+
+    def __init__(self, model, family):
+        self.model, self.family, self.inputs = model, family, tiny_inputs(model)
+        self.block = Anatomy(model).block(family.index, family.stack)
+        self.reference = self.output()
+
+    def part(self, name):
+        """A module by the name that the family has for it."""
+        return self.model.get_submodule(self.family.path(getattr(self.family, name)))
+
+    def output(self, *handles):
+        """What the model gives now, with these hooks, which go again."""
+        with hooked(*handles):
+            return forward(self.model, self.inputs)
+
+    def after(self, plan, undo=None):
+        """What it gives when a plan was carried out."""
+        carry_out(plan, self.model, undo or Undo())
+        return self.output()
+
+    def masked(self, units):
+        """What the original gives when all other hidden units are put to zero just before the last projection."""
+        mask = torch.zeros(self.family.width)
+        mask[units] = 1
+        last = self.part("last")
+        return self.output(last.register_forward_pre_hook(lambda module, args: (args[0] * mask, *args[1:])))
+
+    def with_linear(self, matrix, bias=0.0):
+        """What the original gives when x·W + b takes the place of what its FFN makes of x."""
+        seen = []
+
+        def take(module, args):
+            seen.append(args[0])
+
+        def give(module, args, output):
+            return (seen.pop() @ matrix + bias).view_as(output)
+
+        first, last = self.part("first"), self.part("last")
+        return self.output(first.register_forward_pre_hook(take), last.register_forward_hook(give))
+
+
+def subject(name):
+    return Subject(FAMILIES[name].build(name), FAMILIES[name])

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
-from tests.helpers.changes import Trace
+from hf_compress.storage.save import save
+from tests.helpers.changes import Trace, forward
 
 
 def in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -38,3 +40,10 @@ def refusing(
         yield
     assert before.difference(model) is None
     assert leftovers(model) == own
+
+
+def saved_and_loaded(model: PreTrainedModel, folder: Path, inputs: dict[str, torch.Tensor]) -> PreTrainedModel:
+    """`model` from the files that it is saved to; it has to give the same for these inputs."""
+    loaded = type(model).from_pretrained(save(model, folder))
+    assert torch.equal(forward(loaded, inputs), forward(model, inputs))
+    return loaded

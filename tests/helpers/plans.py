@@ -1,7 +1,9 @@
 """Plans of every kind for tiny models, and a picture of a model by which to see that it is as it was."""
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import pytest
 import torch
 
 from hf_compress.anatomy.anatomy import Anatomy
@@ -101,3 +103,12 @@ PLANS = {
 
 def model_for(name):
     return tiny_model("mixtral" if name == "experts" else "llama")
+
+
+@contextmanager
+def refused_without_trace(model, error, message=None):
+    """What stands inside is refused in these words, and leaves the very objects that the model is made of."""
+    before = Before.of(model)
+    with pytest.raises(error, match=message):
+        yield
+    before.check(model)

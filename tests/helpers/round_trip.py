@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -134,6 +134,25 @@ EDITS: dict[str, Callable[[PreTrainedModel, Stack, int], Plan]] = {
 }
 
 
+IN_EACH_BLOCK = ("narrow one FFN", "bottleneck", "packed linear", "blended activation")
+
+
+def change(model: PreTrainedModel, edit: str, block: int = 1) -> PreTrainedModel:
+    """`model` after one change of a block."""
+    torch.manual_seed(2)
+    apply(EDITS[edit](model, Anatomy(model).stack(), block), model)
+    return model
+
+
+def changed_throughout(family: str, edits: Sequence[str] = IN_EACH_BLOCK) -> PreTrainedModel:
+    """A model of a family with another change in each of its blocks."""
+    model = build(family)
+    stack = Anatomy(model).stack()
+    torch.manual_seed(2)
+    apply(sum((EDITS[edit](model, stack, block) for block, edit in enumerate(edits)), start=Plan()), model)
+    return model
+
+
 def inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     """A batch of four, with labels."""
     generator = torch.Generator().manual_seed(1)
@@ -177,9 +196,7 @@ class Outcome:
 def round_trip(model: PreTrainedModel, edit: str, folder: Path) -> Outcome:
     """Change block 1 of `model`, and send it through files twice, by `from_pretrained` of its own class."""
     before = stored_bytes(model)
-    torch.manual_seed(2)
-    apply(EDITS[edit](model, Anatomy(model).stack(), 1), model)
-    hfc.save(model, folder / "changed")
+    hfc.save(change(model, edit), folder / "changed")
     loaded = type(model).from_pretrained(folder / "changed")
     same = torch.equal(logits(loaded), logits(model))
     train(loaded)

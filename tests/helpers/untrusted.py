@@ -15,20 +15,17 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import hf_compress
-from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.errors import PlanError
-from hf_compress.plan.plan import Plan
-from hf_compress.rewrite.apply import apply
 from hf_compress.rewrite.probe import quiet
 from hf_compress.storage.save import save
-from tests.helpers.round_trip import EDITS, build
+from tests.helpers.round_trip import IN_EACH_BLOCK, changed_throughout
 
 PACKAGE = Path(hf_compress.__file__).parent
 
 # By block; the last is a change that leaves all shapes as they were, which comes with a seal.
 CHECKPOINTS = {
-    "Llama": ("narrow one FFN", "bottleneck", "packed linear", "blended activation"),
-    "Mixtral": ("narrow one FFN", "bottleneck", "packed linear", "blended activation"),
+    "Llama": IN_EACH_BLOCK,
+    "Mixtral": IN_EACH_BLOCK,
     "GPT-2": ("low-rank FFN", "bottleneck", "packed linear", "narrow one FFN"),
     "Qwen3": ("blended activation",),
 }
@@ -48,14 +45,7 @@ LONG = {
 
 def make_checkpoints(root):
     """The folders of saved models, by family."""
-    folders = {}
-    for family, changes in CHECKPOINTS.items():
-        model = build(family)
-        stack = Anatomy(model).stack()
-        torch.manual_seed(2)
-        apply(sum((EDITS[edit](model, stack, block) for block, edit in enumerate(changes)), start=Plan()), model)
-        folders[family] = save(model, root / family)
-    return folders
+    return {family: save(changed_throughout(family, edits), root / family) for family, edits in CHECKPOINTS.items()}
 
 
 # --- loading under guard ----------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import save_file
 from sklearn.datasets import load_digits
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 import hf_compress as hfc
 from hf_compress.anatomy.anatomy import Anatomy, Block
@@ -23,6 +23,7 @@ from hf_compress.rewrite.builders import narrow_ffn
 from hf_compress.rewrite.probe import Probe
 from hf_compress.storage.save import own_memory
 from tests.helpers.ffns import hooked
+from tests.helpers.runs import arguments
 
 FEATURES = 6
 ACTIVATIONS = {
@@ -153,15 +154,8 @@ def test_loss(fields, labels, oracle):
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def train(model, data, folder, **arguments):
-    plain = {
-        "report_to": "none",
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "use_cpu": True,
-        "logging_strategy": "no",
-    }
-    trainer = Trainer(model, TrainingArguments(str(folder), **(plain | arguments)), train_dataset=data)
+def train(model, data, folder, **settings):
+    trainer = Trainer(model, arguments(folder, **settings), train_dataset=data)
     trainer.train()
     return trainer
 
@@ -175,9 +169,8 @@ def test_accumulated_gradients_are_those_of_one_batch(fields, labels, oracle, tm
     for steps in (1, 4):
         model = dense(**fields)
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        arguments = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0, "max_steps": 1, "warmup_steps": 0}
         batches = {"per_device_train_batch_size": 16 // steps, "gradient_accumulation_steps": steps}
-        train(model, data, tmp_path, **arguments, **batches)
+        train(model, data, tmp_path, optim="sgd", learning_rate=0.1, max_steps=1, **batches)
         moved.append({name: p.detach() - before[name] for name, p in model.named_parameters()})
     for name, step in moved[0].items():
         assert step.abs().max() > 1e-6
@@ -192,12 +185,7 @@ def test_digits_are_learned_in_one_epoch(tmp_path):
     sets = {n: Dataset.from_dict({"input_values": x[i].tolist(), "label": y[i].tolist()}) for n, i in parts.items()}
     torch.manual_seed(0)
     model = hfc.DenseForClassification(hfc.DenseConfig(input_size=64, hidden_size=32, num_labels=10))
-    trainer = train(
-        *(model, sets["train"], tmp_path),
-        num_train_epochs=1,
-        per_device_train_batch_size=32,
-        learning_rate=1e-2,
-    )
+    trainer = train(model, sets["train"], tmp_path, max_steps=-1, num_train_epochs=1, per_device_train_batch_size=32)
     predicted = trainer.predict(sets["test"]).predictions.argmax(-1)
     assert (predicted == y[parts["test"]]).mean() > 0.8
 

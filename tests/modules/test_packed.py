@@ -2,7 +2,6 @@
 
 import struct
 from bisect import bisect_left
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -18,6 +17,8 @@ OUTPUTS, INPUTS, GROUP = 3, 32, 16
 FEWEST = {True: 2, False: 1}
 MOST = {True: MAX_BITS, False: 8}
 KINDS = [(bits, symmetric) for symmetric in (True, False) for bits in range(FEWEST[symmetric], MOST[symmetric] + 1)]
+EVERY_WIDTH = pytest.mark.parametrize(("bits", "symmetric"), KINDS)
+SIDES = st.sampled_from([0, 1, -1])
 BFLOATS = [struct.unpack("<f", struct.pack("<I", upper << 16))[0] for upper in range(0x7F80)]  # 0 and up, finite
 
 
@@ -97,15 +98,11 @@ def covering_step(group, bits, symmetric):
     return BFLOATS[bisect_left(BFLOATS, np.float32(reach))]
 
 
-# --- unpacking --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_what_is_unpacked_is_what_the_bits_say(symmetric):
-    for bits in range(FEWEST[symmetric], MOST[symmetric] + 1):
-        layer = packed(weight(bits), bits, symmetric=symmetric)
-        assert layer.unpacked().dtype == torch.float32
-        assert torch.equal(layer.unpacked(), read_weight(layer).float()), f"{bits} bits"
+@EVERY_WIDTH
+def test_what_is_unpacked_is_what_the_bits_say(bits, symmetric):
+    layer = packed(weight(bits), bits, symmetric=symmetric)
+    assert layer.unpacked().dtype == torch.float32
+    assert torch.equal(layer.unpacked(), read_weight(layer).float())
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -126,69 +123,40 @@ def test_a_group_is_packed_alike_in_any_company():
 # --- rounding ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_every_weight_becomes_the_nearest_value_that_its_group_has(symmetric):
-    for bits in range(FEWEST[symmetric], MOST[symmetric] + 1):
-        values = weight(10 + bits)
-        layer = packed(values, bits, symmetric=symmetric)
-        stored, steps, zeros = groups_of(read_weight(layer)), read_steps(layer), read_zeros(layer)
-        for group, kept, step, zero in zip(groups_of(values), stored, steps, zeros, strict=True):
-            levels = step * (np.arange(2**bits) - zero)
-            for w, got in zip(group, kept, strict=True):
-                assert abs(got - w) <= np.abs(levels - w).min() + 1e-6 * abs(w), f"{bits} bits"
+@pytest.mark.parametrize("scale", [1e-4, 0.02, 4.0])
+@EVERY_WIDTH
+def test_every_weight_becomes_the_nearest_value_that_its_group_has(bits, symmetric, scale):
+    values = weight(10 + bits, scale=scale)
+    layer = packed(values, bits, symmetric=symmetric)
+    stored, steps, zeros = groups_of(read_weight(layer)), read_steps(layer), read_zeros(layer)
+    for group, kept, step, zero in zip(groups_of(values), stored, steps, zeros, strict=True):
+        levels = step * (np.arange(2**bits) - zero)
+        for w, got in zip(group, kept, strict=True):
+            assert abs(got - w) <= np.abs(levels - w).min() + 1e-6 * abs(w)
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e-4, 0.02, 4.0, 1e4])
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_the_step_is_the_smallest_bfloat16_that_covers_the_group(symmetric, scale):
-    for bits in range(FEWEST[symmetric], MOST[symmetric] + 1):
-        values = weight(20 + bits, scale=scale)
-        expected = [covering_step(group, bits, symmetric) for group in groups_of(values)]
-        assert read_steps(packed(values, bits, symmetric=symmetric)) == expected, f"{bits} bits"
-
-
-@pytest.mark.parametrize("side", [0, 1, -1])
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_no_weight_is_off_by_more_than_half_a_step(symmetric, side):
-    """Of groups with both signs, and of those with one, where 0 is at the end of the range or beyond."""
-    for bits in range(FEWEST[symmetric], MOST[symmetric] + 1):
-        values = weight(30 + bits)
-        values = side * values.abs() if side else values
-        layer = packed(values, bits, symmetric=symmetric)
-        errors = (layer.unpacked().double() - values).abs().view(-1, GROUP).amax(1).tolist()
-        for error, step, group in zip(errors, read_steps(layer), groups_of(values), strict=True):
-            assert error <= step / 2 + 1e-6 * max(map(abs, group)), f"{bits} bits"
-
-
-@pytest.mark.parametrize("scale", [1e-4, 0.02, 4.0])
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_every_bit_more_about_halves_the_error_also_of_small_weights(symmetric, scale):
-    values = weight(scale=scale)
-    layers = [packed(values, bits, symmetric=symmetric) for bits in range(FEWEST[symmetric], MOST[symmetric] + 1)]
-    errors = [(layer.unpacked() - values).abs().max().item() for layer in layers]
-    assert errors[0] < values.abs().max()
-    for fewer, more in pairwise(errors):
-        assert more < 0.7 * fewer
-
-
-# --- zeros ------------------------------------------------------------------------------------------------------------
+@EVERY_WIDTH
+def test_the_step_is_the_smallest_bfloat16_that_covers_the_group(bits, symmetric, scale):
+    values = weight(20 + bits, scale=scale)
+    expected = [covering_step(group, bits, symmetric) for group in groups_of(values)]
+    assert read_steps(packed(values, bits, symmetric=symmetric)) == expected
 
 
 @pytest.mark.parametrize("low", [-1.0, 0.0, 2.0, -9.0])
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_a_weight_of_zero_stays_exactly_zero(symmetric, low):
+@EVERY_WIDTH
+def test_a_weight_of_zero_stays_exactly_zero(bits, symmetric, low):
     """Also where a group has weights of one sign, and 0 is at the end of its range or beyond, or is all there is."""
-    for bits in range(FEWEST[symmetric], MOST[symmetric] + 1):
-        values = low + 4 * torch.rand(OUTPUTS, INPUTS, generator=torch.Generator().manual_seed(bits))
-        pruned = torch.rand(OUTPUTS, INPUTS, generator=torch.Generator().manual_seed(1)) < 0.4
-        pruned[1] = True
-        values = values.masked_fill(pruned, 0)
-        values[1, GROUP:] *= -1  # to -0.0
-        layer = packed(values, bits, symmetric=symmetric)
-        assert read_bits(layer)[2:4] == [[zero] * GROUP for zero in read_zeros(layer)[2:4]]
-        got = layer.unpacked()
-        assert torch.equal(got[pruned], torch.zeros(int(pruned.sum()))), f"{bits} bits"
-        assert got[~pruned].abs().max() > 0
+    values = low + 4 * torch.rand(OUTPUTS, INPUTS, generator=torch.Generator().manual_seed(bits))
+    pruned = torch.rand(OUTPUTS, INPUTS, generator=torch.Generator().manual_seed(1)) < 0.4
+    pruned[1] = True
+    values = values.masked_fill(pruned, 0)
+    values[1, GROUP:] *= -1  # to -0.0
+    layer = packed(values, bits, symmetric=symmetric)
+    assert read_bits(layer)[2:4] == [[zero] * GROUP for zero in read_zeros(layer)[2:4]]
+    got = layer.unpacked()
+    assert torch.equal(got[pruned], torch.zeros(int(pruned.sum())))
+    assert got[~pruned].abs().max() > 0
 
 
 # --- what it takes ----------------------------------------------------------------------------------------------------
@@ -228,16 +196,6 @@ def test_forward_is_the_linear_map_of_the_unpacked_weight(dtype, offset):
     assert got.dtype == dtype
     assert (layer.bias is None) == (offset is None)
     assert torch.equal(got, functional.linear(x, layer.unpacked().to(dtype), layer.bias))
-
-
-def test_forward_number_by_number():
-    offset = weight(5, 1, OUTPUTS)[0]
-    layer = packed(weight(), 3, bias=offset)
-    x = torch.randn(INPUTS, generator=torch.Generator().manual_seed(2))
-    rows = read_weight(layer).tolist()
-    for j in range(OUTPUTS):
-        expected = offset[j].item() + sum(w * v for w, v in zip(rows[j], x.tolist(), strict=True))
-        assert layer(x)[j].item() == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -389,8 +347,10 @@ def test_whole_numbers_come_back_bit_for_bit(grid):
     assert read_bits(layer) == [[w + zero for w in row] for row, zero in zip(rows, zeros, strict=True)]
 
 
-@given(st.lists(st.floats(-1000, 1000, width=32), min_size=8, max_size=8), st.sampled_from(KINDS))
-def test_any_group_is_kept_to_half_a_step(group, kind):
+@given(st.lists(st.floats(-1000, 1000, width=32), min_size=8, max_size=8), st.sampled_from(KINDS), SIDES)
+def test_any_group_is_kept_to_half_a_step(group, kind, side):
+    """Of groups with both signs, and of those with one, where 0 is at the end of the range or beyond."""
+    group = [side * abs(w) for w in group] if side else group
     layer = packed(torch.tensor([group]), kind[0], 8, kind[1])
     errors = [abs(w - kept) for w, kept in zip(group, read_weight(layer)[0].tolist(), strict=True)]
     # Beside rounding in float32, and weights so small that it has no step for them.

@@ -10,11 +10,9 @@ from hf_compress.modules.sparse import SparseLinear, pack_mask, pack_row, row_le
 from hf_compress.plan.plan import Plan
 from hf_compress.rewrite.apply import apply
 from hf_compress.rewrite.builders import pack_linear, sparsify_linear
-from hf_compress.rewrite.edits import edit_from_dict, plan_from_json
 from hf_compress.rewrite.edits.packed import SparsifyLinear
-from hf_compress.storage.save import save
-from tests.helpers.models import refusing
-from tests.helpers.round_trip import build, logits
+from tests.helpers.models import refusing, saved_and_loaded
+from tests.helpers.round_trip import build, inputs, logits
 
 OUTPUTS, INPUTS = 5, 13  # 65 weights: neither a mask of whole bytes nor groups of whole rows
 SIZES = [(5, 13), (1, 1), (3, 8), (7, 3), (16, 16), (1, 65)]
@@ -35,6 +33,22 @@ def parts_of(values, mask, rest):
     return [values[mask], values[~mask]] if rest else [values[mask]]
 
 
+def counts_of(mask, rest):
+    return [len(part) for part in parts_of(mask, mask, rest)]
+
+
+def dense(values, mask, rest):
+    return values if rest else values * mask
+
+
+def row_layer(values, bits, symmetric=True, gram=None):
+    """Packed by rows, in groups of 8 of which the last may have to be filled up."""
+    packing, tensors = pack(values, bits, 8, symmetric, gram)
+    layer = MixedPrecisionLinear(packing, False, values.shape[1])
+    layer.load_state_dict(tensors)
+    return layer
+
+
 def sparse(values, mask, rest=False, bias=None, bits=None, group_size=8, symmetric=True):
     """The layer that stores these weights; `bits` of every group, or one number for all."""
     parts, packing = parts_of(values, mask, rest), None
@@ -50,12 +64,9 @@ def sparse(values, mask, rest=False, bias=None, bits=None, group_size=8, symmetr
     return layer
 
 
-def stored(module):
-    """Bytes of all that is stored."""
+def bytes_in(module):
+    """Of all that is stored."""
     return sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
-
-
-# --- masks ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", SIZES)
@@ -86,9 +97,9 @@ def test_it_is_the_masked_matrix(shape, rest):
     for share in (0.4, 1.0):
         mask = some(*shape, share=share)
         layer, x = sparse(values, mask, rest, bias), normal(2, 3, shape[1], seed=3)
-        dense = values if rest else values * mask
-        assert torch.equal(layer.unpacked(), dense)
-        assert torch.equal(layer(x), functional.linear(x, dense, bias))
+        expected = dense(values, mask, rest)
+        assert torch.equal(layer.unpacked(), expected)
+        assert torch.equal(layer(x), functional.linear(x, expected, bias))
         assert layer.weight.shape == ((values.numel(),) if rest else (int(mask.sum()),))
 
 
@@ -113,7 +124,7 @@ def test_gradients_are_those_of_the_weights_stored(rest):
     (layer(given) * upstream).sum().backward()
     slope = upstream.T @ x
     torch.testing.assert_close(layer.weight.grad, torch.cat(parts_of(slope, mask, rest)))
-    torch.testing.assert_close(given.grad, upstream @ (values if rest else values * mask))
+    torch.testing.assert_close(given.grad, upstream @ dense(values, mask, rest))
     torch.testing.assert_close(layer.bias.grad, upstream.sum(0))
 
 
@@ -146,10 +157,7 @@ def test_packed_values_are_those_of_rows_packed_apart(shape, rest, symmetric):
         if not kept or not where.any():
             continue
         row = values[where][None]
-        packing, tensors = pack(row, torch.full((1, -(-row.shape[1] // 8)), 4), 8, symmetric)
-        alone = MixedPrecisionLinear(packing, False, row.shape[1])
-        alone.load_state_dict(tensors)
-        expected[where] = alone.unpacked()[0]
+        expected[where] = row_layer(row, torch.full((1, -(-row.shape[1] // 8)), 4), symmetric).unpacked()[0]
     assert torch.equal(layer.unpacked(), expected)
     x = normal(3, shape[1], seed=3)
     assert torch.equal(layer(x), functional.linear(x, expected))
@@ -175,9 +183,9 @@ def test_both_kinds_get_bits_of_their_own():
 def test_bytes_are_the_mask_and_what_is_kept(shape, rest):
     mask = some(*shape)
     count = mask.numel() if rest else int(mask.sum())
-    bytes_of_mask = (mask.numel() + 7) // 8
-    assert stored(sparse(normal(*shape), mask, rest)) == bytes_of_mask + 4 * count
-    assert stored(sparse(normal(*shape), mask, rest, normal(shape[0])).half()) == bytes_of_mask + 2 * (count + shape[0])
+    mask_bytes, halves = (mask.numel() + 7) // 8, sparse(normal(*shape), mask, rest, normal(shape[0])).half()
+    assert bytes_in(sparse(normal(*shape), mask, rest)) == mask_bytes + 4 * count
+    assert bytes_in(halves) == mask_bytes + 2 * (count + shape[0])
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -185,12 +193,12 @@ def test_bytes_are_the_mask_and_what_is_kept(shape, rest):
 @pytest.mark.parametrize("group_size", [8, 16, 64])
 def test_packed_bytes_are_bits_of_whole_groups_and_a_few_a_group(group_size, rest, symmetric):
     mask = some(OUTPUTS, INPUTS)
-    counts = [int(mask.sum())] + ([int((~mask).sum())] if rest else [])
+    counts = counts_of(mask, rest)
     groups = sum((count + group_size - 1) // group_size for count in counts)
     bits = torch.arange(groups) % 5 + 2
     layer = sparse(normal(OUTPUTS, INPUTS), mask, rest, bits=bits, group_size=group_size, symmetric=symmetric)
     expected = (65 + 7) // 8 + int(bits.sum()) * group_size // 8 + groups * (2 + 1 + (0 if symmetric else 1))
-    assert stored(layer) == expected
+    assert bytes_in(layer) == expected
 
 
 def test_its_text_tells_the_share():
@@ -229,18 +237,16 @@ def test_a_draft_stores_the_same_map_in_a_model(name, path, rest, bits, tmp_path
     weight = model.get_submodule(path).weight.detach()
     weight = weight if name == "Llama" else weight.T
     mask = some(*weight.shape)
-    counts = [int(mask.sum())] + ([int((~mask).sum())] if rest else [])
-    given = torch.randint(2, 9, (sum(-(-count // 16) for count in counts),)) if bits else None
+    given = torch.randint(2, 9, (sum(-(-count // 16) for count in counts_of(mask, rest)),)) if bits else None
     apply(sparsify_linear(model, path, mask, None, given, 16, rest=rest), model)
     module = model.get_submodule(path)
     assert type(module) is SparseLinear
-    dense = module.unpacked().detach()
-    torch.testing.assert_close(dense, weight if rest else weight * mask, atol=0.15 if bits else 0, rtol=0)
+    stored = module.unpacked().detach()
+    torch.testing.assert_close(stored, dense(weight, mask, rest), atol=0.15 if bits else 0, rtol=0)
     with torch.no_grad():
-        other.get_submodule(path).weight.copy_(dense if name == "Llama" else dense.T)
+        other.get_submodule(path).weight.copy_(stored if name == "Llama" else stored.T)
     torch.testing.assert_close(logits(model), logits(other))
-    loaded = type(model).from_pretrained(save(model, tmp_path / "out"))
-    assert torch.equal(logits(loaded), logits(model))
+    saved_and_loaded(model, tmp_path / "out", inputs(model))
 
 
 def test_a_draft_takes_other_values():
@@ -257,12 +263,9 @@ def test_a_draft_takes_other_values():
 def test_rows_are_filled_up_to_whole_groups(symmetric):
     """What fills them up is 0, which every grid has; so it is as if the row ended there."""
     values, bits = normal(3, 21), torch.randint(2, 9, (3, 3), generator=torch.Generator().manual_seed(2))
-    packing, tensors = pack(values, bits, 8, symmetric)
-    longer, same = pack(functional.pad(values, (0, 3)), bits, 8, symmetric)
-    assert (packing, packing.inputs) == (longer, 24)
-    assert all(torch.equal(tensor, same[name]) for name, tensor in tensors.items())
-    layer = MixedPrecisionLinear(packing, False, 21)
-    layer.load_state_dict(tensors)
+    layer, longer = row_layer(values, bits, symmetric), row_layer(functional.pad(values, (0, 3)), bits, symmetric)
+    assert (layer.packing, layer.packing.inputs) == (longer.packing, 24)
+    assert all(torch.equal(tensor, longer.state_dict()[name]) for name, tensor in layer.state_dict().items())
     assert layer.unpacked().shape == (3, 21)
     torch.testing.assert_close(layer.unpacked(), values, atol=1.5, rtol=0)
     x = normal(2, 21, seed=5)
@@ -275,10 +278,7 @@ def test_a_gram_makes_up_for_errors_also_where_rows_are_filled_up(symmetric):
     x = normal(100, 5, seed=3) @ normal(5, 21, seed=4) + 0.1 * normal(100, 21, seed=5)
     values, bits, gaps = normal(6, 21), torch.full((6, 3), 3), []
     for gram in (None, x.T @ x):
-        packing, tensors = pack(values, bits, 8, symmetric, gram)
-        layer = MixedPrecisionLinear(packing, False, 21)
-        layer.load_state_dict(tensors)
-        gaps.append(float((layer(x) - x @ values.T).square().sum()))
+        gaps.append(float((row_layer(values, bits, symmetric, gram)(x) - x @ values.T).square().sum()))
     assert gaps[1] < 0.6 * gaps[0]
 
 
@@ -287,8 +287,7 @@ def test_a_packed_map_of_odd_width_comes_back_from_files(tmp_path):
     model, path = build("BERT"), "bert.encoder.layer.1.attention.self.query"
     apply(pack_linear(model, path, torch.full((32, 2), 5), 24), model)
     assert type(model.get_submodule(path)) is MixedPrecisionLinear
-    loaded = type(model).from_pretrained(save(model, tmp_path / "out"))
-    assert torch.equal(logits(loaded), logits(model))
+    saved_and_loaded(model, tmp_path / "out", inputs(model))
 
 
 # --- what does not fit ------------------------------------------------------------------------------------------------
@@ -312,40 +311,17 @@ def test_sizes_that_do_not_fit_are_refused(kept, packing, rest, message):
         SparseLinear(INPUTS, OUTPUTS, kept, False, packing, rest)
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"kept": 0}, "kept must be a positive whole number; got 0"),
-        ({"kept": 2.0}, "kept must be a positive whole number; got 2.0"),
-        ({"kept": True}, "kept must be a positive whole number; got True"),
-        ({"group_size": 0}, "group_size must be a positive whole number; got 0"),
-        ({"planes": (1,) * 17}, "planes must be up to 16 numbers of groups"),
-        ({"planes": "ab"}, "planes must be up to 16 numbers of groups; got 'ab'"),
-        ({"planes": (3, 0)}, "planes must be a positive whole number; got 0"),
-        ({"symmetric": 1}, "symmetric must be true or false; got 1"),
-        ({"rest": "yes"}, "rest must be true or false; got 'yes'"),
-        ({"module": "no path!"}, "module must be the path of a module"),
-    ],
-)
-def test_edits_that_make_no_sense_are_refused(fields, message):
-    with pytest.raises(PlanError, match=message):
-        SparsifyLinear(**{"module": "model.layers.1.mlp.down_proj", "kept": 20} | fields)
-
-
-@pytest.mark.parametrize("edit", [SparsifyLinear("a.b", 20), SparsifyLinear("a.b", 20, (9, 9), 8, False, True)])
-def test_an_edit_survives_json(edit):
-    assert plan_from_json(Plan((edit,)).to_json()).edits == (edit,)
-    assert edit_from_dict(edit.to_dict()) == edit
+PATH = "model.layers.1.mlp.down_proj"
 
 
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (SparsifyLinear("model.layers.1.mlp.down_proj", 2049), "down_proj: kept is 2049; expected 1 to .* 2048"),
-        (SparsifyLinear("model.layers.1.mlp.down_proj", 64, (2, 2)), "down_proj: planes must .* the first all 1"),
-        (SparsifyLinear("model.layers.1.mlp.down_proj", 64, (1, 1), 12), "down_proj: group_size must be a multiple"),
-        (SparsifyLinear("model.layers.1.mlp.down_proj", 64, (1,)), "1 bit would have no positive value"),
-        (SparsifyLinear("model.layers.1.mlp.down_proj", 64), "down_proj"),  # without its tensors
+        (SparsifyLinear(PATH, 2049), "down_proj: kept is 2049; expected 1 to .* 2048"),
+        (SparsifyLinear(PATH, 64, (2, 2)), "down_proj: planes must .* the first all 1"),
+        (SparsifyLinear(PATH, 64, (1, 1), 12), "down_proj: group_size must be a multiple"),
+        (SparsifyLinear(PATH, 64, (1,)), "1 bit would have no positive value"),
+        (SparsifyLinear(PATH, 64), "down_proj"),  # without its tensors
         (SparsifyLinear("model.layers.1.input_layernorm", 5), "input_layernorm"),
     ],
 )
@@ -353,9 +329,6 @@ def test_an_edit_that_does_not_fit_the_model_leaves_it_alone(edit, message):
     model = build("Llama")
     with refusing(model, PlanError, message):
         apply(Plan((edit,)), model)
-
-
-# --- plans one after another ------------------------------------------------------------------------------------------
 
 
 def test_then_takes_a_map_as_the_first_plan_leaves_it():

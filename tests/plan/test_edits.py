@@ -11,15 +11,18 @@ from hf_compress.errors import PlanError
 from hf_compress.plan.edits import Edit, MergeBlocks, ModuleEdit, RemoveBlocks, StackEdit
 from hf_compress.plan.plan import Plan
 from hf_compress.rewrite.edits import edit_from_dict, plan_from_json
+from hf_compress.rewrite.edits.attention import NarrowAttention
 from hf_compress.rewrite.edits.bottleneck import InsertBottleneck
 from hf_compress.rewrite.edits.experts import NarrowExperts, SplitExperts
 from hf_compress.rewrite.edits.ffn import LinearFFN, NarrowFFN, ReplaceActivation
-from hf_compress.rewrite.edits.packed import PackLinear
+from hf_compress.rewrite.edits.packed import PackLinear, SparsifyLinear
 from hf_compress.rewrite.edits.sealed import Seal
 
 MLP = "model.layers.0.mlp"
 GATED = (f"{MLP}.gate_proj", f"{MLP}.up_proj")
 DOWN = f"{MLP}.down_proj"
+
+PROJECTIONS = ("query", "key", "value", "output")
 
 # One of every kind, as JSON would have it: the names of the fields are part of the saved format.
 WRITTEN = {
@@ -40,6 +43,8 @@ WRITTEN = {
         "gated": False,
     },
     PackLinear: {"module": DOWN, "group_size": 16, "planes": [64, 32, 3], "symmetric": False},
+    SparsifyLinear: {"module": DOWN, "kept": 20, "planes": [9, 9], "group_size": 8, "symmetric": False, "rest": True},
+    NarrowAttention: {**{name: f"model.{name}" for name in PROJECTIONS}, "heads": 4, "groups": 2, "width": 8},
     ReplaceActivation: {"activation": f"{MLP}.act_fn", "blend": "constant", "width": 96},
     Seal: {"module": "model.norm"},
 }
@@ -54,23 +59,23 @@ PATHS = {
     LinearFFN: {"inputs": "several", "output": "one", "activation": "perhaps"},
     InsertBottleneck: {"block": "one"},
     PackLinear: {"module": "one"},
+    SparsifyLinear: {"module": "one"},
+    NarrowAttention: dict.fromkeys(PROJECTIONS, "one"),
     ReplaceActivation: {"activation": "one"},
     Seal: {"module": "one"},
 }
-PATH_FIELDS = [(kind, name, number) for kind, fields in PATHS.items() for name, number in fields.items()]
+PATH_FIELDS = [
+    *((kind, name, number) for kind, fields in PATHS.items() for name, number in fields.items()),
+    *((kind, "stack", "one") for kind in (RemoveBlocks, MergeBlocks)),
+]
 SIZES = [
-    (NarrowFFN, "width"),
-    (NarrowExperts, "width"),
-    (LinearFFN, "rank"),
-    (InsertBottleneck, "hidden"),
-    (InsertBottleneck, "width"),
-    (PackLinear, "group_size"),
-    (ReplaceActivation, "width"),
+    *((kind, "width") for kind in (NarrowFFN, NarrowExperts, InsertBottleneck, ReplaceActivation, NarrowAttention)),
+    *((LinearFFN, "rank"), (InsertBottleneck, "hidden"), (PackLinear, "group_size"), (SparsifyLinear, "group_size")),
+    *((SparsifyLinear, "kept"), (NarrowAttention, "heads"), (NarrowAttention, "groups")),
 ]
 SWITCHES = [
-    (NarrowFFN, "bias"),
-    (LinearFFN, "bias"),
-    (PackLinear, "symmetric"),
+    *((NarrowFFN, "bias"), (LinearFFN, "bias"), (PackLinear, "symmetric")),
+    *((SparsifyLinear, "symmetric"), (SparsifyLinear, "rest")),
 ]
 
 
@@ -120,6 +125,9 @@ module_edits = st.one_of(
     st.builds(LinearFFN, several, paths, st.none() | sizes, st.booleans(), st.none() | paths),
     bottlenecks(),
     st.builds(PackLinear, paths, sizes, st.lists(sizes, min_size=1, max_size=16).map(tuple), st.booleans()),
+    st.builds(
+        SparsifyLinear, paths, sizes, st.lists(sizes, max_size=16).map(tuple), sizes, st.booleans(), st.booleans()
+    ),
     activations(),
     st.builds(Seal, paths),
 )
@@ -194,13 +202,6 @@ def test_what_is_a_path():
         assert make(NarrowFFN, output=value).output == value
 
 
-@pytest.mark.parametrize("kind", [NarrowFFN, LinearFFN])
-def test_what_is_no_list_of_paths(kind):
-    """A bare string, too, which would be taken letter by letter."""
-    for value in ([], (), "a.b", "", None, 3, True, {DOWN: 1}, {DOWN}, iter([DOWN]), [DOWN] * 5, [DOWN] * 10**5):
-        refused(kind, "inputs", value, "^inputs must be a list of 1 to 4 paths of modules; got ")
-
-
 @pytest.mark.parametrize(("kind", "name", "number"), PATH_FIELDS)
 def test_one_path_is_not_several(kind, name, number):
     for value in ([DOWN], (DOWN,), []):
@@ -216,8 +217,10 @@ def test_every_path_is_known(kind):
     assert sorted(make(kind).paths) == sorted(expected)
 
 
-def test_a_path_that_was_left_out_is_none_of_them():
-    assert make(LinearFFN, activation=None).paths == (*GATED, DOWN)
+def test_a_path_that_was_left_out_is_neither_known_nor_moved():
+    edit = make(LinearFFN, activation=None)
+    assert edit.paths == (*GATED, DOWN)
+    assert edit.moved(lambda path: f"x.{path}").activation is None
 
 
 @pytest.mark.parametrize("kind", MODULE_KINDS)
@@ -243,10 +246,6 @@ def test_moving_there_and_back(edit):
     assert edit.moved(lambda path: f"x.{path}").paths == tuple(f"x.{path}" for path in edit.paths)
 
 
-def test_a_path_that_was_left_out_is_not_moved():
-    assert make(LinearFFN, activation=None).moved(lambda path: f"x.{path}").activation is None
-
-
 def test_moving_to_what_is_no_path():
     with pytest.raises(PlanError, match="module must be the path of a module"):
         make(Seal).moved(lambda path: f"../{path}")
@@ -267,20 +266,35 @@ def test_what_is_no_size(kind, name):
         refused(kind, name, None, f"^{name} must be a positive whole number")
 
 
-@pytest.mark.parametrize(("kind", "name"), [entry for entry in SIZES if entry != (InsertBottleneck, "width")])
+# A bare string, too, is no list of paths: it would be taken letter by letter.
+NO_LISTS = ([], (), "a.b", "", None, 3, True, {DOWN: 1}, {DOWN}, iter([DOWN]), [DOWN] * 5, [DOWN] * 10**5)
+NO_SKIPS = (-0.01, 1.01, float("nan"), float("inf"), True, False, "0.1", None, [0.1], "1" * 1000)
+NO_PLANES = ([1] * 17, [1] * 1000, None, 3, "123", {1: 2}, {4})
+NO_COUNTS = [[64, entry] for entry in (*NO_SIZES, None)]
+NO_BLENDS = ("", "Leaky", "relu", None, 1, True, [], ["leaky"], {}, "x" * 1000)
+NO_VALUES = [
+    *((kind, "inputs", NO_LISTS, "a list of 1 to 4 paths of modules; got ") for kind in (NarrowFFN, LinearFFN)),
+    *((kind, name, (0, 1, "true", None, [], 1.0), "true or false") for kind, name in SWITCHES),
+    (InsertBottleneck, "skip", NO_SKIPS, r"a number in \[0, 1\]"),
+    (PackLinear, "planes", ([], (), *NO_PLANES), "1 to 16 numbers of groups"),
+    (SparsifyLinear, "planes", NO_PLANES, "up to 16 numbers of groups"),
+    *((kind, "planes", NO_COUNTS, "a positive whole number") for kind in (PackLinear, SparsifyLinear)),
+    (ReplaceActivation, "blend", NO_BLENDS, "one of leaky, identity, constant"),
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "values", "message"), NO_VALUES)
+def test_what_is_no_value_of_a_field(kind, name, values, message):
+    for value in values:
+        refused(kind, name, value, f"^{name} must be {message}")
+
+
+LIMITED = [(InsertBottleneck, "width"), *((NarrowAttention, name) for name in ("heads", "groups"))]
+
+
+@pytest.mark.parametrize(("kind", "name"), [entry for entry in SIZES if entry not in LIMITED])
 def test_the_largest_size(kind, name):
     assert getattr(make(kind, **{name: 2**31 - 1}), name) == 2**31 - 1
-
-
-@pytest.mark.parametrize(("kind", "name"), SWITCHES)
-def test_what_is_no_switch(kind, name):
-    for value in (0, 1, "true", None, [], 1.0):
-        refused(kind, name, value, f"^{name} must be true or false")
-
-
-def test_what_is_no_skip():
-    for skip in (-0.01, 1.01, float("nan"), float("inf"), True, False, "0.1", None, [0.1], "1" * 1000):
-        refused(InsertBottleneck, "skip", skip, r"^skip must be a number in \[0, 1\]")
 
 
 @pytest.mark.parametrize("skip", [0, 0.0, 0.5, 1, 1.0])
@@ -313,21 +327,6 @@ def test_what_is_no_form_of_a_bottleneck(changes, message):
         make(InsertBottleneck, **changes)
 
 
-def test_what_are_no_planes():
-    for planes in ([], (), [1] * 17, [1] * 1000, None, 3, "123", {1: 2}, {4}):
-        refused(PackLinear, "planes", planes, "^planes must be 1 to 16 numbers of groups")
-
-
-def test_an_entry_that_is_no_number_of_groups():
-    for entry in [*NO_SIZES, None]:
-        refused(PackLinear, "planes", [64, entry], "^planes must be a positive whole number")
-
-
-def test_what_is_no_blend():
-    for blend in ("", "Leaky", "relu", None, 1, True, [], ["leaky"], {}, "x" * 1000):
-        refused(ReplaceActivation, "blend", blend, "^blend must be one of leaky, identity, constant")
-
-
 @pytest.mark.parametrize(("blend", "width"), [("leaky", 96), ("identity", "9" * 1000), ("constant", None)])
 def test_only_constants_have_a_width(blend, width):
     with pytest.raises(PlanError, match='width is for the blend "constant", and needed there') as raised:
@@ -340,14 +339,9 @@ def test_only_constants_have_a_width(blend, width):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_field_from_elsewhere(kind):
-    with pytest.raises(PlanError, match=f"edit {kind.__name__} has the wrong fields .*surprise"):
-        edit_from_dict({"edit": kind.__name__, **WRITTEN[kind], "surprise": 1})
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_class_attributes_are_no_fields(kind):
-    for name in ("path_fields", "paths", "__class__", "moved"):
-        with pytest.raises(PlanError, match="wrong fields"):
+    """Class attributes, too, are no fields."""
+    for name in ("surprise", "path_fields", "paths", "__class__", "moved"):
+        with pytest.raises(PlanError, match=f"edit {kind.__name__} has the wrong fields .*{name}"):
             edit_from_dict({"edit": kind.__name__, **WRITTEN[kind], name: ()})
 
 
@@ -376,14 +370,10 @@ def test_what_is_no_edit(values):
     assert len(str(raised.value)) < 600
 
 
-def test_keys_that_are_no_strings():
-    with pytest.raises(PlanError, match="wrong fields"):
-        edit_from_dict({"edit": "Seal", 1: "model"})
-
-
-def test_a_message_does_not_grow_with_what_was_given():
+@pytest.mark.parametrize("key", [1, "x" * 10**6], ids=["no string", "long"])
+def test_a_message_does_not_grow_with_what_was_given(key):
     with pytest.raises(PlanError, match="wrong fields") as raised:
-        edit_from_dict({"edit": "Seal", "module": "model", "x" * 10**6: 1})
+        edit_from_dict({"edit": "Seal", "module": "model", key: 1})
     assert len(str(raised.value)) < 600
 
 

@@ -52,21 +52,10 @@ def test_tensors_and_notes_stay_out_of_json():
     assert set(json.loads(plan.to_json())) == {"version", "edits"}
 
 
-def test_a_plan_cannot_be_changed():
-    with pytest.raises(AttributeError):
-        RemoveBlocks(LAYERS, (1,)).stack = "h"
-
-
 @pytest.mark.parametrize("blocks", [(), (1, 1), (-1,), (True,), (1.0,), ("1",), 3, None])
 def test_indices_are_distinct_and_counted_from_zero(blocks):
     with pytest.raises(ValueError, match="blocks must be"):
         RemoveBlocks(LAYERS, blocks)
-
-
-@pytest.mark.parametrize("stack", ["", None, 3])
-def test_a_stack_is_a_path(stack):
-    with pytest.raises(ValueError, match="must be the path of a module"):
-        RemoveBlocks(stack, (1,))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from hf_compress.plan.edits import MergeBlocks, RemoveBlocks
 from hf_compress.plan.plan import Plan
 from hf_compress.rewrite.apply import apply
 from hf_compress.rewrite.probe import Probe
-from tests.helpers.changes import Trace, check_reloads, merge_plan
+from tests.helpers.changes import Trace, check_reloads
 from tests.helpers.models import refusing
 from tests.helpers.tiny import tiny_inputs, tiny_model, tiny_seq2seq_model, tiny_vision_language_model
 
@@ -45,15 +45,6 @@ def test_names_and_indices_are_those_before_the_plan(model):
     assert torch.equal(model.get_parameter(f"{LAYERS}.1.mlp.up_proj.weight"), new)
 
 
-def test_a_merge_leaves_the_average(model):
-    anatomy = Anatomy(model)
-    plan = merge_plan(anatomy, anatomy.stack())
-    first, second = (model.get_parameter(f"{LAYERS}.{i}.mlp.up_proj.weight").detach().clone() for i in (0, 1))
-    apply(plan, model)
-    assert len(model.model.layers) == 3
-    torch.testing.assert_close(model.get_parameter(NAME), (first + second) / 2)
-
-
 def test_the_mode_of_the_model_stays(model):
     model.train()
     model.model.layers[0].eval()
@@ -71,8 +62,6 @@ def test_an_empty_plan_changes_nothing(model):
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
-        (Plan((RemoveBlocks(LAYERS, (4,)),)), "has the blocks 0 to 3"),
-        (Plan((RemoveBlocks(LAYERS, (0, 1, 2, 3)),)), "leaves none"),
         (Plan((RemoveBlocks("model.blocks", (0,)),)), "no residual stack 'model.blocks'"),
         (Plan(tensors={"model.nothing": torch.zeros(1)}), r"does not have: \['model.nothing'\]"),
         (Plan((MergeBlocks(LAYERS, 0, (1,)),), {NAME: torch.zeros(1)}), "does not fit a parameter"),
@@ -100,10 +89,9 @@ def test_the_model_is_as_it_was_after_any_error_in_the_check(model, monkeypatch,
 )
 def test_what_the_config_cannot_say_is_refused_and_nothing_changed(model_type, removed):
     model = tiny_model(model_type)
-    probe, before = probe_of(model), Trace.of(model)
-    with pytest.raises(ParityError):
+    probe = probe_of(model)
+    with refusing(model, ParityError):
         apply(Plan((RemoveBlocks(LAYERS, removed),)), model, probe)
-    assert before.difference(model) is None
 
 
 def test_two_stacks_of_one_model_in_one_plan():

@@ -1,6 +1,7 @@
 """Bottlenecks in a file, spliced into a model for a while and for good, and the streams that they read."""
 
 import json
+from contextlib import closing
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from hf_compress.calibration.data import prepare
 from hf_compress.modules.bottleneck import Bottleneck, Form
 from hf_compress.rewrite.apply import apply
 from hf_compress.rewrite.bottlenecks import Bottlenecks, FittedBottleneck
+from tests.helpers.ffns import hooked
 from tests.helpers.models import in_dtype, leftovers
-from tests.helpers.plans import Before
+from tests.helpers.plans import Before, refused_without_trace
 from tests.helpers.tiny import tiny_inputs, tiny_model, tiny_seq2seq_model
 
 HIDDEN = 16
@@ -67,16 +69,9 @@ def test_every_form_comes_back_bit_for_bit(tmp_path):
     places = {10 * n: place(form, seed=n, curve=curve) for n, form in enumerate(FORMS.values())}
     places[7] = place(width=21, stopped="diverged in step 3")
     expected = Bottlenecks("model.layers", places, {"skip": 0.1, "layers": [1, 2]}, 99)
-    same(Bottlenecks.load(expected.save(tmp_path).parent), expected)
-
-
-def test_what_is_loaded_computes_the_same(tmp_path):
-    expected = Bottlenecks("model.layers", {n: place(form) for n, form in enumerate(FORMS.values())}, {})
-    expected.save(tmp_path / "not" / "there" / "yet")
-    found = Bottlenecks.load(str(tmp_path / "not" / "there" / "yet"))
-    stream = torch.randn(2, 3, HIDDEN, generator=torch.Generator().manual_seed(1))
-    for n in range(len(FORMS)):
-        assert torch.equal(found.places[n].module(stream), expected.places[n].module(stream))
+    folder = tmp_path / "not" / "there" / "yet"
+    assert expected.save(folder).parent == folder
+    same(Bottlenecks.load(str(folder)), expected)
 
 
 @pytest.mark.parametrize("features", [1, 7, 8, 9, 64])
@@ -245,9 +240,8 @@ def streams_by_hand(model, batch, layers):
         model.model.layers[layer].register_forward_hook(lambda b, a, out, layer=layer: kept.update({layer: out}))
         for layer in layers
     ]
-    model(input_ids=batch.inputs["input_ids"].long(), attention_mask=batch.inputs["attention_mask"].long())
-    for handle in handles:
-        handle.remove()
+    with hooked(*handles):
+        model(input_ids=batch.inputs["input_ids"].long(), attention_mask=batch.inputs["attention_mask"].long())
     return kept
 
 
@@ -298,23 +292,17 @@ def test_a_read_that_is_given_up_leaves_no_hook(model, calibration):
 
 def test_whoever_reads_can_learn_from_what_it_reads(model, calibration):
     probe = torch.nn.Linear(HIDDEN, 1)
-    streams = behind(1).read(model, calibration)
-    try:
+    with closing(behind(1).read(model, calibration)) as streams:
         for _, stream, real in streams:
             probe(stream[real]).square().mean().backward()
-    finally:
-        streams.close()
     assert probe.weight.grad.abs().max() > 0
 
 
 def test_the_model_can_be_used_between_two_streams(model, calibration, ids):
     plain = logits(model, ids)
-    streams = behind(1).read(model, calibration)
-    try:
+    with closing(behind(1).read(model, calibration)) as streams:
         next(streams)
         assert torch.equal(logits(model, ids), plain)
-    finally:
-        streams.close()
 
 
 def test_the_decoder_of_an_encoder_decoder_has_its_tokens_one_place_to_the_right():
@@ -323,10 +311,11 @@ def test_the_decoder_of_an_encoder_decoder_has_its_tokens_one_place_to_the_right
     found = behind(0, 1, stack="decoder.block", hidden=64)
     given = torch.cat([torch.full_like(data[:, :1], start), data[:, :-1]], dim=1)
     seen = []
-    handle = model.decoder.block[0].register_forward_hook(lambda block, args, out: seen.append(out[0]))
-    with torch.no_grad():
+    with (
+        torch.no_grad(),
+        hooked(model.decoder.block[0].register_forward_hook(lambda block, args, out: seen.append(out[0]))),
+    ):
         model(input_ids=data, decoder_input_ids=given)
-    handle.remove()
     (first, stream, real), _ = found.read(model, prepare(data, model, None))
     assert first == 0
     torch.testing.assert_close(stream, seen[0])
@@ -341,7 +330,5 @@ def test_bottlenecks_of_a_model_with_other_blocks_are_refused(model):
 
 
 def test_bottlenecks_of_another_width_leave_the_model_as_it_was(model):
-    before = Before.of(model)
-    with pytest.raises(hfc.UnsupportedModelError):
+    with refused_without_trace(model, hfc.UnsupportedModelError):
         apply(behind(1, hidden=32).plan(model), model)
-    before.check(model)

@@ -13,29 +13,26 @@ from hf_compress.modules.packed import MixedPrecisionLinear
 from hf_compress.plan.plan import Plan
 from hf_compress.rewrite.apply import apply, carry_out
 from hf_compress.rewrite.builders import (
-    insert_bottleneck,
-    linear_ffn,
     narrow_experts,
     narrow_ffn,
     pack_linear,
-    replace_activation,
 )
-from tests.helpers.changes import forward
+from tests.helpers.changes import Trace
 from tests.helpers.ffns import (
     FAMILIES,
     HIDDEN,
+    Family,
+    Subject,
     assert_close,
     bias_of,
     built,
     families,
-    hooked,
-    masked,
     matrix_of,
     noise,
     some_units,
+    subject,
 )
-from tests.helpers.plans import linear_bottleneck
-from tests.helpers.tiny import tiny_inputs, tiny_model
+from tests.helpers.tiny import tiny_model
 
 
 def test_the_matrices_of_the_oracle_are_those_of_the_modules():
@@ -48,64 +45,49 @@ def test_the_matrices_of_the_oracle_are_those_of_the_modules():
 # --- narrower ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("count", [40, 1])
 @families()
-def test_narrow_ffn_is_the_original_with_the_other_hidden_units_masked(name):
-    model, stack, inputs, reference = built(name)
-    family = FAMILIES[name]
-    units = some_units(family.width, 40)
-    expected = masked(model, family, units, inputs)
-    carry_out(narrow_ffn(Block(model, stack, family.index), units.tolist()), model, Undo())
-    assert_close(forward(model, inputs), expected, reference)
+def test_narrow_ffn_is_the_original_with_the_other_hidden_units_masked(name, count):
+    it = subject(name)
+    units = some_units(it.family.width, count)
+    expected = it.masked(units)
+    assert_close(it.after(narrow_ffn(it.block, units.tolist())), expected, it.reference)
 
 
 @families()
 def test_keeping_every_unit_changes_nothing_at_all(name):
-    model, stack, inputs, reference = built(name)
-    family = FAMILIES[name]
-    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    carry_out(narrow_ffn(Block(model, stack, family.index), range(family.width)), model, Undo())
-    assert torch.equal(forward(model, inputs), reference)
-    assert list(model.state_dict()) == list(state)
-    assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
+    it = subject(name)
+    before = Trace.of(it.model)
+    assert torch.equal(it.after(narrow_ffn(it.block, range(it.family.width))), it.reference)
+    assert before.difference(it.model) is None
 
 
 @families(["llama", "phi3", "gpt2", "bert", "opt"])
 def test_another_order_of_every_unit_changes_rounding_alone(name):
-    model, stack, inputs, reference = built(name)
-    family = FAMILIES[name]
-    carry_out(narrow_ffn(Block(model, stack, family.index), some_units(family.width, family.width)), model, Undo())
-    assert_close(forward(model, inputs), reference)
+    it = subject(name)
+    assert_close(it.after(narrow_ffn(it.block, some_units(it.family.width, it.family.width))), it.reference)
 
 
 @families(["llama", "phi3", "gpt2", "bert", "opt"])
 def test_the_units_stand_in_the_order_given(name):
-    model, stack, _, _ = built(name)
-    family = FAMILIES[name]
-    units = some_units(family.width, 7).tolist()
-    first, last = (model.get_submodule(family.path(path)) for path in (family.first, family.last))
+    it = subject(name)
+    units = some_units(it.family.width, 7).tolist()
+    first, last = it.part("first"), it.part("last")
     into, out, bias = matrix_of(first), matrix_of(last), bias_of(first, into_width(first))
-    carry_out(narrow_ffn(Block(model, stack, family.index), units), model, Undo())
-    new_first, new_last = (model.get_submodule(family.path(path)) for path in (family.first, family.last))
+    it.after(narrow_ffn(it.block, units))
+    new_first, new_last = it.part("first"), it.part("last")
     for place, unit in enumerate(units):
         assert torch.equal(matrix_of(new_first)[:, place], into[:, unit])
         assert torch.equal(bias_of(new_first, into_width(new_first))[place], bias[unit])
         assert torch.equal(matrix_of(new_last)[place], out[unit])
         if name == "phi3":  # all gates come before all ups
-            assert torch.equal(matrix_of(new_first)[:, 7 + place], into[:, family.width + unit])
+            assert torch.equal(matrix_of(new_first)[:, 7 + place], into[:, it.family.width + unit])
     assert matrix_of(new_last).shape == (7, HIDDEN)
     assert torch.equal(bias_of(new_last, HIDDEN), bias_of(last, HIDDEN))
 
 
 def into_width(module):
     return matrix_of(module).shape[1]
-
-
-def test_one_unit_is_enough():
-    model, stack, inputs, _ = built("llama")
-    family = FAMILIES["llama"]
-    expected = masked(model, family, torch.tensor([17]), inputs)
-    carry_out(narrow_ffn(Block(model, stack, family.index), [17]), model, Undo())
-    assert_close(forward(model, inputs), expected)
 
 
 @families(["llama", "phi3", "gpt2", "bert", "opt"])
@@ -119,11 +101,11 @@ def test_one_width_for_every_ffn_is_said_by_the_config_alone(name):
 
 
 def test_keeping_every_unit_leaves_no_record():
-    model, stack, inputs, reference = built("llama")
-    before = model.config.to_dict()
-    apply(narrow_ffn(Block(model, stack, 1), range(96)), model)
-    assert model.config.to_dict() == before
-    assert torch.equal(forward(model, inputs), reference)
+    it = subject("llama")
+    before = it.model.config.to_dict()
+    apply(narrow_ffn(it.block, range(96)), it.model)
+    assert it.model.config.to_dict() == before
+    assert torch.equal(it.output(), it.reference)
 
 
 # --- experts ----------------------------------------------------------------------------------------------------------
@@ -142,50 +124,37 @@ EXPERTS = {
 COUNT = 4
 
 
+def mixture(name):
+    """A model, the width of its experts, and their way back with the hidden units last."""
+    index, width, path, axis = EXPERTS[name]
+    it = Subject(tiny_model(name), Family(tiny_model, "model.layers", index, width, path, None, path))
+    down = it.block.module.get_parameter(path)
+    assert down.shape[axis] == width
+    return it, width, down.detach().movedim(axis, 2)
+
+
 def units_of_experts(width, count):
     """(experts, count): other units, in no order, for each expert."""
     return torch.stack([some_units(width, count, seed) for seed in range(COUNT)])
 
 
-@torch.no_grad()
-def masked_experts(model, down, axis, units, inputs):
-    """What the original gives when the way back from the other hidden units of each expert is cut."""
-    original = down.clone()
-    for expert in range(COUNT):
-        for unit in range(down.shape[axis]):
-            if unit not in units[expert].tolist():
-                if axis == 1:
-                    down[expert, unit, :] = 0
-                else:
-                    down[expert, :, unit] = 0
-    output = forward(model, inputs)
-    down.copy_(original)
-    return output
-
-
 @pytest.mark.parametrize("name", EXPERTS)
 def test_narrow_experts_is_the_original_with_the_other_hidden_units_cut_off(name):
-    model = tiny_model(name)
-    index, width, path, axis = EXPERTS[name]
-    stack, inputs = Anatomy(model).stack(), tiny_inputs(model)
-    down = model.get_parameter(f"{stack.path}.{index}.{path}")
-    assert down.shape[axis] == width
-    units, reference = units_of_experts(width, width // 2), forward(model, inputs)
-    expected = masked_experts(model, down, axis, units, inputs)
-    carry_out(narrow_experts(Block(model, stack, index), units), model, Undo())
-    assert_close(forward(model, inputs), expected, reference)
+    it, width, down = mixture(name)
+    units, original = units_of_experts(width, width // 2), down.clone()
+    for expert in range(COUNT):
+        down[expert, :, [unit for unit in range(width) if unit not in units[expert].tolist()]] = 0
+    expected = it.output()
+    down.copy_(original)
+    assert_close(it.after(narrow_experts(it.block, units)), expected, it.reference)
 
 
 @pytest.mark.parametrize("name", EXPERTS)
 def test_keeping_every_unit_of_every_expert_changes_nothing_at_all(name):
-    model = tiny_model(name)
-    index, width, _, _ = EXPERTS[name]
-    stack, inputs = Anatomy(model).stack(), tiny_inputs(model)
-    reference = forward(model, inputs)
-    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    carry_out(narrow_experts(Block(model, stack, index), torch.arange(width).expand(COUNT, -1)), model, Undo())
-    assert torch.equal(forward(model, inputs), reference)
-    assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
+    it, width, _ = mixture(name)
+    before = Trace.of(it.model)
+    assert torch.equal(it.after(narrow_experts(it.block, torch.arange(width).expand(COUNT, -1))), it.reference)
+    assert before.difference(it.model) is None
 
 
 def test_gate_and_up_of_a_unit_stay_neighbours_where_they_were():
@@ -250,8 +219,8 @@ def rounded(matrix, bits, group_size):
     ],
 )
 def test_a_packed_map_is_the_original_rounded(name, path):
-    model, _, inputs, reference = built(name)
-    module = model.get_submodule(path)
+    it = subject(name)
+    module = it.model.get_submodule(path)
     matrix = matrix_of(module).T
     outputs, width = matrix.shape
     bits = torch.randint(3, 6, (outputs, width // 16), generator=torch.Generator().manual_seed(11))
@@ -261,44 +230,16 @@ def test_a_packed_map_is_the_original_rounded(name, path):
     def instead(module, args, output):
         return args[0] @ expected_matrix.T + (0 if bias is None else bias)
 
-    with hooked(module.register_forward_hook(instead)):
-        expected = forward(model, inputs)
-    carry_out(pack_linear(model, path, bits, 16), model, Undo())
-    packed = model.get_submodule(path)
+    expected = it.output(module.register_forward_hook(instead))
+    assert_close(it.after(pack_linear(it.model, path, bits, 16)), expected, it.reference)
+    packed = it.model.get_submodule(path)
     assert isinstance(packed, MixedPrecisionLinear)
     torch.testing.assert_close(packed.unpacked(), expected_matrix)
     assert (packed.bias is None) == (bias is None)
-    assert_close(forward(model, inputs), expected, reference)
 
 
 def test_many_bits_are_almost_the_original():
-    model, _, inputs, reference = built("gpt2")
-    path = "transformer.h.0.mlp.c_fc"
-    carry_out(pack_linear(model, path, torch.full((256, 8), 8), 8, symmetric=False), model, Undo())
-    got = forward(model, inputs)
-    assert (got - reference).abs().max() < 0.02 * reference.abs().max()
-    assert not torch.equal(got, reference)
-
-
-# --- drafts only look -------------------------------------------------------------------------------------------------
-
-EVERY = {
-    "narrow": lambda m, s: narrow_ffn(Block(m, s, 1), [3, 1]),
-    "linear": lambda m, s: linear_ffn(Block(m, s, 1), [noise(HIDDEN, HIDDEN)], noise(HIDDEN)),
-    "low rank": lambda m, s: linear_ffn(Block(m, s, 1), [noise(HIDDEN, 3), noise(3, HIDDEN)]),
-    "bottleneck": lambda m, s: insert_bottleneck(Block(m, s, 1), linear_bottleneck(noise(HIDDEN, 3), noise(3, HIDDEN))),
-    "activation": lambda m, s: replace_activation(Block(m, s, 1), "identity", 0.5),
-    "packed": lambda m, s: pack_linear(m, "transformer.h.1.mlp.c_fc", torch.full((256, 8), 4), 8),
-}
-
-
-@pytest.mark.parametrize("draft", EVERY)
-def test_a_draft_leaves_the_model_alone(draft):
-    model, stack, inputs, reference = built("gpt2")
-    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    modules = [(path, id(module)) for path, module in model.named_modules()]
-    plan = EVERY[draft](model, stack)
-    assert plan.edits
-    assert [(path, id(module)) for path, module in model.named_modules()] == modules
-    assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
-    assert torch.equal(forward(model, inputs), reference)
+    it = subject("gpt2")
+    got = it.after(pack_linear(it.model, "transformer.h.0.mlp.c_fc", torch.full((256, 8), 8), 8, symmetric=False))
+    assert (got - it.reference).abs().max() < 0.02 * it.reference.abs().max()
+    assert not torch.equal(got, it.reference)

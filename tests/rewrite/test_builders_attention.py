@@ -12,9 +12,9 @@ from hf_compress.rewrite.builders import heads_of, narrow_attention
 from hf_compress.rewrite.edits import edit_from_dict
 from hf_compress.rewrite.edits.attention import NarrowAttention
 from hf_compress.rewrite.record import recorded
-from hf_compress.storage.save import save
-from tests.helpers.changes import Trace, forward
+from tests.helpers.changes import forward
 from tests.helpers.ffns import assert_close, hooked, noise
+from tests.helpers.models import refusing, saved_and_loaded
 from tests.helpers.tiny import tiny_base_model, tiny_inputs, tiny_model, tiny_seq2seq_model
 
 # grouped queries, norms of queries and keys by head; one key for each query; biases; two modules; parallel blocks
@@ -37,7 +37,7 @@ def built(name):
     return model, Anatomy(model).stack(path), tiny_inputs(model)
 
 
-def silenced(model, stack, kept):
+def silenced(model, stack, kept, inputs):
     """What the original gives when the outputs of all other heads are put to zero, by block."""
     handles = []
     for index, groups in kept.items():
@@ -47,7 +47,8 @@ def silenced(model, stack, kept):
         mask = mask.flatten()
         output = stack.blocks[index].get_submodule(heads.output)
         handles.append(output.register_forward_pre_hook(lambda _, args, mask=mask: (args[0] * mask, *args[1:])))
-    return handles
+    with hooked(*handles):
+        return forward(model, inputs)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -55,29 +56,23 @@ def test_heads_left_out_are_heads_silenced(name, tmp_path):
     model, stack, inputs = built(name)
     groups = heads_of(Block(model, stack, 1)).groups
     kept = [groups - 1, *range(groups - 2)]
-    before = forward(model, inputs)
-    with hooked(*silenced(model, stack, {1: kept})):
-        expected = forward(model, inputs)
+    before, expected = forward(model, inputs), silenced(model, stack, {1: kept}, inputs)
     apply(narrow_attention(Block(model, stack, 1), kept), model)
     assert_close(forward(model, inputs), expected, before)
     assert recorded(model.config)  # one block alone
-    loaded = type(model).from_pretrained(save(model, tmp_path / "saved"))
-    assert torch.equal(forward(loaded, inputs), forward(model, inputs))
+    saved_and_loaded(model, tmp_path / "saved", inputs)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "vit", "bert"])
 def test_the_same_number_in_all_blocks_is_plain_where_a_config_can_say_it(name, tmp_path):
     model, stack, inputs = built(name)
     kept = {index: [heads_of(Block(model, stack, index)).groups - 1] for index in range(len(stack))}
-    with hooked(*silenced(model, stack, kept)):
-        expected = forward(model, inputs)
-    apply(
-        sum((narrow_attention(Block(model, stack, entry[0]), entry[1]) for entry in kept.items()), start=Plan()), model
-    )
+    expected = silenced(model, stack, kept, inputs)
+    plans = [narrow_attention(Block(model, stack, index), groups) for index, groups in kept.items()]
+    apply(sum(plans, start=Plan()), model)
     assert_close(forward(model, inputs), expected)
     assert bool(recorded(model.config)) == (name == "bert")  # whose heads are always as wide as fits
-    loaded = type(model).from_pretrained(save(model, tmp_path / "saved"))
-    assert torch.equal(forward(loaded, inputs), forward(model, inputs))
+    saved_and_loaded(model, tmp_path / "saved", inputs)
 
 
 def test_generation_goes_on_with_fewer_heads():
@@ -120,9 +115,7 @@ def test_edits_that_fit_no_attention():
     for change in ({"heads": 3, "groups": 2}, {"width": 0}, {"heads": "2"}, {"output": None}):
         with pytest.raises(PlanError):
             edit_from_dict(edit | change)
-    before = Trace.of(model)
     swapped = {"output": edit["key"], "key": edit["output"]}
     for change in ({"width": 5}, {"heads": 8}, {"heads": 400, "groups": 200}, swapped):
-        with pytest.raises(PlanError, match=r"the plan asks for|not those of one attention|gives no values"):
+        with refusing(model, PlanError, r"the plan asks for|not those of one attention|gives no values"):
             apply(Plan((edit_from_dict(edit | change),)), model)
-        assert before.difference(model) is None

@@ -3,84 +3,61 @@
 import pytest
 import torch
 
-from hf_compress.anatomy.anatomy import Anatomy, Block
 from hf_compress.anatomy.undo import Undo
 from hf_compress.modules.bottleneck import Form
-from hf_compress.rewrite.apply import apply, carry_out
+from hf_compress.rewrite.apply import apply
 from hf_compress.rewrite.builders import insert_bottleneck, linear_ffn, replace_activation
-from tests.helpers.changes import forward
 from tests.helpers.ffns import (
-    FAMILIES,
     HIDDEN,
     PLAIN,
     Family,
+    Subject,
     assert_close,
     bias_of,
-    built,
     families,
-    hooked,
     matrix_of,
     noise,
-    with_linear,
+    subject,
 )
 from tests.helpers.plans import linear_bottleneck
-from tests.helpers.tiny import tiny_inputs, tiny_model
-
-# --- linear -----------------------------------------------------------------------------------------------------------
+from tests.helpers.tiny import tiny_model
 
 
+@pytest.mark.parametrize("bias", [noise(HIDDEN, seed=9), None], ids=["a bias", "none of the old ones left"])
 @families()
-def test_linear_ffn_is_the_original_with_a_linear_map_for_its_ffn(name):
-    model, stack, inputs, reference = built(name)
-    family, matrix, bias = FAMILIES[name], noise(HIDDEN, HIDDEN, scale=0.1), noise(HIDDEN, seed=9)
-    expected = with_linear(model, family, matrix, bias, inputs)
-    carry_out(linear_ffn(Block(model, stack, family.index), [matrix], bias), model, Undo())
-    assert_close(forward(model, inputs), expected, reference)
-
-
-@families()
-def test_without_a_bias_none_of_the_old_ones_is_left(name):
-    model, stack, inputs, reference = built(name)
-    family, matrix = FAMILIES[name], noise(HIDDEN, HIDDEN, scale=0.1)
-    expected = with_linear(model, family, matrix, 0.0, inputs)
-    carry_out(linear_ffn(Block(model, stack, family.index), [matrix]), model, Undo())
-    assert_close(forward(model, inputs), expected, reference)
+def test_linear_ffn_is_the_original_with_a_linear_map_for_its_ffn(name, bias):
+    it, matrix = subject(name), noise(HIDDEN, HIDDEN, scale=0.1)
+    expected = it.with_linear(matrix, 0.0 if bias is None else bias)
+    assert_close(it.after(linear_ffn(it.block, [matrix], bias)), expected, it.reference)
 
 
 @families()
 def test_a_low_rank_is_the_product_of_its_factors(name):
-    model, stack, inputs, reference = built(name)
-    family, down, up, bias = FAMILIES[name], noise(HIDDEN, 5), noise(5, HIDDEN, seed=9), noise(HIDDEN, seed=10)
-    expected = with_linear(model, family, down @ up / 30, bias, inputs)
-    before = sum(p.numel() for p in stack.blocks[family.index].parameters())
-    plan = linear_ffn(Block(model, stack, family.index), [down / 30, up], bias)
-    carry_out(plan, model, Undo())
-    assert_close(forward(model, inputs), expected, reference)
-    saved = before - sum(p.numel() for p in stack.blocks[family.index].parameters())
+    it, down, up, bias = subject(name), noise(HIDDEN, 5) / 30, noise(5, HIDDEN, seed=9), noise(HIDDEN, seed=10)
+    expected = it.with_linear(down @ up, bias)
+    before = sum(p.numel() for p in it.block.module.parameters())
+    assert_close(it.after(linear_ffn(it.block, [down, up], bias)), expected, it.reference)
+    saved = before - sum(p.numel() for p in it.block.module.parameters())
     gates = 1 if name in PLAIN else 2
-    assert saved >= (gates + 1) * family.width * HIDDEN - (2 * HIDDEN * 5 + HIDDEN + 5)
+    assert saved >= (gates + 1) * it.family.width * HIDDEN - (2 * HIDDEN * 5 + HIDDEN + 5)
 
 
 def test_a_low_rank_where_the_inputs_stand_deeper_than_the_output():
     model = tiny_model("cpmant")  # ffn.ffn.w_in.w_0, ffn.ffn.w_in.w_1 and ffn.ffn.w_out
-    stack, inputs = Anatomy(model).stack(), tiny_inputs(model)
-    reference = forward(model, inputs)
-    family = Family(tiny_model, stack.path, 1, 96, "ffn.ffn.w_in.w_0", None, "ffn.ffn.w_out")
+    it = Subject(model, Family(tiny_model, "cpmant.encoder.layers", 1, 96, "ffn.ffn.w_in.w_0", None, "ffn.ffn.w_out"))
     down, up = noise(HIDDEN, 5) / 30, noise(5, HIDDEN, seed=9)
-    expected = with_linear(model, family, down @ up, 0.0, inputs)
-    plan = linear_ffn(Block(model, stack, 1), [down, up])
-    assert list(plan.tensors) == [family.path("ffn.ffn.w_in_w_1.weight"), family.path("ffn.ffn.w_out.weight")]
+    expected = it.with_linear(down @ up)
+    plan = linear_ffn(it.block, [down, up])
+    assert list(plan.tensors) == [it.family.path("ffn.ffn.w_in_w_1.weight"), it.family.path("ffn.ffn.w_out.weight")]
     apply(plan, model)
-    assert_close(forward(model, inputs), expected, reference)
+    assert_close(it.output(), expected, it.reference)
 
 
 @families(["llama", "gpt2", "bert", "opt"])
 def test_the_widest_rank_there_is(name):
-    model, stack, inputs, reference = built(name)
-    family, down, up = FAMILIES[name], noise(HIDDEN, HIDDEN) / 30, noise(HIDDEN, HIDDEN, seed=9)
-    expected = with_linear(model, family, down @ up, 0.0, inputs)
-    carry_out(linear_ffn(Block(model, stack, family.index), [down, up]), model, Undo())
-    assert_close(forward(model, inputs), expected, reference)
+    it, down, up = subject(name), noise(HIDDEN, HIDDEN) / 30, noise(HIDDEN, HIDDEN, seed=9)
+    expected = it.with_linear(down @ up)
+    assert_close(it.after(linear_ffn(it.block, [down, up])), expected, it.reference)
 
 
 # --- activations ------------------------------------------------------------------------------------------------------
@@ -88,80 +65,66 @@ def test_the_widest_rank_there_is(name):
 
 @families()
 def test_a_blend_that_has_not_begun_changes_nothing_at_all(name):
-    model, stack, inputs, reference = built(name)
-    family = FAMILIES[name]
-    for blend, constant in (("identity", None), ("constant", noise(family.width))):
+    it = subject(name)
+    for blend, constant in (("identity", None), ("constant", noise(it.family.width))):
         with Undo() as undo:
-            carry_out(replace_activation(Block(model, stack, family.index), blend, 0.0, constant), model, undo)
-            assert torch.equal(forward(model, inputs), reference), blend
+            assert torch.equal(it.after(replace_activation(it.block, blend, 0.0, constant), undo), it.reference), blend
 
 
 @families(["opt", "t5"])
 def test_a_leaky_blend_that_has_not_begun_is_relu(name):
-    model, stack, inputs, reference = built(name)
-    carry_out(replace_activation(Block(model, stack, FAMILIES[name].index), "leaky"), model, Undo())
-    assert torch.equal(forward(model, inputs), reference)
+    it = subject(name)
+    assert torch.equal(it.after(replace_activation(it.block, "leaky")), it.reference)
 
 
 @families()
 def test_half_a_blend_is_what_a_hook_on_the_activation_gives(name):
-    model, stack, inputs, reference = built(name)
-    family = FAMILIES[name]
-    constant, activation = noise(family.width), model.get_submodule(family.path(family.activation))
+    it = subject(name)
+    constant = noise(it.family.width)
     halves = {
         "leaky": lambda module, args, output: torch.where(args[0] > 0, args[0], 0.5 * args[0]),
         "identity": lambda module, args, output: 0.5 * output + 0.5 * args[0],
         "constant": lambda module, args, output: 0.5 * output + 0.5 * constant,
     }
     for blend, half in halves.items():
-        with hooked(activation.register_forward_hook(half)):
-            expected = forward(model, inputs)
+        expected = it.output(it.part("activation").register_forward_hook(half))
         given = constant if blend == "constant" else None
         with Undo() as undo:
-            carry_out(replace_activation(Block(model, stack, family.index), blend, 0.5, given), model, undo)
-            assert_close(forward(model, inputs), expected, reference)
+            assert_close(it.after(replace_activation(it.block, blend, 0.5, given), undo), expected, it.reference)
 
 
 @families(PLAIN)
 def test_a_plain_ffn_without_its_activation_is_the_product_of_its_projections(name):
-    model, stack, inputs, reference = built(name)
-    family = FAMILIES[name]
-    first, last = (model.get_submodule(family.path(path)) for path in (family.first, family.last))
+    it = subject(name)
+    first, last = it.part("first"), it.part("last")
     matrix = (matrix_of(first).double() @ matrix_of(last).double()).float()
-    bias = bias_of(first, family.width) @ matrix_of(last) + bias_of(last, HIDDEN)
-    collapsed = with_linear(model, family, matrix, bias, inputs)
-    undo = Undo()
-    carry_out(replace_activation(Block(model, stack, family.index), "identity", 1.0), model, undo)
-    assert_close(forward(model, inputs), collapsed, reference)
-    undo.rollback()
-    carry_out(linear_ffn(Block(model, stack, family.index), [matrix], bias), model, Undo())
-    assert_close(forward(model, inputs), collapsed)
+    bias = bias_of(first, it.family.width) @ matrix_of(last) + bias_of(last, HIDDEN)
+    collapsed = it.with_linear(matrix, bias)
+    with Undo() as undo:
+        assert_close(it.after(replace_activation(it.block, "identity", 1.0), undo), collapsed, it.reference)
+    assert_close(it.after(linear_ffn(it.block, [matrix], bias)), collapsed)
 
 
 @families(["llama", "gemma2", "phi3", "glm"])
 def test_a_gated_ffn_with_constant_gates_is_the_product_of_the_others(name):
-    model, stack, inputs, reference = built(name)
-    family = FAMILIES[name]
-    constant, last = noise(family.width), model.get_submodule(family.path(family.last))
-    if family.first.endswith("gate_up_proj"):
-        up = matrix_of(model.get_submodule(family.path(family.first)))[:, family.width :]
+    it = subject(name)
+    constant, width = noise(it.family.width), it.family.width
+    if it.family.first.endswith("gate_up_proj"):
+        up = matrix_of(it.part("first"))[:, width:]
     else:
-        up = matrix_of(model.get_submodule(family.path("mlp.up_proj")))
-    matrix = (up.double() @ torch.diag(constant).double() @ matrix_of(last).double()).float()
-    expected = with_linear(model, family, matrix, 0.0, inputs)
-    carry_out(replace_activation(Block(model, stack, family.index), "constant", 1.0, constant), model, Undo())
-    assert_close(forward(model, inputs), expected, reference)
+        up = matrix_of(it.block.module.mlp.up_proj)
+    matrix = (up.double() @ torch.diag(constant).double() @ matrix_of(it.part("last")).double()).float()
+    expected = it.with_linear(matrix)
+    assert_close(it.after(replace_activation(it.block, "constant", 1.0, constant)), expected, it.reference)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
 def test_the_activation_of_experts(name):
-    model = tiny_model(name)
-    stack, inputs = Anatomy(model).stack(), tiny_inputs(model)
-    reference, act = forward(model, inputs), stack.blocks[1].mlp.experts.act_fn
-    with hooked(act.register_forward_hook(lambda module, args, output: 0.25 * args[0] + 0.75 * output)):
-        expected = forward(model, inputs)
-    carry_out(replace_activation(Block(model, stack, 1), "identity", 0.25), model, Undo())
-    assert_close(forward(model, inputs), expected, reference)
+    experts = Family(tiny_model, "model.layers", 1, 96, "mlp.experts", "mlp.experts.act_fn", "mlp.experts")
+    it = Subject(tiny_model(name), experts)
+    quarter = it.part("activation").register_forward_hook(lambda module, args, output: 0.25 * args[0] + 0.75 * output)
+    expected = it.output(quarter)
+    assert_close(it.after(replace_activation(it.block, "identity", 0.25)), expected, it.reference)
 
 
 # --- bottlenecks ------------------------------------------------------------------------------------------------------
@@ -169,8 +132,7 @@ def test_the_activation_of_experts(name):
 
 @families()
 def test_a_bottleneck_is_a_hook_on_the_block(name):
-    model, stack, inputs, reference = built(name)
-    index, skip = FAMILIES[name].index, 0.3
+    it, skip = subject(name), 0.3
     encoder, decoder = noise(HIDDEN, 9, scale=0.2), noise(9, HIDDEN, seed=9, scale=0.2)
 
     def squeeze(h, b):
@@ -185,20 +147,15 @@ def test_a_bottleneck_is_a_hook_on_the_block(name):
         def after(block, args, output, b=center):
             return (squeeze(output[0], b), *output[1:]) if isinstance(output, tuple) else squeeze(output, b)
 
-        with hooked(stack.blocks[index].register_forward_hook(after)):
-            expected = forward(model, inputs)
+        expected = it.output(it.block.module.register_forward_hook(after))
+        bottleneck = linear_bottleneck(encoder, decoder, Form(skip, "lost" if center is None else "kept"))
+        if center is not None:
+            bottleneck.center.data.copy_(center)
         with Undo() as undo:
-            bottleneck = linear_bottleneck(encoder, decoder, Form(skip, "lost" if center is None else "kept"))
-            if center is not None:
-                bottleneck.center.data.copy_(center)
-            carry_out(insert_bottleneck(Block(model, stack, index), bottleneck), model, undo)
-            assert_close(forward(model, inputs), expected, reference)
+            assert_close(it.after(insert_bottleneck(it.block, bottleneck), undo), expected, it.reference)
 
 
 def test_a_bottleneck_behind_a_block_that_returns_a_list():
-    model = tiny_model("openai-gpt")
+    it = Subject(tiny_model("openai-gpt"), Family(tiny_model, "transformer.h", 1, 256, "mlp.c_fc", None, "mlp.c_proj"))
     encoder = torch.linalg.qr(noise(HIDDEN, HIDDEN)).Q
-    inputs = tiny_inputs(model)
-    reference, stack = forward(model, inputs), Anatomy(model).stack()
-    carry_out(insert_bottleneck(Block(model, stack, 1), linear_bottleneck(encoder, 0.9 * encoder.T)), model, Undo())
-    assert_close(forward(model, inputs), reference)
+    assert_close(it.after(insert_bottleneck(it.block, linear_bottleneck(encoder, 0.9 * encoder.T))), it.reference)

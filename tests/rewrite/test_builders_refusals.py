@@ -10,62 +10,61 @@ from hf_compress.rewrite.builders import insert_bottleneck, linear_ffn, narrow_e
 from tests.helpers.ffns import HIDDEN
 from tests.helpers.tiny import tiny_model
 
+DRAFTS = {
+    "narrow": lambda block: narrow_ffn(block, [1, 2]),
+    "linear": lambda block: linear_ffn(block, [torch.eye(HIDDEN)]),
+    "low rank": lambda block: linear_ffn(block, [torch.zeros(HIDDEN, 2), torch.zeros(2, HIDDEN)]),
+    "experts": lambda block: narrow_experts(block, torch.zeros(4, 2, dtype=torch.long)),
+    "bottleneck": lambda block: insert_bottleneck(block, Bottleneck(HIDDEN, 2)),
+    "activation": lambda block: replace_activation(block, "identity"),
+}
 
-@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+
 @pytest.mark.parametrize(
-    "draft",
+    ("name", "draft", "message"),
     [
-        lambda m, s: narrow_ffn(Block(m, s, 0), [1, 2]),
-        lambda m, s: linear_ffn(Block(m, s, 0), [torch.eye(HIDDEN)]),
-        lambda m, s: linear_ffn(Block(m, s, 0), [torch.zeros(HIDDEN, 2), torch.zeros(2, HIDDEN)]),
+        *(
+            (name, draft, "the FFN of model.layers.0 is a mixture of experts")
+            for name in ("mixtral", "gpt_oss")
+            for draft in ("narrow", "linear", "low rank")
+        ),
+        ("llama", "experts", "block 0 of model.layers has no experts"),
+        ("gpt_oss", "activation", "the activation of block 0 of model.layers is no module"),
+        ("mamba", "narrow", "found no FFN in block 0"),
     ],
-    ids=["narrow", "linear", "low rank"],
 )
-def test_a_mixture_is_no_dense_ffn(name, draft):
-    model = tiny_model(name)
-    with pytest.raises(UnsupportedModelError, match=r"the FFN of model.layers.0 is a mixture of experts"):
-        draft(model, Anatomy(model).stack())
+def test_a_block_of_another_kind(name, draft, message):
+    with pytest.raises(UnsupportedModelError, match=message):
+        DRAFTS[draft](Anatomy(tiny_model(name)).block(0))
 
 
-def test_a_dense_ffn_is_no_mixture():
-    model = tiny_model("llama")
-    stack = Anatomy(model).stack()
-    with pytest.raises(UnsupportedModelError, match=r"block 2 of model.layers has no experts"):
-        narrow_experts(Block(model, stack, 2), torch.zeros(4, 2, dtype=torch.long))
+@pytest.fixture(scope="module")
+def llama():
+    """To look at alone."""
+    return tiny_model("llama")
 
 
-def test_an_activation_that_is_no_module():
-    model = tiny_model("gpt_oss")
-    with pytest.raises(UnsupportedModelError, match=r"the activation of block 0 of model.layers is no module"):
-        replace_activation(Anatomy(model).block(0), "identity")
+@pytest.mark.parametrize(
+    ("draft", "message"),
+    [
+        (lambda block: replace_activation(block, "identity", 0.0, torch.zeros(96)), 'is for the blend "constant"'),
+        (lambda block: replace_activation(block, "leaky", 0.0, torch.zeros(96)), 'is for the blend "constant"'),
+        (lambda block: replace_activation(block, "constant", 0.0), 'is for the blend "constant", and needed there'),
+        (lambda block: insert_bottleneck(block, Bottleneck(HIDDEN, 65)), "narrower than the stream, 64; got 65"),
+        (lambda block: linear_ffn(block, []), "maps must be one matrix, or the two factors of one; got 0"),
+        (lambda block: linear_ffn(block, [torch.eye(HIDDEN)] * 3), "maps must be one matrix, .*; got 3"),
+    ],
+)
+def test_sizes_and_numbers_that_do_not_go_together(llama, draft, message):
+    with pytest.raises(ValueError, match=message):
+        draft(Anatomy(llama).block(0))
 
 
-def test_a_block_without_an_ffn():
-    model = tiny_model("mamba")
-    with pytest.raises(UnsupportedModelError, match="found no FFN in block 1"):
-        narrow_ffn(Anatomy(model).block(1), [0])
-
-
-@pytest.mark.parametrize("blend", ["identity", "leaky"])
-def test_a_constant_where_there_is_none(blend):
-    model = tiny_model("llama")
-    stack = Anatomy(model).stack()
-    with pytest.raises(ValueError, match='width is for the blend "constant"'):
-        replace_activation(Block(model, stack, 0), blend, 0.0, torch.zeros(96))
-
-
-def test_no_constant_where_there_must_be_one():
-    model = tiny_model("llama")
-    stack = Anatomy(model).stack()
-    with pytest.raises(ValueError, match='width is for the blend "constant", and needed there'):
-        replace_activation(Block(model, stack, 0), "constant", 0.0)
-
-
-def test_a_bottleneck_wider_than_the_stream():
-    model = tiny_model("llama")
-    stack = Anatomy(model).stack()
-    with pytest.raises(ValueError, match="must be narrower than the stream, 64; got 65"):
-        insert_bottleneck(Block(model, stack, 0), Bottleneck(HIDDEN, 65))
+@pytest.mark.parametrize("draft", DRAFTS)
+@pytest.mark.parametrize("index", [4, -1])
+def test_a_block_that_is_not_there_is_refused(llama, draft, index):
+    with pytest.raises(ValueError, match=f"^model.layers has the blocks 0 to 3; got {index}"):
+        DRAFTS[draft](Block(llama, Anatomy(llama).stack(), index))
 
 
 OTHER_UNITS = [
@@ -82,19 +81,20 @@ OTHER_UNITS = [
 
 @pytest.mark.parametrize("name", ["llama", "phi3"])
 def test_units_that_are_not_there_are_refused(name):
-    model = tiny_model(name)
+    block = Anatomy(tiny_model(name)).block(0)
     for units, message in OTHER_UNITS:
         with pytest.raises(ValueError, match=f"^units must be {message}"):
-            narrow_ffn(Anatomy(model).block(0), units)
+            narrow_ffn(block, units)
 
 
 OTHER_UNITS_OF_EXPERTS = [
-    (torch.tensor([[0, 1], [0, 1], [0, 1], [0, 96]]), "units must be different numbers of 96 hidden units"),
-    (torch.tensor([[0, 1], [0, 1], [0, 1], [0, -1]]), "units must be different numbers of 96 hidden units"),
-    (torch.tensor([[0, 1], [0, 1], [0, 1], [2, 2]]), "units must be different numbers of 96 hidden units"),
+    *(
+        ([[0, 1], [0, 1], [0, 1], last], "units must be different numbers of 96 hidden")
+        for last in ([0, 96], [0, -1], [2, 2])
+    ),
     (torch.zeros(4, 0, dtype=torch.long), "units must be whole numbers"),
     (torch.zeros(4, 1), "units must be whole numbers"),
-    (torch.tensor([0, 1, 2, 3]), "units must be whole numbers, a list for each FFN"),
+    ([0, 1, 2, 3], "units must be whole numbers, a list for each FFN"),
     (torch.arange(2).expand(1, 4, 2), "units must be whole numbers, a list for each FFN"),
     (torch.arange(8).expand(5, -1), "holds 4 experts; units name 5"),
     (torch.arange(8).expand(3, -1), "holds 4 experts; units name 3"),
@@ -102,33 +102,7 @@ OTHER_UNITS_OF_EXPERTS = [
 
 
 def test_units_of_experts_that_are_not_there_are_refused():
-    model = tiny_model("mixtral")
+    block = Anatomy(tiny_model("mixtral")).block(0)
     for units, message in OTHER_UNITS_OF_EXPERTS:
         with pytest.raises(ValueError, match=message):
-            narrow_experts(Anatomy(model).block(0), units)
-
-
-@pytest.mark.parametrize(
-    "draft",
-    [
-        lambda m, s, i: narrow_ffn(Block(m, s, i), [1]),
-        lambda m, s, i: narrow_experts(Block(m, s, i), torch.zeros(4, 1, dtype=torch.long)),
-        lambda m, s, i: linear_ffn(Block(m, s, i), [torch.eye(HIDDEN)]),
-        lambda m, s, i: insert_bottleneck(Block(m, s, i), Bottleneck(HIDDEN, 2)),
-        lambda m, s, i: replace_activation(Block(m, s, i), "leaky"),
-    ],
-    ids=["narrow", "experts", "linear", "bottleneck", "activation"],
-)
-def test_a_block_that_is_not_there_is_refused(draft):
-    model = tiny_model("llama")
-    for index in (4, -1):
-        with pytest.raises(ValueError, match=f"^model.layers has the blocks 0 to 3; got {index}"):
-            draft(model, Anatomy(model).stack(), index)
-
-
-@pytest.mark.parametrize("count", [0, 3])
-def test_a_map_has_one_factor_or_two(count):
-    model = tiny_model("llama")
-    stack = Anatomy(model).stack()
-    with pytest.raises(ValueError):
-        linear_ffn(Block(model, stack, 0), [torch.eye(HIDDEN)] * count)
+            narrow_experts(block, torch.as_tensor(units))

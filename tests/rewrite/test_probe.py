@@ -24,6 +24,11 @@ from tests.helpers.tiny import tiny_base_model, tiny_model
 SIZES = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
 
 
+@pytest.fixture
+def llama():
+    return LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+
+
 def text(rows: int, positions: int) -> Batch:
     ids = torch.randint(10, 99, (rows, positions))
     return Batch({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, torch.ones(rows, positions).bool())
@@ -46,30 +51,27 @@ def test_inputs_that_cannot_be_made_up_are_asked_for():
 
 
 @pytest.mark.parametrize(("rows", "positions", "taken"), [(20, 8, 8), (20, 50, 5), (20, 200, 2), (1, 200, 1)])
-def test_few_samples_are_taken_and_whole(rows, positions, taken):
-    model = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
-    probe = Probe.of(model, text(rows, positions))
+def test_few_samples_are_taken_and_whole(llama, rows, positions, taken):
+    probe = Probe.of(llama, text(rows, positions))
     assert shapes(probe) == {"input_ids": (taken, positions), "attention_mask": (taken, positions)}
     assert tuple(probe.batch.real.shape) == (taken, positions)
 
 
-def test_patches_in_one_row_belong_to_nobody_so_all_are_taken():
-    model = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+def test_patches_in_one_row_belong_to_nobody_so_all_are_taken(llama):
     batch = text(20, 16)
     batch.inputs["position_ids"] = torch.arange(16)[None]  # no entry for each sample, as packed patches have none
-    assert shapes(Probe.of(model, batch))["input_ids"] == (20, 16)
+    assert shapes(Probe.of(llama, batch))["input_ids"] == (20, 16)
 
 
-def test_where_few_samples_do_not_run_all_are_taken():
-    model = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
-    own = model.forward
+def test_where_few_samples_do_not_run_all_are_taken(llama):
+    own = llama.forward
 
     def choosy(input_ids, **kwargs):
         assert len(input_ids) == 20, "pictures without their texts"
         return own(input_ids=input_ids, **kwargs)
 
-    model.forward = choosy
-    assert shapes(Probe.of(model, text(20, 16)))["input_ids"] == (20, 16)
+    llama.forward = choosy
+    assert shapes(Probe.of(llama, text(20, 16)))["input_ids"] == (20, 16)
 
 
 def test_a_mapping_is_taken():
@@ -89,12 +91,11 @@ def test_a_model_is_saved_with_the_inputs_it_was_compressed_with(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"given", "kept"}
 
 
-def test_inputs_kept_that_no_longer_fit_give_place_to_new_ones():
-    model = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
-    Probe.of(model, text(4, 16)).keep(model)
-    assert shapes(Probe.of(model))["input_ids"] == (4, 16)
-    model.resize_token_embeddings(10)  # the ids that were kept are outside
-    assert shapes(Probe.of(model))["input_ids"] == (2, 8)
+def test_inputs_kept_that_no_longer_fit_give_place_to_new_ones(llama):
+    Probe.of(llama, text(4, 16)).keep(llama)
+    assert shapes(Probe.of(llama))["input_ids"] == (4, 16)
+    llama.resize_token_embeddings(10)  # the ids that were kept are outside
+    assert shapes(Probe.of(llama))["input_ids"] == (2, 8)
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 
 import hf_compress.storage.compressed_tensors as written
-from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.api.compress import compress
 from hf_compress.calibration.data import DataOptions
 from hf_compress.errors import ParityError, UnsupportedModelError
@@ -24,17 +23,20 @@ from hf_compress.storage.compressed_tensors import save_compressed_tensors
 from hf_compress.storage.manifest import MANIFEST_FILE, verify_files
 from hf_compress.storage.save import save
 from tests.helpers.language import tiny_llama
-from tests.helpers.linears import modules_of, pack_all
+from tests.helpers.linears import IDS, modules_of, pack_all, stored
 from tests.helpers.models import in_dtype
-from tests.helpers.round_trip import EDITS, build, logits
+from tests.helpers.round_trip import build, change, logits
 
-IDS = torch.randint(4, 90, (32, 12), generator=torch.Generator().manual_seed(7))
 HERE = "model.layers.1.mlp.gate_proj"
 SIZE = 16
 
 
 def packed(model):
-    return {name: m for name, m in model.named_modules() if isinstance(m, MixedPrecisionLinear)}
+    return stored(model, MixedPrecisionLinear)
+
+
+def calibrated(model, **settings):
+    return compress(model, LRPConfig(**settings), IDS, options=DataOptions(batch_size=8))
 
 
 def tensors_in(folder):
@@ -126,9 +128,7 @@ def test_the_config(tmp_path):
 
 def test_all_of_it_is_written(tokenizer, tmp_path):
     """With the report and the tokenizer, and a manifest; and the model is as it was."""
-    model = compress(
-        build("Llama"), LRPConfig(bits=6, group_size=32, per="module"), IDS, options=DataOptions(batch_size=8)
-    )
+    model = calibrated(build("Llama"), bits=6, group_size=32, per="module")
     before, record = {n: t.clone() for n, t in model.state_dict().items()}, model.config.to_dict()
     folder = save_compressed_tensors(model, tmp_path / "deep" / "out", tokenizer)
     assert folder == tmp_path / "deep" / "out"
@@ -184,16 +184,24 @@ def test_bits_that_differ_within_a_map(tmp_path):
     bits[5, 1] = 8
     apply(pack_linear(model, HERE, bits, SIZE), model)
     refused(model, tmp_path, rf"{HERE} has groups of 4, 8 bits, where the format has one number .*per='module'")
-    model = compress(build("Llama"), LRPConfig(bits=4.5, group_size=32), IDS, options=DataOptions(batch_size=8))
-    refused(model, tmp_path, "per='module'")
+    refused(calibrated(build("Llama"), bits=4.5, group_size=32), tmp_path, "per='module'")
 
 
-@pytest.mark.parametrize("bits", [2, 3, 5, 6])
-def test_bits_that_not_all_read_alike(bits, tmp_path):
-    model = pack_all(build("Llama"), bits=(bits,))
-    refused(
-        model, tmp_path, rf"q_proj is packed in {bits} bits, where 4 or 8 are read alike everywhere: .*per='module'"
-    )
+ALIKE = "bits, where 4 or 8 are read alike everywhere: .*per='module'"
+
+
+@pytest.mark.parametrize(
+    ("family", "how", "message"),
+    [
+        *(("Llama", {"bits": (bits,)}, f"q_proj is packed in {bits} {ALIKE}") for bits in (2, 3, 5, 6)),
+        ("Llama", {"only": []}, "LlamaForCausalLM has no packed linear maps: compress with LRPConfig"),
+        ("Llama", {"size": 24}, "reads 32 inputs, which are no whole groups of 24: .* group_size= that divides them"),
+        ("GPT-2", {}, "c_attn is a Conv1D in Transformers, and .* packs Linear alone: save"),
+        ("Mixtral", {}, r"writes model\.layers\.0\.\S*experts\.0\S* under a name that the model has not in memory"),
+    ],
+)
+def test_maps_that_not_all_read_alike(family, how, message, tmp_path):
+    refused(pack_all(build(family), **how), tmp_path, message)
 
 
 def test_sparse_maps(tmp_path):
@@ -207,37 +215,14 @@ def test_sparse_maps(tmp_path):
 
 @pytest.mark.parametrize("edit", ["bottleneck", "linear FFN", "narrow one FFN", "blended activation"])
 def test_other_records(edit, tmp_path):
-    model = build("Llama")
-    apply(EDITS[edit](model, Anatomy(model).stack(), 1), model)
-    pack_all(model)
+    model = pack_all(change(build("Llama"), edit))
     refused(model, tmp_path, r"was changed in a way \(\w+\) that compressed-tensors cannot say: save with hf_compress")
 
 
 def test_narrower_ffns_that_the_config_says(tmp_path):
     """They are no record: the result loads."""
-    model = build("Llama")
-    apply(EDITS["narrow every FFN"](model, Anatomy(model).stack(), 1), model)
-    pack_all(model)
-    folder = save_compressed_tensors(model, tmp_path / "out")
+    folder = save_compressed_tensors(pack_all(change(build("Llama"), "narrow every FFN")), tmp_path / "out")
     assert json.loads((folder / "config.json").read_text())["intermediate_size"] == 48
-
-
-def test_nothing_packed(tmp_path):
-    refused(build("Llama"), tmp_path, "LlamaForCausalLM has no packed linear maps: compress with LRPConfig")
-
-
-def test_inputs_that_are_no_whole_groups(tmp_path):
-    message = r"q_proj reads 32 inputs, which are no whole groups of 24: .* group_size= that divides them"
-    refused(pack_all(build("Llama"), size=24), tmp_path, message)
-
-
-def test_maps_that_are_no_linear(tmp_path):
-    refused(pack_all(build("GPT-2")), tmp_path, r"c_attn is a Conv1D in Transformers, and .* packs Linear alone: save")
-
-
-def test_experts_beside(tmp_path):
-    message = r"Transformers writes model\.layers\.0\.\S*experts\.0\S* under a name that the model has not in memory"
-    refused(pack_all(build("Mixtral")), tmp_path, message)
 
 
 def test_models_that_transformers_does_not_know(tmp_path):
@@ -263,10 +248,17 @@ def test_steps_that_half_precision_does_not_hold(tmp_path):
     refused(pack_all(model), tmp_path, message)
 
 
-def test_a_folder_that_holds_something(tmp_path):
-    model, folder = pack_all(build("Llama")), tmp_path / "out"
+@pytest.fixture
+def theirs(tmp_path):
+    """A folder that holds something."""
+    folder = tmp_path / "out"
     folder.mkdir()
     (folder / "theirs").write_text("keep me")
+    return folder
+
+
+def test_a_folder_that_holds_something(theirs):
+    model, folder = pack_all(build("Llama")), theirs
     with pytest.raises(FileExistsError, match="overwrite=True"):
         save_compressed_tensors(model, folder)
     assert (folder / "theirs").read_text() == "keep me"
@@ -324,19 +316,15 @@ def test_fails_closed(spoil, tmp_path, monkeypatch):
     refused(model, tmp_path, spoil(model, monkeypatch), ParityError)
 
 
-def test_an_interruption_leaves_what_was_there(tmp_path, monkeypatch):
-    model, folder = pack_all(build("Llama")), tmp_path / "out"
-    folder.mkdir()
-    (folder / "theirs").write_text("keep me")
-
+def test_an_interruption_leaves_what_was_there(theirs, tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(written, "_verify", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        save_compressed_tensors(model, folder, overwrite=True)
+        save_compressed_tensors(pack_all(build("Llama")), theirs, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert [path.name for path in folder.iterdir()] == ["theirs"]
+    assert [path.name for path in theirs.iterdir()] == ["theirs"]
 
 
 # --- without us -------------------------------------------------------------------------------------------------------
@@ -382,9 +370,8 @@ def test_stock_transformers_gives_the_same_logits(tmp_path):
     """To the last bit on this processor; 1e-6 in float32 and 1e-2 in half precision are allowed elsewhere."""
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     for name, dtype in dtypes.items():
-        model = in_dtype(build("Llama"), dtype)
-        config = LRPConfig(bits=6, group_size=32, per="module")
-        saved(compress(model, config, IDS, options=DataOptions(batch_size=8)), tmp_path / name)
+        model = calibrated(in_dtype(build("Llama"), dtype), bits=6, group_size=32, per="module")
+        saved(model, tmp_path / name)
         assert {len(m.packing.planes) for m in packed(model).values()} == {4, 8}
     for name in ("Qwen3", "BERT"):
         saved(pack_all(build(name)), tmp_path / name)

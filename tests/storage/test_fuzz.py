@@ -20,14 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_compress.rewrite.edits import EDITS
 from hf_compress.rewrite.probe import quiet
-from tests.helpers.untrusted import (
-    LONG,
-    check,
-    config_of,
-    copied,
-    replace_weights,
-    write_config,
-)
+from tests.helpers.untrusted import LONG, check, config_of, copied, replace_weights, write_config
 
 quickly = settings(
     max_examples=150,
@@ -186,45 +179,34 @@ def damaged(draw, data):
 # --- the property, on what could be in a file -------------------------------------------------------------------------
 
 
-def fuzz_plans(checkpoints, data):
-    source = checkpoints[data.draw(st.sampled_from(sorted(checkpoints)))]
+def fuzz_plans(source, folder, draw):
     config = config_of(source)
     with quiet(), torch.device("meta"):
         stock = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
     paths = [path for path, _ in stock.named_modules() if path]
     record = config["quantization_config"]
-    record["plan"] = data.draw(changes_of_plans(record["plan"], paths))
-    with copied(source) as folder:
-        write_config(folder, config)
-        check(folder)
+    record["plan"] = draw(changes_of_plans(record["plan"], paths))
+    write_config(folder, config)
 
 
-def fuzz_configs(checkpoints, data):
-    source = checkpoints[data.draw(st.sampled_from(sorted(checkpoints)))]
-    with copied(source) as folder:
-        write_config(folder, data.draw(changes_of_configs(config_of(source))))
-        check(folder)
+def fuzz_configs(source, folder, draw):
+    write_config(folder, draw(changes_of_configs(config_of(source))))
 
 
-def fuzz_files(checkpoints, data):
-    source = checkpoints[data.draw(st.sampled_from(sorted(checkpoints)))]
-    with copied(source) as folder:
-        replace_weights(folder, damaged(data.draw, (source / "model.safetensors").read_bytes()))
-        check(folder)
+def fuzz_files(source, folder, draw):
+    replace_weights(folder, damaged(draw, (source / "model.safetensors").read_bytes()))
 
 
-FUZZERS = pytest.mark.parametrize("fuzz", [fuzz_plans, fuzz_configs, fuzz_files])
+@pytest.mark.parametrize("fuzz", [fuzz_plans, fuzz_configs, fuzz_files])
+@pytest.mark.parametrize("how", [quickly, pytest.param(thoroughly, marks=pytest.mark.slow)], ids=["quick", "thorough"])
+def test_a_whole_model_or_a_plain_error(fuzz, how, checkpoints):
+    def fuzzed(data):
+        source = checkpoints[data.draw(st.sampled_from(sorted(checkpoints)))]
+        with copied(source) as folder:
+            fuzz(source, folder, data.draw)
+            check(folder)
 
-
-@FUZZERS
-def test_a_whole_model_or_a_plain_error(fuzz, checkpoints):
-    quickly(given(st.data())(lambda data: fuzz(checkpoints, data)))()
-
-
-@pytest.mark.slow
-@FUZZERS
-def test_a_whole_model_or_a_plain_error_at_length(fuzz, checkpoints):
-    thoroughly(given(st.data())(lambda data: fuzz(checkpoints, data)))()
+    how(given(st.data())(fuzzed))()
 
 
 def test_unchanged_they_load(checkpoints):

@@ -1,53 +1,32 @@
 """Models whose structure no config can say, through everything that Transformers does with a model."""
 
 import copy
-import json
 
 import peft
 import pytest
 import torch
-from datasets import Dataset
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     Trainer,
-    TrainingArguments,
 )
 
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.errors import PlanError
-from hf_compress.plan.plan import Plan
 from hf_compress.rewrite import builders
 from hf_compress.rewrite.apply import apply
 from hf_compress.storage.save import save
-from tests.helpers.round_trip import EDITS, build, inputs, logits
+from tests.helpers.round_trip import EDITS, build, change, changed_throughout, inputs, logits
+from tests.helpers.runs import arguments, same, state_of, token_rows
+from tests.helpers.untrusted import config_of, write_config
 
 RECORDED = ("narrow one FFN", "linear FFN", "low-rank FFN", "bottleneck", "packed linear", "blended activation")
 
 
-def changed(family="Llama", edit="narrow one FFN", block=1):
-    """A tiny model with one change."""
-    model = build(family)
-    torch.manual_seed(2)
-    apply(EDITS[edit](model, Anatomy(model).stack(), block), model)
-    return model
-
-
-def several(family="Llama"):
-    """A tiny model with another change in each of its blocks."""
-    model = build(family)
-    stack = Anatomy(model).stack()
-    edits = ("narrow one FFN", "bottleneck", "packed linear", "blended activation")
-    torch.manual_seed(2)
-    apply(sum((EDITS[edit](model, stack, block) for block, edit in enumerate(edits)), start=Plan()), model)
-    return model
-
-
 def same_state(first, second):
-    one, other = first.state_dict(), second.state_dict()
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    return same(state_of(first), state_of(second))
 
 
 @pytest.mark.parametrize(
@@ -60,7 +39,7 @@ def same_state(first, second):
     ],
 )
 def test_the_auto_classes(family, auto, tmp_path):
-    model = several(family)
+    model = changed_throughout(family)
     loaded = auto.from_pretrained(save(model, tmp_path / "out"))
     assert type(loaded) is type(model)
     assert same_state(loaded, model)
@@ -68,7 +47,7 @@ def test_the_auto_classes(family, auto, tmp_path):
 
 
 def test_what_is_loaded_is_an_ordinary_model(tmp_path):
-    loaded = AutoModelForCausalLM.from_pretrained(save(several(), tmp_path / "out"))
+    loaded = AutoModelForCausalLM.from_pretrained(save(changed_throughout("Llama"), tmp_path / "out"))
     assert not loaded.is_quantized
     assert getattr(loaded, "hf_quantizer", None) is None
     assert not hasattr(loaded, "quantization_method")
@@ -78,7 +57,7 @@ def test_what_is_loaded_is_an_ordinary_model(tmp_path):
 
 @pytest.mark.parametrize("family", ["Llama", "BERT", "ViT"])
 def test_the_body_alone(family, tmp_path):
-    model = several(family)
+    model = changed_throughout(family)
     body = AutoModel.from_pretrained(save(model, tmp_path / "out"))
     assert type(body) is type(model.base_model)
     own = model.base_model.state_dict()
@@ -89,7 +68,7 @@ def test_the_body_alone(family, tmp_path):
 
 
 def test_a_head_on_a_body_that_was_saved_alone(tmp_path):
-    body = AutoModel.from_pretrained(save(several("BERT"), tmp_path / "out"))
+    body = AutoModel.from_pretrained(save(changed_throughout("BERT"), tmp_path / "out"))
     folder = save(body, tmp_path / "body")
     model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
     inside, own = model.bert.state_dict(), body.state_dict()
@@ -112,21 +91,21 @@ def test_a_changed_head_is_left_out_with_the_head(tmp_path):
 
 @pytest.mark.parametrize("family", ["Llama", "Mixtral"])
 def test_shards(family, tmp_path):
-    model = several(family)
+    model = changed_throughout(family)
     model.save_pretrained(tmp_path / "out", max_shard_size="40kB")
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
     assert same_state(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), model)
 
 
 def test_tied_embeddings_stay_tied(tmp_path):
-    model = several()
+    model = changed_throughout("Llama")
     assert model.config.tie_word_embeddings
     loaded = AutoModelForCausalLM.from_pretrained(save(model, tmp_path / "out"))
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
 
 
 def test_dtype(tmp_path):
-    model = several()
+    model = changed_throughout("Llama")
     folder = save(model, tmp_path / "out")
     half = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     packed = half.model.layers[2].self_attn.o_proj
@@ -141,13 +120,13 @@ def test_dtype(tmp_path):
 
 @pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}])
 def test_device_map(device_map, tmp_path):
-    model = several()
+    model = changed_throughout("Llama")
     loaded = AutoModelForCausalLM.from_pretrained(save(model, tmp_path / "out"), device_map=device_map)
     assert torch.equal(logits(loaded), logits(model))
 
 
 def test_saving_a_loaded_model_writes_the_same_files(tmp_path):
-    model = several("Mixtral")
+    model = changed_throughout("Mixtral")
     model.save_pretrained(tmp_path / "first")
     AutoModelForCausalLM.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
     for name in ("config.json", "model.safetensors"):
@@ -155,50 +134,35 @@ def test_saving_a_loaded_model_writes_the_same_files(tmp_path):
 
 
 def test_a_deep_copy_is_the_same_model(tmp_path):
-    model = several()
+    model = changed_throughout("Llama")
     twin = copy.deepcopy(model)
     assert torch.equal(logits(twin), logits(model))
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(save(twin, tmp_path / "out"))), logits(model))
 
 
-def dataset():
-    ids = torch.randint(0, 99, (8, 12), generator=torch.Generator().manual_seed(3))
-    return Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()})
-
-
-def arguments(folder, steps):
-    return TrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        save_steps=2,
-        per_device_train_batch_size=2,
-        learning_rate=1e-3,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-    )
+def trainer(folder, output):
+    """For four steps, with a checkpoint after two of them."""
+    settings = {"save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-3, "lr_scheduler_type": "linear"}
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    return Trainer(model, arguments(output, **settings, train_sampling_strategy="random"), train_dataset=token_rows())
 
 
 def test_trainer(tmp_path):
     """Trained in two stretches from a checkpoint or in one go, and loaded from what Trainer wrote."""
-    folder = save(several(), tmp_path / "out")
-    whole = Trainer(
-        AutoModelForCausalLM.from_pretrained(folder), arguments(tmp_path / "whole", 4), train_dataset=dataset()
-    )
+    folder = save(changed_throughout("Llama"), tmp_path / "out")
+    whole = trainer(folder, tmp_path / "whole")
     whole.train()
-    assert not torch.equal(logits(whole.model), logits(several()))
+    assert not torch.equal(logits(whole.model), logits(changed_throughout("Llama")))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "checkpoint-4")
     assert torch.equal(logits(loaded), logits(whole.model))
-    resumed = Trainer(
-        AutoModelForCausalLM.from_pretrained(folder), arguments(tmp_path / "whole", 4), train_dataset=dataset()
-    )
+    resumed = trainer(folder, tmp_path / "whole")
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     assert same_state(resumed.model, whole.model)
 
 
 @pytest.mark.parametrize("edit", RECORDED)
 def test_lora_and_merging_it(edit, tmp_path):
-    model = AutoModelForCausalLM.from_pretrained(save(changed(edit=edit), tmp_path / "out"))
+    model = AutoModelForCausalLM.from_pretrained(save(change(build("Llama"), edit), tmp_path / "out"))
     before = logits(model)
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "down_proj"], r=2))
     torch.manual_seed(4)
@@ -212,7 +176,7 @@ def test_lora_and_merging_it(edit, tmp_path):
 
 
 def test_an_adapter_finds_its_way_back(tmp_path):
-    folder = save(several(), tmp_path / "out")
+    folder = save(changed_throughout("Llama"), tmp_path / "out")
     adapted = peft.get_peft_model(
         AutoModelForCausalLM.from_pretrained(folder),
         peft.LoraConfig(target_modules=["up_proj"], init_lora_weights=False),
@@ -224,12 +188,8 @@ def test_an_adapter_finds_its_way_back(tmp_path):
         assert torch.equal(again.eval()(ids).logits, adapted.eval()(ids).logits)
 
 
-def rewrite(folder, **entry):
-    """Change fields of the record in a saved config."""
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    config["quantization_config"] |= entry
-    path.write_text(json.dumps(config))
+MLP = "model.layers.1.mlp"
+WIDE = {"edit": "NarrowFFN", "inputs": [f"{MLP}.gate_proj", f"{MLP}.up_proj"], "output": f"{MLP}.down_proj"}
 
 
 @pytest.mark.parametrize(
@@ -245,20 +205,13 @@ def rewrite(folder, **entry):
         ({"plan": [{"edit": "RemoveBlocks", "stack": "model.layers", "blocks": [0]}]}, "says by itself which blocks"),
         ({"plan": [{"edit": "Seal", "module": "../model"}]}, "must be the path of a module"),
         ({"plan": [{"edit": "Seal", "module": "model.nowhere"}]}, "LlamaForCausalLM has no module model.nowhere"),
+        ({"plan": [WIDE | {"width": 10**9}]}, "has 64 hidden units; the plan asks for 1000000000"),
         ({"surprise": 1}, "unknown fields .'surprise'"),
     ],
 )
 def test_a_record_that_cannot_be_carried_out(entry, message, tmp_path):
-    folder = save(changed(), tmp_path / "out")
-    rewrite(folder, **entry)
+    folder = save(change(build("Llama"), "narrow one FFN"), tmp_path / "out")
+    config = config_of(folder)
+    write_config(folder, config | {"quantization_config": config["quantization_config"] | entry})
     with pytest.raises(PlanError, match=message):
-        AutoModelForCausalLM.from_pretrained(folder)
-
-
-def test_a_record_wider_than_the_model(tmp_path):
-    folder = save(changed(), tmp_path / "out")
-    entry = json.loads((folder / "config.json").read_text())["quantization_config"]
-    entry["plan"][0]["width"] = 10**9
-    rewrite(folder, **entry)
-    with pytest.raises(PlanError, match="has 64 hidden units; the plan asks for 1000000000"):
         AutoModelForCausalLM.from_pretrained(folder)

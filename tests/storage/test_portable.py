@@ -17,13 +17,11 @@ from packaging.utils import canonicalize_name
 from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2DoubleHeadsModel, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
-from hf_compress.anatomy.anatomy import Anatomy
-from hf_compress.rewrite.apply import apply
 from hf_compress.storage.manifest import verify_files
 from hf_compress.storage.portable import SHIM_MODULE, forget_shim, write_shim
 from hf_compress.storage.save import save
 from tests.helpers.language import tiny_llama
-from tests.helpers.round_trip import EDITS
+from tests.helpers.round_trip import change
 
 SHIM = f"{SHIM_MODULE}.py"
 
@@ -34,8 +32,7 @@ def config_of(folder: Path) -> dict:
 
 def needing_plugin() -> LlamaForCausalLM:
     """A model with an FFN narrower than the others, which no config of a Llama can say."""
-    model = tiny_llama()
-    apply(EDITS["narrow one FFN"](model, Anatomy(model).stack(), 1), model)
+    model = change(tiny_llama(), "narrow one FFN")
     assert model.config.quantization_config["quant_method"] == "hf_compress"
     return model
 

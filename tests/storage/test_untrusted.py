@@ -30,14 +30,25 @@ def rewrite(folder, change):
         index.write_text(json.dumps(places))
 
 
-def without(*parts):
-    """A change of tensors that takes those with a part of a name out."""
+def altered(source, fields=None, record=None):
+    """What comes of loading a checkpoint with other fields in its config, and in the record there."""
+    with copied(source) as folder:
+        config = config_of(folder) | (fields or {})
+        if record:
+            config["quantization_config"] |= record
+        write_config(folder, config)
+        return load(folder)
+
+
+def without(folder, part):
+    """The same files, less the tensors with `part` in their names."""
 
     def change(tensors):
-        for name in [name for name in tensors if any(part in name for part in parts)]:
+        for name in [name for name in tensors if part in name]:
             del tensors[name]
 
-    return change
+    rewrite(folder, change)
+    return folder
 
 
 def missing(folder, auto=AutoModelForCausalLM, **options):
@@ -48,6 +59,7 @@ def missing(folder, auto=AutoModelForCausalLM, **options):
     return str(error)
 
 
+ENCODER = "layers.1.residual_bottleneck.encoder"
 RECORDED = [
     ("Llama", "layers.0.mlp.up_proj.weight"),
     ("Llama", "layers.1.residual_bottleneck.center"),
@@ -66,21 +78,19 @@ RECORDED = [
 @pytest.mark.parametrize("auto", [AutoModelForCausalLM, AutoModel, AutoModelForSequenceClassification])
 def test_a_missing_tensor_of_the_record_is_named(auto, family, name, checkpoints):
     with copied(checkpoints[family]) as folder:
-        rewrite(folder, without(name))
-        assert name.rpartition(".experts")[0].replace("block_sparse_moe", "mlp") in missing(folder, auto)
+        message = missing(without(folder, name), auto)
+        assert name.rpartition(".experts")[0].replace("block_sparse_moe", "mlp") in message
 
 
 def test_half_a_mixture_is_of_another_shape(checkpoints):
     with copied(checkpoints["Mixtral"]) as folder:
-        rewrite(folder, without("layers.0.block_sparse_moe.experts.2."))
-        assert is_plain(load(folder))
+        assert is_plain(load(without(folder, "layers.0.block_sparse_moe.experts.2.")))
         assert "of another shape" in str(load(folder, ignore_mismatched_sizes=True))
 
 
 def test_any_other_missing_tensor_is_named_where_nothing_may_be_missing(checkpoints):
     with copied(checkpoints["Llama"]) as folder:
-        rewrite(folder, without("model.norm.weight"))
-        assert "model.norm.weight" in missing(folder)
+        assert "model.norm.weight" in missing(without(folder, "model.norm.weight"))
 
 
 def test_a_new_head_is_made_up(checkpoints):
@@ -99,8 +109,7 @@ def test_one_of_two_tied_weights_is_enough(checkpoints):
         rewrite(folder, to_the_head)
         model, _ = load(folder)
         assert model.lm_head.weight is model.model.embed_tokens.weight
-        rewrite(folder, without("lm_head"))
-        assert "embed_tokens" in missing(folder)
+        assert "embed_tokens" in missing(without(folder, "lm_head"))
 
 
 @pytest.mark.parametrize("family", ["Llama", "Mixtral"])
@@ -110,8 +119,7 @@ def test_shards(family, checkpoints, tmp_path):
         model.save_pretrained(tmp_path, max_shard_size="30KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     assert not isinstance(check(tmp_path), Exception)
-    rewrite(tmp_path, without("layers.1.residual_bottleneck.encoder"))
-    assert "layers.1.residual_bottleneck.encoder" in missing(tmp_path)
+    assert ENCODER in missing(without(tmp_path, ENCODER))
 
 
 def test_names_without_the_name_of_the_body(checkpoints, tmp_path):
@@ -120,25 +128,18 @@ def test_names_without_the_name_of_the_body(checkpoints, tmp_path):
         body.save_pretrained(tmp_path)
     write_config(tmp_path, config_of(tmp_path) | {"architectures": ["LlamaForCausalLM"]})
     assert not isinstance(check(tmp_path), Exception)
-    rewrite(tmp_path, without("layers.1.residual_bottleneck.encoder"))
-    assert "model.layers.1.residual_bottleneck.encoder" in missing(tmp_path)
+    assert f"model.{ENCODER}" in missing(without(tmp_path, ENCODER))
 
 
 def test_weights_that_stay_on_the_disk(checkpoints, tmp_path):
-    parts = [
-        "model.embed_tokens",
-        *(f"model.layers.{i}" for i in range(4)),
-        "model.norm",
-        "model.rotary_emb",
-        "lm_head",
-    ]
-    places = dict.fromkeys(parts, "cpu") | {"model.layers.1": "disk"}
+    layers = [f"model.layers.{i}" for i in range(4)]
+    parts = ["model.embed_tokens", *layers, "model.norm", "model.rotary_emb", "lm_head"]
+    places = dict.fromkeys(parts, "cpu") | {layers[1]: "disk"}
     on_disk = {"device_map": places, "offload_folder": tmp_path}
     with copied(checkpoints["Llama"]) as folder:
         model, _ = load(folder, **on_disk)
         assert model.model.layers[1].residual_bottleneck.encoder.device.type == "meta"
-        rewrite(folder, without("layers.1.residual_bottleneck.encoder"))
-        assert "model.layers.1.residual_bottleneck.encoder" in missing(folder, **on_disk)
+        assert f"model.{ENCODER}" in missing(without(folder, ENCODER), **on_disk)
 
 
 def test_tied_weights_cannot_be_changed(checkpoints):
@@ -147,12 +148,8 @@ def test_tied_weights_cannot_be_changed(checkpoints):
         {"edit": "Seal", "module": "model.embed_tokens"},
     ]
     for edit in edits:
-        with copied(checkpoints["Llama"]) as folder:
-            config = config_of(folder)
-            config["quantization_config"]["plan"] = [edit]
-            write_config(folder, config)
-            assert isinstance(error := load(folder), PlanError)
-            assert "tied" in str(error)
+        assert isinstance(error := altered(checkpoints["Llama"], record={"plan": [edit]}), PlanError)
+        assert "tied" in str(error)
 
 
 # --- programs in the repository ---------------------------------------------------------------------------------------
@@ -233,9 +230,7 @@ SAME = {"edit": "Seal", "module": "model.norm"}
     ],
 )
 def test_absurd_sizes(family, change, checkpoints):
-    with copied(checkpoints[family]) as folder:
-        write_config(folder, config_of(folder) | change)
-        assert isinstance(error := load(folder), PlanError), error
+    assert isinstance(error := altered(checkpoints[family], change), PlanError), error
 
 
 @pytest.mark.parametrize(
@@ -258,12 +253,8 @@ def test_absurd_sizes(family, change, checkpoints):
     ids=range(13),
 )
 def test_absurd_plans(plan, checkpoints):
-    with copied(checkpoints["Llama"]) as folder:
-        config = config_of(folder)
-        config["quantization_config"]["plan"] = plan
-        write_config(folder, config)
-        assert isinstance(error := load(folder), PlanError), error
-        assert len(str(error)) < 2000
+    assert isinstance(error := altered(checkpoints["Llama"], record={"plan": plan}), PlanError), error
+    assert len(str(error)) < 2000
 
 
 # --- records that are none --------------------------------------------------------------------------------------------
@@ -272,14 +263,8 @@ def test_absurd_plans(plan, checkpoints):
 @pytest.mark.parametrize("record", [{"version": 2}, {"version": "<long text>"}, {"version": True}, {"version": None}])
 @pytest.mark.parametrize("plan", [[], None, {}, "", 0, [None], [[]], [{}]])
 def test_malformed_records(record, plan, checkpoints):
-    with copied(checkpoints["Llama"]) as folder:
-        config = config_of(folder)
-        config["quantization_config"] |= record
-        write_config(folder, config)
-        assert isinstance(load(folder), PlanError)
-        config["quantization_config"] |= {"version": 1, "plan": plan}
-        write_config(folder, config)
-        assert is_plain(load(folder))
+    assert isinstance(altered(checkpoints["Llama"], record=record), PlanError)
+    assert is_plain(altered(checkpoints["Llama"], record={"version": 1, "plan": plan}))
 
 
 @pytest.mark.parametrize(
@@ -295,26 +280,17 @@ def test_malformed_records(record, plan, checkpoints):
     ],
 )
 def test_records_of_others(record, error, checkpoints):
-    with copied(checkpoints["Llama"]) as folder:
-        config = config_of(folder)
-        config["quantization_config"] |= record
-        write_config(folder, config)
-        assert isinstance(found := load(folder), error), found
+    assert isinstance(found := altered(checkpoints["Llama"], record=record), error), found
 
 
 def test_no_record(checkpoints):
-    with copied(checkpoints["Llama"]) as folder:
-        write_config(folder, config_of(folder) | {"quantization_config": None})
-        assert "ignore_mismatched_sizes" in str(load(folder))
-        write_config(folder, config_of(folder) | {"quantization_config": {}})
-        assert isinstance(load(folder), ValueError)
+    assert "ignore_mismatched_sizes" in str(altered(checkpoints["Llama"], {"quantization_config": None}))
+    assert isinstance(altered(checkpoints["Llama"], {"quantization_config": {}}), ValueError)
 
 
 @pytest.mark.parametrize("record", [[], "", 0, False, "hf_compress", 1, [1], True])
 def test_records_of_a_wrong_type_fail_in_transformers(record, checkpoints):
-    with copied(checkpoints["Llama"]) as folder:
-        write_config(folder, config_of(folder) | {"quantization_config": record})
-        assert isinstance(load(folder), AttributeError)
+    assert isinstance(altered(checkpoints["Llama"], {"quantization_config": record}), AttributeError)
 
 
 @pytest.mark.parametrize("named", [".", [], {"AutoModel": 5}, {"AutoModel": "modeling_hf_compress.Gone"}])

@@ -2,11 +2,9 @@
 
 import pytest
 
-from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.errors import UnsupportedModelError
-from hf_compress.rewrite.apply import apply
 from hf_compress.storage.save import save
-from tests.helpers.round_trip import EDITS, MODELS, build
+from tests.helpers.round_trip import EDITS, MODELS, build, change
 from tests.helpers.stock import stock_outcomes
 
 
@@ -17,9 +15,8 @@ def outcomes(tmp_path_factory):
     folders, plain = {}, {}
     for family in MODELS:
         for edit in EDITS:
-            model = build(family)
             try:
-                apply(EDITS[edit](model, Anatomy(model).stack(), 1), model)
+                model = change(build(family), edit)
             except UnsupportedModelError:
                 continue
             folder = save(model, root / f"{family}-{edit.replace(' ', '_')}")
