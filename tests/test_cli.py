@@ -1,7 +1,5 @@
 """The command line: what it prints, writes, and exits with."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -22,7 +20,7 @@ from transformers import (
     ViTForImageClassification,
 )
 from transformers.utils import logging as transformers_logging
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.cli import app
@@ -41,7 +39,7 @@ COMMANDS = ("compress", "analyze", "evaluate", "info", "verify", "push", "demo",
 
 
 @pytest.fixture(autouse=True)
-def _verbosity() -> object:
+def _verbosity():
     """The commands turn Transformers' down; other tests should find it as it was."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     yield
@@ -51,7 +49,7 @@ def _verbosity() -> object:
 
 
 @pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+def model_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     tiny_llama(6).save_pretrained(folder)
     word_tokenizer(add_special=False).save_pretrained(folder)
@@ -59,13 +57,13 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def text_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+def text_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("texts") / "texts.jsonl"
     path.write_text("".join(json.dumps({"text": words(20, seed)}) + "\n" for seed in range(24)))
     return str(path)
 
 
-def run(*arguments: str | Path) -> Result:
+def run(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
@@ -73,7 +71,7 @@ def run(*arguments: str | Path) -> Result:
 
 
 @pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)], ids=lambda c: " ".join(c) or "all")
-def test_help_imports_nothing_slow(command: tuple[str, ...]) -> None:
+def test_help_imports_nothing_slow(command):
     code = (
         "import sys; from hf_compress.cli import main\n"
         f"sys.argv = ['hf-compress', *{command!r}, '--help']\n"
@@ -87,7 +85,7 @@ def test_help_imports_nothing_slow(command: tuple[str, ...]) -> None:
     assert "Usage: hf-compress" in done.stdout
 
 
-def test_methods_are_listed_with_papers_and_settings() -> None:
+def test_methods_are_listed_with_papers_and_settings():
     result = run("methods")
     assert result.exit_code == 0
     for part in ("mka", "drop_blocks", "arxiv.org/abs/2406.16330", "num_merges", "share of the blocks to merge away"):
@@ -97,9 +95,7 @@ def test_methods_are_listed_with_papers_and_settings() -> None:
 # --- compress ---------------------------------------------------------------------------------------------------------
 
 
-def test_compress_saves_a_model_that_plain_transformers_loads(
-    model_folder: str, text_file: str, tmp_path: Path
-) -> None:
+def test_compress_saves_a_model_that_plain_transformers_loads(model_folder, text_file, tmp_path):
     output = tmp_path / "small"
     result = run("compress", model_folder, "--ratio", "0.34", "--calibration", text_file, "--output", output)
     assert result.exit_code == 0, result.output
@@ -112,7 +108,7 @@ def test_compress_saves_a_model_that_plain_transformers_loads(
     assert [path.name for path in tmp_path.iterdir()] == ["small"]
 
 
-def test_dry_run_shows_plan_and_sizes_and_writes_nothing(model_folder: str, text_file: str, tmp_path: Path) -> None:
+def test_dry_run_shows_plan_and_sizes_and_writes_nothing(model_folder, text_file, tmp_path):
     output, before = tmp_path / "small", sorted(Path(model_folder).iterdir())
     arguments = ("--method", "drop_blocks", "--num", "2", "--calibration", text_file, "--output", output)
     result = run("compress", model_folder, *arguments, "--dry-run")
@@ -125,14 +121,14 @@ def test_dry_run_shows_plan_and_sizes_and_writes_nothing(model_folder: str, text
     assert sorted(Path(model_folder).iterdir()) == before
 
 
-def test_a_method_without_data_needs_no_calibration(model_folder: str) -> None:
+def test_a_method_without_data_needs_no_calibration(model_folder):
     arguments = ("--method", "drop_blocks", "--ratio", "0.5", "--set", "criterion=last", "--dry-run")
     result = run("compress", model_folder, *arguments)
     assert result.exit_code == 0, result.output
     assert "left out: 3–5" in result.stdout
 
 
-def test_an_output_that_exists_is_refused_at_once_and_replaced_on_request(model_folder: str, tmp_path: Path) -> None:
+def test_an_output_that_exists_is_refused_at_once_and_replaced_on_request(model_folder, tmp_path):
     (tmp_path / "mine").write_text("keep")
     arguments = ("compress", model_folder, "--method", "drop_blocks", "--num", "1", "--set", "criterion=last")
     result = run(*arguments, "--output", tmp_path)
@@ -144,7 +140,7 @@ def test_an_output_that_exists_is_refused_at_once_and_replaced_on_request(model_
     assert (tmp_path / "config.json").exists()
 
 
-def test_the_seed_is_the_method_s(model_folder: str) -> None:
+def test_the_seed_is_the_method_s(model_folder):
     arguments = ("--method", "drop_blocks", "--num", "2", "--set", "criterion=random", "--dry-run")
     outputs = [run("compress", model_folder, *arguments, "--seed", seed).stdout for seed in "0012"]
     runs = [re.findall("left out: ([0-9, –]+)", output)[0] for output in outputs]
@@ -152,7 +148,7 @@ def test_the_seed_is_the_method_s(model_folder: str) -> None:
     assert len(set(runs)) > 1
 
 
-def test_no_command_imports_what_only_training_needs(model_folder: str, text_file: str) -> None:
+def test_no_command_imports_what_only_training_needs(model_folder, text_file):
     """PEFT comes with Transformers' Trainer, and bitsandbytes with PEFT; it warns of what nobody has asked for."""
     compress = ("compress", model_folder, "--method", "drop_blocks", "--num", "1", "--calibration", text_file)
     lines = [
@@ -182,7 +178,7 @@ def test_no_command_imports_what_only_training_needs(model_folder: str, text_fil
     ],
     ids=["mka", "drop_blocks"],
 )
-def test_a_recipe_says_all_that_a_config_says(config: MKAConfig | DropBlocksConfig, tmp_path: Path) -> None:
+def test_a_recipe_says_all_that_a_config_says(config, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(config.to_dict()))
     assert config_from(None, recipe) == config
@@ -190,7 +186,7 @@ def test_a_recipe_says_all_that_a_config_says(config: MKAConfig | DropBlocksConf
     assert config_from(None, recipe) == config
 
 
-def test_options_win_over_the_recipe(tmp_path: Path) -> None:
+def test_options_win_over_the_recipe(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("method: mka\nratio: 0.5\nvariant: paper\nalpha: 0.1\n")
     assert config_from(None, recipe, num=2) == MKAConfig(num_merges=2, variant="paper", alpha=0.1)
@@ -226,9 +222,7 @@ def test_options_win_over_the_recipe(tmp_path: Path) -> None:
         (("--num", "1", "--calibration", "TEXTS", "--samples", "3"), "3 calibration samples are too few"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(
-    arguments: tuple[str, ...], message: str, model_folder: str, text_file: str, tmp_path: Path
-) -> None:
+def test_bad_input_is_one_line_and_exit_code_2(arguments, message, model_folder, text_file, tmp_path):
     given = [text_file if argument == "TEXTS" else argument for argument in arguments]
     result = run("compress", model_folder, "--output", tmp_path / "out", *given)
     assert result.exit_code == 2
@@ -237,7 +231,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_model_that_is_not_there_is_named(text_file: str, tmp_path: Path) -> None:
+def test_a_model_that_is_not_there_is_named(text_file, tmp_path):
     for name in ("./nowhere", str(tmp_path)):
         result = run("compress", name, "--ratio", "0.5", "--calibration", text_file, "--dry-run")
         assert result.exit_code == 2
@@ -245,15 +239,13 @@ def test_a_model_that_is_not_there_is_named(text_file: str, tmp_path: Path) -> N
     assert "--output DIR, or --dry-run" in run("compress", "any", "--ratio", "0.5").stderr
 
 
-def test_debug_shows_where_an_error_comes_from(model_folder: str) -> None:
+def test_debug_shows_where_an_error_comes_from(model_folder):
     result = run("--debug", "compress", model_folder, "--ratio", "1.5", "--dry-run")
     assert isinstance(result.exception, ValueError)
 
 
-def test_an_interruption_exits_with_130_and_leaves_nothing(
-    model_folder: str, text_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupted(*_: object) -> None:
+def test_an_interruption_exits_with_130_and_leaves_nothing(model_folder, text_file, tmp_path, monkeypatch):
+    def interrupted(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("hf_compress.storage.save.verify", interrupted)  # the files are written by then
@@ -268,14 +260,14 @@ def test_an_interruption_exits_with_130_and_leaves_nothing(
 
 
 @pytest.fixture
-def small(model_folder: str, tmp_path: Path) -> Path:
+def small(model_folder, tmp_path):
     output = tmp_path / "small"
     arguments = ("--method", "drop_blocks", "--num", "2", "--set", "criterion=last", "--output", output)
     assert run("compress", model_folder, *arguments).exit_code == 0
     return output
 
 
-def test_info_says_what_was_done_and_checks_it(small: Path, model_folder: str) -> None:
+def test_info_says_what_was_done_and_checks_it(small, model_folder):
     result = run("info", small)
     assert result.exit_code == 0, result.output
     for part in ("left out: 4–5", "criterion=last", "stored:", "a plain checkpoint", "parity check passed"):
@@ -285,7 +277,7 @@ def test_info_says_what_was_done_and_checks_it(small: Path, model_folder: str) -
     assert "no compression report" in plain.stdout
 
 
-def test_info_shows_the_record_of_a_model_that_needs_the_plugin(model_folder: str, tmp_path: Path) -> None:
+def test_info_shows_the_record_of_a_model_that_needs_the_plugin(model_folder, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     apply(narrow_ffn(Anatomy(model).block(1), range(8)), model)
     result = run("info", save(model, tmp_path / "narrow"))
@@ -300,7 +292,7 @@ def test_info_shows_the_record_of_a_model_that_needs_the_plugin(model_folder: st
         assert part in result.stdout
 
 
-def test_verify_reads_every_file(small: Path) -> None:
+def test_verify_reads_every_file(small):
     result = run("verify", small)
     assert result.exit_code == 0, result.output
     assert re.search(r"^\d+ files are as they were written", result.stdout)
@@ -311,13 +303,13 @@ def test_verify_reads_every_file(small: Path) -> None:
     assert "config.json was changed" in result.stderr
 
 
-def test_push_says_that_it_is_offline(small: Path) -> None:
+def test_push_says_that_it_is_offline(small):
     result = run("push", small, "me/small")
     assert result.exit_code == 2
     assert re.search("pushing to me/small failed: .*(no token|HF_HUB_OFFLINE)", result.stderr)
 
 
-def test_info_fails_where_weights_are_missing_or_the_report_is_another_s(small: Path) -> None:
+def test_info_fails_where_weights_are_missing_or_the_report_is_another_s(small):
     report = small / "compression_report.json"
     content = json.loads(report.read_text())
     content["stages"][0]["after"] = {"parameters": 3, "bytes": 4, "blocks": {"model.layers": 1}}
@@ -337,7 +329,7 @@ def test_info_fails_where_weights_are_missing_or_the_report_is_another_s(small: 
     assert run("info", small / "nowhere").exit_code == 2
 
 
-def test_analyze_prints_and_writes_a_picture(model_folder: str, text_file: str, tmp_path: Path) -> None:
+def test_analyze_prints_and_writes_a_picture(model_folder, text_file, tmp_path):
     result = run("analyze", model_folder, "--calibration", text_file, "--output", tmp_path / "look")
     assert result.exit_code == 0, result.output
     assert "similarity to next" in result.stdout
@@ -345,7 +337,7 @@ def test_analyze_prints_and_writes_a_picture(model_folder: str, text_file: str, 
     assert sorted(path.name for path in (tmp_path / "look").iterdir()) == ["analysis.json", "similarity.png"]
 
 
-def test_evaluate_measures_perplexity_and_writes_json(model_folder: str, text_file: str, tmp_path: Path) -> None:
+def test_evaluate_measures_perplexity_and_writes_json(model_folder, text_file, tmp_path):
     result = run("evaluate", model_folder, "--texts", text_file, "--limit", "4", "--output", tmp_path)
     assert result.exit_code == 0, result.output
     assert "perplexity" in result.stdout
@@ -361,7 +353,7 @@ OTHER_MODELS = {
 
 
 @pytest.mark.parametrize("kind", OTHER_MODELS)
-def test_evaluate_takes_the_head_that_was_saved(kind: str, text_file: str, tmp_path: Path) -> None:
+def test_evaluate_takes_the_head_that_was_saved(kind, text_file, tmp_path):
     model = OTHER_MODELS[kind]()
     model.save_pretrained(tmp_path)
     for metric in (("--texts", text_file), ("--tasks", "manuals_cloze")):
@@ -376,7 +368,7 @@ def test_evaluate_takes_the_head_that_was_saved(kind: str, text_file: str, tmp_p
     assert ("tokens/s" in result.stdout) is (kind != "images")
 
 
-def test_a_second_change_on_the_command_line_tells_the_first(small: Path, tmp_path: Path) -> None:
+def test_a_second_change_on_the_command_line_tells_the_first(small, tmp_path):
     arguments = ("--method", "drop_blocks", "--num", "1", "--set", "criterion=last", "--output", small, "--overwrite")
     result = run("compress", small, *arguments)
     assert result.exit_code == 0, result.output
@@ -389,14 +381,14 @@ def test_a_second_change_on_the_command_line_tells_the_first(small: Path, tmp_pa
         assert part in shown.stdout
 
 
-def test_sizes_are_written_for_people() -> None:
+def test_sizes_are_written_for_people():
     assert [human_bytes(n) for n in (12, 21_901_824, 3 * 10**12)] == ["12 bytes", "21.9 MB", "3.0 TB"]
 
 
 # --- demo -------------------------------------------------------------------------------------------------------------
 
 
-def test_the_demo_outside_of_a_clone_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_demo_outside_of_a_clone_says_so(monkeypatch, tmp_path):
     monkeypatch.setattr("hf_compress.cli.demo.REFERENCE", tmp_path / "nowhere")
     result = run("demo", "--output", tmp_path / "out")
     assert result.exit_code == 2
@@ -404,7 +396,7 @@ def test_the_demo_outside_of_a_clone_says_so(monkeypatch: pytest.MonkeyPatch, tm
 
 
 @pytest.mark.slow
-def test_the_demo_beats_its_controls(tmp_path: Path) -> None:
+def test_the_demo_beats_its_controls(tmp_path):
     result = run("demo", "--quick", "--output", tmp_path / "out")
     assert result.exit_code == 0, result.output
     assert "bit for bit" in result.stdout

@@ -17,7 +17,7 @@ from tests.helpers.tiny import tiny_base_model, tiny_model
 BOS, EOS, PAD = WORDS.index("<s>"), WORDS.index("</s>"), WORDS.index("<pad>")
 
 
-def real_rows(calibration: Calibration) -> list[list[int]]:
+def real_rows(calibration):
     """The token ids that count, sample by sample."""
     return [
         row[mask].tolist()

@@ -1,12 +1,8 @@
-from __future__ import annotations
-
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_compress.evaluation.evaluate import EvaluationResult, TaskScore, evaluate, task_scores
 from hf_compress.evaluation.perplexity import Perplexity, perplexity
@@ -14,7 +10,7 @@ from hf_compress.evaluation.size import Throughput, parameter_count, stored_byte
 
 
 @pytest.fixture
-def directory(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
+def directory(model, tokenizer, tmp_path):
     folder = tmp_path / "tiny-llama"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -22,7 +18,7 @@ def directory(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_p
 
 
 @pytest.fixture
-def result() -> EvaluationResult:
+def result():
     return EvaluationResult(
         name="small",
         parameters=1234,
@@ -33,14 +29,7 @@ def result() -> EvaluationResult:
     )
 
 
-def test_a_directory_and_the_live_model_score_alike(
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    directory: Path,
-    texts: list[str],
-    task_folder: Path,
-    tmp_path: Path,
-) -> None:
+def test_a_directory_and_the_live_model_score_alike(model, tokenizer, directory, texts, task_folder, tmp_path):
     live = evaluate(model, tokenizer, tasks="tiny_cloze", texts=texts, include_path=task_folder)
     read = evaluate(
         directory,
@@ -66,14 +55,14 @@ def test_a_directory_and_the_live_model_score_alike(
     assert len(list((tmp_path / "out").glob("tiny-llama/results_*.json"))) == 1
 
 
-def test_sizes_alone_need_no_tokenizer(model: LlamaForCausalLM) -> None:
+def test_sizes_alone_need_no_tokenizer(model):
     measured = evaluate(model)
     assert measured.perplexity is None
     assert measured.scores == ()
     assert [row[0] for row in measured.rows()] == ["parameters", "stored bytes", "tokens/s"]
 
 
-def test_json_has_every_number_and_no_nan(result: EvaluationResult) -> None:
+def test_json_has_every_number_and_no_nan(result):
     content = json.loads(result.to_json())
     assert content == result.to_dict()
     assert content["perplexity"]["value_standard_error"] == pytest.approx(1.0)
@@ -89,7 +78,7 @@ def test_json_has_every_number_and_no_nan(result: EvaluationResult) -> None:
     assert content["scores"][1]["standard_error"] is None
 
 
-def test_the_table_shows_values_and_errors_in_columns(result: EvaluationResult) -> None:
+def test_the_table_shows_values_and_errors_in_columns(result):
     assert result.table().splitlines() == [
         "small          value  std. error",
         "--------------------------------",
@@ -102,7 +91,7 @@ def test_the_table_shows_values_and_errors_in_columns(result: EvaluationResult) 
     ]
 
 
-def test_every_metric_and_filter_of_lm_eval_is_kept() -> None:
+def test_every_metric_and_filter_of_lm_eval_is_kept():
     harness = {
         "results": {
             "math": {
@@ -124,14 +113,14 @@ def test_every_metric_and_filter_of_lm_eval_is_kept() -> None:
     assert math.isnan(flexible.standard_error)
 
 
-def test_tasks_and_texts_need_a_tokenizer(model: LlamaForCausalLM) -> None:
+def test_tasks_and_texts_need_a_tokenizer(model):
     with pytest.raises(ValueError, match=r"tokenizer is None.*pass the model's tokenizer"):
         evaluate(model, texts=["w1 w2"])
     with pytest.raises(ValueError, match="tokenizer is None"):
         evaluate(model, tasks=["manuals_cloze"])
 
 
-def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
+def test_what_is_no_model_is_refused(tmp_path):
     with pytest.raises(TypeError, match=r"model is a Linear.*expected a PreTrainedModel or a directory"):
         evaluate(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="not a directory; expected one that save_pretrained has written"):
