@@ -36,9 +36,8 @@ def test_every_kind_of_file_gives_its_texts(tmp_path, kind):
 
 def test_a_saved_dataset_and_a_folder_of_files_give_their_texts(tmp_path):
     Dataset.from_dict({"text": ROWS}).save_to_disk(tmp_path / "one")
-    DatasetDict({"train": Dataset.from_dict({"text": ROWS}), "test": Dataset.from_dict({"text": ["no"]})}).save_to_disk(
-        tmp_path / "two"
-    )
+    splits = {"train": Dataset.from_dict({"text": ROWS}), "test": Dataset.from_dict({"text": ["no"]})}
+    DatasetDict(splits).save_to_disk(tmp_path / "two")
     (tmp_path / "three").mkdir()
     _file(tmp_path / "three", "jsonl")
     assert all(load_texts(tmp_path / name) == ROWS for name in ("one", "two", "three"))
@@ -70,25 +69,24 @@ def test_empty_texts_do_not_count_towards_the_limit(tmp_path):
     assert load_texts(path, limit=2) == ["a", "b"]
 
 
-def test_what_cannot_be_read_says_why(tmp_path):
-    for name in ("missing.jsonl", "./missing", "/no/such/place", "what is this?"):
-        with pytest.raises(FileNotFoundError, match="no such file or folder"):
-            load_texts(name)
-    pdf = tmp_path / "a.pdf"
-    pdf.write_text("x")
-    with pytest.raises(CalibrationError, match=r"not from '\.pdf'"):
-        load_texts(pdf)
-    broken = tmp_path / "a.jsonl"
-    broken.write_text('{"text": "a"\nnothing}')
-    with pytest.raises(CalibrationError, match="cannot be read"):
-        load_texts(broken)
-    latin = tmp_path / "a.txt"
-    latin.write_bytes("\xe4".encode("latin-1"))
-    with pytest.raises(CalibrationError, match="not UTF-8"):
-        load_texts(latin)
-    empty = tmp_path / "empty.txt"
-    empty.write_text("\n \n")
-    with pytest.raises(CalibrationError, match="holds no texts"):
-        load_texts(empty)
+@pytest.mark.parametrize("name", ["missing.jsonl", "./missing", "/no/such/place", "what is this?"])
+def test_what_is_not_there_is_said(name):
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        load_texts(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.pdf", b"x", r"not from '\.pdf'"),
+        ("a.jsonl", b'{"text": "a"\nnothing}', "cannot be read"),
+        ("a.txt", "\xe4".encode("latin-1"), "not UTF-8"),
+        ("a.txt", b"\n \n", "holds no texts"),
+    ],
+)
+def test_what_cannot_be_read_says_why(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CalibrationError, match=message):
+        load_texts(tmp_path / name)
     with pytest.raises(ValueError, match="at least 1; got 0"):
-        load_texts(empty, limit=0)
+        load_texts(tmp_path / name, limit=0)

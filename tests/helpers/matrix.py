@@ -195,6 +195,10 @@ COUNTS = """## Causal language models: the three counts
 | cannot be built tiny | {cannot} |
 | in the mapping | {total} |
 """
+TABLE = """## {title}
+
+| model type, and stack where it is not the first choice | verdict | equal | why |
+|---|---|---|---|"""
 
 
 def document(tables: dict[str, list[Verdict]]) -> str:
@@ -212,18 +216,7 @@ def document(tables: dict[str, list[Verdict]]) -> str:
     ]
     for key, found in tables.items():
         rows = [verdict.row for verdict in sorted(found, key=lambda verdict: verdict.name)]
-        parts.append(
-            "\n".join(
-                [
-                    f"## {FAMILIES[key].title}",
-                    "",
-                    "| model type, and stack where it is not the first choice | verdict | equal | why |",
-                    "|---|---|---|---|",
-                    *rows,
-                    "",
-                ]
-            )
-        )
+        parts.append("\n".join([TABLE.format(title=FAMILIES[key].title), *rows, ""]))
     return "\n".join(parts)
 
 

@@ -55,10 +55,6 @@ def hooks(model):
     return [(path, [len(getattr(m, kind)) for kind in kinds]) for path, m in model.named_modules()]
 
 
-def stack_of(model):
-    return Anatomy(model).stack()
-
-
 def bottleneck_plan(model, index, width=16):
     generator = torch.Generator().manual_seed(1)
     encoder = torch.randn(HIDDEN, width, generator=generator) / 8
