@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 
-from hf_compress import DenseConfig, DenseForClassification
 from hf_compress.api.compress import compress
 from hf_compress.errors import UnsupportedModelError
 from hf_compress.evaluation.faithfulness import (
@@ -18,17 +17,14 @@ from hf_compress.evaluation.faithfulness import (
 )
 from hf_compress.methods.illc import ILLCConfig
 from tests.helpers.ffns import noise
+from tests.helpers.relevance import dense
 from tests.helpers.tiny import tiny_model
 
 SAMPLES = 7
 
 
-def network(residual=False, act="relu"):
-    torch.manual_seed(3)
-    config = DenseConfig(
-        input_size=4, hidden_size=6, intermediate_size=[8, 5], num_labels=3, residual=residual, hidden_act=act
-    )
-    return DenseForClassification(config).eval()
+def network():
+    return dense(input_size=4, hidden_size=6, intermediate_size=[8, 5], num_hidden_layers=2, num_labels=3)
 
 
 def by_hand(model, x):

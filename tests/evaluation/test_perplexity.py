@@ -5,12 +5,13 @@ import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
-from transformers import T5Config, T5ForConditionalGeneration
 
 from hf_compress.calibration import reading
 from hf_compress.evaluation.perplexity import Perplexity, perplexity
+from tests.helpers.language import POSITIONS
+from tests.helpers.tiny import tiny_seq2seq_model
 
-POSITIONS = 48  # of the tiny model
+NOTHING = ([], [""], ["w1"], ["</s> </s>"])
 
 
 def slow_losses(model, ids, max_length, stride):
@@ -90,7 +91,7 @@ def test_standard_error_takes_documents_as_independent(model, tokenizer, texts):
     per_document = [
         list(slow_losses(model, tokenizer(text)["input_ids"], POSITIONS, POSITIONS).values()) for text in texts
     ]
-    scored = [losses for losses in per_document if losses]
+    scored = list(filter(None, per_document))
     tokens = sum(map(len, scored))
     mean = sum(map(sum, scored)) / tokens
     squares = sum((sum(losses) - mean * len(losses)) ** 2 for losses in scored)
@@ -145,17 +146,19 @@ def test_lengths_that_do_not_fit(model, tokenizer, texts, arguments, message):
         perplexity(model, tokenizer, texts, **arguments)
 
 
-@pytest.mark.parametrize("nothing", [[], [""], ["w1"], ["</s> </s>"]])
-def test_nothing_to_score(model, tokenizer, nothing):
-    with pytest.raises(ValueError, match="no token to score; expected at least one text"):
-        perplexity(model, tokenizer, nothing)
-
-
-def test_texts_must_be_strings(model, tokenizer):
-    with pytest.raises(TypeError, match=r"single string.*pass \[text\]"):
-        perplexity(model, tokenizer, "w1 w2 w3")
-    with pytest.raises(TypeError, match=r"texts\[1\] is a NoneType"):
-        perplexity(model, tokenizer, ["w1 w2", None])
+@pytest.mark.parametrize(
+    ("texts", "error", "message"),
+    [
+        ("w1 w2 w3", TypeError, r"single string.*pass \[text\]"),
+        (["w1 w2", None], TypeError, r"texts\[1\] is a NoneType"),
+        (pd.DataFrame({"a": ["w1 w2"], "b": ["w1 w2"]}), ValueError, r"columns \['a', 'b'\].*pass it alone, as a list"),
+        ({"w1 w2", "w3 w4"}, ValueError, "a set, which has another order"),
+        *((nothing, ValueError, "no token to score; expected at least one text") for nothing in NOTHING),
+    ],
+)
+def test_what_is_no_text(texts, error, message, model, tokenizer):
+    with pytest.raises(error, match=message):
+        perplexity(model, tokenizer, texts)
 
 
 @pytest.mark.parametrize(
@@ -173,28 +176,23 @@ def test_texts_in_other_containers(model, tokenizer, texts, form):
     assert perplexity(model, tokenizer, form(texts)) == perplexity(model, tokenizer, texts)
 
 
-def test_tables_without_a_column_of_texts(model, tokenizer):
-    with pytest.raises(ValueError, match=r"columns \['a', 'b'\].*pass it alone, as a list"):
-        perplexity(model, tokenizer, pd.DataFrame({"a": ["w1 w2"], "b": ["w1 w2"]}))
-    with pytest.raises(ValueError, match="a set, which has another order"):
-        perplexity(model, tokenizer, {"w1 w2", "w3 w4"})
-
-
 def test_texts_without_an_end(model, tokenizer, monkeypatch, caplog):
     monkeypatch.setattr(reading, "BOUND", 5)
     assert perplexity(model, tokenizer, itertools.repeat("w1 w2")).documents == 5
     assert "only its first 5 samples are read" in caplog.text
 
 
-def test_a_padding_token_without_an_embedding(model, tokenizer, texts):
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model, tokenizer: tokenizer.add_special_tokens({"pad_token": "[PAD]"}),
+        lambda model, tokenizer: setattr(model.config, "return_dict", False),
+    ],
+    ids=["a padding token without an embedding", "tuples"],
+)
+def test_it_does_not_hang_on(change, model, tokenizer, texts):
     expected = perplexity(model, tokenizer, texts)
-    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-    assert perplexity(model, tokenizer, texts) == expected
-
-
-def test_a_model_that_gives_tuples(model, tokenizer, texts):
-    expected = perplexity(model, tokenizer, texts)
-    model.config.return_dict = False
+    change(model, tokenizer)
     assert perplexity(model, tokenizer, texts) == expected
 
 
@@ -205,9 +203,8 @@ def test_a_broken_model_is_an_error_and_not_a_number(model, tokenizer, texts):
 
 
 def test_an_encoder_decoder_is_refused(tokenizer, texts):
-    t5 = T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
     with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder"):
-        perplexity(t5, tokenizer, texts)
+        perplexity(tiny_seq2seq_model("t5"), tokenizer, texts)
 
 
 def test_paired_difference_is_the_ratio_of_sums_and_far_surer_than_the_losses(model, tokenizer):
