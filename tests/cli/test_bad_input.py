@@ -6,44 +6,18 @@ from typing import get_args, get_type_hints
 
 import pytest
 import typer
-from transformers.utils import logging as transformers_logging
-from typer.testing import CliRunner
 
 from hf_compress.cli import app
-from tests.helpers.language import tiny_llama, word_tokenizer, words
+from tests.helpers import command_line
 
 COMMANDS = typer.main.get_command(app).commands
 DROP = ("--method", "drop_blocks", "--num", "1")
 
 
-@pytest.fixture(autouse=True)
-def _verbosity():
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    yield
-    transformers_logging.set_verbosity(level)
-    if bars:
-        transformers_logging.enable_progress_bar()
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """A folder with a model, texts, and things that are neither."""
-    home = tmp_path_factory.mktemp("home")
-    tiny_llama(3).save_pretrained(home / "model")
-    word_tokenizer(add_special=False).save_pretrained(home / "model")
-    (home / "texts.jsonl").write_text("".join(json.dumps({"text": words(20, s)}) + "\n" for s in range(24)))
-    (home / "a file").write_text("text")
-    (home / "an empty folder").mkdir()
-    return home
-
-
 def refused(home, *arguments):
-    """The one line with which a command refuses its arguments; HOME in them stands for the folder."""
+    """The line with which a command refuses its arguments; HOME in them stands for the folder. Nothing is written."""
     before = sorted(home.rglob("*"))
-    result = CliRunner().invoke(app, [argument.replace("HOME", str(home)) for argument in arguments])
-    assert result.exit_code == 2, result.exception or result.output
-    (line,) = result.stderr.strip().splitlines()
-    assert line.startswith("Error: ")
+    line = command_line.refused(*(argument.replace("HOME", str(home)) for argument in arguments))
     assert sorted(home.rglob("*")) == before
     return line.replace(str(home), "HOME")
 
@@ -251,6 +225,7 @@ def test_recipes(recipe, message, home, tmp_path):
             "leave --revision z out, or --pull-request",
         ),
         (("push", "HOME/model", "me/x", "--message", ""), "--message is empty"),
+        (("compress", "any", "--ratio", "0.5"), "--output DIR, or --dry-run"),
         (("analyze", "HOME/model", "--calibration", "HOME/texts.jsonl", "--similarity", "zzz"), "--similarity must be"),
         (("evaluate", "HOME/model", "--include-path", "HOME/a file", "--tasks", "zzz"), "--include-path"),
     ],
