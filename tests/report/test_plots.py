@@ -28,17 +28,8 @@ NOTES = {
 
 @pytest.fixture
 def report():
-    stage = Stage(
-        method="mka",
-        config={"method": "mka"},
-        before=Size(1000, 2000, {"model.layers": 4}),
-        after=Size(750, 1500, {"model.layers": 3}),
-        edits=[MERGE],
-        notes={},
-        steps=[Step("choose", 1.0)],
-        calibration={"samples": 2},
-        parity=True,
-    )
+    before, after = Size(1000, 2000, {"model.layers": 4}), Size(750, 1500, {"model.layers": 3})
+    stage = Stage("mka", {"method": "mka"}, before, after, [MERGE], {}, [Step("choose", 1.0)], {"samples": 2}, True)
     return CompressionReport("somewhere/model", [stage])
 
 
@@ -61,14 +52,11 @@ def test_the_ending_says_the_format(report, tmp_path):
         report.plot(tmp_path / "plot.pdf")
 
 
-def test_a_report_without_scores_or_edits_shows_sizes(report, tmp_path):
-    path = plot_stages(told(report, edits=[]).stages, tmp_path / "plot.svg")
-    assert "stored (MB)" in path.read_text()
-
-
-def test_names_are_no_formulas(report, tmp_path):
+def test_a_report_without_scores_or_edits_shows_sizes_and_names_are_no_formulas(report, tmp_path):
     named = replace(told(report, edits=[], method="\\frac$"), base_model="a/$x^")
-    assert "$x^: \\frac$" in named.plot(tmp_path / "plot.svg").read_text()
+    drawn = named.plot(tmp_path / "plot.svg").read_text()
+    assert "stored (MB)" in drawn
+    assert "$x^: \\frac$" in drawn
 
 
 def test_texts_are_escaped_in_notebooks(report):
