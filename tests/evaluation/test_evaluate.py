@@ -10,14 +10,6 @@ from hf_compress.evaluation.size import Throughput, parameter_count, stored_byte
 
 
 @pytest.fixture
-def directory(model, tokenizer, tmp_path):
-    folder = tmp_path / "tiny-llama"
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
 def result():
     return EvaluationResult(
         name="small",
@@ -29,23 +21,16 @@ def result():
     )
 
 
-def test_a_directory_and_the_live_model_score_alike(model, tokenizer, directory, texts, task_folder, tmp_path):
-    live = evaluate(model, tokenizer, tasks="tiny_cloze", texts=texts, include_path=task_folder)
-    read = evaluate(
-        directory,
-        tasks=["tiny_cloze"],
-        texts=texts,
-        include_path=task_folder,
-        output_dir=tmp_path / "out",
-        batch_size=3,
-    )
+def test_a_directory_and_the_live_model_score_alike(model, tokenizer, texts, task_folder, tmp_path):
+    directory = tmp_path / "tiny-llama"
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    given = {"texts": texts, "include_path": task_folder}
+    live = evaluate(model, tokenizer, tasks="tiny_cloze", **given)
+    read = evaluate(directory, tasks=["tiny_cloze"], output_dir=tmp_path / "out", batch_size=3, **given)
     assert (live.name, read.name) == ("LlamaForCausalLM", "tiny-llama")
     assert live.scores == read.scores
-    assert [score.metric for score in live.scores] == ["acc"]
-    assert live.scores[0].documents == 12
-    assert live.scores[0].higher_is_better is True
-    assert live.perplexity is not None
-    assert read.perplexity is not None
+    assert [(score.metric, score.documents, score.higher_is_better) for score in live.scores] == [("acc", 12, True)]
     assert live.perplexity.loss == pytest.approx(perplexity(model, tokenizer, texts).loss, rel=1e-6)
     assert read.perplexity.loss == pytest.approx(live.perplexity.loss, rel=1e-6)
     assert live.parameters == read.parameters == parameter_count(model)
@@ -57,8 +42,7 @@ def test_a_directory_and_the_live_model_score_alike(model, tokenizer, directory,
 
 def test_sizes_alone_need_no_tokenizer(model):
     measured = evaluate(model)
-    assert measured.perplexity is None
-    assert measured.scores == ()
+    assert (measured.perplexity, measured.scores) == (None, ())
     assert [row[0] for row in measured.rows()] == ["parameters", "stored bytes", "tokens/s"]
 
 
@@ -67,14 +51,8 @@ def test_json_has_every_number_and_no_nan(result):
     assert content == result.to_dict()
     assert content["perplexity"]["value_standard_error"] == pytest.approx(1.0)
     assert content["throughput"]["standard_error"] is None
-    assert content["scores"][0] == {
-        "task": "cloze",
-        "metric": "acc",
-        "value": 0.5,
-        "standard_error": 0.1,
-        "higher_is_better": True,
-        "documents": 26,
-    }
+    told = {"task": "cloze", "metric": "acc", "value": 0.5, "standard_error": 0.1}
+    assert content["scores"][0] == told | {"higher_is_better": True, "documents": 26}
     assert content["scores"][1]["standard_error"] is None
 
 

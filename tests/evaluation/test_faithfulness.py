@@ -15,6 +15,7 @@ from hf_compress.evaluation.faithfulness import (
     similarity,
     structural_unfaithfulness,
 )
+from hf_compress.evaluation.metrics import InputOutputUnfaithfulness, StructuralUnfaithfulness
 from hf_compress.methods.illc import ILLCConfig
 from tests.helpers.ffns import noise
 from tests.helpers.relevance import dense
@@ -109,8 +110,6 @@ def test_similarity_falls_off_with_the_distance():
 
 
 def test_metrics_of_evaluate_say_the_same():
-    from hf_compress.evaluation.metrics import InputOutputUnfaithfulness, StructuralUnfaithfulness
-
     new, old = noise(SAMPLES, 5, seed=1).double(), noise(SAMPLES, 5, seed=2).double()
     weights = noise(SAMPLES, seed=5).abs().double()
     metric = InputOutputUnfaithfulness()
@@ -119,11 +118,9 @@ def test_metrics_of_evaluate_say_the_same():
         metric.add_batch(predictions=new[part].tolist(), references=old[part].tolist())
     expected = input_output_unfaithfulness(new, old)
     assert metric.compute()["input_output_unfaithfulness"] == pytest.approx(expected)
-    got = StructuralUnfaithfulness().compute(
-        predictions=new.tolist(), references=old.tolist(), weights=weights.tolist()
-    )
+    given = {"predictions": new.tolist(), "references": old.tolist(), "weights": weights.tolist()}
     expected = structural_unfaithfulness([new], [old], weights)
-    assert got["structural_unfaithfulness"] == pytest.approx(expected)
+    assert StructuralUnfaithfulness().compute(**given)["structural_unfaithfulness"] == pytest.approx(expected)
 
 
 def test_refuses_what_cannot_be_compared():

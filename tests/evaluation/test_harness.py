@@ -47,13 +47,11 @@ def test_a_padding_token_without_an_embedding(model, tokenizer, task_folder):
 
 
 def test_the_models_own_files_are_written(model, tokenizer, task_folder, tmp_path):
-    results = run_tasks(
-        model, tokenizer, ["tiny_cloze"], include_path=[task_folder], limit=5, output_dir=tmp_path / "out"
-    )
-    [file] = (tmp_path / "out" / "LlamaForCausalLM").glob("results_*.json")
+    results = run_tasks(model, tokenizer, ["tiny_cloze"], include_path=[task_folder], limit=5, output_dir=tmp_path)
+    [file] = (tmp_path / "LlamaForCausalLM").glob("results_*.json")
     written = json.loads(file.read_text())
     assert written["results"]["tiny_cloze"]["acc,none"] == results["results"]["tiny_cloze"]["acc,none"]
-    [samples] = (tmp_path / "out" / "LlamaForCausalLM").glob("samples_tiny_cloze_*.jsonl")
+    [samples] = (tmp_path / "LlamaForCausalLM").glob("samples_tiny_cloze_*.jsonl")
     assert len(samples.read_text().splitlines()) == 5
 
 
@@ -90,9 +88,8 @@ def test_the_task_pack_is_found_from_any_directory(model, tokenizer, tmp_path, m
     monkeypatch.chdir(tmp_path)
     model.config.max_position_embeddings = 512
     results = run_tasks(model, tokenizer, ["manuals_cloze"], limit=2)
-    assert {"acc,none", "acc_stderr,none", "acc_norm,none", "acc_norm_stderr,none"} <= set(
-        results["results"]["manuals_cloze"]
-    )
+    found = set(results["results"]["manuals_cloze"])
+    assert {"acc,none", "acc_stderr,none", "acc_norm,none", "acc_norm_stderr,none"} <= found
     assert results["n-samples"]["manuals_cloze"] == {"original": 500, "effective": 2}
     assert len(read_task_file("manuals_cloze/manuals_cloze.jsonl", version=1.0)["test"]) == 500
 

@@ -14,14 +14,13 @@ REFERENCE = Path(__file__).parents[2] / "examples" / "reference"
 FILE = TASK_PACK / "manuals_cloze" / "manuals_cloze.jsonl"
 
 
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 @pytest.fixture(scope="module")
 def items():
-    return [json.loads(line) for line in FILE.read_text(encoding="utf-8").splitlines()]
-
-
-@pytest.fixture(scope="module")
-def heldout():
-    return [json.loads(line) for line in (REFERENCE / "heldout.jsonl").read_text(encoding="utf-8").splitlines()]
+    return lines_of(FILE)
 
 
 def test_items_are_well_formed(items):
@@ -43,13 +42,13 @@ def test_the_place_of_the_answer_gives_nothing_away(items):
 
 
 def test_the_length_of_the_answer_gives_nothing_away(items):
-    longest = sum(max(item["choices"], key=len) == item["choices"][item["answer"]] for item in items)
-    shortest = sum(min(item["choices"], key=len) == item["choices"][item["answer"]] for item in items)
-    assert longest / 500 < 0.35
-    assert shortest / 500 < 0.35
+    for extreme in (max, min):
+        chosen = sum(extreme(item["choices"], key=len) == item["choices"][item["answer"]] for item in items)
+        assert chosen / 500 < 0.35
 
 
-def test_the_right_choice_follows_the_context_and_the_others_do_not(items, heldout):
+def test_the_right_choice_follows_the_context_and_the_others_do_not(items):
+    heldout = lines_of(REFERENCE / "heldout.jsonl")
     texts = [record["text"] for record in heldout]
     for item in items:
         home = heldout[item["document"]]
@@ -61,7 +60,7 @@ def test_the_right_choice_follows_the_context_and_the_others_do_not(items, heldo
 
 
 @pytest.mark.slow
-def test_the_script_makes_the_shipped_file(heldout, tmp_path, monkeypatch):
+def test_the_script_makes_the_shipped_file(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["make_cloze.py", "--output", str(tmp_path / "again.jsonl")])
     runpy.run_path(str(REFERENCE / "make_cloze.py"), run_name="__main__")
     assert (tmp_path / "again.jsonl").read_bytes() == FILE.read_bytes()

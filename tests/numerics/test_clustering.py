@@ -78,7 +78,6 @@ def test_clear_groups_are_found(algorithm, seed):
     assert as_sets(cluster(rows, count, algorithm, seed)) == as_sets(expected)
 
 
-
 @algorithms
 def test_the_same_seed_gives_the_same_clusters(algorithm):
     rows = units(60)

@@ -7,6 +7,7 @@ import torch
 from hf_compress.numerics import elimination
 from hf_compress.numerics.elimination import eliminate
 from hf_compress.numerics.ridge import LeastSquares
+from tests.helpers.regression import statistics
 
 
 def data(rows=80, inputs=9, outputs=4, seed=0):
@@ -16,12 +17,6 @@ def data(rows=80, inputs=9, outputs=4, seed=0):
     x = x @ torch.randn(inputs, inputs, generator=generator, dtype=torch.float64) + 1.5
     weight = torch.randn(inputs, outputs, generator=generator, dtype=torch.float64)
     return x, x @ weight + 2.0 + 0.3 * torch.randn(rows, outputs, generator=generator, dtype=torch.float64)
-
-
-def statistics(x, y):
-    sums = LeastSquares(x.shape[1], y.shape[1])
-    sums.update(x, y)
-    return sums
 
 
 def left_over(x, y, features, affine):

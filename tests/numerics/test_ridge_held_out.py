@@ -1,27 +1,18 @@
 """What ILLC asks of ridge regression, against the same from the data: weights, features taken, a penalty chosen."""
 
-import numpy as np
+from functools import partial
+
 import pytest
 import torch
 
 from hf_compress.methods.base.ridge import HeldOutSums, is_held_out
 from hf_compress.numerics.ridge import LeastSquares
+from tests.helpers import regression
+from tests.helpers.regression import ridge, statistics
 
 FIELDS = ("gram", "cross", "x_sum", "y_sum")
 PENALTIES = (1e-6, 1e-2, 1.0, 100.0)
-
-
-def data(rows=60, inputs=5, outputs=3, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, inputs, generator=generator, dtype=torch.float64) + 0.5
-    weight = torch.randn(inputs, outputs, generator=torch.Generator().manual_seed(99), dtype=torch.float64)
-    return x, x @ weight + 2.0 + 2.0 * torch.randn(rows, outputs, generator=generator, dtype=torch.float64)
-
-
-def statistics(x, y, weights=None):
-    sums = LeastSquares(x.shape[1], y.shape[1])
-    sums.update(x, y, weights)
-    return sums
+data = partial(regression.data, noise=2.0)
 
 
 def assert_same(first, second):
@@ -33,17 +24,6 @@ def assert_same(first, second):
 
 def copy_of(sums):
     return sums.merge(LeastSquares(sums.inputs, sums.outputs))
-
-
-def solution(x, y, penalty, prior, affine):
-    """Ridge as ordinary least squares of centred data, with rows sqrt(penalty) I appended."""
-    prior = torch.zeros(x.shape[1], y.shape[1], dtype=x.dtype) if prior is None else prior
-    x_mean, y_mean = (x.mean(dim=0), y.mean(dim=0)) if affine else (torch.zeros_like(x[0]), torch.zeros_like(y[0]))
-    x, y = x - x_mean, y - y_mean
-    root = (penalty * x.square().sum(dim=0).mean()).sqrt()
-    rows = torch.cat([x, root * torch.eye(x.shape[1], dtype=x.dtype)])
-    weight = torch.from_numpy(np.linalg.lstsq(rows.numpy(), torch.cat([y, root * prior]).numpy(), rcond=None)[0])
-    return weight, y_mean - x_mean @ weight
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------
@@ -149,13 +129,13 @@ def test_the_penalty_is_the_best_on_rows_held_out(affine, with_prior, rows):
     prior = torch.full((5, 3), 0.3, dtype=torch.float64) if with_prior else None
     errors = {}
     for penalty in PENALTIES:
-        weight, bias = solution(x, y, penalty, prior, affine)
+        weight, bias = ridge(x, y, penalty, prior, affine)
         errors[penalty] = float((x_held @ weight + bias - y_held).square().sum(dim=1).mean())
     best = min(errors, key=errors.__getitem__)
     fit = HeldOutSums(statistics(x, y), statistics(x_held, y_held)).fit(prior, affine, PENALTIES)
     assert fit.penalty == best
     assert fit.error == pytest.approx(errors[best] / float(y_held.square().sum(dim=1).mean()))
-    weight, bias = solution(torch.cat([x, x_held]), torch.cat([y, y_held]), best, prior, affine)
+    weight, bias = ridge(torch.cat([x, x_held]), torch.cat([y, y_held]), best, prior, affine)
     torch.testing.assert_close(fit.weight, weight, rtol=1e-6, atol=1e-8)
     assert (fit.bias is None) == (not affine)
     if fit.bias is not None:
@@ -176,15 +156,10 @@ def test_the_rows_that_choose_are_not_those_that_are_fitted():
     assert HeldOutSums(few, statistics(*data(400, seed=1))).fit(penalties=PENALTIES).penalty > PENALTIES[0]
 
 
-def test_one_penalty_leaves_no_choice():
-    sums = statistics(*data())
-    fit = HeldOutSums(sums, statistics(*data(seed=1))).fit(penalties=[0.5])
-    assert fit.penalty == 0.5
-
-
-def test_sums_are_left_alone():
+def test_one_penalty_leaves_no_choice_and_sums_are_left_alone():
     fitted, held = statistics(*data()), statistics(*data(seed=1))
     before = copy_of(fitted), copy_of(held)
+    assert HeldOutSums(fitted, held).fit(penalties=[0.5]).penalty == 0.5
     HeldOutSums(fitted, held).fit(penalties=PENALTIES)
     assert_same(fitted, before[0])
     assert_same(held, before[1])
@@ -201,7 +176,7 @@ def test_a_target_of_zeros_is_met():
 def test_without_rows_to_choose_by_the_penalty_is_cautious(affine):
     """Whichever of the two has none; all rows count once."""
     x, y = data()
-    weight, bias = solution(x, y, 0.1, None, affine)
+    weight, bias = ridge(x, y, 0.1, None, affine)
     for sums in (HeldOutSums(statistics(x, y), LeastSquares(5, 3)), HeldOutSums(LeastSquares(5, 3), statistics(x, y))):
         fit = sums.fit(affine=affine)
         assert fit.penalty == 0.1
@@ -219,11 +194,14 @@ def test_batches_go_to_the_one_or_the_other():
     assert_same(sums.all, statistics(x, y))
 
 
-def test_refuses_no_rows_and_no_penalties():
-    sums, none = statistics(*data()), LeastSquares(5, 3)
-    with pytest.raises(ValueError, match="no rows were seen"):
-        HeldOutSums(none, none).fit()
-    with pytest.raises(ValueError, match="penalties is empty"):
-        HeldOutSums(sums, sums).fit(penalties=[])
-    with pytest.raises(ValueError, match="penalty is -1"):
-        HeldOutSums(sums, sums).fit(penalties=[-1.0])
+@pytest.mark.parametrize(
+    ("sums", "penalties", "message"),
+    [
+        (LeastSquares(5, 3), PENALTIES, "no rows were seen"),
+        (statistics(*data()), [], "penalties is empty"),
+        (statistics(*data()), [-1.0], "penalty is -1"),
+    ],
+)
+def test_refuses_no_rows_and_no_penalties(sums, penalties, message):
+    with pytest.raises(ValueError, match=message):
+        HeldOutSums(sums, sums).fit(penalties=penalties)
