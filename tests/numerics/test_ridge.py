@@ -212,10 +212,10 @@ def test_refuses_bad_systems(given, message):
         (lambda s: s.merge(LeastSquares(5, 2)), "cannot merge statistics of 5 -> 3 features with 5 -> 2"),
         (
             lambda s: s.error(torch.zeros(3, 5)),
-            r"weight has shape \[3, 5\] and bias \[3\]; expected \[5, 3\] and",
+            r"weight has shape \[3, 5\] and bias \[3\]; expected \[5, 3\] and \[3\]",
         ),
-        (lambda sums: sums.error(torch.full((5, 3), math.nan)), "the squared error is nan"),
-        (lambda sums: sums + 1, "unsupported operand"),
+        (lambda s: s.error(torch.full((5, 3), math.nan)), "the squared error is nan"),
+        (lambda s: s + 1, "unsupported operand"),
     ],
 )
 def test_refuses_bad_statistics(call, message):
