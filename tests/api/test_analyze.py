@@ -6,7 +6,7 @@ import pytest
 import torch
 from rich.console import Console
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import LlamaForCausalLM
 
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.api.analyze import analyze
@@ -19,7 +19,8 @@ from hf_compress.methods.layer_collapse.linear import fit_ffns
 from hf_compress.methods.mka import MKAConfig
 from tests.helpers.language import tiny_llama, word_tokenizer, words
 from tests.helpers.models import leftovers
-from tests.helpers.tiny import tiny_base_model, tiny_model
+from tests.helpers.plans import Before
+from tests.helpers.tiny import tiny_base_model, tiny_kind, tiny_model
 
 TEXTS = [words(20, seed) for seed in range(24)]
 TOKENIZER = word_tokenizer(add_special=False)
@@ -39,14 +40,10 @@ def _plain(table):
 
 def test_it_leaves_the_model_as_it_was():
     model = tiny_llama(6).train()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    config = model.config.to_json_string()
+    before = Before.of(model)
     assert analyze(model, TEXTS, TOKENIZER, options=SIX).blocks[0].linearity is not None
-    after = model.state_dict()
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    before.check(model)
     assert model.training
-    assert model.config.to_json_string() == config
     assert not leftovers(model)
 
 
@@ -77,9 +74,9 @@ def test_a_linear_ffn_has_a_linearity_of_one():
     assert all(value is not None and value < 0.999 for value in found[:2])
 
 
-@pytest.mark.parametrize("build", [lambda: tiny_base_model("bert"), lambda: tiny_model("llama")], ids=["BERT", "gated"])
-def test_linearity_is_r2_of_the_default_fit(build):
-    model = build()
+@pytest.mark.parametrize(("build", "name"), [(tiny_base_model, "bert"), (tiny_model, "llama")])
+def test_linearity_is_r2_of_the_default_fit(build, name):
+    model = build(name)
     found = _linearity(model)
     stack, data = Anatomy(model).stack(), prepare(_ids(), model, None)
     fits = fit_ffns(model, stack, data, range(len(stack)), LayerCollapseConfig(ratio=0.5).penalty)
@@ -95,14 +92,12 @@ def test_experts_have_no_linearity_and_dense_blocks_beside_them_do():
 
 
 def test_an_ffn_smaller_than_the_map_is_measured_too():
-    sizes = {"hidden_size": 32, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 4}
-    assert None not in _linearity(LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=99)))
+    assert None not in _linearity(tiny_kind(LlamaForCausalLM, "llama", intermediate_size=8))
 
 
 def test_what_could_not_be_measured_is_said_once():
     found = analyze(tiny_llama(6), TEXTS, TOKENIZER, options=DataOptions(24))  # one batch
     assert [row.linearity for row in found.blocks] == [None] * 6
-    assert found.note is not None
     text = " ".join(_plain(found.table()).split())
     assert text.count("give at least 2 batches of data (more samples, or a smaller batch_size); got 1") == 1
     assert json.loads(found.to_json())["note"] == found.note
@@ -110,7 +105,6 @@ def test_what_could_not_be_measured_is_said_once():
     for layer in chunked.encoder.layer:
         layer.chunk_size_feed_forward = 4
     found = analyze(chunked, _ids(), ratios=(0.5,))
-    assert found.note is not None
     assert found.note.startswith("no FFN R²: the FFN of encoder.layer.0 did not run once for each token")
 
 
@@ -143,29 +137,17 @@ def test_blocks_of_different_kinds_have_different_letters_and_are_not_merged():
 
 
 def test_other_similarities_and_biased_attention_are_read_too():
-    config = Qwen2Config(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    ids = torch.randint(4, 64, (12, 10), generator=torch.Generator().manual_seed(0))
-    found = analyze(Qwen2ForCausalLM(config), ids, config=MKAConfig(ratio=0.5, similarity="cka"), ratios=(0.3,))
-    assert found.measure == "cka"
-    assert len(found.blocks) == 3
+    found = analyze(tiny_model("qwen2"), _ids(12), config=MKAConfig(ratio=0.5, similarity="cka"), ratios=(0.3,))
+    assert (found.measure, len(found.blocks)) == ("cka", 4)
 
 
 def test_it_prints_saves_and_draws(analysis, tmp_path):
-    assert "gated 32" in _plain(analysis.table())
-    assert "FFN R²" in _plain(analysis.table())
-    assert f"{analysis.blocks[3].linearity:.3f}" in _plain(analysis.table())
+    for part in ("gated 32", "FFN R²", f"{analysis.blocks[3].linearity:.3f}"):
+        assert part in _plain(analysis.table())
     assert "block influence" in _plain(analysis.removals_table())
     analysis.to_json(tmp_path / "a.json")
     written = json.loads((tmp_path / "a.json").read_text())
-    assert written["stack"] == "model.layers"
-    assert written["note"] is None
+    assert (written["stack"], written["note"]) == ("model.layers", None)
     assert [row["linearity"] for row in written["blocks"]] == [row.linearity for row in analysis.blocks]
     assert analysis.plot(tmp_path / "a.png").stat().st_size > 1000
 

@@ -225,11 +225,6 @@ def test_bad_data(model, tokenizer, kind):
         prepare(make(), model, tokenizer)
 
 
-def test_texts_without_a_tokenizer(model, texts):
-    with pytest.raises(CalibrationError, match="pass tokenizer="):
-        prepare(texts, model, None)
-
-
 @pytest.mark.parametrize("form", ["mapping", "tuples", "loader"])
 def test_classes_come_along(form):
     """One class a sample, cut into batches with the samples; what else may be called labels is left alone."""

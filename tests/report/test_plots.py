@@ -6,24 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hf_compress.report.plots import plot_similarity, plot_stages
+from hf_compress.report.plots import plot_similarity
 from hf_compress.report.report import CompressionReport
 from hf_compress.report.stages import Size, Stage, Step
 
 MERGE = {"edit": "MergeBlocks", "stack": "model.layers", "kept": 1, "absorbed": [2]}
-REMOVE = {"edit": "RemoveBlocks", "stack": "model.layers", "blocks": [3]}
-SIMILARITY = [[1.0, 0.5, 0.2, 0.1], [0.5, 1.0, 0.8, 0.3], [0.2, 0.8, 1.0, 0.4], [0.1, 0.3, 0.4, 1.0]]
-NOTES = {
-    "similarity": {"similarity": SIMILARITY, "merges": [{"blocks": [1, 2], "similarity": 0.8, "alpha": 0.8}]},
-    "block influence": {"block_influence": [0.9, 0.02, 0.03, 0.1]},
-    "angular": {"angular_distance": [0.3, 0.2, 0.1]},
-    "greedy": {"greedy": [{"removed": 3, "loss": 2.5}]},
-    "refit": {
-        "merges": [{"absorbed": 2, "losses": {"1": 300.0, "2": 2.0, "3": 2.5}}],
-        "fits": [{"block": 1, "absorbed": [2], "error": 0.5, "penalty": 0.1}],
-    },
-    "nothing": {},
-}
 
 
 @pytest.fixture
@@ -38,16 +25,9 @@ def told(report, **changes):
     return replace(report, stages=[replace(report.stages[0], **changes)])
 
 
-@pytest.mark.parametrize("edit", [MERGE, REMOVE], ids=["merge", "remove"])
-@pytest.mark.parametrize("notes", NOTES.values(), ids=NOTES)
-def test_every_kind_of_report_is_drawn(report, notes, edit, tmp_path):
-    path = plot_stages(told(report, notes=notes, edits=[edit]).stages, tmp_path / "new" / "plot.png")
-    assert path.read_bytes()[:4] == b"\x89PNG"
-    assert path.stat().st_size > 4000
-
-
 def test_the_ending_says_the_format(report, tmp_path):
     assert "<svg" in report.plot(tmp_path / "plot.svg").read_text()[:800]
+    assert report.plot(tmp_path / "new" / "plot.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(ValueError, match=r"\.png or \.svg; got .*plot\.pdf"):
         report.plot(tmp_path / "plot.pdf")
 
