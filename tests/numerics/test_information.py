@@ -9,13 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import digamma
 
-from hf_compress.numerics.information import (
-    entropy,
-    information_matrix,
-    mutual_information,
-    mutual_information_matrix,
-    normalized_information,
-)
+from hf_compress.numerics import information
+from hf_compress.numerics.information import entropy, information_matrix, mutual_information, normalized_information
 
 
 def normal(samples, features=1, seed=0):
@@ -29,15 +24,13 @@ def correlated(rho, samples=800, seed=0, features=1):
     return x, rho * x + math.sqrt(1 - rho**2) * noise
 
 
-@pytest.mark.parametrize("rho", [0.0, 0.3, 0.6, 0.9, -0.9])
-def test_gaussian_information(rho):
-    estimates = [mutual_information(*correlated(rho, seed=seed)) for seed in range(6)]
-    assert sum(estimates) / 6 == pytest.approx(-0.5 * math.log(1 - rho**2), abs=0.025)
-
-
-def test_gaussian_information_of_two_features_adds_up():
-    estimates = [mutual_information(*correlated(0.7, seed=seed, features=2)) for seed in range(6)]
-    assert sum(estimates) / 6 == pytest.approx(-math.log(1 - 0.7**2), abs=0.06)
+@pytest.mark.parametrize(
+    ("rho", "features", "tolerance"),
+    [*((rho, 1, 0.025) for rho in (0.0, 0.3, 0.6, 0.9, -0.9)), (0.7, 2, 0.06)],
+)
+def test_gaussian_information_adds_up_over_features(rho, features, tolerance):
+    estimates = [mutual_information(*correlated(rho, seed=seed, features=features)) for seed in range(6)]
+    assert sum(estimates) / 6 == pytest.approx(-0.5 * features * math.log(1 - rho**2), abs=tolerance)
 
 
 @pytest.mark.parametrize("features", [1, 2])
@@ -124,14 +117,12 @@ def test_constant_block_shares_nothing(jitter):
 def test_matrix_is_what_the_pairs_say():
     # Two slabs of rows and blocks of different width.
     blocks = [normal(300, 2), normal(300, 2) + 0.2 * normal(300, 2, 1), normal(300, 5, 2)]
-    information, similarity = mutual_information_matrix(blocks, 4), information_matrix(blocks, 4)
-    assert information.shape == similarity.shape == (3, 3)
-    assert information.dtype == similarity.dtype == torch.float64
-    for i in range(3):
-        for j in range(3):
-            assert float(information[i, j]) == pytest.approx(mutual_information(blocks[i], blocks[j], 4), abs=1e-12)
-            assert float(similarity[i, j]) == pytest.approx(normalized_information(blocks[i], blocks[j], 4), abs=1e-12)
-    assert similarity[0, 1] > similarity[0, 2] + 0.3
+    matrices = information.mutual_information_matrix(blocks, 4), information_matrix(blocks, 4)
+    for matrix, pair in zip(matrices, (mutual_information, normalized_information), strict=True):
+        assert (matrix.shape, matrix.dtype) == ((3, 3), torch.float64)
+        for i, j in itertools.product(range(3), range(3)):
+            assert float(matrix[i, j]) == pytest.approx(pair(blocks[i], blocks[j], 4), abs=1e-12)
+    assert matrices[1][0, 1] > matrices[1][0, 2] + 0.3
 
 
 @st.composite

@@ -9,7 +9,7 @@ import torch
 from hf_compress.numerics.manifold import MANIFOLDS, diffusion_map, embed, principal_components
 from hf_compress.numerics.registry import Registry
 
-ESTIMATED = ["diffusion", "pca"]
+estimated = pytest.mark.parametrize("manifold", ["diffusion", "pca"])
 
 
 def gaussian(samples=40, features=6, seed=0):
@@ -24,13 +24,13 @@ def spearman(a, b):
     return float(np.corrcoef(*ranks)[0, 1])
 
 
-@pytest.mark.parametrize("manifold", ESTIMATED)
+@estimated
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_shape_and_dtype(manifold, dtype):
+def test_shape_and_dtype_and_twice_the_same_is_bitwise_the_same(manifold, dtype):
     embedded = embed(gaussian().to(dtype), manifold, 3)
-    assert embedded.shape == (40, 3)
-    assert embedded.dtype == torch.float64
+    assert (embedded.shape, embedded.dtype) == ((40, 3), torch.float64)
     assert torch.isfinite(embedded).all()
+    assert torch.equal(embed(gaussian().to(dtype), manifold, 3), embedded)
 
 
 def test_none_keeps_the_samples():
@@ -38,12 +38,7 @@ def test_none_keeps_the_samples():
     assert torch.equal(embed(x, "none", 3), x.double())
 
 
-@pytest.mark.parametrize("manifold", ESTIMATED)
-def test_twice_the_same_is_bitwise_the_same(manifold):
-    assert torch.equal(embed(gaussian(), manifold, 4), embed(gaussian(), manifold, 4))
-
-
-@pytest.mark.parametrize("manifold", ESTIMATED)
+@estimated
 def test_deciding_entry_is_positive_also_for_mirrored_samples(manifold):
     for x in (gaussian(), -gaussian()):
         embedded = embed(x, manifold, 4)
@@ -51,7 +46,7 @@ def test_deciding_entry_is_positive_also_for_mirrored_samples(manifold):
         assert (largest > 0).all()
 
 
-@pytest.mark.parametrize("manifold", ESTIMATED)
+@estimated
 def test_sign_of_mirror_images_does_not_hang_on_rounding(manifold):
     """The entries of largest size come in pairs of opposite sign here: the first sample must decide, every time."""
     half = gaussian(10)
@@ -128,7 +123,7 @@ def test_pca_is_the_singular_value_decomposition():
     np.testing.assert_allclose(embed(x, "pca", 3).abs().numpy(), np.abs(u[:, :3] * s[:3]), atol=1e-9)
 
 
-@pytest.mark.parametrize("manifold", ESTIMATED)
+@estimated
 def test_needs_two_samples_more_than_components(manifold):
     assert embed(gaussian(6), manifold, 4).shape == (6, 4)
     with pytest.raises(ValueError, match=r"5 samples cannot carry 4 components; expected at least 6 samples"):
@@ -144,14 +139,10 @@ def test_refuses_entries_that_are_not_finite(manifold, value):
         embed(x, manifold, 2)
 
 
-@pytest.mark.parametrize("manifold", ESTIMATED)
-def test_refuses_identical_samples(manifold):
+@estimated
+def test_refuses_samples_that_are_identical_or_differ_by_rounding(manifold):
     with pytest.raises(ValueError, match="all 10 samples are identical"):
         embed(torch.full((10, 3), 0.1), manifold, 2)
-
-
-@pytest.mark.parametrize("manifold", ESTIMATED)
-def test_refuses_samples_that_differ_by_rounding(manifold):
     x = 5.0 + 1e-13 * gaussian()
     assert not (x == x[0]).all()
     with pytest.raises(ValueError, match="all 40 samples are identical up to rounding"):
@@ -167,28 +158,28 @@ def test_refuses_samples_that_differ_by_rounding(manifold):
         ({"bandwidth": 1e-6}, r"bandwidth is 1e-06, so small that no two samples are neighbours \(the median"),
         ({"time": -1.0}, r"time is -1.0; expected a finite alpha and a finite time >= 0"),
         ({"alpha": float("inf")}, r"alpha is inf"),
+        ({"manifold": "pca", "bandwidth": 1.0}, "bandwidth"),
     ],
 )
-def test_refuses_options_out_of_range(options, message):
-    with pytest.raises(ValueError, match=message):
-        embed(gaussian(), "diffusion", 2, **options)
+def test_refuses_options_out_of_range_or_of_another_manifold(options, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        embed(gaussian(), **{"manifold": "diffusion", "components": 2} | options)
 
 
-def test_refuses_wrong_arguments():
-    with pytest.raises(ValueError, match=r"unknown manifold 'umap'; expected one of 'diffusion', 'none', 'pca'"):
-        embed(gaussian(), "umap")
-    with pytest.raises(TypeError, match="bandwidth"):
-        embed(gaussian(), "pca", 2, bandwidth=1.0)
-    with pytest.raises(ValueError, match="components is 0; expected a whole number >= 1"):
-        embed(gaussian(), "pca", 0)
-    with pytest.raises(TypeError, match=r"components is 2\.0"):
-        embed(gaussian(), "diffusion", 2.0)
-    with pytest.raises(ValueError, match="components is 7 but x has 6 features"):
-        embed(gaussian(), "pca", 7)
-    with pytest.raises(ValueError, match=r"x has shape \[40\]; expected a non-empty \[N, D\]"):
-        embed(gaussian()[:, 0])
-    with pytest.raises(TypeError, match=r"x is ndarray; expected a real torch.Tensor"):
-        embed(np.zeros((9, 9)))
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ((gaussian(), "umap"), ValueError, r"unknown manifold 'umap'; expected one of 'diffusion', 'none', 'pca'"),
+        ((gaussian(), "pca", 0), ValueError, "components is 0; expected a whole number >= 1"),
+        ((gaussian(), "diffusion", 2.0), TypeError, r"components is 2\.0"),
+        ((gaussian(), "pca", 7), ValueError, "components is 7 but x has 6 features"),
+        ((gaussian()[:, 0],), ValueError, r"x has shape \[40\]; expected a non-empty \[N, D\]"),
+        ((np.zeros((9, 9)),), TypeError, r"x is ndarray; expected a real torch.Tensor"),
+    ],
+)
+def test_refuses_wrong_arguments(given, error, message):
+    with pytest.raises(error, match=message):
+        embed(*given)
 
 
 def test_registry_refuses_a_name_twice_and_keeps_the_first():

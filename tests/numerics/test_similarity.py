@@ -30,8 +30,7 @@ def test_the_registry_holds_the_four_and_no_name_twice():
 @pytest.mark.parametrize("similarity", ALL)
 def test_matrix_of_a_residual_stream(similarity):
     matrix = similarity_matrix(chain(), similarity)
-    assert matrix.shape == (5, 5)
-    assert matrix.dtype == torch.float64
+    assert (matrix.shape, matrix.dtype) == ((5, 5), torch.float64)
     assert torch.equal(matrix, matrix.T)
     assert torch.equal(matrix.diagonal(), torch.ones(5, dtype=torch.float64))
     assert (matrix[0].diff() < 0).all()  # the farther apart, the less alike
@@ -75,19 +74,14 @@ def test_cka_is_unbiased_where_the_plain_one_is_not():
 
 def test_cka_survives_a_large_common_offset():
     blocks = [x.double() for x in chain()]
-    torch.testing.assert_close(
-        similarity_matrix([x + 1e6 for x in blocks], "cka"), similarity_matrix(blocks, "cka"), rtol=1e-6, atol=1e-8
-    )
+    moved, expected = similarity_matrix([x + 1e6 for x in blocks], "cka"), similarity_matrix(blocks, "cka")
+    torch.testing.assert_close(moved, expected, rtol=1e-6, atol=1e-8)
 
 
 def test_known_angles():
-    right, diagonal, left = ([[1.0, 0.0]] * 3, [[1.0, 1.0]] * 3, [[-2.0, 0.0]] * 3)
-    blocks = [torch.tensor(b) for b in (right, diagonal, left)]
-    cosines, angles = similarity_matrix(blocks, "cosine"), similarity_matrix(blocks, "angular")
-    assert float(cosines[0, 1]) == pytest.approx(0.5**0.5)
-    assert float(cosines[0, 2]) == pytest.approx(-1.0)
-    assert float(angles[0, 1]) == pytest.approx(0.75)
-    assert float(angles[0, 2]) == pytest.approx(0.0)
+    blocks = [torch.tensor([row] * 3) for row in ([1.0, 0.0], [1.0, 1.0], [-2.0, 0.0])]
+    for similarity, expected in (("cosine", [1, 0.5**0.5, -1]), ("angular", [1, 0.75, 0])):
+        assert similarity_matrix(blocks, similarity)[0].tolist() == pytest.approx(expected)
 
 
 def test_per_sample_measures_do_not_depend_on_the_chunks():
@@ -99,9 +93,8 @@ def test_per_sample_measures_do_not_depend_on_the_chunks():
 
 def test_options_reach_the_measure():
     blocks = chain()
-    assert not torch.equal(
-        similarity_matrix(blocks, "information"), similarity_matrix(blocks, "information", neighbors=9)
-    )
+    few, many = (similarity_matrix(blocks, "information", neighbors=count) for count in (3, 9))
+    assert not torch.equal(few, many)
     with pytest.raises(TypeError, match="neighbors"):
         similarity_matrix(blocks, "cka", neighbors=9)
 
@@ -114,9 +107,8 @@ def test_refuses_bad_blocks(similarity):
     with pytest.raises(ValueError, match="block 1 has 99 samples and block 0 has 100"):
         similarity_matrix([blocks[0], blocks[1][:99]], similarity)
     blocks[2][7, 0] = float("nan")
-    with pytest.raises(
-        ValueError, match=r"block 2 has NaN or infinite entries in 1 of 100 samples \(first: sample 7\)"
-    ):
+    message = r"block 2 has NaN or infinite entries in 1 of 100 samples \(first: sample 7\)"
+    with pytest.raises(ValueError, match=message):
         similarity_matrix(blocks, similarity)
 
 
