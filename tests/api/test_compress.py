@@ -21,9 +21,6 @@ METHODS = {"mka": REFIT, "paper": PAPER, "drop_blocks": DROP}
 SMALL = DataOptions(batch_size=3)
 
 
-# --- what comes out ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_the_model_itself_is_changed_and_returned(model, framing_tokenizer, texts, method):
     result = compress(model, METHODS[method], texts, framing_tokenizer, SMALL)
@@ -70,9 +67,6 @@ def test_a_compressed_model_can_be_compressed_again(model, framing_tokenizer, te
     compress(model, DropBlocksConfig(num_blocks=1, criterion="last"))
     assert len(model.model.layers) == 2
     assert [stage.before.blocks for stage in model.compression_report.stages] == [{"model.layers": n} for n in (5, 3)]
-
-
-# --- bad input: a typed error, and the model as it was ----------------------------------------------------------------
 
 
 def test_how_many_samples_are_needed_is_said(model, tokenizer, texts):

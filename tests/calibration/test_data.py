@@ -32,9 +32,6 @@ def rows(texts):
     return [[WORDS.index(word) for word in text.split()] for text in texts]
 
 
-# --- kinds of data ----------------------------------------------------------------------------------------------------
-
-
 def test_texts(model, framing_tokenizer, texts, rows):
     calibration = prepare(texts, model, framing_tokenizer, DataOptions(batch_size=5))
     assert real_rows(calibration) == rows
@@ -124,9 +121,6 @@ def test_prepared_data_passes_through(model, calibration):
     assert prepare(calibration, model, None) is calibration
 
 
-# --- what counts ------------------------------------------------------------------------------------------------------
-
-
 def test_masked_and_special_tokens_of_a_batch_do_not_count(model, ids):
     ids[0, 2], ids[1, 0], ids[2, 7] = BOS, EOS, PAD
     mask = torch.ones_like(ids)
@@ -148,9 +142,6 @@ def test_the_mask_of_embeddings_is_boolean(model):
     batch = {"inputs_embeds": torch.randn(2, 4, 16), "attention_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])}
     real = prepare(batch, model, None).batches[0].real
     assert (real.dtype, real.sum()) == (torch.bool, 7)
-
-
-# --- length -----------------------------------------------------------------------------------------------------------
 
 
 def test_texts_beyond_the_models_positions_are_truncated_with_a_note(model, tokenizer, caplog):
@@ -192,8 +183,6 @@ def test_roberta_loses_the_positions_up_to_its_padding_index():
     with pytest.raises((IndexError, RuntimeError), match="out of"):
         model(torch.full((1, longest.shape[1] + 1), 9))
 
-
-# --- bad input --------------------------------------------------------------------------------------------------------
 
 VOCABULARY = len(WORDS)
 BAD = {

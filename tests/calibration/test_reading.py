@@ -120,9 +120,6 @@ def test_what_is_no_container_of_samples(kind, model, tokenizer):
         prepare(make(), model, tokenizer)
 
 
-# --- a bound ----------------------------------------------------------------------------------------------------------
-
-
 class Numbers(Stream):
     def __iter__(self):
         return itertools.repeat(torch.tensor([5, 6]))
@@ -178,9 +175,6 @@ def test_an_end_at_the_bound_is_no_cut(model, tokenizer, monkeypatch, caplog):
     with caplog.at_level(logging.WARNING, logger="hf_compress"):
         assert prepare(iter(["w1"] * 10), model, tokenizer).samples == 10
     assert not caplog.records
-
-
-# --- padding ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", ["texts", "padded"])

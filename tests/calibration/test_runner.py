@@ -105,9 +105,6 @@ def test_only_the_wanted_block_runs():
         assert ran == [1, 3]
 
 
-# --- nothing is left behind -------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_hooks_and_forwards_come_off_on_every_way_out(error):
     model, stack, batch = built("llama")
@@ -177,9 +174,6 @@ def test_every_module_gets_its_own_mode_back():
     assert torch.is_grad_enabled()
 
 
-# --- what cannot be followed is refused -------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_activations_that_are_not_finite_name_their_block(value):
     model, stack, batch = built("llama")
@@ -199,9 +193,6 @@ def test_a_stream_that_changes_its_shape_names_its_block():
     stack = Anatomy(model).stack()
     with inference(model), pytest.raises(UnsupportedModelError, match=r"block encoder\.layers\.0 turns a stream of"):
         BlockRunner(model, stack, Batch(tiny_inputs(model), None)).record()
-
-
-# --- small things -----------------------------------------------------------------------------------------------------
 
 
 def test_the_stream_in_what_a_block_takes_and_returns():

@@ -22,8 +22,6 @@ def refused(home, *arguments):
     return line.replace(str(home), "HOME")
 
 
-# --- every option of every command ------------------------------------------------------------------------------------
-
 REQUIRED = {"compress": ("HOME/model",), "analyze": ("HOME/model", "--calibration", "HOME/texts.jsonl")}
 REQUIRED |= dict.fromkeys(("evaluate", "info", "verify"), ("HOME/model",)) | {"push": ("HOME/model", "me/small")}
 HINTS = {command.callback.__name__: get_type_hints(command.callback) for command in app.registered_commands}
@@ -64,9 +62,6 @@ def test_what_is_left_out(home):
     assert "--calibration" in refused(home, "analyze", "HOME/model")
     assert "zzz" in refused(home, "zzz")
     assert "--zzz" in refused(home, "--zzz")
-
-
-# --- models -----------------------------------------------------------------------------------------------------------
 
 
 def _config(**fields):
@@ -130,8 +125,6 @@ def test_no_models(command, name, home):
     assert name in refused(home, command, name, *more.get(command, ()))
 
 
-# --- texts ------------------------------------------------------------------------------------------------------------
-
 TEXTS = {
     "empty.jsonl": (b"", "holds no texts"),
     "empty.txt": (b"\n \n", "holds no texts"),
@@ -167,9 +160,6 @@ def test_texts_that_are_not_there(source, home):
     assert source in refused(home, "compress", "HOME/model", *DROP, "--dry-run", "--calibration", source)
     assert source in refused(home, "analyze", "HOME/model", "--calibration", source)
     assert source in refused(home, "evaluate", "HOME/model", "--texts", source)
-
-
-# --- the rest ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("device", ["gpu", "meta", "cuda:99", "cpu:x", ""])

@@ -9,14 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import yaml
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModelForCausalLM,
-    BertForMaskedLM,
-    BertForSequenceClassification,
-    ViTForImageClassification,
-)
+from transformers import AutoModelForCausalLM
 
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.cli.demo import REFERENCE
@@ -272,9 +268,9 @@ def test_evaluate_measures_perplexity_and_writes_json(model_folder, text_file, t
 
 
 OTHER_MODELS = {
-    "classifier": (BertForSequenceClassification, "bert"),
-    "masked": (BertForMaskedLM, "bert"),
-    "images": (ViTForImageClassification, "vit"),
+    "classifier": (transformers.BertForSequenceClassification, "bert"),
+    "masked": (transformers.BertForMaskedLM, "bert"),
+    "images": (transformers.ViTForImageClassification, "vit"),
 }
 
 

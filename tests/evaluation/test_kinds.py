@@ -1,16 +1,7 @@
 """A metric is measured of the models that it fits, and of no others."""
 
 import pytest
-from transformers import (
-    BertForMaskedLM,
-    BertForSequenceClassification,
-    BertLMHeadModel,
-    BertModel,
-    LlamaForSequenceClassification,
-    LlamaModel,
-    ViTForImageClassification,
-    XLNetLMHeadModel,
-)
+import transformers
 
 from hf_compress import evaluate, perplexity
 from hf_compress.errors import UnsupportedModelError
@@ -20,14 +11,14 @@ from hf_compress.evaluation.size import parameter_count
 from tests.helpers.tiny import tiny_kind, tiny_model, tiny_seq2seq_model
 
 OTHERS = {
-    "classifier": (BertForSequenceClassification, "bert", "predicts the next token"),
-    "classifier of a decoder": (LlamaForSequenceClassification, "llama", "predicts the next token"),
-    "masked": (BertForMaskedLM, "bert", "predicts the next token"),
-    "encoder": (BertModel, "bert", "predicts the next token"),
-    "decoder without a head": (LlamaModel, "llama", "predicts the next token"),
-    "bidirectional, by a causal name": (BertLMHeadModel, "bert", "reads those after it"),
-    "permuted": (XLNetLMHeadModel, "xlnet", "reads those after it"),
-    "images": (ViTForImageClassification, "vit", "predicts the next token"),
+    "classifier": (transformers.BertForSequenceClassification, "bert", "predicts the next token"),
+    "classifier of a decoder": (transformers.LlamaForSequenceClassification, "llama", "predicts the next token"),
+    "masked": (transformers.BertForMaskedLM, "bert", "predicts the next token"),
+    "encoder": (transformers.BertModel, "bert", "predicts the next token"),
+    "decoder without a head": (transformers.LlamaModel, "llama", "predicts the next token"),
+    "bidirectional, by a causal name": (transformers.BertLMHeadModel, "bert", "reads those after it"),
+    "permuted": (transformers.XLNetLMHeadModel, "xlnet", "reads those after it"),
+    "images": (transformers.ViTForImageClassification, "vit", "predicts the next token"),
 }
 
 
@@ -64,7 +55,7 @@ def test_causal_models_pass(kind):
 
 @pytest.mark.parametrize(
     "make",
-    [lambda: tiny_kind(ViTForImageClassification, "vit"), lambda: tiny_seq2seq_model("t5")],
+    [lambda: tiny_kind(transformers.ViTForImageClassification, "vit"), lambda: tiny_seq2seq_model("t5")],
     ids=["images", "two sides"],
 )
 def test_of_a_model_that_reads_more_than_tokens_the_size_is_measured(make):
@@ -77,5 +68,5 @@ def test_of_a_model_that_reads_more_than_tokens_the_size_is_measured(make):
 
 
 def test_a_classifier_has_size_and_speed():
-    rows = evaluate(tiny_kind(BertForSequenceClassification, "bert")).rows()
+    rows = evaluate(tiny_kind(transformers.BertForSequenceClassification, "bert")).rows()
     assert [row[0] for row in rows] == ["parameters", "stored bytes", "tokens/s"]

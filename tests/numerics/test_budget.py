@@ -106,9 +106,6 @@ def test_a_budget_below_the_fewest_bits_is_refused():
         spend_bits(convex(3, CHOICES, 0), list(CHOICES), 1.9)
 
 
-# --- the same bits for all --------------------------------------------------------------------------------------------
-
-
 @given(st.integers(1, 60), st.floats(2, 9))
 def test_uniform_bits_differ_by_one_choice_and_spend_what_there_is(groups, budget):
     found = spread_bits(groups, CHOICES, budget)

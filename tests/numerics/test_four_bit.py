@@ -66,9 +66,6 @@ def assert_product(parts, x, name=None):
     assert bool(((got.double() - x.double() @ weight.T).abs() <= sums @ spans.T / 2**9 + 1e-3).all()), name
 
 
-# --- exact where nothing is rounded -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("zero", ["middle", 0, 1, 2, 3, 4])
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_forms_add_up_to_exactly_the_weight(bits, zero):
@@ -77,9 +74,6 @@ def test_forms_add_up_to_exactly_the_weight(bits, zero):
         parts = example(bits, size, zero=zero, powers=True)
         columns = product(parts, torch.eye(2 * size))
         assert torch.equal(columns.T.double(), entries(*parts)), f"groups of {size}"
-
-
-# --- products in float32 ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("zero", ["middle", 0, 1, 2, 3, 4])
@@ -135,9 +129,6 @@ def test_nothing_given_is_changed():
         assert torch.equal(tensor, fresh)
 
 
-# --- in bfloat16 ------------------------------------------------------------------------------------------------------
-
-
 def errors(parts, x):
     """Of the kernel, and of an unpacked weight in the same dtype."""
     weight, x = entries(*parts), x.bfloat16()
@@ -170,9 +161,6 @@ def test_errors_where_each_group_has_an_outlier(bits, mean):
 def test_errors_where_zeros_are_anywhere(bits, zero):
     kernel, unpacked = errors(example(bits, 64, 8, 48, zero), random(40, 512))
     assert kernel <= 2.5 * unpacked
-
-
-# --- what it takes ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("zero", ["middle", 0, 1, 2, 3, 4])

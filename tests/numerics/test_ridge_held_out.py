@@ -26,9 +26,6 @@ def copy_of(sums):
     return sums.merge(LeastSquares(sums.inputs, sums.outputs))
 
 
-# --- weights ----------------------------------------------------------------------------------------------------------
-
-
 def test_a_weight_is_a_row_that_many_times():
     x, y = data()
     times = torch.arange(60) % 4  # some of them 0: as if not there
@@ -92,9 +89,6 @@ def test_refused_weights_add_nothing(weights, message):
     assert not any(getattr(sums, name).any() for name in FIELDS)
 
 
-# --- fewer features ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("features", [[3], [4, 0, 2], [0, 1, 2, 3, 4]])
 def test_taking_features_is_having_seen_no_others(features):
     x, y = data()
@@ -116,9 +110,6 @@ def test_taking_leaves_the_whole_alone():
         some = whole.take(torch.tensor(features))
         whole.update(x, y)
         assert_same(some, statistics(x[:, features], y))
-
-
-# --- a penalty chosen -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("affine", [True, False])

@@ -21,9 +21,6 @@ def small(model):
     return cut_down(model)
 
 
-# --- metadata ---------------------------------------------------------------------------------------------------------
-
-
 def test_the_metadata_comes_back(small):
     words = {"license": "apache-2.0", "language": "en", "datasets": ["org/texts", "my own texts"]}
     details = CardDetails(**words, evaluation="held-out manuals", repo_id="me/Small")
@@ -81,9 +78,6 @@ def test_the_hubs_own_cache_is_known(small, folder, name):
     assert card.data.base_model == name
     assert f"[{name}](https://huggingface.co/{name})" in card.text
     assert "someone" not in str(card)
-
-
-# --- what was measured ------------------------------------------------------------------------------------------------
 
 
 def test_the_model_stands_beside_its_controls(small):
@@ -168,9 +162,6 @@ def test_what_is_not_finite_is_no_score(small):
     assert ["cloze acc ↑ (5 documents)", "not finite", "not finite"] in rows_of(card, "Evaluation")
     assert rows_of(card, "What was changed")[1] == ["New", "", "scale: not finite, by: not finite"]
     assert "Time: 2.0 s (second 2.0 s)." in card.text
-
-
-# --- bad arguments ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

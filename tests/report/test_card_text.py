@@ -5,14 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import (
-    BertForMaskedLM,
-    BertModel,
-    BitsAndBytesConfig,
-    LlamaForCausalLM,
-    T5ForConditionalGeneration,
-    ViTForImageClassification,
-)
+import transformers
 
 from hf_compress.api.compress import compress
 from hf_compress.evaluation.size import parameter_count, stored_bytes
@@ -30,9 +23,6 @@ from tests.helpers.tiny import tiny_kind
 @pytest.fixture
 def small(model):
     return cut_down(model)
-
-
-# --- what was done ----------------------------------------------------------------------------------------------------
 
 
 def test_method_sizes_and_circumstances(model, tokenizer, texts):
@@ -101,7 +91,9 @@ def test_a_model_without_a_report(model, tmp_path):
     card = model_card(model, details=CardDetails(calibration="words"))
     told = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["hf-compress"]}
     assert card.data.to_dict() == told
-    assert card.text.startswith("\n# thing\n\nA LlamaForCausalLM, saved with hf_compress. No compression report")
+    assert card.text.startswith(
+        "\n# thing\n\nA LlamaForCausalLM, saved with hf_compress. No compression report"
+    )
     assert f"{parameter_count(model):,} parameters, {stored_bytes(model):,} stored bytes." in card.text
     assert "What was changed" not in card.text
     assert "Reload check" not in card.text
@@ -143,15 +135,12 @@ def test_many_edits_are_cut_short(small):
     assert f"And 7 more lines; {REPORT_FILE} has every one of the {len(edits)} edits." in card.text
 
 
-# --- how to load it ---------------------------------------------------------------------------------------------------
-
-
 MODELS = {
-    "AutoModelForCausalLM": (LlamaForCausalLM, "llama", "text-generation", True),
-    "AutoModelForMaskedLM": (BertForMaskedLM, "bert", "fill-mask", True),
-    "AutoModel": (BertModel, "bert", None, True),
-    "AutoModelForImageClassification": (ViTForImageClassification, "vit", "image-classification", False),
-    "AutoModelForSeq2SeqLM": (T5ForConditionalGeneration, "t5", None, True),
+    "AutoModelForCausalLM": (transformers.LlamaForCausalLM, "llama", "text-generation", True),
+    "AutoModelForMaskedLM": (transformers.BertForMaskedLM, "bert", "fill-mask", True),
+    "AutoModel": (transformers.BertModel, "bert", None, True),
+    "AutoModelForImageClassification": (transformers.ViTForImageClassification, "vit", "image-classification", False),
+    "AutoModelForSeq2SeqLM": (transformers.T5ForConditionalGeneration, "t5", None, True),
 }
 
 
@@ -183,7 +172,7 @@ def test_without_a_tokenizer_beside_it_no_line_loads_one(small):
 
 
 def test_a_class_of_somebodys_own(small):
-    small.__class__ = type("MyModel", (LlamaForCausalLM,), {})
+    small.__class__ = type("MyModel", (transformers.LlamaForCausalLM,), {})
     card = model_card(small)
     assert "# MyModel is no part of Transformers" in code_of(card, "python")
     assert 'MyModel.from_pretrained("path/to/Base-1.5B-drop_blocks")' in code_of(card, "python")
@@ -195,7 +184,7 @@ def test_a_class_of_somebodys_own(small):
     [
         (entry_of([Seal("model.layers.0.input_layernorm")]), True),
         ({"quant_method": "bitsandbytes"}, False),
-        (BitsAndBytesConfig(load_in_8bit=True), False),
+        (transformers.BitsAndBytesConfig(load_in_8bit=True), False),
     ],
 )
 def test_the_plugin_is_imported_where_it_is_needed(small, config, plugin):

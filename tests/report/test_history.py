@@ -39,9 +39,6 @@ def loaded(folder):
     return AutoModelForCausalLM.from_pretrained(folder)
 
 
-# --- stages -----------------------------------------------------------------------------------------------------------
-
-
 def test_a_second_change_is_a_second_stage(model):
     model.config._name_or_path = model.name_or_path = "org/base"
     original = model_size(model)
@@ -111,9 +108,6 @@ def test_the_hubs_cache_has_it_and_nothing_is_downloaded(folder, loaded, tmp_pat
     assert history_of(loaded) is None
 
 
-# --- reports that do not fit ------------------------------------------------------------------------------------------
-
-
 def resized(model, folder):
     model.resize_token_embeddings(70, mean_resizing=False)
     model.model.vocab_size = 70  # which Transformers leaves as it was
@@ -181,9 +175,6 @@ def test_what_is_no_report_gets_a_typed_error(broken, folder):
     data = BROKEN[broken](json.loads((folder / REPORT_FILE).read_text()))
     with pytest.raises(ValueError, match="no compression report of this version of hf_compress"):
         CompressionReport.from_json(data if isinstance(data, str) else json.dumps(data))
-
-
-# --- how it is told ---------------------------------------------------------------------------------------------------
 
 
 def test_the_card_tells_all_stages(model):
