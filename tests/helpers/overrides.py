@@ -72,13 +72,9 @@ _HYBRID = {"layers_block_type": [_LINEAR, "hybrid", _LINEAR, "hybrid"]}
 _START = {"decoder_start_token_id": 0}
 _MUSICGEN = {"pad_token_id": VOCABULARY, "bos_token_id": VOCABULARY}  # one past the codes, as in the real ones
 _DOTS3_TEXT = {
-    "swa_num_attention_heads": HEADS,
-    "swa_num_key_value_heads": HEADS,
-    "swa_q_lora_rank": 16,
-    "swa_kv_lora_rank": 24,
-    "swa_head_dim": 24,
-    "swa_qk_nope_head_dim": 16,
-    "swa_v_head_dim": 16,
+    **dict.fromkeys(("swa_num_attention_heads", "swa_num_key_value_heads"), HEADS),
+    **dict.fromkeys(("swa_q_lora_rank", "swa_qk_nope_head_dim", "swa_v_head_dim"), 16),
+    **dict.fromkeys(("swa_kv_lora_rank", "swa_head_dim"), 24),
 }
 
 # Per model type (of a configuration or sub-configuration): fields set as they stand, after the sizes.
@@ -107,10 +103,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "adapter_out_dim": WIDTH,
     },
     "dots3_note_audio_encoder": {
-        "adapter_input_size": WIDTH,
-        "adapter_out_dim": WIDTH,
-        "downsample_hidden_size": 16,
-        "feature_size": 16,
+        **dict.fromkeys(("adapter_input_size", "adapter_out_dim"), WIDTH),
+        **dict.fromkeys(("downsample_hidden_size", "feature_size"), 16),
     },
     "gemma3": {"mm_tokens_per_image": 1},
     "gemma3n_text": {
@@ -151,16 +145,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen3_next": {"mlp_only_layers": [2]},
     "qwen4_exp_text": {
         "ple_layer_ids": [2],  # counted from one
-        "eos_token_id": 2,
-        "indexer_n_heads": 2,
+        **dict.fromkeys(("eos_token_id", "indexer_n_heads", "indexer_compress_ratio", "split_ngram_parts"), 2),
+        **dict.fromkeys(("indexer_head_dim", "hc_lowrank", "ple_embed_dim"), 16),
         "indexer_kv_heads": 1,
-        "indexer_head_dim": 16,
         "indexer_budget": 4,
-        "indexer_compress_ratio": 2,
-        "hc_lowrank": 16,
-        "ple_embed_dim": 16,
         "ngram_vocab_size_base": 50,
-        "split_ngram_parts": 2,
     },
     "mellum": {"layer_types": _SLIDING_FULL, "mlp_layer_types": _DENSE_SPARSE},
     "minimax_m3_vl_text": {
@@ -181,10 +170,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "paligemma": {"projection_dim": WIDTH},
     "phi4_multimodal_vision": {"crop_size": 16},
     "phi4_multimodal_audio": {
+        **dict.fromkeys(("ext_pw_out_channel", "depthwise_separable_out_channel", "nemo_conv_channels"), WIDTH),
         "num_blocks": DEPTH,
-        "ext_pw_out_channel": WIDTH,
-        "depthwise_separable_out_channel": WIDTH,
-        "nemo_conv_channels": WIDTH,
         "chunk_size": -1,
     },
     "reformer": {

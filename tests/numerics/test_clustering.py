@@ -93,9 +93,12 @@ def test_another_seed_gives_others(algorithm):
 
 
 @algorithms
-def test_as_many_clusters_as_units_are_the_units(algorithm):
-    assert torch.equal(cluster(torch.zeros(4, 3), 4, algorithm), torch.arange(4))
-    assert torch.equal(cluster(torch.zeros(1, 3), 1, algorithm), torch.zeros(1, dtype=torch.int64))
+@pytest.mark.parametrize(
+    ("rows", "labels"), [([[0.0]] * 4, [0, 1, 2, 3]), ([[0.0]], [0]), ([[0.0], [1.0]], [0, 0])], ids=len
+)
+def test_few_units(algorithm, rows, labels):
+    """As many clusters as units; or two units, fewer than the graph of neighbours would have."""
+    assert cluster(torch.tensor(rows), len(set(labels)), algorithm).tolist() == labels
 
 
 @algorithms
@@ -105,12 +108,6 @@ def test_units_in_any_dtype_and_none_is_changed(algorithm, dtype):
     before = rows.clone()
     assert torch.equal(cluster(rows, 2, algorithm), cluster(rows.float(), 2, algorithm))
     assert torch.equal(rows, before)
-
-
-@algorithms
-def test_two_units(algorithm):
-    """The fewest that anything is left to decide about: neighbours are fewer than the graph would have."""
-    assert cluster(torch.tensor([[0.0], [1.0]]), 1, algorithm).tolist() == [0, 0]
 
 
 @algorithms

@@ -91,9 +91,7 @@ def test_a_model_without_a_report(model, tmp_path):
     card = model_card(model, details=CardDetails(calibration="words"))
     told = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["hf-compress"]}
     assert card.data.to_dict() == told
-    assert card.text.startswith(
-        "\n# thing\n\nA LlamaForCausalLM, saved with hf_compress. No compression report"
-    )
+    assert card.text.startswith("\n# thing\n\nA LlamaForCausalLM, saved with hf_compress. No compression report")
     assert f"{parameter_count(model):,} parameters, {stored_bytes(model):,} stored bytes." in card.text
     assert "What was changed" not in card.text
     assert "Reload check" not in card.text
