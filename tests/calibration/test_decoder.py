@@ -130,18 +130,6 @@ def test_what_is_longer_than_the_decoders_positions_is_cut_with_a_note(caplog):
     loss_of(model, batch)
 
 
-@pytest.mark.parametrize(
-    ("extra", "message"),
-    [
-        ({"labels": labels_of(), "decoder_input_ids": labels_of(5).clamp(min=6)}, r"\(3, 5\).*\(3, 6\)"),
-        ({"decoder_input_ids": torch.full((3, 5), 10**6)}, "token ids run from 1000000"),
-    ],
-)
-def test_labels_and_ids_that_do_not_fit(extra, message):
-    with pytest.raises(CalibrationError, match=message):
-        batch_of(make("t5"), **extra)
-
-
 # --- causal language models -------------------------------------------------------------------------------------------
 
 
@@ -167,11 +155,6 @@ def test_long_texts_are_cut_with_their_labels(model):
     assert torch.equal(batch.targets, ids[:, :POSITIONS])
 
 
-def test_labels_of_another_length_than_the_text(model, ids):
-    with pytest.raises(CalibrationError, match=r"of the shape of the token ids, \(12, 8\); got \(12, 7\)"):
-        prepare([{"input_ids": ids, "labels": ids[:, :7]}], model, None)
-
-
 @pytest.mark.parametrize("model_type", ["t5", "whisper", "llama"])
 @pytest.mark.parametrize(
     ("label", "message"),
@@ -181,6 +164,16 @@ def test_labels_that_cannot_be_learned(label, message, model_type):
     model = tiny_model("llama") if model_type == "llama" else make(model_type)
     with pytest.raises(CalibrationError, match=message):
         batch_of(model, labels=torch.full((3, 9), label))
+
+
+def test_labels_and_ids_that_do_not_fit(model, ids):
+    t5 = make("t5")
+    with pytest.raises(CalibrationError, match=r"\(3, 5\).*\(3, 6\)"):
+        batch_of(t5, labels=labels_of(), decoder_input_ids=labels_of(5).clamp(min=6))
+    with pytest.raises(CalibrationError, match="token ids run from 1000000"):
+        batch_of(t5, decoder_input_ids=torch.full((3, 5), 10**6))
+    with pytest.raises(CalibrationError, match=r"of the shape of the token ids, \(12, 8\); got \(12, 7\)"):
+        prepare([{"input_ids": ids, "labels": ids[:, :7]}], model, None)
 
 
 # --- which tokens count -----------------------------------------------------------------------------------------------

@@ -141,8 +141,6 @@ def _shorten(text: str, longest: int) -> str:
     return text if len(text) <= longest else text[: text.rfind(" ", 0, longest)].rstrip(",:; ") + " …"
 
 
-# --- the document -----------------------------------------------------------------------------------------------------
-
 COUNTS = """## Causal language models: the three counts
 
 | | model types |
@@ -191,9 +189,6 @@ def documented(text: str) -> dict[str, dict[str, Verdict]]:
             name, *rest = (cell.strip() for cell in line.strip("|").split("|"))
             table[name.strip("`")] = Verdict(name.strip("`"), *rest)
     return tables
-
-
-# --- the command ------------------------------------------------------------------------------------------------------
 
 
 def run(wanted: Iterable[str]) -> tuple[dict[str, list[Verdict]], list[str]]:

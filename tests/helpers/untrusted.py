@@ -58,9 +58,6 @@ def make_checkpoints(root):
     return folders
 
 
-# --- loading under guard ----------------------------------------------------------------------------------------------
-
-
 class TooSlow(BaseException):
     """No Exception, so that nothing on the way catches it."""
 
