@@ -1,6 +1,5 @@
 """Calibration data: every kind in, the same batches out, and nothing but real tokens in the masks."""
 
-import logging
 from types import SimpleNamespace
 
 import pytest
@@ -146,8 +145,7 @@ def test_the_mask_of_embeddings_is_boolean(model):
 
 def test_texts_beyond_the_models_positions_are_truncated_with_a_note(model, tokenizer, caplog):
     long = [words(POSITIONS + extra, seed=extra) for extra in (-1, 0, 1, 30)]
-    with caplog.at_level(logging.WARNING, logger="hf_compress"):
-        calibration = prepare(long, model, tokenizer)
+    calibration = prepare(long, model, tokenizer)
     assert f"2 calibration samples are longer than {POSITIONS} positions and were truncated" in caplog.text
     assert calibration.truncated == 2
     assert [len(row) for row in real_rows(calibration)] == [POSITIONS - 1, POSITIONS, POSITIONS, POSITIONS]
@@ -157,16 +155,14 @@ def test_texts_beyond_the_models_positions_are_truncated_with_a_note(model, toke
 def test_tensors_beyond_the_limit_are_truncated_with_a_note(model, ids, caplog):
     for data in (ids, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ids.tolist()):
         caplog.clear()
-        with caplog.at_level(logging.WARNING, logger="hf_compress"):
-            calibration = prepare(data, model, None, DataOptions(max_length=6))
+        calibration = prepare(data, model, None, DataOptions(max_length=6))
         assert "12 calibration samples are longer than 6 positions" in caplog.text
         assert real_rows(calibration) == ids[:, :6].tolist()
         assert all(value.shape[1] == 6 for batch in calibration for value in batch.inputs.values())
 
 
 def test_nothing_is_said_when_nothing_is_truncated(model, ids, caplog):
-    with caplog.at_level(logging.WARNING, logger="hf_compress"):
-        assert prepare(ids, model, None, DataOptions(max_length=8)).truncated == 0
+    assert prepare(ids, model, None, DataOptions(max_length=8)).truncated == 0
     assert not caplog.records
 
 

@@ -1,7 +1,6 @@
 """Containers of texts and tokens: every kind gives the same samples, and what never ends is read up to a bound."""
 
 import itertools
-import logging
 
 import pandas as pd
 import pyarrow as pa
@@ -140,13 +139,11 @@ ENDLESS = {
 @pytest.mark.parametrize("kind", ENDLESS)
 def test_what_never_ends_is_read_up_to_a_bound_that_is_told(kind, model, tokenizer, monkeypatch, caplog):
     monkeypatch.setattr(reading, "BOUND", 10)
-    with caplog.at_level(logging.WARNING, logger="hf_compress"):
-        samples = prepare(ENDLESS[kind](), model, tokenizer).samples
+    samples = prepare(ENDLESS[kind](), model, tokenizer).samples
     assert "no length, so only its first 1" in caplog.text
     assert samples == (1 if kind == "empty texts" else 12 if "batch" in kind or "loader" in kind else 10)
     caplog.clear()
-    with caplog.at_level(logging.WARNING, logger="hf_compress"):
-        assert prepare(ENDLESS[kind](), model, tokenizer, DataOptions(max_samples=2)).samples <= 3
+    assert prepare(ENDLESS[kind](), model, tokenizer, DataOptions(max_samples=2)).samples <= 3
     assert not caplog.records, "what was asked for need not be told"
 
 
@@ -164,16 +161,14 @@ def test_what_never_ends_is_read_up_to_a_bound_that_is_told(kind, model, tokeniz
 )
 def test_what_has_a_length_is_taken_whole_unless_asked(data, model, tokenizer, monkeypatch, caplog):
     monkeypatch.setattr(reading, "BOUND", 10)
-    with caplog.at_level(logging.WARNING, logger="hf_compress"):
-        assert prepare(data, model, tokenizer).samples == 30
-        assert prepare(data, model, tokenizer, DataOptions(max_samples=6)).samples == 6
+    assert prepare(data, model, tokenizer).samples == 30
+    assert prepare(data, model, tokenizer, DataOptions(max_samples=6)).samples == 6
     assert not caplog.records
 
 
 def test_an_end_at_the_bound_is_no_cut(model, tokenizer, monkeypatch, caplog):
     monkeypatch.setattr(reading, "BOUND", 10)
-    with caplog.at_level(logging.WARNING, logger="hf_compress"):
-        assert prepare(iter(["w1"] * 10), model, tokenizer).samples == 10
+    assert prepare(iter(["w1"] * 10), model, tokenizer).samples == 10
     assert not caplog.records
 
 
