@@ -18,7 +18,6 @@ from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.data import Calibration, DataOptions, prepare
 from tests.helpers.language import WORDS, tiny_llama, word_tokenizer, words
-from tests.helpers.tiny import tiny_model
 
 LENGTHS = (9, 3, 12, 5, 7, 12, 4, 10, 6, 11, 8, 5)
 
@@ -67,9 +66,3 @@ def calibration(model: PreTrainedModel, framing_tokenizer: PreTrainedTokenizerFa
 def ids() -> Tensor:
     """(12, 8) token ids, none special."""
     return torch.randint(4, len(WORDS), (12, 8), generator=torch.Generator().manual_seed(5))
-
-
-@pytest.fixture
-def tiny() -> Callable[..., PreTrainedModel]:
-    """A causal model of a given type, in which every parameter matters."""
-    return tiny_model

@@ -1,19 +1,15 @@
 """The sixth method that CONTRIBUTING.md shows works as it stands there: one file, one name."""
 
-from __future__ import annotations
-
 import ast
 import importlib
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from textwrap import dedent
-from types import ModuleType
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
 import hf_compress
@@ -30,7 +26,7 @@ MODULE = "hf_compress.methods.quiet_attention"
 
 
 @pytest.fixture
-def quiet_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+def quiet_attention(tmp_path, monkeypatch):
     """The file beside those of the other methods, and its name among the public ones; gone again afterwards."""
     (tmp_path / "quiet_attention.py").write_text(METHOD, encoding="utf-8")
     settings.method_names()  # the methods that are there have to be registered before the tables are copied
@@ -44,13 +40,7 @@ def quiet_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     vars(hf_compress).pop("QuietAttentionConfig", None)
 
 
-def test_it_compresses_saves_and_loads(
-    quiet_attention: ModuleType,
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    texts: list[str],
-    tmp_path: Path,
-) -> None:
+def test_it_compresses_saves_and_loads(quiet_attention, model, tokenizer, texts, tmp_path):
     for quiet in (1, 3):
         model.model.layers[quiet].self_attn.o_proj.weight.data *= 1e-3
     kept = [model.model.layers[index] for index in (0, 2, 4)]
@@ -64,12 +54,10 @@ def test_it_compresses_saves_and_loads(
         assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
 
 
-def test_what_it_measures(
-    quiet_attention: ModuleType, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[str]
-) -> None:
+def test_what_it_measures(quiet_attention, model, tokenizer, texts):
     config = quiet_attention.QuietAttentionConfig()
     measured = hf_compress.make_plan(model, config, texts, tokenizer).notes["attention_writes"]
-    seen: list[float] = []
+    seen = []
     for layer in model.model.layers:
         layer.self_attn.register_forward_hook(lambda _, args, output: seen.append(output[0].double().square().sum()))
     with torch.no_grad():
@@ -79,18 +67,18 @@ def test_what_it_measures(
     assert measured == pytest.approx(expected.tolist(), rel=1e-5)
 
 
-def test_it_refuses(quiet_attention: ModuleType, model: LlamaForCausalLM) -> None:
+def test_it_refuses(quiet_attention, model):
     with pytest.raises(ValueError, match=r"ratio must be .*; got 1\.5"):
         quiet_attention.QuietAttentionConfig(ratio=1.5)
     with pytest.raises(CalibrationError, match="pass calibration="):
         compress(model, quiet_attention.QuietAttentionConfig())
 
 
-def test_the_command_line_knows_it(quiet_attention: ModuleType) -> None:
+def test_the_command_line_knows_it(quiet_attention):
     shown = CliRunner().invoke(app, ["methods"])
     assert "quiet_attention" in shown.output
     assert "share of the blocks to leave out" in " ".join(shown.output.split())
 
 
-def test_it_leaves_nothing_behind() -> None:
+def test_it_leaves_nothing_behind():
     assert "quiet_attention" not in settings.method_names()

@@ -1,7 +1,5 @@
 """The pages: links lead somewhere, what they name is there, and the README's picture is made as it says."""
 
-from __future__ import annotations
-
 import re
 import runpy
 import sys
@@ -24,7 +22,7 @@ DOTTED = re.compile(r"\bhf_compress(?:\.\w+)+")
 PUBLIC = re.compile(r"\bhfc\.(\w+)")
 
 
-def words(page: Path) -> str:
+def words(page):
     """What a page says, without what commands print, and CONTRIBUTING.md's example, a method that is not there."""
     example = r"\S*(?:quiet_attention|QuietAttention)\S*"
     return re.sub(
@@ -32,13 +30,13 @@ def words(page: Path) -> str:
     )
 
 
-def anchors(page: Path) -> set[str]:
+def anchors(page):
     """The names by which GitHub links to the headings of a page."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def missing(name: str) -> bool:
+def missing(name):
     """Whether a dotted name is neither a module nor something in one."""
     home, _, last = name.rpartition(".")
     try:
@@ -48,7 +46,7 @@ def missing(name: str) -> bool:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_what_a_page_names_is_there(page: Path) -> None:
+def test_what_a_page_names_is_there(page):
     text = words(page)
     dead = []
     for link in LINK.findall(text):
@@ -62,16 +60,14 @@ def test_what_a_page_names_is_there(page: Path) -> None:
     assert dead == []
 
 
-def test_the_index_has_every_page() -> None:
+def test_the_index_has_every_page():
     listed = {
         link for link in LINK.findall((ROOT / "docs" / "README.md").read_text(encoding="utf-8")) if "/" not in link
     }
     assert listed == {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
 
 
-def test_the_picture_of_the_readme_is_made_by_the_command_beneath_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_picture_of_the_readme_is_made_by_the_command_beneath_it(tmp_path, monkeypatch):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     picture, script = re.findall(r"\]\((docs/img/\S+)\)[^`]*`python (\S+)`", readme)[0]
     drawn = tmp_path / Path(picture).name

@@ -46,17 +46,21 @@ def public(name: str) -> str:
     return "" if name.startswith("__") else hf_compress._PUBLIC.get(name, f"hf_compress.{name}")
 
 
+def statements(source: str) -> list[ast.Import | ast.ImportFrom]:
+    return [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import | ast.ImportFrom)]
+
+
 def imports_of(source: str, module: str, package: bool = False) -> list[str]:
     """The modules of hf_compress that a module imports: in functions and under TYPE_CHECKING, too."""
     found: list[str] = []
-    for node in ast.walk(ast.parse(source)):
+    for node in statements(source):
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.level:
+        elif node.level:
             parts = module.split(".")[: None if package and node.level == 1 else -node.level + package]
             base = ".".join([*parts, *([node.module] if node.module else [])])
             found += [base] if node.module else [f"{base}.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
+        else:
             found += [public(a.name) for a in node.names] if node.module == "hf_compress" else [node.module or ""]
     return [name for name in found if name.startswith("hf_compress.")]
 
@@ -125,29 +129,21 @@ def test_what_this_test_can_see(source, expected):
 
 def test_numerics_know_nothing_of_transformers():
     for path in (PACKAGE / "numerics").glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        for node in statements(path.read_text(encoding="utf-8")):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
             assert not any(name.startswith("transformers") for name in names), path
 
 
 def shared_otherwise(source: str) -> list[str]:
     """What a test takes from other tests, from conftest, from examples or from benchmarks."""
     found: list[str] = []
-    for node in ast.walk(ast.parse(source)):
+    for node in statements(source):
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
+        else:
             module = "." * node.level + (node.module or "")
             found += [f"{module}.{alias.name}" for alias in node.names] if module == "tests" else [module]
-    foreign = {
-        "",
-        "conftest",
-        "tests",
-        "examples",
-        "benchmarks",
-        *(path.name for path in TESTS.iterdir() if path.is_dir()),
-    }
+    foreign = {"", "conftest", "tests", "examples", "benchmarks"} | {path.name for path in TESTS.iterdir()}
     return [name for name in found if name.split(".")[0] in foreign and not name.startswith("tests.helpers")]
 
 

@@ -14,7 +14,7 @@ FILES = sorted([*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "examples").glob("
 
 
 @pytest.fixture(autouse=True)
-def _as_it_was(monkeypatch: pytest.MonkeyPatch) -> object:
+def _as_it_was(monkeypatch):
     """Scripts import their neighbours, and turn Transformers' messages down."""
     level, modules = logging.get_verbosity(), set(sys.modules)
     yield
@@ -24,17 +24,15 @@ def _as_it_was(monkeypatch: pytest.MonkeyPatch) -> object:
         del sys.modules[name]
 
 
-def run(path: Path, name: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+def run(path, name, monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", [str(path), *arguments])
     monkeypatch.syspath_prepend(path.parent)
     runpy.run_path(str(path), run_name=name)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
-def test_it_works_only_when_it_is_run_and_has_a_help(
-    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def working(*_: object, **__: object) -> None:
+def test_it_works_only_when_it_is_run_and_has_a_help(path, monkeypatch, capsys):
+    def working(*_, **__):
         raise AssertionError("makes a model when it is imported")
 
     monkeypatch.setattr(PreTrainedModel, "__init__", working)

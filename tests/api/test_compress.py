@@ -21,9 +21,6 @@ METHODS = {"mka": REFIT, "paper": PAPER, "drop_blocks": DROP}
 SMALL = DataOptions(batch_size=3)
 
 
-# --- what comes out ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_the_model_itself_is_changed_and_returned(model, framing_tokenizer, texts, method):
     result = compress(model, METHODS[method], texts, framing_tokenizer, SMALL)
@@ -33,33 +30,24 @@ def test_the_model_itself_is_changed_and_returned(model, framing_tokenizer, text
     assert leftovers(model) == []
 
 
-def test_the_report(model, framing_tokenizer, texts):
+def test_the_report(model, framing_tokenizer, texts, tmp_path):
     parameters = sum(p.numel() for p in model.parameters())
     block = sum(p.numel() for p in model.model.layers[0].parameters())
     report = compress(model, REFIT, texts, framing_tokenizer, SMALL).compression_report
     assert isinstance(report, CompressionReport)
     assert (report.method, report.config) == ("mka", REFIT.to_dict())
-    assert report.before.blocks == {"model.layers": 5}
-    assert report.after.blocks == {"model.layers": 3}
-    assert report.before.parameters == parameters
-    assert report.after.parameters == parameters - 2 * block
+    assert (report.before.blocks, report.before.parameters) == ({"model.layers": 5}, parameters)
+    assert (report.after.blocks, report.after.parameters) == ({"model.layers": 3}, parameters - 2 * block)
     assert report.before.bytes - report.after.bytes >= 8 * block
     assert report.calibration == {"samples": 12, "tokens": sum(len(t.split()) for t in texts), "truncated": 0}
     assert report.stages[0].parity is True
     assert {edit["edit"] for edit in report.edits} == {"MergeBlocks"}
     assert sum(len(edit["absorbed"]) for edit in report.edits) == 2
     names = [step.name for step in report.stages[0].steps]
-    assert names[0] == "prepare calibration data"
-    assert names[-1] == "apply and check"
+    assert (names[0], names[-1]) == ("prepare calibration data", "apply and check")
     assert all(step.seconds >= 0 for step in report.stages[0].steps)
     assert {"python", "torch", "transformers"} <= set(report.stages[0].environment)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_the_report_comes_back_from_json(model, framing_tokenizer, texts, tmp_path, method):
-    report = compress(model, METHODS[method], texts, framing_tokenizer, SMALL).compression_report
     text = report.to_json(tmp_path / "report.json")
-    assert CompressionReport.from_json(text) == report
     assert json.loads((tmp_path / "report.json").read_text()) == json.loads(text) == report.to_dict()
 
 
@@ -81,21 +69,6 @@ def test_a_compressed_model_can_be_compressed_again(model, framing_tokenizer, te
     assert [stage.before.blocks for stage in model.compression_report.stages] == [{"model.layers": n} for n in (5, 3)]
 
 
-# --- bad input: a typed error, and the model as it was ----------------------------------------------------------------
-
-
-def spoil(model, value):
-    with torch.no_grad():
-        model.model.layers[2].self_attn.o_proj.weight[0, 0] = value
-
-
-def overflow(model):
-    """Weights that are finite, and activations that are not."""
-    with torch.no_grad():
-        model.model.layers[3].mlp.down_proj.weight.fill_(3e38)
-        model.model.layers[3].mlp.up_proj.weight.fill_(3e38)
-
-
 def test_how_many_samples_are_needed_is_said(model, tokenizer, texts):
     config = MKAConfig(num_merges=1, variant="paper", components=11)
     with pytest.raises(CalibrationError, match=r"12 calibration samples are too few.*at least 13 are needed"):
@@ -105,18 +78,10 @@ def test_how_many_samples_are_needed_is_said(model, tokenizer, texts):
         compress(tiny_model("llama"), MKAConfig(num_merges=1), torch.full((7, 5), 9))
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_activations_that_are_not_finite_name_the_block(model, framing_tokenizer, texts, method):
-    overflow(model)
-    with refusing(model, CalibrationError, r"block model\.layers\.3 gives NaN or infinite activations"):
-        compress(model, METHODS[method], texts, framing_tokenizer)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
-def test_weights_that_are_not_finite_are_named(model, framing_tokenizer, texts, value):
-    spoil(model, value)
+def test_weights_that_are_no_numbers_are_named(model):
+    model.model.layers[2].self_attn.o_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"model\.layers\.2\.self_attn\.o_proj\.weight holds NaN or infinity"):
-        compress(model, REFIT, texts, framing_tokenizer)
+        compress(model, DROP)
 
 
 @pytest.mark.parametrize(
@@ -153,13 +118,9 @@ def test_a_model_cast_whole_would_load_with_other_buffers(model):
         compress(model, DropBlocksConfig(num_blocks=1, criterion="last"))
 
 
-def test_weights_on_the_meta_device(model):
-    with torch.device("meta"):
-        empty = type(model)(model.config)
-    with pytest.raises(UnsupportedModelError, match=r"such as model\.embed_tokens\.weight, are on the meta device"):
-        compress(empty, DROP)
+def test_one_block_on_the_meta_device(model):
     model.model.layers[4].to("meta")
-    with pytest.raises(UnsupportedModelError, match=r"such as model\.layers\.4\."):
+    with pytest.raises(UnsupportedModelError, match=r"such as model\.layers\.4\..*, are on the meta device"):
         compress(model, DROP)
 
 
@@ -180,18 +141,3 @@ def test_something_that_is_no_model(thing):
 def test_something_that_is_no_config(model, function, thing):
     with pytest.raises(TypeError, match=r"config must be a method's settings, such as MKAConfig\(ratio=0.25\)"):
         function(model, thing)
-
-
-# --- interruption -----------------------------------------------------------------------------------------------------
-
-
-def test_an_interruption_of_the_check_leaves_the_model_as_it_was(model, framing_tokenizer, texts, monkeypatch):
-    import hf_compress.rewrite.apply as apply_module
-
-    def interrupt(model, probe):
-        assert len(model.model.layers) == 3
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(apply_module, "check_parity", interrupt)
-    with refusing(model, KeyboardInterrupt):
-        compress(model, REFIT, texts, framing_tokenizer, SMALL)

@@ -12,25 +12,11 @@ from hf_compress.calibration.capture import forward, inference, watch_arguments
 from hf_compress.calibration.data import prepare
 from hf_compress.calibration.objective import first_tensor
 from tests.helpers.language import WORDS, tiny_llama
+from tests.helpers.round_trip import LLAMA, TEXT
 from tests.helpers.tiny import tiny_base_model, tiny_config
 
-SIZES = {
-    "vocab_size": len(WORDS),
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-}
-FLAGS = {
-    "tuples": {"return_dict": False},
-    "router logits": {"output_router_logits": True},
-    "all": {
-        "return_dict": False,
-        "output_router_logits": True,
-        "output_hidden_states": True,
-        "output_attentions": True,
-    },
-}
+FLAGS = {"tuples": {"return_dict": False}, "router logits": {"output_router_logits": True}}
+FLAGS["all"] = FLAGS["tuples"] | FLAGS["router logits"] | {"output_hidden_states": True, "output_attentions": True}
 METHODS = {
     "influence": hfc.DropBlocksConfig(num_blocks=1),
     "perplexity": hfc.DropBlocksConfig(num_blocks=1, criterion="perplexity"),
@@ -42,21 +28,14 @@ METHODS = {
 }
 
 
-def mixtral(**flags):
+MODELS = {"mixtral": (MixtralConfig, MixtralForCausalLM, LLAMA), "bert": (BertConfig, BertForMaskedLM, TEXT)}
+
+
+def build(name, **flags):
     torch.manual_seed(0)
-    config = MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=4, **flags)
-    config._attn_implementation = "eager"  # the only one that gives attentions
-    return MixtralForCausalLM(config).eval()
-
-
-def bert(**flags):
-    torch.manual_seed(0)
-    config = BertConfig(**SIZES, **flags)
-    config._attn_implementation = "eager"
-    return BertForMaskedLM(config).eval()
-
-
-MODELS = {"mixtral": mixtral, "bert": bert}
+    config, kind, sizes = MODELS[name]
+    # the only attention that gives its weights
+    return kind(config(**sizes, **flags, attn_implementation="eager")).eval()
 
 
 @pytest.mark.parametrize("flags", FLAGS)
@@ -65,7 +44,7 @@ MODELS = {"mixtral": mixtral, "bert": bert}
 def test_plans_do_not_hang_on_what_outputs_hold(kind, method, flags):
     """The same as without the flags, by value."""
     data = torch.randint(4, len(WORDS), (16, 24), generator=torch.Generator().manual_seed(0))
-    plain, flagged = MODELS[kind](), MODELS[kind](**FLAGS[flags])
+    plain, flagged = build(kind), build(kind, **FLAGS[flags])
     before = copy.deepcopy(vars(flagged.config))
     expected, found = (make_plan(model, METHODS[method], data) for model in (plain, flagged))
     assert found.edits == expected.edits
@@ -77,7 +56,7 @@ def test_plans_do_not_hang_on_what_outputs_hold(kind, method, flags):
 
 @pytest.mark.parametrize("flags", FLAGS)
 def test_compressed_models_keep_what_their_config_says(flags, ids):
-    model = mixtral(**FLAGS[flags])
+    model = build("mixtral", **FLAGS[flags])
     hfc.compress(model, hfc.DropBlocksConfig(num_blocks=1), ids)
     for name, value in FLAGS[flags].items():
         assert getattr(model.config, name) == value

@@ -1,6 +1,5 @@
 """Calibration data: every kind in, the same batches out, and nothing but real tokens in the masks."""
 
-import logging
 from types import SimpleNamespace
 
 import pytest
@@ -8,16 +7,16 @@ import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader, TensorDataset
 
-from hf_compress import DenseConfig, DenseForClassification
 from hf_compress.calibration.data import Batch, Calibration, DataOptions, position_limit, prepare, special_ids
 from hf_compress.errors import CalibrationError
 from tests.helpers.language import POSITIONS, WORDS, words
+from tests.helpers.relevance import dense
 from tests.helpers.tiny import tiny_base_model, tiny_model
 
 BOS, EOS, PAD = WORDS.index("<s>"), WORDS.index("</s>"), WORDS.index("<pad>")
 
 
-def real_rows(calibration: Calibration) -> list[list[int]]:
+def real_rows(calibration):
     """The token ids that count, sample by sample."""
     return [
         row[mask].tolist()
@@ -32,14 +31,6 @@ def rows(texts):
     return [[WORDS.index(word) for word in text.split()] for text in texts]
 
 
-@pytest.fixture
-def square(ids):
-    return ids.tolist()
-
-
-# --- kinds of data ----------------------------------------------------------------------------------------------------
-
-
 def test_texts(model, framing_tokenizer, texts, rows):
     calibration = prepare(texts, model, framing_tokenizer, DataOptions(batch_size=5))
     assert real_rows(calibration) == rows
@@ -52,19 +43,11 @@ def test_texts(model, framing_tokenizer, texts, rows):
     assert first.inputs["attention_mask"][1].tolist() == [1] * 5 + [0] * 9
 
 
-@pytest.mark.parametrize("column", ["text", "body"])
-def test_dataset_of_texts_whose_column_is_found(model, tokenizer, texts, rows, column):
-    data = Dataset.from_dict({column: texts, "number": list(range(12))})
-    assert real_rows(prepare(data, model, tokenizer)) == rows
-
-
-def test_dataset_of_texts_whose_column_is_named(model, tokenizer, texts, rows):
-    data = Dataset.from_dict({"title": ["w1"] * 12, "body": texts})
-    assert real_rows(prepare(data, model, tokenizer, DataOptions(text_column="body"))) == rows
-
-
-def test_the_column_text_wins_over_others(model, tokenizer, texts, rows):
-    assert real_rows(prepare(Dataset.from_dict({"a": ["w1"] * 12, "text": texts}), model, tokenizer)) == rows
+def padded(rows):
+    """On the left, by an id that is no special token."""
+    longest = max(map(len, rows))
+    masks = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+    return Dataset.from_dict({"input_ids": [[7] * (longest - len(row)) + row for row in rows], "attention_mask": masks})
 
 
 @pytest.mark.parametrize("form", [None, "torch", "numpy"])
@@ -72,16 +55,17 @@ def test_dataset_of_ids_in_any_format(model, rows, form):
     assert real_rows(prepare(Dataset.from_dict({"input_ids": rows}).with_format(form), model, None)) == rows
 
 
-def test_padding_in_a_dataset_of_ids_is_left_out(model, rows):
-    longest = max(map(len, rows))
-    padded = [[7] * (longest - len(row)) + row for row in rows]  # on the left, by an id that is no special token
-    masks = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
-    data = Dataset.from_dict({"input_ids": padded, "attention_mask": masks})
-    assert real_rows(prepare(data, model, None)) == rows
+@pytest.mark.parametrize("make", [padded, list])
+def test_padding_in_a_dataset_of_ids_is_left_out_and_lists_of_ids_have_none(model, rows, make):
+    assert real_rows(prepare(make(rows), model, None)) == rows
 
 
-def test_lists_of_ids(model, rows):
-    assert real_rows(prepare(rows, model, None)) == rows
+@pytest.mark.parametrize(
+    ("columns", "named"), [(("a", "text"), None), (("title", "body"), "body")], ids=["called text", "named"]
+)
+def test_of_two_columns_of_texts_one_is_meant(model, tokenizer, texts, rows, columns, named):
+    data = Dataset.from_dict({columns[0]: ["w1"] * 12, columns[1]: texts})
+    assert real_rows(prepare(data, model, tokenizer, DataOptions(text_column=named))) == rows
 
 
 def test_a_generator_is_read_once_and_kept(model, tokenizer, texts, rows):
@@ -89,42 +73,29 @@ def test_a_generator_is_read_once_and_kept(model, tokenizer, texts, rows):
     assert real_rows(calibration) == real_rows(calibration) == rows
 
 
-def test_long_tensor(model, ids, square):
-    calibration = prepare(ids, model, None, DataOptions(batch_size=5))
-    assert real_rows(calibration) == square
-    assert len(calibration) == 3
-
-
-def loader_of_dicts(ids):
-    return DataLoader([{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids], batch_size=4)
-
-
 LOADERS = {
-    "dicts": loader_of_dicts,
+    "dicts": lambda ids: DataLoader(
+        [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids], batch_size=4
+    ),
     "dicts with labels and what the model does not know": lambda ids: DataLoader(
         [{"input_ids": row, "labels": row, "name": "a text", "source_id": 3} for row in ids], batch_size=4
     ),
+    "a tensor": lambda ids: ids,
     "tensors": lambda ids: DataLoader(ids, batch_size=4),
+    "a mapping": lambda ids: {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": 0 * ids},
     "pairs": lambda ids: DataLoader(TensorDataset(ids, torch.zeros(len(ids))), batch_size=4),
     "pairs of a dict and labels": lambda ids: [({"input_ids": part}, part) for part in ids.split(4)],
-    "generator of tensors": lambda ids: (part for part in ids.split(4)),
+    "generator of tensors": lambda ids: iter(ids.split(4)),
 }
 
 
 @pytest.mark.parametrize("kind", LOADERS)
-def test_batches(model, ids, square, kind):
-    calibration = prepare(LOADERS[kind](ids), model, None)
-    assert real_rows(calibration) == square
-    assert len(calibration) == 3
+def test_batches(model, ids, kind):
+    calibration = prepare(LOADERS[kind](ids), model, None, DataOptions(batch_size=4))
+    assert real_rows(calibration) == ids.tolist()
+    assert [batch.samples for batch in calibration] == [4, 4, 4]
     for batch in calibration:
         assert set(batch.inputs) <= {"input_ids", "attention_mask"}
-
-
-def test_mapping_is_cut_into_batches(model, ids, square):
-    mapping = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
-    calibration = prepare(mapping, model, None, DataOptions(batch_size=4))
-    assert [batch.samples for batch in calibration] == [4, 4, 4]
-    assert real_rows(calibration) == square
 
 
 @pytest.mark.parametrize("options", [{}, {"return_tensors": "pt", "padding": True}])
@@ -132,30 +103,21 @@ def test_what_a_tokenizer_returns(model, framing_tokenizer, texts, rows, options
     assert real_rows(prepare(framing_tokenizer(texts, **options), model, framing_tokenizer)) == rows
 
 
-def test_pixel_values():
+@pytest.mark.parametrize("dataset", [False, True])
+def test_pixel_values(dataset):
     model = tiny_base_model("vit")
     size = model.config.image_size
     images = torch.randn(5, 3, size, size)
-    calibration = prepare(images, model, None, DataOptions(batch_size=2))
+    data = Dataset.from_dict({"pixel_values": images.tolist(), "label": [0] * 5}) if dataset else images
+    calibration = prepare(data, model, None, DataOptions(batch_size=2))
     assert [list(batch.inputs) for batch in calibration] == [["pixel_values"]] * 3
     assert all(batch.real is None for batch in calibration)
     assert torch.equal(torch.cat([batch.inputs["pixel_values"] for batch in calibration]), images)
     assert calibration.describe() == {"samples": 5, "tokens": 0, "truncated": 0}
 
 
-def test_dataset_of_pixel_values():
-    model = tiny_base_model("vit")
-    size = model.config.image_size
-    images = torch.randn(3, 3, size, size)
-    calibration = prepare(Dataset.from_dict({"pixel_values": images.tolist(), "label": [0, 1, 2]}), model, None)
-    torch.testing.assert_close(calibration.batches[0].inputs["pixel_values"], images)
-
-
 def test_prepared_data_passes_through(model, calibration):
     assert prepare(calibration, model, None) is calibration
-
-
-# --- what counts ------------------------------------------------------------------------------------------------------
 
 
 def test_masked_and_special_tokens_of_a_batch_do_not_count(model, ids):
@@ -178,17 +140,12 @@ def test_special_ids_are_the_tokenizers_or_else_the_configs(tokenizer):
 def test_the_mask_of_embeddings_is_boolean(model):
     batch = {"inputs_embeds": torch.randn(2, 4, 16), "attention_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])}
     real = prepare(batch, model, None).batches[0].real
-    assert real.dtype == torch.bool
-    assert real.sum() == 7
-
-
-# --- length -----------------------------------------------------------------------------------------------------------
+    assert (real.dtype, real.sum()) == (torch.bool, 7)
 
 
 def test_texts_beyond_the_models_positions_are_truncated_with_a_note(model, tokenizer, caplog):
     long = [words(POSITIONS + extra, seed=extra) for extra in (-1, 0, 1, 30)]
-    with caplog.at_level(logging.WARNING, logger="hf_compress"):
-        calibration = prepare(long, model, tokenizer)
+    calibration = prepare(long, model, tokenizer)
     assert f"2 calibration samples are longer than {POSITIONS} positions and were truncated" in caplog.text
     assert calibration.truncated == 2
     assert [len(row) for row in real_rows(calibration)] == [POSITIONS - 1, POSITIONS, POSITIONS, POSITIONS]
@@ -198,16 +155,14 @@ def test_texts_beyond_the_models_positions_are_truncated_with_a_note(model, toke
 def test_tensors_beyond_the_limit_are_truncated_with_a_note(model, ids, caplog):
     for data in (ids, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ids.tolist()):
         caplog.clear()
-        with caplog.at_level(logging.WARNING, logger="hf_compress"):
-            calibration = prepare(data, model, None, DataOptions(max_length=6))
+        calibration = prepare(data, model, None, DataOptions(max_length=6))
         assert "12 calibration samples are longer than 6 positions" in caplog.text
         assert real_rows(calibration) == ids[:, :6].tolist()
         assert all(value.shape[1] == 6 for batch in calibration for value in batch.inputs.values())
 
 
 def test_nothing_is_said_when_nothing_is_truncated(model, ids, caplog):
-    with caplog.at_level(logging.WARNING, logger="hf_compress"):
-        assert prepare(ids, model, None, DataOptions(max_length=8)).truncated == 0
+    assert prepare(ids, model, None, DataOptions(max_length=8)).truncated == 0
     assert not caplog.records
 
 
@@ -224,8 +179,6 @@ def test_roberta_loses_the_positions_up_to_its_padding_index():
     with pytest.raises((IndexError, RuntimeError), match="out of"):
         model(torch.full((1, longest.shape[1] + 1), 9))
 
-
-# --- bad input --------------------------------------------------------------------------------------------------------
 
 VOCABULARY = len(WORDS)
 BAD = {
@@ -257,47 +210,24 @@ def test_bad_data(model, tokenizer, kind):
         prepare(make(), model, tokenizer)
 
 
-def test_texts_without_a_tokenizer(model, texts):
-    with pytest.raises(CalibrationError, match="pass tokenizer="):
-        prepare(texts, model, None)
-
-
-def test_a_column_that_is_not_there(model, tokenizer, texts):
-    with pytest.raises(CalibrationError, match=r"columns \['text'\].*text_column= \(got 'body'\)"):
-        prepare(Dataset.from_dict({"text": texts}), model, tokenizer, DataOptions(text_column="body"))
-
-
-def test_two_columns_of_strings_and_none_named(model, tokenizer, texts):
-    with pytest.raises(CalibrationError, match=r"\['a', 'b'\]; name the one"):
-        prepare(Dataset.from_dict({"a": texts, "b": texts}), model, tokenizer)
-
-
-def test_a_batch_counts_its_samples():
-    assert Batch({"input_ids": torch.zeros(3, 4)}, None).samples == 3
-
-
 @pytest.mark.parametrize("form", ["mapping", "tuples", "loader"])
 def test_classes_come_along(form):
     """One class a sample, cut into batches with the samples; what else may be called labels is left alone."""
-    classifier, values, classes = tiny_classifier(), torch.randn(10, 6), torch.arange(10) % 3
+    values, classes = torch.randn(10, 6), torch.arange(10) % 3
     data = {
         "mapping": {"input_values": values, "labels": classes},
         "tuples": [(values[:4], classes[:4]), (values[4:], classes[4:])],
         "loader": DataLoader(TensorDataset(values, classes), batch_size=4),
     }[form]
-    batches = prepare(data, classifier, None, DataOptions(batch_size=4)).batches
+    batches = prepare(data, dense(), None, DataOptions(batch_size=4)).batches
     assert torch.equal(torch.cat([batch.labels for batch in batches]), classes)
     assert all(len(batch.labels) == batch.samples for batch in batches)
 
 
-@pytest.mark.parametrize("labels", [None, torch.randn(10), torch.ones(10, 2, dtype=torch.long)])
+@pytest.mark.parametrize("labels", [{}, {"labels": torch.randn(10)}, {"labels": torch.ones(10, 2, dtype=torch.long)}])
 def test_labels_that_are_no_classes(labels):
-    data = {"input_values": torch.randn(10, 6), **({} if labels is None else {"labels": labels})}
-    assert all(batch.labels is None for batch in prepare(data, tiny_classifier(), None))
-
-
-def tiny_classifier():
-    return DenseForClassification(DenseConfig(input_size=6, hidden_size=8, intermediate_size=12, num_labels=3))
+    data = {"input_values": torch.randn(10, 6), **labels}
+    assert all(batch.labels is None for batch in prepare(data, dense(), None))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What an encoder-decoder is to say: labels and what its decoder reads, against Transformers' own loss and by hand."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,19 +21,11 @@ from hf_compress.methods.lrp.scores import watch_rows
 from tests.helpers.language import POSITIONS
 from tests.helpers.tiny import tiny_base_model, tiny_config, tiny_inputs, tiny_model, tiny_seq2seq_model
 
-TYPES = (
-    "t5",
-    "t5gemma",
-    "bart",
-    "pegasus",
-    "mbart",
-    "plbart",
-    "marian",
-    "blenderbot",
-    "m2m_100",
-    "whisper",
-    "bert2bert",
-)
+TYPES = [
+    *("t5", "t5gemma", "bart", "pegasus", "mbart", "plbart", "marian"),
+    *("blenderbot", "m2m_100", "whisper", "bert2bert"),
+]
+NAMES = ("input_ids", "attention_mask", "labels")
 STACKS = {"t5": ("encoder.block", "decoder.block"), "bart": ("model.encoder.layers", "model.decoder.layers")}
 
 
@@ -70,81 +63,71 @@ def loss_of(model, batch):
     return loss / weight
 
 
+@torch.no_grad()
+def own_loss(model, **inputs):
+    """Transformers' own."""
+    return pytest.approx(model(**inputs).loss.item(), rel=1e-5)
+
+
+def batch_of(model, **more):
+    (batch,) = prepare([{**inputs_of(model), **more}], model, None).batches
+    return batch
+
+
+def decoder_of(model):
+    return next(stack for stack in Anatomy(model).stacks if "decoder" in stack.path)
+
+
 @pytest.mark.parametrize("length", [6, 9], ids=["of another length", "as long as the text"])
 @pytest.mark.parametrize("given", ["labels", "labels and ids"])
 @pytest.mark.parametrize("model_type", TYPES)
 def test_the_loss_is_that_of_transformers(model_type, given, length):
     model, labels = make(model_type), labels_of(length)
-    inputs = inputs_of(model)
-    with torch.no_grad():
-        expected = model(**inputs, labels=labels).loss.item()
+    more = {}
     if given == "labels and ids" and hasattr(model, "prepare_decoder_input_ids_from_labels"):
-        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
-    (batch,) = prepare([{**inputs, "labels": labels}], model, None).batches
-    assert loss_of(model, batch) == pytest.approx(expected, rel=1e-5)
+        more["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
+    assert loss_of(model, batch_of(model, labels=labels, **more)) == own_loss(model, **inputs_of(model), labels=labels)
 
 
 @pytest.mark.parametrize("model_type", ["t5", "bart", "pegasus"])
 def test_the_ids_of_a_decoder_alone_say_what_follows_them(model_type):
     model = make(model_type)
     ids = torch.randint(6, 50, (3, 7), generator=torch.Generator().manual_seed(1))
-    inputs = {**inputs_of(model), "decoder_input_ids": ids}
-    (batch,) = prepare([inputs], model, None).batches
     with torch.no_grad():
-        logits = model(**inputs).logits
+        logits = model(**inputs_of(model), decoder_input_ids=ids).logits
     expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
-    assert loss_of(model, batch) == pytest.approx(expected, rel=1e-5)
+    assert loss_of(model, batch_of(model, decoder_input_ids=ids)) == pytest.approx(expected, rel=1e-5)
 
 
 def test_labels_from_a_collator(tokenizer, texts):
     """Rows of a tokenized dataset, text and labels each of their own lengths, padded by Transformers or by us."""
-    model = make("bart")
-    rows = [
-        dict(tokenizer(one), labels=tokenizer(two)["input_ids"]) for one, two in zip(texts, texts[::-1], strict=True)
-    ]
+    model, pairs = make("bart"), zip(texts, texts[::-1], strict=True)
+    rows = [dict(tokenizer(one), labels=tokenizer(two)["input_ids"]) for one, two in pairs]
     ours = prepare(rows, model, tokenizer, DataOptions(batch_size=4)).batches
     collator = DataCollatorForSeq2Seq(tokenizer)
     for start, batch in zip((0, 4, 8), ours, strict=True):
-        theirs = collator(
-            [{n: row[n] for n in ("input_ids", "attention_mask", "labels")} for row in rows[start : start + 4]]
-        )
+        theirs = collator([{n: row[n] for n in NAMES} for row in rows[start : start + 4]])
         (other,) = prepare([dict(theirs)], model, tokenizer).batches
-        with torch.no_grad():
-            expected = model(**theirs).loss.item()
-        assert loss_of(model, batch) == pytest.approx(expected, rel=1e-5)
-        assert loss_of(model, other) == pytest.approx(expected, rel=1e-5)
+        expected = own_loss(model, **theirs)
+        assert loss_of(model, batch) == expected
+        assert loss_of(model, other) == expected
 
 
 def test_padding_among_labels_is_not_learned():
     """Of whom did not put -100 in its place."""
     model, labels = make("t5"), labels_of()
-    inputs = inputs_of(model)
     padded = labels.masked_fill(labels == -100, model.config.pad_token_id)
-    ours, theirs = (prepare([{**inputs, "labels": one}], model, None).batches[0] for one in (padded, labels))
-    assert torch.equal(ours.targets, theirs.targets)
+    assert torch.equal(batch_of(model, labels=padded).targets, batch_of(model, labels=labels).targets)
 
 
 def test_what_is_longer_than_the_decoders_positions_is_cut_with_a_note(caplog):
     model = make("whisper")
     most = model.config.max_target_positions
-    batch = {**inputs_of(model), "labels": torch.randint(6, 50, (3, most + 5))}
-    calibration = prepare([batch], model, None)
+    calibration = prepare([{**inputs_of(model), "labels": torch.randint(6, 50, (3, most + 5))}], model, None)
+    (batch,) = calibration.batches
     assert calibration.truncated == 3
-    assert calibration.batches[0].targets.shape == calibration.batches[0].inputs["decoder_input_ids"].shape == (3, most)
-    loss_of(model, calibration.batches[0])
-
-
-@pytest.mark.parametrize(
-    ("extra", "message"),
-    [
-        ({"labels": labels_of(), "decoder_input_ids": labels_of(5).clamp(min=6)}, r"\(3, 5\).*\(3, 6\)"),
-        ({"decoder_input_ids": torch.full((3, 5), 10**6)}, "token ids run from 1000000"),
-    ],
-)
-def test_labels_and_ids_that_do_not_fit(extra, message):
-    model = make("t5")
-    with pytest.raises(CalibrationError, match=message):
-        prepare([{**inputs_of(model), **extra}], model, None)
+    assert batch.targets.shape == batch.inputs["decoder_input_ids"].shape == (3, most)
+    loss_of(model, batch)
 
 
 # --- causal language models -------------------------------------------------------------------------------------------
@@ -154,9 +137,7 @@ def test_a_prompt_that_is_not_learned(model, ids):
     labels = ids.clone()
     labels[:, :3] = -100
     (batch,) = prepare({"input_ids": ids, "labels": labels}, model, None, DataOptions(batch_size=12)).batches
-    with torch.no_grad():
-        expected = model(input_ids=ids, labels=labels).loss.item()
-    assert loss_of(model, batch) == pytest.approx(expected, rel=1e-5)
+    assert loss_of(model, batch) == own_loss(model, input_ids=ids, labels=labels)
     assert batch.real.all(), "statistics are of the prompt too"
 
 
@@ -165,9 +146,7 @@ def test_padding_is_never_learned(model, ids):
     mask = torch.ones_like(ids)
     mask[:, 5:] = 0
     (batch,) = prepare({"input_ids": ids, "attention_mask": mask, "labels": ids}, model, None, DataOptions(12)).batches
-    with torch.no_grad():
-        expected = model(input_ids=ids[:, :5], labels=ids[:, :5]).loss.item()
-    assert loss_of(model, batch) == pytest.approx(expected, rel=1e-5)
+    assert loss_of(model, batch) == own_loss(model, input_ids=ids[:, :5], labels=ids[:, :5])
 
 
 def test_long_texts_are_cut_with_their_labels(model):
@@ -176,22 +155,25 @@ def test_long_texts_are_cut_with_their_labels(model):
     assert torch.equal(batch.targets, ids[:, :POSITIONS])
 
 
-def test_labels_of_another_length_than_the_text(model, ids):
+@pytest.mark.parametrize("model_type", ["t5", "whisper", "llama"])
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [(-100, "labels of all tokens are -100"), (10**6, "to 1000000, but"), (-5, "from -5")],
+)
+def test_labels_that_cannot_be_learned(label, message, model_type):
+    model = tiny_model("llama") if model_type == "llama" else make(model_type)
+    with pytest.raises(CalibrationError, match=message):
+        batch_of(model, labels=torch.full((3, 9), label))
+
+
+def test_labels_and_ids_that_do_not_fit(model, ids):
+    t5 = make("t5")
+    with pytest.raises(CalibrationError, match=r"\(3, 5\).*\(3, 6\)"):
+        batch_of(t5, labels=labels_of(), decoder_input_ids=labels_of(5).clamp(min=6))
+    with pytest.raises(CalibrationError, match="token ids run from 1000000"):
+        batch_of(t5, decoder_input_ids=torch.full((3, 5), 10**6))
     with pytest.raises(CalibrationError, match=r"of the shape of the token ids, \(12, 8\); got \(12, 7\)"):
         prepare([{"input_ids": ids, "labels": ids[:, :7]}], model, None)
-
-
-@pytest.mark.parametrize("make_model", [lambda: make("t5"), lambda: make("whisper"), lambda: tiny_model("llama")])
-def test_labels_that_cannot_be_learned(make_model):
-    model = make_model()
-    inputs = inputs_of(model)
-    for labels, message in (
-        (-100, "labels of all tokens are -100"),
-        (10**6, "to 1000000, but"),
-        (-5, "from -5"),
-    ):
-        with pytest.raises(CalibrationError, match=message):
-            prepare([{**inputs, "labels": torch.full((3, 9), labels)}], model, None)
 
 
 # --- which tokens count -----------------------------------------------------------------------------------------------
@@ -200,7 +182,7 @@ def test_labels_that_cannot_be_learned(make_model):
 @pytest.mark.parametrize("model_type", ["t5", "bart", "bert2bert", "whisper"])
 def test_streams_are_masked_by_what_their_stack_reads(model_type):
     model, labels = make(model_type), labels_of(9)
-    (batch,) = prepare([{**inputs_of(model), "labels": labels}], model, None).batches
+    batch = batch_of(model, labels=labels)
     expected = F.pad(labels != -100, (1, -1), value=False)  # it reads the labels, one place to the right
     for stack in Anatomy(model).stacks:
         seen = []
@@ -213,22 +195,21 @@ def test_streams_are_masked_by_what_their_stack_reads(model_type):
             assert torch.equal(real, batch.inputs["attention_mask"].bool())
 
 
-def test_without_labels_a_decoder_reads_the_text():
-    for model in (make("t5"), make("bert2bert")):
-        (batch,) = prepare([inputs_of(model)], model, None).batches
-        stack = next(stack for stack in Anatomy(model).stacks if stack.path.startswith("decoder"))
-        real = stream_tokens(stack, batch, torch.zeros(3, 9, 1))
-        assert torch.equal(real, F.pad(batch.real, (1, -1), value=False))
+@pytest.mark.parametrize("model_type", ["t5", "bert2bert"])
+def test_without_labels_a_decoder_reads_the_text(model_type):
+    model = make(model_type)
+    batch = batch_of(model)
+    real = stream_tokens(decoder_of(model), batch, torch.zeros(3, 9, 1))
+    assert torch.equal(real, F.pad(batch.real, (1, -1), value=False))
 
 
 @pytest.mark.parametrize("model_type", ["t5", "bart", "pegasus"])
 def test_cross_attention_reads_the_encoders_tokens(model_type):
     """Keys and values of it, also where both streams are as long."""
     model = make(model_type)
-    stack = next(stack for stack in Anatomy(model).stacks if stack.side == "decoder")
+    stack = decoder_of(model)
     maps = {n: m for n, m in stack.blocks[0].named_modules() if isinstance(m, torch.nn.Linear)}
-    (batch,) = prepare([{**inputs_of(model), "labels": labels_of(9)}], model, None).batches
-    counts = {}
+    batch, counts = batch_of(model, labels=labels_of(9)), {}
     with inference(model), watch_rows(stack, batch, maps, lambda path, rows: counts.update({path: len(rows)})):
         forward(model, batch)
     encoded = [n for n in maps if ("encoder_attn" in n and n.endswith(("k_proj", "v_proj"))) or "EncDec" in n]
@@ -241,12 +222,12 @@ def test_cross_attention_reads_the_encoders_tokens(model_type):
 
 def test_outputs_count_where_there_is_something_to_say(model, ids):
     t5, labels = make("t5"), labels_of()
-    (batch,) = prepare([{**inputs_of(t5), "labels": labels}], t5, None).batches
+    batch = batch_of(t5, labels=labels)
     with inference(t5):
         value = first_tensor(forward(t5, batch))
     assert torch.equal(output_tokens(t5, batch, value), labels != -100)
     base = tiny_base_model("t5")
-    (batch,) = prepare([inputs_of(base)], base, None).batches
+    batch = batch_of(base)
     assert torch.equal(output_tokens(base, batch, value.new_zeros(3, 9, 1)), F.pad(batch.real, (1, -1), value=False))
 
 
@@ -255,14 +236,12 @@ def test_outputs_count_where_there_is_something_to_say(model, ids):
 
 @pytest.mark.parametrize("model_type", ["t5", "bart", "whisper"])
 def test_losses_without_blocks_are_of_the_labels(model_type):
-    model = make(model_type)
-    batch = {**inputs_of(model), "labels": labels_of()}
-    stack = next(stack for stack in Anatomy(model).stacks if stack.side == "decoder")
-    (found,) = losses_without(model, stack, prepare([batch], model, None), [1]).values()
+    model, labels = make(model_type), labels_of()
+    stack = decoder_of(model)
+    (found,) = losses_without(model, stack, [batch_of(model, labels=labels)], [1]).values()
     block, own = stack.blocks[1], stack.blocks[1].forward
     block.forward = lambda hidden, *args, **kwargs: with_stream(own(hidden, *args, **kwargs), hidden)
-    with torch.no_grad():
-        assert found == pytest.approx(model(**batch).loss.item(), rel=1e-5)
+    assert found == own_loss(model, **inputs_of(model), labels=labels)
 
 
 CONFIGS = {
@@ -280,40 +259,31 @@ CONFIGS = {
 @pytest.mark.parametrize("model_type", ["t5", "bart"])
 def test_methods_on_labels_of_another_length(model_type, method, side):
     model = make(model_type)
-    config = copy.copy(CONFIGS[method])
-    object.__setattr__(config, "stack", STACKS[model_type][side])
+    config = replace(CONFIGS[method], stack=STACKS[model_type][side])
     batches = [{**inputs_of(model), "labels": labels_of()} for _ in range(6)]
-    make_plan(
-        model, config, batches
-    )  # T5 keeps all its blocks (its cache counts those of both sides), yet they compare
-    if model_type == "bart":
+    make_plan(model, config, batches)
+    if model_type == "bart":  # T5 keeps all its blocks: its cache counts those of both sides
         hfc.compress(model, config, batches)
 
 
-def test_relevance_explains_the_labels():
+@pytest.mark.parametrize("target", ["label", "predicted"])
+def test_relevance_explains_the_labels_or_the_word_after_the_decoders_last_token(target):
     model, labels = make("t5"), labels_of()
     batch = {**inputs_of(model), "labels": labels}
-    result = hfc.relevance(model, [batch], target="label")
+    result = hfc.relevance(model, [batch], target=target)
     with torch.no_grad():
         logits = model(**batch).logits
     counts = labels != -100
-    expected = (logits.gather(-1, labels.clamp(min=0)[..., None])[..., 0] * counts).sum(dim=1)
+    if target == "label":
+        expected = (logits.gather(-1, labels.clamp(min=0)[..., None])[..., 0] * counts).sum(dim=1)
+    else:
+        expected = logits[range(3), counts.sum(dim=1).clamp(max=labels.shape[1] - 1)].amax(-1)
     torch.testing.assert_close(result.explained, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_relevance_of_the_word_predicted_is_after_the_decoders_last_token():
-    model, labels = make("t5"), labels_of()
-    batch = {**inputs_of(model), "labels": labels}
-    result = hfc.relevance(model, [batch], target="predicted")
-    with torch.no_grad():
-        logits = model(**batch).logits
-    last = (labels != -100).sum(dim=1).clamp(max=labels.shape[1] - 1)
-    torch.testing.assert_close(result.explained, logits[range(3), last].amax(-1), rtol=1e-4, atol=1e-4)
 
 
 def test_sounds_without_labels_are_explained_by_what_is_predicted():
     model = make("whisper")
-    (batch,) = prepare([inputs_of(model)], model, None).batches
+    batch = batch_of(model)
     with inference(model):
         logits = first_tensor(forward(model, batch))
     with pytest.raises(CalibrationError, match="give labels"):

@@ -84,19 +84,14 @@ def test_losses_of_a_model_that_writes_no_text():
     losses = losses_without(model, stack, batches, [0, 2])
     for index, loss in losses.items():
         smaller = without(model, stack, [index])
-        distance = size = 0.0
-        for batch in batches:
-            with inference(model), inference(smaller):
-                whole, less = forward(model, batch)[0].double(), forward(smaller, batch)[0].double()
-            distance += (whole - less).square().sum().item()
-            size += whole.square().sum().item()
-        assert loss == pytest.approx(distance / size, rel=1e-5)
+        with inference(model), inference(smaller):
+            whole, less = (torch.stack([forward(m, b)[0] for b in batches]).double() for m in (model, smaller))
+        expected = (whole - less).square().sum() / whole.square().sum()
+        assert loss == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_an_encoder_is_compared_on_real_tokens_alone(ids):
-    model = tiny_base_model("bert")
-    real = torch.ones_like(ids, dtype=torch.bool)
-    real[:, 5:] = False
+    model, real = tiny_base_model("bert"), torch.arange(8).expand(12, 8) < 5
     batch = Batch({"input_ids": ids}, real)
     with inference(model):
         whole = forward(model, batch)
@@ -132,7 +127,6 @@ def test_the_first_token_of_a_text_has_no_loss(model, ids):
         assert batch_loss(model, forward(model, batch), batch, None)[1] == 3 * 7
 
 
-def test_a_loss_that_is_no_number_is_never_the_best():
-    assert mean_loss(math.nan, 3.0) == math.inf
-    assert mean_loss(6.0, 3.0) == 2.0
-    assert mean_loss(0.0, 0.0) == 0.0
+@pytest.mark.parametrize(("total", "weight", "mean"), [(math.nan, 3.0, math.inf), (6.0, 3.0, 2.0), (0.0, 0.0, 0.0)])
+def test_a_loss_that_is_no_number_is_never_the_best(total, weight, mean):
+    assert mean_loss(total, weight) == mean

@@ -1,7 +1,6 @@
 """Containers of texts and tokens: every kind gives the same samples, and what never ends is read up to a bound."""
 
 import itertools
-import logging
 
 import pandas as pd
 import pyarrow as pa
@@ -24,10 +23,6 @@ LABELS = [[-100, *ids[1:]] for ids in IDS]
 ROWS = [{"number": n, "text": text} for n, text in enumerate(TEXTS)]
 
 
-def frame():
-    return pd.DataFrame(ROWS)
-
-
 def unknown_columns(rows):
     """A stream that does not say what columns it has, as from_generator and map leave it."""
     found = IterableDataset.from_generator(lambda: iter(rows))
@@ -36,29 +31,31 @@ def unknown_columns(rows):
 
 
 TABLES = {
-    "dataset": lambda: Dataset.from_list(ROWS),
-    "stream": lambda: Dataset.from_list(ROWS).to_iterable_dataset(),
-    "stream of unknown columns": lambda: unknown_columns(ROWS),
-    "the only split": lambda: DatasetDict({"test": Dataset.from_list(ROWS)}),
-    "frame": frame,
-    "arrow": lambda: pa.table(frame()),
-    "lists by name": lambda: {"number": [0, 1, 2], "text": TEXTS},
-    "rows": lambda: list(ROWS),
-    "generator of rows": lambda: iter(ROWS),
+    "dataset": Dataset.from_list,
+    "stream": lambda rows: Dataset.from_list(rows).to_iterable_dataset(),
+    "stream of unknown columns": unknown_columns,
+    "the only split": lambda rows: DatasetDict({"test": Dataset.from_list(rows)}),
+    "frame": pd.DataFrame,
+    "arrow": lambda rows: pa.table(pd.DataFrame(rows)),
+    "lists by name": lambda rows: {name: [row[name] for row in rows] for name in rows[0]},
+    "rows": list,
+    "generator of rows": iter,
 }
 TEXT_ALONE = {
-    "list": lambda: TEXTS,
-    "tuple": lambda: tuple(TEXTS),
-    "series": lambda: frame()["text"],
-    "array": lambda: frame()["text"].to_numpy(dtype=str),
-    "generator": lambda: iter(TEXTS),
-    "column": lambda: Dataset.from_list(ROWS)["text"],
+    "list": list,
+    "tuple": tuple,
+    "series": pd.Series,
+    "array": lambda texts: pd.Series(texts).to_numpy(dtype=str),
+    "generator": iter,
+    "column": lambda texts: Dataset.from_dict({"text": texts})["text"],
 }
 
 
 @pytest.mark.parametrize("kind", TABLES | TEXT_ALONE)
 def test_texts(kind, model, tokenizer):
-    make = (TABLES | TEXT_ALONE)[kind]
+    def make():
+        return TABLES[kind](ROWS) if kind in TABLES else TEXT_ALONE[kind](TEXTS)
+
     assert read(make()) == read_texts(make()) == TEXTS
     (batch,) = prepare(make(), model, tokenizer).batches
     assert [row[mask].tolist() for row, mask in zip(batch.inputs["input_ids"], batch.real, strict=True)] == IDS
@@ -66,38 +63,19 @@ def test_texts(kind, model, tokenizer):
 
 @pytest.mark.parametrize("kind", TABLES)
 def test_the_column_is_found_or_named(kind):
-    other = {"text": "b", "number": "a"}
-
-    def rename(data):
-        return data.rename_columns(other) if hasattr(data, "rename_columns") else data
-
-    make = {
-        "frame": lambda: frame().rename(columns=other),
-        "arrow": lambda: pa.table(frame().rename(columns=other)),
-        "lists by name": lambda: {"a": [0, 1, 2], "b": TEXTS},
-        "rows": lambda: [{"a": 0, "b": text} for text in TEXTS],
-        "generator of rows": lambda: ({"a": 0, "b": text} for text in TEXTS),
-        "stream of unknown columns": lambda: unknown_columns([{"a": 0, "b": text} for text in TEXTS]),
-    }.get(kind, lambda: rename(TABLES[kind]()))
-    assert read(make()) == read(make(), text_column="b") == TEXTS
+    rows = [{"a": number, "b": text} for number, text in enumerate(TEXTS)]
+    make = TABLES[kind]
+    assert read(make(rows)) == read(make(rows), text_column="b") == TEXTS
     with pytest.raises(CalibrationError, match=r"columns \['a', 'b'\].*text_column= \(got 'c'\)"):
-        read(make(), text_column="c")
+        read(make(rows), text_column="c")
 
 
 @pytest.mark.parametrize("labels", [None, LABELS], ids=["ids alone", "labels"])
-@pytest.mark.parametrize("kind", ["dataset", "stream", "stream of unknown columns", "frame", "lists", "rows"])
+@pytest.mark.parametrize("kind", ["dataset", "stream", "stream of unknown columns", "frame", "lists by name", "rows"])
 def test_token_ids_and_labels(kind, labels, model):
     columns = {"input_ids": IDS} | ({} if labels is None else {"labels": labels})
     rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    data = {
-        "dataset": lambda: Dataset.from_dict(columns),
-        "stream": lambda: Dataset.from_dict(columns).to_iterable_dataset(),
-        "stream of unknown columns": lambda: unknown_columns(rows),
-        "frame": lambda: pd.DataFrame(columns),
-        "lists": lambda: columns,
-        "rows": lambda: rows,
-    }[kind]()
-    (batch,) = prepare(data, model, None).batches
+    (batch,) = prepare(TABLES[kind](rows), model, None).batches
     assert [row[mask].tolist() for row, mask in zip(batch.inputs["input_ids"], batch.real, strict=True)] == IDS
     if labels is None:
         assert batch.targets is None
@@ -125,6 +103,7 @@ BAD = {
         lambda: DatasetDict({name: Dataset.from_list(ROWS) for name in ("train", "test")}),
         r"splits train, test: pass one, as data\['train'\]",
     ),
+    "a dataset of two texts": (lambda: Dataset.from_dict({"a": TEXTS, "b": TEXTS}), r"\['a', 'b'\]; name the one"),
     "a frame of two texts": (lambda: pd.DataFrame({"a": TEXTS, "b": TEXTS}), r"columns \['a', 'b'\]; name the one"),
     "a frame of numbers": (lambda: pd.DataFrame({"a": [1, 2]}), "pass numbers as a tensor"),
     "lists by name of two texts": (lambda: {"a": TEXTS, "b": TEXTS}, r"columns \['a', 'b'\]; name the one"),
@@ -138,9 +117,6 @@ def test_what_is_no_container_of_samples(kind, model, tokenizer):
     make, message = BAD[kind]
     with pytest.raises(CalibrationError, match=message):
         prepare(make(), model, tokenizer)
-
-
-# --- a bound ----------------------------------------------------------------------------------------------------------
 
 
 class Numbers(Stream):
@@ -163,13 +139,11 @@ ENDLESS = {
 @pytest.mark.parametrize("kind", ENDLESS)
 def test_what_never_ends_is_read_up_to_a_bound_that_is_told(kind, model, tokenizer, monkeypatch, caplog):
     monkeypatch.setattr(reading, "BOUND", 10)
-    with caplog.at_level(logging.WARNING, logger="hf_compress"):
-        samples = prepare(ENDLESS[kind](), model, tokenizer).samples
+    samples = prepare(ENDLESS[kind](), model, tokenizer).samples
     assert "no length, so only its first 1" in caplog.text
     assert samples == (1 if kind == "empty texts" else 12 if "batch" in kind or "loader" in kind else 10)
     caplog.clear()
-    with caplog.at_level(logging.WARNING, logger="hf_compress"):
-        assert prepare(ENDLESS[kind](), model, tokenizer, DataOptions(max_samples=2)).samples <= 3
+    assert prepare(ENDLESS[kind](), model, tokenizer, DataOptions(max_samples=2)).samples <= 3
     assert not caplog.records, "what was asked for need not be told"
 
 
@@ -187,20 +161,15 @@ def test_what_never_ends_is_read_up_to_a_bound_that_is_told(kind, model, tokeniz
 )
 def test_what_has_a_length_is_taken_whole_unless_asked(data, model, tokenizer, monkeypatch, caplog):
     monkeypatch.setattr(reading, "BOUND", 10)
-    with caplog.at_level(logging.WARNING, logger="hf_compress"):
-        assert prepare(data, model, tokenizer).samples == 30
-        assert prepare(data, model, tokenizer, DataOptions(max_samples=6)).samples == 6
+    assert prepare(data, model, tokenizer).samples == 30
+    assert prepare(data, model, tokenizer, DataOptions(max_samples=6)).samples == 6
     assert not caplog.records
 
 
 def test_an_end_at_the_bound_is_no_cut(model, tokenizer, monkeypatch, caplog):
     monkeypatch.setattr(reading, "BOUND", 10)
-    with caplog.at_level(logging.WARNING, logger="hf_compress"):
-        assert prepare(iter(["w1"] * 10), model, tokenizer).samples == 10
+    assert prepare(iter(["w1"] * 10), model, tokenizer).samples == 10
     assert not caplog.records
-
-
-# --- padding ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", ["texts", "padded"])

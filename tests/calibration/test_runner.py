@@ -24,22 +24,15 @@ from hf_compress.rewrite.apply import carry_out
 from hf_compress.rewrite.builders import insert_bottleneck
 from tests.helpers.models import leftovers
 from tests.helpers.plans import linear_bottleneck
+from tests.helpers.runs import same
 from tests.helpers.tiny import tiny_base_model, tiny_inputs, tiny_model, tiny_seq2seq_model
 
 BUILDERS = {
-    "llama": tiny_model,
-    "gpt2": tiny_model,
-    "gemma3_text": tiny_model,
-    "openai-gpt": tiny_model,
-    "falcon": tiny_model,
-    "bert": tiny_base_model,
-    "vit": tiny_base_model,
-    "t5": tiny_seq2seq_model,
-    "bart": tiny_seq2seq_model,
+    **dict.fromkeys(("llama", "gpt2", "gemma3_text", "openai-gpt", "falcon"), tiny_model),
+    **dict.fromkeys(("bert", "vit"), tiny_base_model),
+    **dict.fromkeys(("t5", "bart"), tiny_seq2seq_model),
 }
 CASES = [*((name, None) for name in BUILDERS), ("t5", "encoder"), ("bart", "encoder")]
-
-
 Named = namedtuple("Named", ["states", "other"])
 
 
@@ -52,17 +45,13 @@ def built(name, side=None):
     return model, Anatomy(model).stack(side), Batch(inputs, None)
 
 
-def tensors(output):
-    return {name: value for name, value in output.items() if isinstance(value, torch.Tensor)}
-
-
 def same_output(first, second):
-    first, second = tensors(first), tensors(second)
-    return bool(first) and first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
+    first, second = ({n: t for n, t in out.items() if isinstance(t, torch.Tensor)} for out in (first, second))
+    return bool(first) and same(first, second)
 
 
 @pytest.mark.parametrize(("name", "side"), CASES)
-def test_blocks_run_one_by_one_are_the_model(name, side):
+def test_blocks_run_one_by_one_and_recorded_are_the_model(name, side):
     model, stack, batch = built(name, side)
     before, after = {}, {}
 
@@ -78,25 +67,13 @@ def test_blocks_run_one_by_one_are_the_model(name, side):
             assert torch.equal(stream, before[index])
             stream = runner.run(index, stream)
             assert torch.equal(stream, after[index])
-        assert same_output(runner.finish(len(stack), stream, ()), whole)
-        assert same_output(runner.finish(0, before[0], ()), whole)
-        assert same_output(runner.finish(2, before[2], ()), whole)
-    assert leftovers(model) == []
-
-
-@pytest.mark.parametrize(("name", "side"), CASES)
-def test_recording_is_the_model_and_keeps_every_stream(name, side):
-    model, stack, batch = built(name, side)
-    before = {}
-    with inference(model):
-        with watch_blocks(stack, lambda index, first, _: before.__setitem__(index, first.clone())):
-            whole = forward(model, batch)
-        runner = BlockRunner(model, stack, batch)
-        output, streams = runner.record()
-        assert same_output(output, whole)
-        assert same_output(runner.finish(2, streams[2], ()), whole)
+        for index, start in ((len(stack), stream), (0, before[0]), (2, before[2])):
+            assert same_output(runner.finish(index, start, ()), whole)
+        output, streams = BlockRunner(model, stack, batch).record()
+    assert same_output(output, whole)
     assert list(streams) == list(range(len(stack) + 1))
-    assert all(torch.equal(streams[index], before[index]) for index in before)
+    assert same(streams, {**before, len(stack): stream})
+    assert leftovers(model) == []
 
 
 @pytest.mark.parametrize(("name", "side"), CASES)
@@ -162,9 +139,6 @@ def test_only_the_wanted_block_runs():
         assert ran == [1, 3]
 
 
-# --- nothing is left behind -------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_hooks_and_forwards_come_off_on_every_way_out(error):
     model, stack, batch = built("llama")
@@ -176,22 +150,22 @@ def test_hooks_and_forwards_come_off_on_every_way_out(error):
     handle = stack.blocks[2].mlp.act_fn.register_forward_hook(fail)
     runner = BlockRunner(model, stack, batch)
     streams = dict.fromkeys(range(4), torch.zeros(2, 8, model.config.hidden_size))
+
+    def watched():
+        with watch_blocks(stack, lambda *_: None):
+            forward(model, batch)
+
     for attempt in (
-        lambda: runner.record(),
+        runner.record,
         lambda: [runner.run(index, streams[index]) for index in range(3)],
         lambda: runner.finish(2, streams[2], ()),
-        lambda: watched(model, stack, batch),
+        watched,
     ):
         with pytest.raises(error, match="in a block"), inference(model):
             attempt()
         assert model.training == training
     handle.remove()
     assert leftovers(model) == []
-
-
-def watched(model, stack, batch):
-    with watch_blocks(stack, lambda *_: None):
-        forward(model, batch)
 
 
 def test_a_watcher_may_end_the_pass():
@@ -234,9 +208,6 @@ def test_every_module_gets_its_own_mode_back():
     assert torch.is_grad_enabled()
 
 
-# --- what cannot be followed is refused -------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_activations_that_are_not_finite_name_their_block(value):
     model, stack, batch = built("llama")
@@ -244,11 +215,10 @@ def test_activations_that_are_not_finite_name_their_block(value):
         stack.blocks[2].mlp.down_proj.weight[0, 0] = value
     runner = BlockRunner(model, stack, batch)
     with inference(model):
-        with pytest.raises(CalibrationError, match=r"block model\.layers\.2 gives NaN or infinite"):
-            runner.record()
         stream = runner.run(1, runner.run(0, runner.start()))
-        with pytest.raises(CalibrationError, match=r"block model\.layers\.2 gives NaN or infinite"):
-            runner.run(2, stream)
+        for attempt in (runner.record, lambda: runner.run(2, stream)):
+            with pytest.raises(CalibrationError, match=r"block model\.layers\.2 gives NaN or infinite"):
+                attempt()
     assert leftovers(model) == []
 
 
@@ -257,9 +227,6 @@ def test_a_stream_that_changes_its_shape_names_its_block():
     stack = Anatomy(model).stack()
     with inference(model), pytest.raises(UnsupportedModelError, match=r"block encoder\.layers\.0 turns a stream of"):
         BlockRunner(model, stack, Batch(tiny_inputs(model), None)).record()
-
-
-# --- small things -----------------------------------------------------------------------------------------------------
 
 
 def test_the_stream_in_what_a_block_takes_and_returns():
@@ -273,10 +240,9 @@ def test_the_stream_in_what_a_block_takes_and_returns():
         assert type(replaced) is type(output)
         assert stream_of_output(replaced) is other
     for wrong in ((3,), ("x", stream)):
-        with pytest.raises(TypeError, match="a block"):
-            stream_of_output(wrong)
-        with pytest.raises(TypeError, match="a block"):
-            stream_of(wrong, {})
+        for find in (stream_of_output, lambda output: stream_of(output, {})):
+            with pytest.raises(TypeError, match="a block"):
+                find(wrong)
 
 
 def test_a_decoder_s_start_token_does_not_count():
@@ -297,9 +263,8 @@ def test_a_bottleneck_is_part_of_its_block():
     stack, inputs = Anatomy(model).stack(), tiny_inputs(model)
     directions = torch.linalg.qr(torch.randn(64, 16)).Q
     for index in (1, 3):
-        carry_out(
-            insert_bottleneck(Block(model, stack, index), linear_bottleneck(directions, directions.T)), model, Undo()
-        )
+        bottleneck = linear_bottleneck(directions, directions.T)
+        carry_out(insert_bottleneck(Block(model, stack, index), bottleneck), model, Undo())
     runner = BlockRunner(model, stack, Batch(inputs, None))
     with inference(model):
         whole, streams = runner.record()

@@ -9,6 +9,7 @@ from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.calibration.data import Calibration, DataOptions, prepare
 from hf_compress.calibration.statistics import block_statistics, pool
 from hf_compress.errors import CalibrationError
+from tests.helpers.ffns import hooked
 from tests.helpers.language import WORDS
 from tests.helpers.models import leftovers
 from tests.helpers.tiny import tiny_base_model, tiny_seq2seq_model
@@ -17,19 +18,10 @@ from tests.helpers.tiny import tiny_base_model, tiny_seq2seq_model
 def token_streams(model, stack, ids):
     """The stream of one unpadded sample before the first block and after every block, [depth][position]."""
     seen = []
-
-    def before(_, args, kwargs):
-        seen.append(args[0] if args else kwargs["hidden_states"])
-
-    def after(_, __, output):
-        seen.append(output if isinstance(output, torch.Tensor) else output[0])
-
-    handles = [stack.blocks[0].register_forward_pre_hook(before, with_kwargs=True)]
-    handles += [block.register_forward_hook(after) for block in stack.blocks]
-    with torch.no_grad():
+    hooks = [stack.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))]
+    hooks += [block.register_forward_hook(lambda _, __, output: seen.append(output)) for block in stack.blocks]
+    with torch.no_grad(), hooked(*hooks):
         model(torch.tensor([ids]))
-    for handle in handles:
-        handle.remove()
     return [stream[0].double() for stream in seen]
 
 
@@ -95,32 +87,31 @@ def test_padding_on_either_side_is_no_matter():
     assert torch.equal(pool(stream, real, "last"), torch.stack([stream[0, 1], stream[1, 3]]))
 
 
+def last_states(model, stack, **inputs):
+    """What the last block gives."""
+    seen = []
+    with torch.no_grad(), hooked(stack.blocks[-1].register_forward_hook(lambda _, __, output: seen.append(output))):
+        model(**inputs)
+    return seen[0] if isinstance(seen[0], torch.Tensor) else seen[0][0]
+
+
 def test_every_position_of_a_picture_counts():
     model = tiny_base_model("vit")
-    stack = Anatomy(model).stack()
-    size = model.config.image_size
+    stack, size = Anatomy(model).stack(), model.config.image_size
     images = torch.randn(5, 3, size, size, generator=torch.Generator().manual_seed(0))
-    seen = []
-    handle = stack.blocks[-1].register_forward_hook(lambda _, __, output: seen.append(output))
-    with torch.no_grad():
-        model(images)
-    handle.remove()
     pooled = block_statistics(model, stack, prepare(images, model, None, DataOptions(batch_size=2))).pooled
-    torch.testing.assert_close(pooled[-1], seen[0].mean(dim=1), atol=1e-5, rtol=1e-4)
+    expected = last_states(model, stack, pixel_values=images).mean(dim=1)
+    torch.testing.assert_close(pooled[-1], expected, atol=1e-5, rtol=1e-4)
 
 
 def test_a_decoder_is_pooled_over_the_tokens_it_was_given(ids):
     """Position 0 holds the start token, and position i the token i - 1."""
     model = tiny_seq2seq_model("t5")
     stack = Anatomy(model).stack("decoder")
-    seen = []
-    handle = stack.blocks[-1].register_forward_hook(lambda _, __, output: seen.append(output[0]))
     shifted = torch.cat([torch.full((12, 1), model.config.decoder_start_token_id), ids[:, :-1]], dim=1)
-    with torch.no_grad():
-        model(input_ids=ids, decoder_input_ids=shifted)
-    handle.remove()
     pooled = block_statistics(model, stack, prepare(ids, model, None)).pooled
-    torch.testing.assert_close(pooled[-1], seen[0][:, 1:].mean(dim=1), atol=1e-5, rtol=1e-4)
+    expected = last_states(model, stack, input_ids=ids, decoder_input_ids=shifted)[:, 1:].mean(dim=1)
+    torch.testing.assert_close(pooled[-1], expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -1,58 +1,26 @@
 """Whatever is wrong on the command line: one line that names it, exit code 2, nothing written."""
 
-from __future__ import annotations
-
 import json
 import shutil
-from collections.abc import Callable
-from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
 import typer
-from transformers.utils import logging as transformers_logging
-from typer.testing import CliRunner
 
 from hf_compress.cli import app
-from tests.helpers.language import tiny_llama, word_tokenizer, words
+from tests.helpers import command_line
 
 COMMANDS = typer.main.get_command(app).commands
 DROP = ("--method", "drop_blocks", "--num", "1")
 
 
-@pytest.fixture(autouse=True)
-def _verbosity() -> object:
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    yield
-    transformers_logging.set_verbosity(level)
-    if bars:
-        transformers_logging.enable_progress_bar()
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model, texts, and things that are neither."""
-    home = tmp_path_factory.mktemp("home")
-    tiny_llama(3).save_pretrained(home / "model")
-    word_tokenizer(add_special=False).save_pretrained(home / "model")
-    (home / "texts.jsonl").write_text("".join(json.dumps({"text": words(20, s)}) + "\n" for s in range(24)))
-    (home / "a file").write_text("text")
-    (home / "an empty folder").mkdir()
-    return home
-
-
-def refused(home: Path, *arguments: str) -> str:
-    """The one line with which a command refuses its arguments; HOME in them stands for the folder."""
+def refused(home, *arguments):
+    """The line with which a command refuses its arguments; HOME in them stands for the folder. Nothing is written."""
     before = sorted(home.rglob("*"))
-    result = CliRunner().invoke(app, [argument.replace("HOME", str(home)) for argument in arguments])
-    assert result.exit_code == 2, result.exception or result.output
-    (line,) = result.stderr.strip().splitlines()
-    assert line.startswith("Error: ")
+    line = command_line.refused(*(argument.replace("HOME", str(home)) for argument in arguments))
     assert sorted(home.rglob("*")) == before
     return line.replace(str(home), "HOME")
 
-
-# --- every option of every command ------------------------------------------------------------------------------------
 
 REQUIRED = {"compress": ("HOME/model",), "analyze": ("HOME/model", "--calibration", "HOME/texts.jsonl")}
 REQUIRED |= dict.fromkeys(("evaluate", "info", "verify"), ("HOME/model",)) | {"push": ("HOME/model", "me/small")}
@@ -65,13 +33,13 @@ NUMBERS = [
 ]
 
 
-def test_there_are_numbers_among_the_options() -> None:
+def test_there_are_numbers_among_the_options():
     assert len(NUMBERS) >= 10
 
 
 @pytest.mark.parametrize(("command", "option"), NUMBERS)
 @pytest.mark.parametrize("value", ["x", "-1", "0", "nan"])
-def test_numbers(command: str, option: str, value: str, home: Path) -> None:
+def test_numbers(command, option, value, home):
     if (option, value) == ("--seed", "0"):
         return
     if command == "compress":
@@ -83,12 +51,12 @@ def test_numbers(command: str, option: str, value: str, home: Path) -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_what_no_command_has(command: str, home: Path) -> None:
+def test_what_no_command_has(command, home):
     assert "--zzz" in refused(home, command, *REQUIRED.get(command, ()), "--zzz")
     assert f"{command} --help" in refused(home, command, *REQUIRED.get(command, ()), "too", "much", "to ask")
 
 
-def test_what_is_left_out(home: Path) -> None:
+def test_what_is_left_out(home):
     for command in REQUIRED:
         assert "Missing argument" in refused(home, command)
     assert "--calibration" in refused(home, "analyze", "HOME/model")
@@ -96,27 +64,24 @@ def test_what_is_left_out(home: Path) -> None:
     assert "--zzz" in refused(home, "--zzz")
 
 
-# --- models -----------------------------------------------------------------------------------------------------------
-
-
-def _config(**fields: object) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
+def _config(**fields):
+    def change(folder):
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | fields))
 
     return change
 
 
-def _file(name: str, content: bytes | None) -> Callable[[Path], None]:
+def _file(name, content):
     return lambda folder: (folder / name).unlink() if content is None else (folder / name).write_bytes(content) and None
 
 
-def _without_tokenizer(folder: Path) -> None:
+def _without_tokenizer(folder):
     for path in folder.glob("*token*"):
         path.unlink()
 
 
-BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
+BROKEN = {
     "no JSON": (_file("config.json", b"{"), "not a valid JSON file"),
     "a list": (_file("config.json", b"[]"), "does not load"),
     "no type": (_config(model_type=None), "does not load"),
@@ -141,7 +106,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_broken_models(kind: str, home: Path, tmp_path: Path) -> None:
+def test_broken_models(kind, home, tmp_path):
     change, message = BROKEN[kind]
     folder = shutil.copytree(home / "model", tmp_path / "broken")
     change(folder)
@@ -155,14 +120,12 @@ def test_broken_models(kind: str, home: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", ["compress", "analyze", "evaluate", "info", "verify", "push"])
 @pytest.mark.parametrize("name", ["HOME/nowhere", "HOME/an empty folder", "HOME/a file", "no such name"])
-def test_no_models(command: str, name: str, home: Path) -> None:
+def test_no_models(command, name, home):
     more = {"compress": (*DROP, "--dry-run"), "analyze": ("--calibration", "HOME/texts.jsonl"), "push": ("me/small",)}
     assert name in refused(home, command, name, *more.get(command, ()))
 
 
-# --- texts ------------------------------------------------------------------------------------------------------------
-
-TEXTS: dict[str, tuple[bytes, str]] = {
+TEXTS = {
     "empty.jsonl": (b"", "holds no texts"),
     "empty.txt": (b"\n \n", "holds no texts"),
     "empty.csv": (b"", "cannot be read"),
@@ -177,7 +140,7 @@ TEXTS: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_texts_that_are_none(name: str, home: Path, tmp_path: Path) -> None:
+def test_texts_that_are_none(name, home, tmp_path):
     content, message = TEXTS[name]
     path = tmp_path / name
     path.write_bytes(content)
@@ -193,17 +156,14 @@ def test_texts_that_are_none(name: str, home: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("source", ["HOME/nowhere.jsonl", "HOME/an empty folder", "a:b:c:d", "no such name"])
-def test_texts_that_are_not_there(source: str, home: Path) -> None:
+def test_texts_that_are_not_there(source, home):
     assert source in refused(home, "compress", "HOME/model", *DROP, "--dry-run", "--calibration", source)
     assert source in refused(home, "analyze", "HOME/model", "--calibration", source)
     assert source in refused(home, "evaluate", "HOME/model", "--texts", source)
 
 
-# --- the rest ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("device", ["gpu", "meta", "cuda:99", "cpu:x", ""])
-def test_devices(device: str, home: Path) -> None:
+def test_devices(device, home):
     for command in ("compress", "analyze", "info"):
         assert f"--device must be one that PyTorch computes on here, such as cpu; got {device!r}" in refused(
             home, command, *REQUIRED[command], "--device", device
@@ -213,10 +173,8 @@ def test_devices(device: str, home: Path) -> None:
 @pytest.mark.parametrize(
     "output", ["HOME/a file", "HOME/a file/below", "/dev/null/x", pytest.param("/proc/x", id="no folder to write in")]
 )
-def test_places_that_cannot_be_written_are_told_before_any_work(
-    output: str, home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def working(*_: object, **__: object) -> None:
+def test_places_that_cannot_be_written_are_told_before_any_work(output, home, monkeypatch):
+    def working(*_, **__):
         raise AssertionError("work has begun")
 
     monkeypatch.setattr("hf_compress.calibration.files.load_texts", working)
@@ -238,14 +196,11 @@ def test_places_that_cannot_be_written_are_told_before_any_work(
         (b"method: mka\nnum_merges: {a: 1}", "--num must be a whole number"),
         (b"method: mka\nnum_merges: 1\niterative: nope", "iterative must be True or False"),
         (b"method: mka\nnum_merges: 1\nstack: 5", "stack must be a string"),
-        (
-            b"method: illc",
-            "say how much: --ratio, or --set gamma=… or --set width=… to keep; for attention, ",
-        ),
+        (b"method: illc", "say how much: --ratio, or --set gamma=… or --set width=… to keep; for attention, "),
         (b"method: mka\ngamma: 0.5", "mka has no setting 'gamma' (say how much by --ratio or --num)"),
     ],
 )
-def test_recipes(recipe: bytes, message: str, home: Path, tmp_path: Path) -> None:
+def test_recipes(recipe, message, home, tmp_path):
     (tmp_path / "recipe.yaml").write_bytes(recipe)
     line = refused(home, "compress", "HOME/model", "--dry-run", "--recipe", str(tmp_path / "recipe.yaml"))
     assert message in line
@@ -260,9 +215,10 @@ def test_recipes(recipe: bytes, message: str, home: Path, tmp_path: Path) -> Non
             "leave --revision z out, or --pull-request",
         ),
         (("push", "HOME/model", "me/x", "--message", ""), "--message is empty"),
+        (("compress", "any", "--ratio", "0.5"), "--output DIR, or --dry-run"),
         (("analyze", "HOME/model", "--calibration", "HOME/texts.jsonl", "--similarity", "zzz"), "--similarity must be"),
         (("evaluate", "HOME/model", "--include-path", "HOME/a file", "--tasks", "zzz"), "--include-path"),
     ],
 )
-def test_what_single_commands_refuse(arguments: tuple[str, ...], message: str, home: Path) -> None:
+def test_what_single_commands_refuse(arguments, message, home):
     assert message in refused(home, *arguments)

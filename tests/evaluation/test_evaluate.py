@@ -1,12 +1,8 @@
-from __future__ import annotations
-
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_compress.evaluation.evaluate import EvaluationResult, TaskScore, evaluate, task_scores
 from hf_compress.evaluation.perplexity import Perplexity, perplexity
@@ -14,15 +10,7 @@ from hf_compress.evaluation.size import Throughput, parameter_count, stored_byte
 
 
 @pytest.fixture
-def directory(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
-    folder = tmp_path / "tiny-llama"
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def result() -> EvaluationResult:
+def result():
     return EvaluationResult(
         name="small",
         parameters=1234,
@@ -33,30 +21,16 @@ def result() -> EvaluationResult:
     )
 
 
-def test_a_directory_and_the_live_model_score_alike(
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    directory: Path,
-    texts: list[str],
-    task_folder: Path,
-    tmp_path: Path,
-) -> None:
-    live = evaluate(model, tokenizer, tasks="tiny_cloze", texts=texts, include_path=task_folder)
-    read = evaluate(
-        directory,
-        tasks=["tiny_cloze"],
-        texts=texts,
-        include_path=task_folder,
-        output_dir=tmp_path / "out",
-        batch_size=3,
-    )
+def test_a_directory_and_the_live_model_score_alike(model, tokenizer, texts, task_folder, tmp_path):
+    directory = tmp_path / "tiny-llama"
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    given = {"texts": texts, "include_path": task_folder}
+    live = evaluate(model, tokenizer, tasks="tiny_cloze", **given)
+    read = evaluate(directory, tasks=["tiny_cloze"], output_dir=tmp_path / "out", batch_size=3, **given)
     assert (live.name, read.name) == ("LlamaForCausalLM", "tiny-llama")
     assert live.scores == read.scores
-    assert [score.metric for score in live.scores] == ["acc"]
-    assert live.scores[0].documents == 12
-    assert live.scores[0].higher_is_better is True
-    assert live.perplexity is not None
-    assert read.perplexity is not None
+    assert [(score.metric, score.documents, score.higher_is_better) for score in live.scores] == [("acc", 12, True)]
     assert live.perplexity.loss == pytest.approx(perplexity(model, tokenizer, texts).loss, rel=1e-6)
     assert read.perplexity.loss == pytest.approx(live.perplexity.loss, rel=1e-6)
     assert live.parameters == read.parameters == parameter_count(model)
@@ -66,30 +40,23 @@ def test_a_directory_and_the_live_model_score_alike(
     assert len(list((tmp_path / "out").glob("tiny-llama/results_*.json"))) == 1
 
 
-def test_sizes_alone_need_no_tokenizer(model: LlamaForCausalLM) -> None:
+def test_sizes_alone_need_no_tokenizer(model):
     measured = evaluate(model)
-    assert measured.perplexity is None
-    assert measured.scores == ()
+    assert (measured.perplexity, measured.scores) == (None, ())
     assert [row[0] for row in measured.rows()] == ["parameters", "stored bytes", "tokens/s"]
 
 
-def test_json_has_every_number_and_no_nan(result: EvaluationResult) -> None:
+def test_json_has_every_number_and_no_nan(result):
     content = json.loads(result.to_json())
     assert content == result.to_dict()
     assert content["perplexity"]["value_standard_error"] == pytest.approx(1.0)
     assert content["throughput"]["standard_error"] is None
-    assert content["scores"][0] == {
-        "task": "cloze",
-        "metric": "acc",
-        "value": 0.5,
-        "standard_error": 0.1,
-        "higher_is_better": True,
-        "documents": 26,
-    }
+    told = {"task": "cloze", "metric": "acc", "value": 0.5, "standard_error": 0.1}
+    assert content["scores"][0] == told | {"higher_is_better": True, "documents": 26}
     assert content["scores"][1]["standard_error"] is None
 
 
-def test_the_table_shows_values_and_errors_in_columns(result: EvaluationResult) -> None:
+def test_the_table_shows_values_and_errors_in_columns(result):
     assert result.table().splitlines() == [
         "small          value  std. error",
         "--------------------------------",
@@ -102,7 +69,7 @@ def test_the_table_shows_values_and_errors_in_columns(result: EvaluationResult) 
     ]
 
 
-def test_every_metric_and_filter_of_lm_eval_is_kept() -> None:
+def test_every_metric_and_filter_of_lm_eval_is_kept():
     harness = {
         "results": {
             "math": {
@@ -124,14 +91,14 @@ def test_every_metric_and_filter_of_lm_eval_is_kept() -> None:
     assert math.isnan(flexible.standard_error)
 
 
-def test_tasks_and_texts_need_a_tokenizer(model: LlamaForCausalLM) -> None:
+def test_tasks_and_texts_need_a_tokenizer(model):
     with pytest.raises(ValueError, match=r"tokenizer is None.*pass the model's tokenizer"):
         evaluate(model, texts=["w1 w2"])
     with pytest.raises(ValueError, match="tokenizer is None"):
         evaluate(model, tasks=["manuals_cloze"])
 
 
-def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
+def test_what_is_no_model_is_refused(tmp_path):
     with pytest.raises(TypeError, match=r"model is a Linear.*expected a PreTrainedModel or a directory"):
         evaluate(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="not a directory; expected one that save_pretrained has written"):

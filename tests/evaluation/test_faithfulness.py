@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 
-from hf_compress import DenseConfig, DenseForClassification
 from hf_compress.api.compress import compress
 from hf_compress.errors import UnsupportedModelError
 from hf_compress.evaluation.faithfulness import (
@@ -16,19 +15,17 @@ from hf_compress.evaluation.faithfulness import (
     similarity,
     structural_unfaithfulness,
 )
+from hf_compress.evaluation.metrics import InputOutputUnfaithfulness, StructuralUnfaithfulness
 from hf_compress.methods.illc import ILLCConfig
 from tests.helpers.ffns import noise
+from tests.helpers.relevance import dense
 from tests.helpers.tiny import tiny_model
 
 SAMPLES = 7
 
 
-def network(residual=False, act="relu"):
-    torch.manual_seed(3)
-    config = DenseConfig(
-        input_size=4, hidden_size=6, intermediate_size=[8, 5], num_labels=3, residual=residual, hidden_act=act
-    )
-    return DenseForClassification(config).eval()
+def network():
+    return dense(input_size=4, hidden_size=6, intermediate_size=[8, 5], num_hidden_layers=2, num_labels=3)
 
 
 def by_hand(model, x):
@@ -60,12 +57,9 @@ def test_both_measures_are_the_papers_sums(local):
     pi = weights.tolist() if local else [1.0] * SAMPLES
     io = structure = 0.0
     for x in range(SAMPLES):
-        io += pi[x] * sum((float(a) - float(b)) ** 2 for a, b in zip(new[2][x], old[2][x], strict=True))
-        structure += pi[x] * sum(
-            abs(float(a) - float(b))
-            for one, two in zip(new, old, strict=True)
-            for a, b in zip(one[x], two[x], strict=True)
-        )
+        gaps = [float(a) - float(b) for i in range(3) for a, b in zip(new[i][x], old[i][x], strict=True)]
+        io += pi[x] * sum(gap**2 for gap in gaps[3 + 2 :])
+        structure += pi[x] * sum(map(abs, gaps))
     assert input_output_unfaithfulness(new[2], old[2], weights) == pytest.approx(io / sum(pi))
     assert structural_unfaithfulness(new, old, weights) == pytest.approx(structure / (3 + 2 + 4) / sum(pi))
 
@@ -113,8 +107,6 @@ def test_similarity_falls_off_with_the_distance():
 
 
 def test_metrics_of_evaluate_say_the_same():
-    from hf_compress.evaluation.metrics import InputOutputUnfaithfulness, StructuralUnfaithfulness
-
     new, old = noise(SAMPLES, 5, seed=1).double(), noise(SAMPLES, 5, seed=2).double()
     weights = noise(SAMPLES, seed=5).abs().double()
     metric = InputOutputUnfaithfulness()
@@ -123,11 +115,9 @@ def test_metrics_of_evaluate_say_the_same():
         metric.add_batch(predictions=new[part].tolist(), references=old[part].tolist())
     expected = input_output_unfaithfulness(new, old)
     assert metric.compute()["input_output_unfaithfulness"] == pytest.approx(expected)
-    got = StructuralUnfaithfulness().compute(
-        predictions=new.tolist(), references=old.tolist(), weights=weights.tolist()
-    )
+    given = {"predictions": new.tolist(), "references": old.tolist(), "weights": weights.tolist()}
     expected = structural_unfaithfulness([new], [old], weights)
-    assert got["structural_unfaithfulness"] == pytest.approx(expected)
+    assert StructuralUnfaithfulness().compute(**given)["structural_unfaithfulness"] == pytest.approx(expected)
 
 
 def test_refuses_what_cannot_be_compared():

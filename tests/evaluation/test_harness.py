@@ -1,21 +1,17 @@
-from __future__ import annotations
-
 import json
 import math
 import random
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_compress.evaluation import harness
 from hf_compress.evaluation.harness import TASK_PACK, read_task_file, run_tasks
 
 
-def slow_accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, questions: list[dict]) -> float:
+def slow_accuracy(model, tokenizer, questions):
     """The share of questions whose right choice is the likeliest, one choice at a time."""
     right = 0
     for question in questions:
@@ -30,9 +26,7 @@ def slow_accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, q
     return right / len(questions)
 
 
-def test_scores_are_those_of_the_definition(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, task_folder: Path, questions: list[dict]
-) -> None:
+def test_scores_are_those_of_the_definition(model, tokenizer, task_folder, questions):
     results = run_tasks(model, tokenizer, "tiny_cloze", include_path=task_folder)
     accuracy = slow_accuracy(model, tokenizer, questions)
     assert 0 < accuracy < 1  # otherwise a constant would pass
@@ -42,9 +36,7 @@ def test_scores_are_those_of_the_definition(
     assert metrics["acc_stderr,none"] == pytest.approx(error)
 
 
-def test_a_padding_token_without_an_embedding(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, task_folder: Path
-) -> None:
+def test_a_padding_token_without_an_embedding(model, tokenizer, task_folder):
     """Added to the tokenizer alone: lm-eval takes another."""
     expected = run_tasks(model, tokenizer, "tiny_cloze", include_path=task_folder)["results"]
     assert harness._padding(tokenizer, model).pad_token_id == tokenizer.pad_token_id
@@ -54,34 +46,22 @@ def test_a_padding_token_without_an_embedding(
     assert tokenizer.pad_token == "[PAD]"
 
 
-def test_the_models_own_files_are_written(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, task_folder: Path, tmp_path: Path
-) -> None:
-    results = run_tasks(
-        model, tokenizer, ["tiny_cloze"], include_path=[task_folder], limit=5, output_dir=tmp_path / "out"
-    )
-    [file] = (tmp_path / "out" / "LlamaForCausalLM").glob("results_*.json")
+def test_the_models_own_files_are_written(model, tokenizer, task_folder, tmp_path):
+    results = run_tasks(model, tokenizer, ["tiny_cloze"], include_path=[task_folder], limit=5, output_dir=tmp_path)
+    [file] = (tmp_path / "LlamaForCausalLM").glob("results_*.json")
     written = json.loads(file.read_text())
     assert written["results"]["tiny_cloze"]["acc,none"] == results["results"]["tiny_cloze"]["acc,none"]
-    [samples] = (tmp_path / "out" / "LlamaForCausalLM").glob("samples_tiny_cloze_*.jsonl")
+    [samples] = (tmp_path / "LlamaForCausalLM").glob("samples_tiny_cloze_*.jsonl")
     assert len(samples.read_text().splitlines()) == 5
 
 
-def test_files_that_cannot_be_written_are_an_error(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, task_folder: Path, tmp_path: Path
-) -> None:
+def test_files_that_cannot_be_written_are_an_error(model, tokenizer, task_folder, tmp_path):
     (tmp_path / "out").write_text("a file where the folder should be")
     with pytest.raises(OSError, match="lm-eval wrote 0 of 2 result files"):
         run_tasks(model, tokenizer, "tiny_cloze", include_path=task_folder, limit=2, output_dir=tmp_path / "out")
 
 
-def test_leaves_everything_as_it_was(
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    task_folder: Path,
-    capfd: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_leaves_everything_as_it_was(model, tokenizer, task_folder, capfd, caplog):
     model.train()
     tokenizer.pad_token = None
     states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
@@ -95,7 +75,7 @@ def test_leaves_everything_as_it_was(
     assert "already-initialized model" not in caplog.text
 
 
-def test_what_is_not_a_progress_bar_passes_through(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_not_a_progress_bar_passes_through(capsys):
     with harness._no_bars_off_terminal():
         print("before", file=sys.stderr)
         sys.stderr.write("\r 50%|#####     |")
@@ -104,28 +84,23 @@ def test_what_is_not_a_progress_bar_passes_through(capsys: pytest.CaptureFixture
     assert capsys.readouterr().err == "before\nafter\n"
 
 
-def test_the_task_pack_is_found_from_any_directory(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_task_pack_is_found_from_any_directory(model, tokenizer, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model.config.max_position_embeddings = 512
     results = run_tasks(model, tokenizer, ["manuals_cloze"], limit=2)
-    assert {"acc,none", "acc_stderr,none", "acc_norm,none", "acc_norm_stderr,none"} <= set(
-        results["results"]["manuals_cloze"]
-    )
+    found = set(results["results"]["manuals_cloze"])
+    assert {"acc,none", "acc_stderr,none", "acc_norm,none", "acc_norm_stderr,none"} <= found
     assert results["n-samples"]["manuals_cloze"] == {"original": 500, "effective": 2}
     assert len(read_task_file("manuals_cloze/manuals_cloze.jsonl", version=1.0)["test"]) == 500
 
 
-def test_own_tasks_do_not_wait_for_lm_evals(task_folder: Path) -> None:
+def test_own_tasks_do_not_wait_for_lm_evals(task_folder):
     manager = harness._task_manager(["manuals_cloze", "tiny_cloze"], [TASK_PACK, task_folder])
     assert manager.all_tasks == ["manuals_cloze", "tiny_cloze"]
 
 
 @pytest.mark.slow
-def test_an_unknown_task_is_named_beside_what_there_is(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, task_folder: Path
-) -> None:
+def test_an_unknown_task_is_named_beside_what_there_is(model, tokenizer, task_folder):
     with pytest.raises(ValueError, match=r"Unknown tasks \['hellaswog'\].*'manuals_cloze', 'tiny_cloze'.*'hellaswag'"):
         run_tasks(model, tokenizer, ["tiny_cloze", "hellaswog"], include_path=task_folder)
 
@@ -140,16 +115,12 @@ def test_an_unknown_task_is_named_beside_what_there_is(
         ({"limit": 2.5}, "limit is 2.5; expected"),
     ],
 )
-def test_bad_arguments(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, arguments: dict, message: str
-) -> None:
+def test_bad_arguments(model, tokenizer, arguments, message):
     with pytest.raises(ValueError, match=message):
         run_tasks(model, tokenizer, **{"tasks": ["manuals_cloze"], **arguments})
 
 
-def test_without_lm_eval_the_error_says_what_to_install(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_lm_eval_the_error_says_what_to_install(model, tokenizer, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(ImportError, match=r"pip install hf-compress\[evaluation\]"):
         run_tasks(model, tokenizer, ["manuals_cloze"])

@@ -4,28 +4,22 @@ import json
 
 import pytest
 from safetensors.torch import load_file, save_file
-from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    BertForSequenceClassification,
-    BertModel,
-    ViTConfig,
-    ViTForImageClassification,
-)
+from transformers import BertForMaskedLM, BertForSequenceClassification, BertModel, ViTForImageClassification
 
-from hf_compress import DenseConfig, DenseForClassification, evaluate
+from hf_compress import evaluate
 from hf_compress.errors import UnsupportedModelError
 from hf_compress.evaluation.loading import load_saved
 from tests.helpers.language import tiny_llama
+from tests.helpers.relevance import dense
+from tests.helpers.tiny import tiny_kind
 
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 MODELS = {
-    "causal": lambda: tiny_llama(2),
-    "classifier": lambda: BertForSequenceClassification(BertConfig(**SIZES, vocab_size=64)),
-    "masked": lambda: BertForMaskedLM(BertConfig(**SIZES, vocab_size=64)),
-    "encoder": lambda: BertModel(BertConfig(**SIZES, vocab_size=64)),
-    "images": lambda: ViTForImageClassification(ViTConfig(**SIZES, image_size=8, patch_size=4)),
-    "our own": lambda: DenseForClassification(DenseConfig(input_size=8, num_labels=3)),
+    "causal": tiny_llama,
+    "classifier": lambda: tiny_kind(BertForSequenceClassification, "bert"),
+    "masked": lambda: tiny_kind(BertForMaskedLM, "bert"),
+    "encoder": lambda: tiny_kind(BertModel, "bert"),
+    "images": lambda: tiny_kind(ViTForImageClassification, "vit"),
+    "our own": dense,
 }
 
 

@@ -1,23 +1,20 @@
-from __future__ import annotations
-
 import itertools
 import math
-from collections.abc import Callable
-from typing import Any
 
 import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from hf_compress.calibration import reading
 from hf_compress.evaluation.perplexity import Perplexity, perplexity
+from tests.helpers.language import POSITIONS
+from tests.helpers.tiny import tiny_seq2seq_model
 
-POSITIONS = 48  # of the tiny model
+NOTHING = ([], [""], ["w1"], ["</s> </s>"])
 
 
-def slow_losses(model: LlamaForCausalLM, ids: list[int], max_length: int, stride: int) -> dict[int, float]:
+def slow_losses(model, ids, max_length, stride):
     """Loss of each token but the first, by its position: one unpadded forward pass a token, from the definition.
 
     The first window predicts tokens 1 … max_length; each further one predicts `stride` more and sees the `max_length`
@@ -35,38 +32,24 @@ def slow_losses(model: LlamaForCausalLM, ids: list[int], max_length: int, stride
 
 
 @pytest.mark.parametrize(("max_length", "stride"), [(8, 8), (8, 3), (16, 1), (POSITIONS, None), (None, None)])
-def test_is_what_the_definition_gives(
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    texts: list[str],
-    max_length: int | None,
-    stride: int | None,
-) -> None:
+def test_is_what_the_definition_gives(model, tokenizer, texts, max_length, stride):
     measured = perplexity(model, tokenizer, texts, max_length=max_length, stride=stride, batch_size=3)
     longest = max_length or POSITIONS
-    expected = [
-        loss
-        for text in texts
-        for loss in slow_losses(model, tokenizer(text)["input_ids"], longest, stride or longest).values()
-    ]
+    tokens = [tokenizer(text)["input_ids"] for text in texts]
+    expected = [loss for ids in tokens for loss in slow_losses(model, ids, longest, stride or longest).values()]
     assert measured.tokens == len(expected) == 29 + 0 + 74 + 11
     assert measured.documents == 3  # the text of one word has nothing to score
     assert measured.loss == pytest.approx(sum(expected) / len(expected), rel=1e-5)
     assert measured.value == pytest.approx(math.exp(measured.loss))
 
 
-def test_context_matters_in_these_tests(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[str]
-) -> None:
+def test_context_matters_in_these_tests(model, tokenizer, texts):
     """Otherwise the test above could not tell strided windows from unstrided ones."""
-    losses = {stride: perplexity(model, tokenizer, texts, max_length=8, stride=stride).loss for stride in (8, 3, 1)}
-    assert abs(losses[8] - losses[3]) > 1e-3
-    assert abs(losses[3] - losses[1]) > 1e-3
+    losses = [perplexity(model, tokenizer, texts, max_length=8, stride=stride).loss for stride in (8, 3, 1)]
+    assert all(abs(one - other) > 1e-3 for one, other in itertools.pairwise(losses))
 
 
-def test_uniform_predictions_give_the_size_of_the_vocabulary(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[str]
-) -> None:
+def test_uniform_predictions_give_the_size_of_the_vocabulary(model, tokenizer, texts):
     torch.nn.init.zeros_(model.lm_head.weight)
     measured = perplexity(model, tokenizer, texts)
     assert measured.value == pytest.approx(model.config.vocab_size, rel=1e-6)
@@ -74,18 +57,14 @@ def test_uniform_predictions_give_the_size_of_the_vocabulary(
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 7])
-def test_batches_and_padding_change_nothing(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[str], batch_size: int
-) -> None:
+def test_batches_and_padding_change_nothing(model, tokenizer, texts, batch_size):
     one = perplexity(model, tokenizer, texts, max_length=10, stride=4, batch_size=64)
     other = perplexity(model, tokenizer, texts, max_length=10, stride=4, batch_size=batch_size)
     assert other.loss == pytest.approx(one.loss, rel=1e-6)
     assert other.loss_standard_error == pytest.approx(one.loss_standard_error, rel=1e-4)
 
 
-def test_special_tokens_are_context_and_never_scored(
-    model: LlamaForCausalLM, framing_tokenizer: PreTrainedTokenizerFast, texts: list[str]
-) -> None:
+def test_special_tokens_are_context_and_never_scored(model, framing_tokenizer, texts):
     measured = perplexity(model, framing_tokenizer, texts)
     expected = []
     for text in texts:
@@ -97,22 +76,16 @@ def test_special_tokens_are_context_and_never_scored(
     assert measured.loss == pytest.approx(sum(expected) / len(expected), rel=1e-5)
 
 
-def test_special_tokens_inside_a_text_are_not_scored_and_unknown_words_are(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_special_tokens_inside_a_text_are_not_scored_and_unknown_words_are(model, tokenizer):
     assert perplexity(model, tokenizer, ["w1 w2 </s> w3 <pad> w4"]).tokens == 3
     assert tokenizer("never")["input_ids"] == [tokenizer.unk_token_id]
     assert perplexity(model, tokenizer, ["w1 w2 never w3"]).tokens == 3
 
 
-def test_standard_error_takes_documents_as_independent(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[str]
-) -> None:
+def test_standard_error_takes_documents_as_independent(model, tokenizer, texts):
     measured = perplexity(model, tokenizer, texts)
-    per_document = [
-        list(slow_losses(model, tokenizer(text)["input_ids"], POSITIONS, POSITIONS).values()) for text in texts
-    ]
-    scored = [losses for losses in per_document if losses]
+    documents = [tokenizer(text)["input_ids"] for text in texts]
+    scored = [[*slow_losses(model, ids, POSITIONS, POSITIONS).values()] for ids in documents if len(ids) > 1]
     tokens = sum(map(len, scored))
     mean = sum(map(sum, scored)) / tokens
     squares = sum((sum(losses) - mean * len(losses)) ** 2 for losses in scored)
@@ -122,9 +95,7 @@ def test_standard_error_takes_documents_as_independent(
     assert measured.value_standard_error == pytest.approx(measured.value * expected, rel=1e-4)
 
 
-def test_equal_documents_of_one_token_give_the_textbook_standard_error(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_equal_documents_of_one_token_give_the_textbook_standard_error(model, tokenizer):
     """With one scored token a document, the cluster estimate is s / sqrt(n)."""
     texts = [f"w{number} w{number + 1}" for number in range(20)]
     losses = torch.tensor([perplexity(model, tokenizer, [text]).loss for text in texts], dtype=torch.float64)
@@ -132,9 +103,7 @@ def test_equal_documents_of_one_token_give_the_textbook_standard_error(
     assert measured.loss_standard_error == pytest.approx((losses.std() / math.sqrt(20)).item(), rel=1e-5)
 
 
-def test_one_document_is_clustered_by_windows_and_one_window_has_no_error(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[str]
-) -> None:
+def test_one_document_is_clustered_by_windows_and_one_window_has_no_error(model, tokenizer, texts):
     several = perplexity(model, tokenizer, texts[2:3], max_length=10)
     assert several.clustered_by == "windows"
     assert several.loss_standard_error > 0
@@ -143,9 +112,7 @@ def test_one_document_is_clustered_by_windows_and_one_window_has_no_error(
     assert math.isnan(single.loss_standard_error)
 
 
-def test_every_submodule_comes_back_in_its_own_mode(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[str]
-) -> None:
+def test_every_submodule_comes_back_in_its_own_mode(model, tokenizer, texts):
     model.train()
     model.model.layers[0].eval()
     before = [module.training for module in model.modules()]
@@ -154,7 +121,7 @@ def test_every_submodule_comes_back_in_its_own_mode(
     assert len(set(before)) == 2
 
 
-def test_prints_with_its_error() -> None:
+def test_prints_with_its_error():
     assert str(Perplexity(20.0, math.log(20), 0.05, 10, 2, "documents")) == "20.00 ± 1.00"
 
 
@@ -168,24 +135,24 @@ def test_prints_with_its_error() -> None:
         ({"batch_size": 0}, "batch_size must be .* at least 1; got 0"),
     ],
 )
-def test_lengths_that_do_not_fit(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[str], arguments: dict, message: str
-) -> None:
+def test_lengths_that_do_not_fit(model, tokenizer, texts, arguments, message):
     with pytest.raises(ValueError, match=message):
         perplexity(model, tokenizer, texts, **arguments)
 
 
-@pytest.mark.parametrize("nothing", [[], [""], ["w1"], ["</s> </s>"]])
-def test_nothing_to_score(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, nothing: list[str]) -> None:
-    with pytest.raises(ValueError, match="no token to score; expected at least one text"):
-        perplexity(model, tokenizer, nothing)
-
-
-def test_texts_must_be_strings(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(TypeError, match=r"single string.*pass \[text\]"):
-        perplexity(model, tokenizer, "w1 w2 w3")
-    with pytest.raises(TypeError, match=r"texts\[1\] is a NoneType"):
-        perplexity(model, tokenizer, ["w1 w2", None])
+@pytest.mark.parametrize(
+    ("texts", "error", "message"),
+    [
+        ("w1 w2 w3", TypeError, r"single string.*pass \[text\]"),
+        (["w1 w2", None], TypeError, r"texts\[1\] is a NoneType"),
+        (pd.DataFrame({"a": ["w1 w2"], "b": ["w1 w2"]}), ValueError, r"columns \['a', 'b'\].*pass it alone, as a list"),
+        ({"w1 w2", "w3 w4"}, ValueError, "a set, which has another order"),
+        *((nothing, ValueError, "no token to score; expected at least one text") for nothing in NOTHING),
+    ],
+)
+def test_what_is_no_text(texts, error, message, model, tokenizer):
+    with pytest.raises(error, match=message):
+        perplexity(model, tokenizer, texts)
 
 
 @pytest.mark.parametrize(
@@ -199,58 +166,39 @@ def test_texts_must_be_strings(model: LlamaForCausalLM, tokenizer: PreTrainedTok
     ],
     ids=["dataset", "stream", "frame", "series", "generator"],
 )
-def test_texts_in_other_containers(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[str], form: Callable[[list[str]], Any]
-) -> None:
+def test_texts_in_other_containers(model, tokenizer, texts, form):
     assert perplexity(model, tokenizer, form(texts)) == perplexity(model, tokenizer, texts)
 
 
-def test_tables_without_a_column_of_texts(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(ValueError, match=r"columns \['a', 'b'\].*pass it alone, as a list"):
-        perplexity(model, tokenizer, pd.DataFrame({"a": ["w1 w2"], "b": ["w1 w2"]}))
-    with pytest.raises(ValueError, match="a set, which has another order"):
-        perplexity(model, tokenizer, {"w1 w2", "w3 w4"})
-
-
-def test_texts_without_an_end(
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_texts_without_an_end(model, tokenizer, monkeypatch, caplog):
     monkeypatch.setattr(reading, "BOUND", 5)
     assert perplexity(model, tokenizer, itertools.repeat("w1 w2")).documents == 5
     assert "only its first 5 samples are read" in caplog.text
 
 
-def test_a_padding_token_without_an_embedding(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[str]
-) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model, tokenizer: tokenizer.add_special_tokens({"pad_token": "[PAD]"}),
+        lambda model, tokenizer: setattr(model.config, "return_dict", False),
+    ],
+    ids=["a padding token without an embedding", "tuples"],
+)
+def test_it_does_not_hang_on(change, model, tokenizer, texts):
     expected = perplexity(model, tokenizer, texts)
-    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    change(model, tokenizer)
     assert perplexity(model, tokenizer, texts) == expected
 
 
-def test_a_model_that_gives_tuples(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[str]
-) -> None:
-    expected = perplexity(model, tokenizer, texts)
-    model.config.return_dict = False
-    assert perplexity(model, tokenizer, texts) == expected
-
-
-def test_a_broken_model_is_an_error_and_not_a_number(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[str]
-) -> None:
+def test_a_broken_model_is_an_error_and_not_a_number(model, tokenizer, texts):
     model.lm_head.weight.data[5] = math.nan
     with pytest.raises(ValueError, match=r"loss on text 2 is nan.*not a finite number"):
         perplexity(model, tokenizer, texts)
 
 
-def test_an_encoder_decoder_is_refused(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> None:
-    t5 = T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
+def test_an_encoder_decoder_is_refused(tokenizer, texts):
     with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder"):
-        perplexity(t5, tokenizer, texts)
+        perplexity(tiny_seq2seq_model("t5"), tokenizer, texts)
 
 
 def test_paired_difference_is_the_ratio_of_sums_and_far_surer_than_the_losses(model, tokenizer):

@@ -4,7 +4,6 @@ import copy
 
 import torch
 
-import hf_compress as hfc
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.parts import is_linear, linear_map
 from hf_compress.anatomy.undo import Undo
@@ -13,6 +12,7 @@ from hf_compress.modules.sparse import SparseLinear
 from hf_compress.plan.plan import Plan
 from hf_compress.rewrite.apply import apply, carry_out
 from hf_compress.rewrite.builders import pack_linear, split_experts
+from tests.helpers import relevance
 
 IDS = torch.randint(4, 90, (32, 12), generator=torch.Generator().manual_seed(7))
 PIXELS = torch.randn(32, 3, 16, 16, generator=torch.Generator().manual_seed(7))
@@ -21,9 +21,7 @@ FLOATS = torch.randn(40, 6, generator=torch.Generator().manual_seed(7))
 
 def dense(**fields):
     """Without biases, so that relevance is gradient times input."""
-    torch.manual_seed(0)
-    sizes = {"input_size": 6, "hidden_size": 8, "intermediate_size": 20, "num_hidden_layers": 3, "num_labels": 3}
-    return hfc.DenseForClassification(hfc.DenseConfig(**sizes | {"use_bias": False} | fields)).eval()
+    return relevance.dense(**{"num_labels": 3, "use_bias": False} | fields)
 
 
 def data_of(model):

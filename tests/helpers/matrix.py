@@ -141,51 +141,6 @@ def _shorten(text: str, longest: int) -> str:
     return text if len(text) <= longest else text[: text.rfind(" ", 0, longest)].rstrip(",:; ") + " …"
 
 
-# --- the document -----------------------------------------------------------------------------------------------------
-
-INTRODUCTION = """# Architectures
-
-Written by `python -m tests.helpers.matrix --write`, and held against the code by `tests/architectures/`.
-
-## What is checked
-
-For every model type in the causal language model mapping of Transformers {version}, and for a choice of encoders,
-encoder-decoders and vision-language models, a tiny random model is made from its configuration class. From fresh copies
-of it, blocks are taken out: the first, the last, one in the middle, two neighbours; and the two nearest blocks of the
-same kind are merged into their average. This is done to every stack of the model, that of a picture's or a sound's
-encoder, too. After each change the model either
-
-- **survives**: its outputs are, bit for bit, those of the original in which the blocks that are gone hand their stream
-  through (the column *equal* counts the changes for which a test that uses nothing of the package found it so), and
-  `save_pretrained`, then plain `from_pretrained`, give a model with the same outputs bit for bit, and the same tokens
-  from `generate` with its cache (where the untouched model generates); or
-- is **refused** by an `UnsupportedModelError` that names the field or the part in the way, and is left exactly as it
-  was: weights, config, settings of its modules, outputs.
-
-Anything else fails the test: another error, a difference after loading, a trace left in a refused model.
-
-The reasons in the tables are those of the tiny models, shortened; fields in parentheses are those that say where blocks
-of which kind stand. T5 and its kin size the decoder's cache by the encoder's count, so their encoder cannot become
-shorter than their decoder: shorten the decoder first, or both in one plan.
-
-## Why blocks cannot just be deleted
-
-A block is named in more places than the list it stands in. Its modules know their index, and the cache is read by it;
-the config has lists with an entry a block (`layer_types`), lists of block indices (`mlp_only_layers`), numbers that end
-a run of blocks (`first_k_dense_replace`), and periods (`attn_layer_period`). Deleting the module and lowering the count
-leaves these as they were. Some models then fail in `generate` or when saved; others (Qwen3-MoE, DeepSeek-V3, Llama-4,
-SmolLM3) save and load without a word and give *different logits*. So lists are cut, indices renumbered and runs counted
-anew; and as nobody can know every field of every family, the model is rebuilt from its own config after every change,
-and what cannot be said in that config is refused. A stale field can be the same in both; so the model is also held
-against the original with those blocks left out. That needs inputs that come to the blocks: where the inputs of the
-check hold no picture, the blocks of a picture's encoder are refused.
-
-A note on "bit for bit": tensors loaded from a file lie in memory where the file has them, at multiples of 4 or 8 bytes,
-while PyTorch places its own at multiples of 64. A few kernels (the grouped matrix product over experts) sum in another
-order then, so that *any* such model, compressed or not, can differ from its saved self in the last bit. The check
-therefore copies the loaded weights to memory of their own before it compares.
-"""
-
 COUNTS = """## Causal language models: the three counts
 
 | | model types |
@@ -195,13 +150,18 @@ COUNTS = """## Causal language models: the three counts
 | cannot be built tiny | {cannot} |
 | in the mapping | {total} |
 """
+TABLE = """## {title}
+
+| model type, and stack where it is not the first choice | verdict | equal | why |
+|---|---|---|---|"""
 
 
 def document(tables: dict[str, list[Verdict]]) -> str:
-    """The text of docs/architectures.md."""
+    """The text of docs/architectures.md: what it says before the tables, which is written by hand, and these."""
     counts = Counter(verdict.status for verdict in tables["causal"] if ", " not in verdict.name)
+    words = DOCUMENT.read_text(encoding="utf-8").partition("\n## Causal language models: ")[0]
     parts = [
-        INTRODUCTION.format(version=transformers.__version__),
+        re.sub(r"(?<=Transformers )[\d.]+\d", transformers.__version__, words),
         COUNTS.format(
             survive=counts[SURVIVES] + counts[PARTLY],
             partly=counts[PARTLY],
@@ -212,18 +172,7 @@ def document(tables: dict[str, list[Verdict]]) -> str:
     ]
     for key, found in tables.items():
         rows = [verdict.row for verdict in sorted(found, key=lambda verdict: verdict.name)]
-        parts.append(
-            "\n".join(
-                [
-                    f"## {FAMILIES[key].title}",
-                    "",
-                    "| model type, and stack where it is not the first choice | verdict | equal | why |",
-                    "|---|---|---|---|",
-                    *rows,
-                    "",
-                ]
-            )
-        )
+        parts.append("\n".join([TABLE.format(title=FAMILIES[key].title), *rows, ""]))
     return "\n".join(parts)
 
 
@@ -240,9 +189,6 @@ def documented(text: str) -> dict[str, dict[str, Verdict]]:
             name, *rest = (cell.strip() for cell in line.strip("|").split("|"))
             table[name.strip("`")] = Verdict(name.strip("`"), *rest)
     return tables
-
-
-# --- the command ------------------------------------------------------------------------------------------------------
 
 
 def run(wanted: Iterable[str]) -> tuple[dict[str, list[Verdict]], list[str]]:

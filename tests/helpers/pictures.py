@@ -66,8 +66,6 @@ def _inserted(model: PreTrainedModel, inputs: Inputs, tokens: dict[int, int]) ->
     return inputs
 
 
-# --- the forms --------------------------------------------------------------------------------------------------------
-
 # The pictures of so many texts, and how many of which token stand for the picture of one text.
 Form = Callable[[PreTrainedModel, int, Noise], tuple[Inputs, dict[int, int]]]
 

@@ -8,14 +8,7 @@ import torch
 
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.modules.bottleneck import Bottleneck
-from hf_compress.rewrite.builders import (
-    insert_bottleneck,
-    linear_ffn,
-    narrow_experts,
-    narrow_ffn,
-    pack_linear,
-    replace_activation,
-)
+from hf_compress.rewrite import builders
 from tests.helpers.changes import Trace
 from tests.helpers.tiny import tiny_model
 
@@ -57,14 +50,10 @@ def hooks(model):
     return [(path, [len(getattr(m, kind)) for kind in kinds]) for path, m in model.named_modules()]
 
 
-def stack_of(model):
-    return Anatomy(model).stack()
-
-
 def bottleneck_plan(model, index, width=16):
     generator = torch.Generator().manual_seed(1)
     encoder = torch.randn(HIDDEN, width, generator=generator) / 8
-    return insert_bottleneck(Anatomy(model).block(index), linear_bottleneck(encoder, encoder.T))
+    return builders.insert_bottleneck(Anatomy(model).block(index), linear_bottleneck(encoder, encoder.T))
 
 
 @torch.no_grad()
@@ -78,26 +67,26 @@ def linear_bottleneck(encoder, decoder, form=None):
 
 def pack_plan(model, path, bits=4, group_size=16):
     outputs, inputs = model.get_submodule(path).weight.shape
-    return pack_linear(model, path, torch.full((outputs, inputs // group_size), bits), group_size)
+    return builders.pack_linear(model, path, torch.full((outputs, inputs // group_size), bits), group_size)
 
 
 def linear_plan(model, index=0, rank=None):
     generator = torch.Generator().manual_seed(2)
     shapes = [(HIDDEN, HIDDEN)] if rank is None else [(HIDDEN, rank), (rank, HIDDEN)]
     maps = [torch.randn(shape, generator=generator) / 8 for shape in shapes]
-    return linear_ffn(Anatomy(model).block(index), maps, torch.randn(HIDDEN, generator=generator))
+    return builders.linear_ffn(Anatomy(model).block(index), maps, torch.randn(HIDDEN, generator=generator))
 
 
 # Every kind of edit, on Llama or (experts) on Mixtral.
 PLANS = {
-    "narrow": lambda model: narrow_ffn(Anatomy(model).block(0), UNITS),
+    "narrow": lambda model: builders.narrow_ffn(Anatomy(model).block(0), UNITS),
     "linear": linear_plan,
     "low rank": lambda model: linear_plan(model, rank=4),
     "bottleneck": lambda model: bottleneck_plan(model, 0),
     "packed": lambda model: pack_plan(model, f"{BLOCK}.self_attn.o_proj"),
-    "identity": lambda model: replace_activation(Anatomy(model).block(0), "identity", 0.5),
-    "constant": lambda model: replace_activation(Anatomy(model).block(0), "constant", 0.5, torch.zeros(WIDTH)),
-    "experts": lambda model: narrow_experts(Anatomy(model).block(0), UNITS.expand(4, -1)),
+    "identity": lambda model: builders.replace_activation(Anatomy(model).block(0), "identity", 0.5),
+    "constant": lambda model: builders.replace_activation(Anatomy(model).block(0), "constant", 0.5, torch.zeros(WIDTH)),
+    "experts": lambda model: builders.narrow_experts(Anatomy(model).block(0), UNITS.expand(4, -1)),
 }
 
 

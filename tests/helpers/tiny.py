@@ -187,6 +187,14 @@ def tiny_vision_language_model(model_type: str, seed: int = 0) -> PreTrainedMode
     return tiny_of(AutoModelForImageTextToText, model_type, seed)
 
 
+def tiny_kind(kind: type[PreTrainedModel], model_type: str, **fields: Any) -> PreTrainedModel:
+    """The same of a class itself, with these fields of its configuration."""
+    torch.manual_seed(0)
+    model = kind(tiny_config(model_type, {model_type: fields}))
+    randomise(model, 0)
+    return model.eval()
+
+
 def tiny_of(auto: Any, model_type: str, seed: int, settings: Settings | None = None) -> PreTrainedModel:
     """The same by the auto class that knows it, with other settings than the default ones."""
     config = tiny_config(model_type, settings)

@@ -48,9 +48,6 @@ def make_checkpoints(root):
     return {family: save(changed_throughout(family, edits), root / family) for family, edits in CHECKPOINTS.items()}
 
 
-# --- loading under guard ----------------------------------------------------------------------------------------------
-
-
 class TooSlow(BaseException):
     """No Exception, so that nothing on the way catches it."""
 

@@ -50,6 +50,7 @@ class Variant:
 
 _FULL, _SLIDING, _LINEAR = "full_attention", "sliding_attention", "linear_attention"
 _SLIDING_ENDS = [_SLIDING, _FULL, _FULL, _SLIDING]
+_BOTH_ENDS = [{"layer_types": _SLIDING_ENDS}]
 _FULL_SECOND = [_SLIDING, _FULL, _SLIDING, _SLIDING]
 _DENSE_ENDS = ["dense", "sparse", "sparse", "dense"]
 _SLIDES = {"use_sliding_window": True, "max_window_layers": 1}
@@ -117,11 +118,7 @@ CAUSAL = _of(
             {"block_types": ["attention", "recurrent"] * 2},
         ],
         # lists with an entry a block, some of other stacks
-        "gemma2": [{"layer_types": _SLIDING_ENDS}],
-        "gemma3_text": [{"layer_types": _SLIDING_ENDS}],
-        "gpt_oss": [{"layer_types": _SLIDING_ENDS}],
-        "cohere2": [{"layer_types": _SLIDING_ENDS}],
-        "olmo3": [{"layer_types": _SLIDING_ENDS}],
+        **dict.fromkeys(("gemma2", "gemma3_text", "gpt_oss", "cohere2", "olmo3"), _BOTH_ENDS),
         "granite_swa": [{"layer_types": _SLIDING_ENDS, "layer_rope_theta": [1e4, 0, 1e4, 1e5]}],
         "granitemoe_swa": [{"layer_types": _SLIDING_ENDS, "layer_rope_theta": [0, 1e4, 0, 1e4]}],
         "laguna": [{"num_attention_heads_per_layer": [2, 4, 4, 2], "layer_types": _SLIDING_ENDS}],
@@ -137,6 +134,10 @@ CAUSAL = _of(
 ) + _of(
     AutoModelForCausalLM, {"phi4_multimodal": [{"feature_layer": -1}, {"feature_layer": 2}]}, "phi4_multimodal_vision"
 )
+
+_WINDOWS = [{"out_indices": [1, 3]}, {"out_indices": [-2, -1]}]
+_LISTENERS = ("hubert", "wav2vec2", "wavlm", "data2vec-audio", "sew", "whisper")
+_BACKBONES = ("beit", "dinov2", "dinov2_with_registers", "dinov3_vit", "pixio", "vitdet")
 
 ENCODERS = [
     *_of(
@@ -154,13 +155,7 @@ ENCODERS = [
             "fun_asr_nano_encoder": [{"num_timestamp_prediction_layers": 1}, {"num_timestamp_prediction_layers": 2}],
         },
     ),
-    *_of(
-        AutoModelForAudioClassification,
-        {
-            name: [{"use_weighted_layer_sum": True}]
-            for name in ("hubert", "wav2vec2", "wavlm", "data2vec-audio", "sew", "whisper")
-        },
-    ),
+    *_of(AutoModelForAudioClassification, {name: [{"use_weighted_layer_sum": True}] for name in _LISTENERS}),
     *_of(
         AutoModelForSemanticSegmentation,
         {
@@ -170,18 +165,16 @@ ENCODERS = [
         },
     ),
     *_of(AutoModelForDepthEstimation, {"dpt": [{"num_hidden_layers": 5, "backbone_out_indices": [0, 1, 2, 4]}]}),
+    *_of(AutoBackbone, dict.fromkeys(_BACKBONES, _WINDOWS)),
     *_of(
         AutoBackbone,
         {
-            name: [{"out_indices": [1, 3]}, {"out_indices": [-2, -1]}]
-            for name in ("beit", "dinov2", "dinov2_with_registers", "dinov3_vit", "pixio", "vitdet")
+            "lw_detr_vit": [
+                {"image_size": 32, "num_windows": 4, "window_block_indices": [0, 2], "out_indices": [2, 4]}
+            ],
+            "rf_detr_dinov2": [{"out_indices": [2, 4], "num_windows": 2}],
         },
     ),
-    *_of(
-        AutoBackbone,
-        {"lw_detr_vit": [{"image_size": 32, "num_windows": 4, "window_block_indices": [0, 2], "out_indices": [2, 4]}]},
-    ),
-    *_of(AutoBackbone, {"rf_detr_dinov2": [{"out_indices": [2, 4], "num_windows": 2}]}),
 ]
 
 SEQ2SEQ = _of(
@@ -205,65 +198,38 @@ _TAPS = [{"vision_feature_layer": layer} for layer in (2, -3, -5)]
 _SEVERAL_TAPS = [{"vision_feature_layer": [-1, 1]}, {"vision_feature_layer": [0, 1, 2, 4]}]
 _DEEPSTACK = [{"deepstack_visual_indexes": taps} for taps in ([1, 2, 3], [3], [1, 2])]
 
+# By what is set: the settings of the whole where no part is named, else those of that part.
+_SEVERAL = {
+    "": {
+        **dict.fromkeys(("llava", "llava_next", "vipllava", "llava_onevision"), _TAPS + _SEVERAL_TAPS),
+        **dict.fromkeys(("aya_vision", "internvl", "mistral3", "qianfan_ocr"), _TAPS),
+    },
+    "qwen3_vl_vision": {"qwen3_vl": _DEEPSTACK},
+    "qwen3_vl_moe_vision": {"qwen3_vl_moe": _DEEPSTACK},
+    "cohere_compass_vision": {"cohere_compass": _DEEPSTACK},
+    "qwen3_vl_moe_text": {"qwen3_vl_moe": [{"mlp_only_layers": [1]}, {"decoder_sparse_step": 2}]},
+    "qwen2_5_vl_vision": {"qwen2_5_vl": [{"fullatt_block_indexes": kinds} for kinds in ([0], [0, 1, 2, 3], [])]},
+    "mllama_vision_model": {"mllama": [{"intermediate_layers_indices": taps} for taps in ([0, 3], [-1, 0])]},
+    "mllama_text_model": {"mllama": [{"cross_attention_layers": places} for places in ([0], [1, 2], [0, 1, 2, 3])]},
+    "got_ocr2_vision": {"got_ocr2": [{"global_attn_indexes": [0]}, {"global_attn_indexes": [0, 1, 2, 3]}]},
+    "mistral_large4_text": {
+        "mistral_large4": [
+            {"kv_source_layers": [0, 0, 2, 2], "no_rope_layers": [1] * 4},
+            {"no_rope_layers": [1, 0, 1, 1]},
+        ]
+    },
+    "gemma4_text": {"gemma4": [{"hidden_size_per_layer_input": 0}, {"num_kv_shared_layers": 2}]},
+    "gemma4_unified_text": {"gemma4_unified": [{"num_kv_shared_layers": 2}]},
+    "exaone4_5_vision": {"exaone4_5": [{"window_size": 32, "fullatt_block_indexes": [0, 2]}]},
+    "granite_docling_vision": {
+        "granite_docling": [
+            {"image_size": 32, "scale_factor": 2, "deepstack_visual_indexes": taps} for taps in ([0, 2], [1, 2, 3])
+        ]
+    },
+}
+
 VISION_LANGUAGE = [
-    *_of(
-        AutoModelForImageTextToText,
-        {
-            **dict.fromkeys(("llava", "llava_next", "vipllava", "llava_onevision"), _TAPS + _SEVERAL_TAPS),
-            **dict.fromkeys(("aya_vision", "internvl", "mistral3", "qianfan_ocr"), _TAPS),
-        },
-    ),
-    *_of(AutoModelForImageTextToText, {"qwen3_vl": _DEEPSTACK}, "qwen3_vl_vision"),
-    *_of(AutoModelForImageTextToText, {"qwen3_vl_moe": _DEEPSTACK}, "qwen3_vl_moe_vision"),
-    *_of(AutoModelForImageTextToText, {"cohere_compass": _DEEPSTACK}, "cohere_compass_vision"),
-    *_of(
-        AutoModelForImageTextToText,
-        {"qwen3_vl_moe": [{"mlp_only_layers": [1]}, {"decoder_sparse_step": 2}]},
-        "qwen3_vl_moe_text",
-    ),
-    *_of(
-        AutoModelForImageTextToText,
-        {"qwen2_5_vl": [{"fullatt_block_indexes": kinds} for kinds in ([0], [0, 1, 2, 3], [])]},
-        "qwen2_5_vl_vision",
-    ),
-    *_of(
-        AutoModelForImageTextToText,
-        {"mllama": [{"intermediate_layers_indices": [0, 3]}, {"intermediate_layers_indices": [-1, 0]}]},
-        "mllama_vision_model",
-    ),
-    *_of(
-        AutoModelForImageTextToText,
-        {"mllama": [{"cross_attention_layers": places} for places in ([0], [1, 2], [0, 1, 2, 3])]},
-        "mllama_text_model",
-    ),
-    *_of(
-        AutoModelForImageTextToText,
-        {
-            "got_ocr2": [{"global_attn_indexes": [0]}, {"global_attn_indexes": [0, 1, 2, 3]}],
-        },
-        "got_ocr2_vision",
-    ),
-    *_of(
-        AutoModelForImageTextToText,
-        {
-            "mistral_large4": [
-                {"kv_source_layers": [0, 0, 2, 2], "no_rope_layers": [1] * 4},
-                {"no_rope_layers": [1, 0, 1, 1]},
-            ]
-        },
-        "mistral_large4_text",
-    ),
-    *_of(
-        AutoModelForImageTextToText,
-        {"gemma4": [{"hidden_size_per_layer_input": 0}, {"num_kv_shared_layers": 2}]},
-        "gemma4_text",
-    ),
-    *_of(AutoModelForImageTextToText, {"gemma4_unified": [{"num_kv_shared_layers": 2}]}, "gemma4_unified_text"),
-    *_of(
-        AutoModelForImageTextToText,
-        {"exaone4_5": [{"window_size": 32, "fullatt_block_indexes": [0, 2]}]},
-        "exaone4_5_vision",
-    ),
+    *(variant for part, table in _SEVERAL.items() for variant in _of(AutoModelForImageTextToText, table, part)),
     Variant(
         AutoModelForImageTextToText,
         "granite4_vision",
@@ -275,22 +241,6 @@ VISION_LANGUAGE = [
                 "spatial_target_layers": [1, 3, 4, 5],
             },
             "granite4_vision_text": {"num_hidden_layers": 6},
-        },
-    ),
-    *_of(
-        AutoModelForImageTextToText,
-        {
-            "granite_docling": [
-                {"image_size": 32, "scale_factor": 2, "deepstack_visual_indexes": taps} for taps in ([0, 2], [1, 2, 3])
-            ]
-        },
-        "granite_docling_vision",
-    ),
-    *_of(
-        AutoModelForImageTextToText,
-        {
-            "minicpmv4_6": [{"image_token_id": 120, "insert_layer_id": place} for place in (0, 1, 2)],
-            "minicpmv4_7": [{"image_token_id": 120, "insert_layer_id": 1}],
         },
     ),
     *(
@@ -307,10 +257,14 @@ VISION_LANGUAGE = [
         for taps in ([2, 1], [-1, 0])
         for scaled in ({}, {"rope_scaling_layers": [0, 2]})
     ),
-    *_of(AutoModelForImageTextToText, {"aria": [{"projector_patch_to_query_dict": {4: 2}, **taps} for taps in _TAPS]}),
     *_of(
         AutoModelForImageTextToText,
-        {"blip-2": [{"image_token_index": 120}]},
+        {
+            "minicpmv4_6": [{"image_token_id": 120, "insert_layer_id": place} for place in (0, 1, 2)],
+            "minicpmv4_7": [{"image_token_id": 120, "insert_layer_id": 1}],
+            "aria": [{"projector_patch_to_query_dict": {4: 2}, **taps} for taps in _TAPS],
+            "blip-2": [{"image_token_index": 120}],
+        },
     ),
 ]
 

@@ -68,28 +68,24 @@ def test_errors_of_any_shape_stay_within_the_budget(seed):
     errors, choices = torch.rand(30, len(CHOICES), generator=generator), list(CHOICES)
     for budget in (2.0, 2.9, 4.0, 6.3, 8.0):
         found = spend_bits(errors, choices, budget)
-        assert found.dtype == torch.int64
-        assert found.shape == (30,)
+        assert (found.dtype, found.shape) == (torch.int64, (30,))
         assert int(found.sum()) <= 30 * budget + 1e-6
         assert set(found.tolist()) <= set(choices)
 
 
-def test_steps_that_pay_only_together_are_taken_together():
-    """The first step alone takes nothing away; both take away more a bit than the other group's."""
-    errors = torch.tensor([[10.0, 10.0, 0.0], [3.0, 2.0, 1.5]])
-    assert spend_bits(errors, [2, 3, 4], 3.0).tolist() == [4, 2]
-
-
-def test_no_half_of_steps_that_pay_only_together():
-    """Where the budget ends between them, no bits are wasted on the first."""
-    errors = torch.tensor([[10.0, 10.0, 0.0], [3.0, 2.9, 2.85]])
-    assert spend_bits(errors, [2, 3, 4], 2.5).tolist() == [2, 2]
-    assert spend_bits(errors, [2, 3, 4], 3.0).tolist() == [4, 2]
-
-
-def test_bits_that_make_it_worse_are_not_spent():
-    """A group whose weights lie on the grid of 2 bits has errors at more, by the rounding of the step."""
-    assert spend_bits(torch.tensor([[0.0, 0.5, 0.25], [4.0, 2.0, 1.0]]), [2, 3, 4], 4.0).tolist() == [2, 4]
+@pytest.mark.parametrize(
+    ("first", "second", "budget", "expected"),
+    [
+        # steps that pay only together are taken together, and never half of them
+        ([10.0, 10.0, 0.0], [3.0, 2.0, 1.5], 3.0, [4, 2]),
+        ([10.0, 10.0, 0.0], [3.0, 2.9, 2.85], 3.0, [4, 2]),
+        ([10.0, 10.0, 0.0], [3.0, 2.9, 2.85], 2.5, [2, 2]),
+        # a group whose weights lie on the grid of 2 bits has errors at more: these are not spent
+        ([0.0, 0.5, 0.25], [4.0, 2.0, 1.0], 4.0, [2, 4]),
+    ],
+)
+def test_errors_that_do_not_fall_evenly(first, second, budget, expected):
+    assert spend_bits(torch.tensor([first, second]), [2, 3, 4], budget).tolist() == expected
 
 
 def test_a_group_with_larger_errors_gets_no_fewer():
@@ -100,19 +96,14 @@ def test_a_group_with_larger_errors_gets_no_fewer():
         assert found[0] > found[-1]
 
 
-def test_enough_for_all_gives_all():
-    errors = convex(6, CHOICES, 3)
-    assert spend_bits(errors, list(CHOICES), 8.0).tolist() == [8] * 6
-    assert spend_bits(errors, list(CHOICES), math.inf).tolist() == [8] * 6
-    assert spend_bits(errors, list(CHOICES), 2.0).tolist() == [2] * 6
+@pytest.mark.parametrize(("budget", "bits"), [(8.0, 8), (math.inf, 8), (2.0, 2)])
+def test_enough_for_all_gives_all_and_the_fewest_gives_the_fewest(budget, bits):
+    assert spend_bits(convex(6, CHOICES, 3), list(CHOICES), budget).tolist() == [bits] * 6
 
 
 def test_a_budget_below_the_fewest_bits_is_refused():
     with pytest.raises(ValueError, match=r"1\.9 bits a weight are fewer than the fewest of a group, 2"):
         spend_bits(convex(3, CHOICES, 0), list(CHOICES), 1.9)
-
-
-# --- the same bits for all --------------------------------------------------------------------------------------------
 
 
 @given(st.integers(1, 60), st.floats(2, 9))

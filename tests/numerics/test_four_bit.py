@@ -66,25 +66,14 @@ def assert_product(parts, x, name=None):
     assert bool(((got.double() - x.double() @ weight.T).abs() <= sums @ spans.T / 2**9 + 1e-3).all()), name
 
 
-# --- exact where nothing is rounded -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("zero", ["middle", 0, 1, 2, 3, 4])
 @pytest.mark.parametrize("bits", range(1, 9))
-def test_forms_add_up_to_exactly_the_weight(bits, zero):
-    """Read off by unit vectors, column by column, where steps are powers of two."""
+def test_every_number_of_bits(bits, zero):
+    """Exactly the weight, read off by unit vectors, where steps are powers of two."""
     for size in (32, 96):
         parts = example(bits, size, zero=zero, powers=True)
         columns = product(parts, torch.eye(2 * size))
         assert torch.equal(columns.T.double(), entries(*parts)), f"groups of {size}"
-
-
-# --- products in float32 ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("zero", ["middle", 0, 1, 2, 3, 4])
-@pytest.mark.parametrize("bits", range(1, 9))
-def test_every_number_of_bits(bits, zero):
     assert_product(example(bits, zero=zero), random(3, 64))
 
 
@@ -97,17 +86,13 @@ def test_mixtures_of_bits(zero):
             assert_product(parts, random(4, 96), f"up to {most} bits")
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("bits", [4, 7])
-def test_every_size_of_groups(size, bits):
-    for groups in (1, 3):
-        assert_product(example(bits, size, groups, outputs=3), random(2, groups * size))
-
-
-@pytest.mark.parametrize("outputs", [1, 2, 15, 16, 17, 33, 48])
-@pytest.mark.parametrize("bits", [4, 8])
-def test_any_number_of_outputs(outputs, bits):
-    assert_product(example(bits, outputs=outputs), random(3, 64))
+@pytest.mark.parametrize(
+    ("size", "groups", "outputs"),
+    [*((size, groups, 3) for size in SIZES for groups in (1, 3)), *((32, 2, n) for n in (1, 2, 15, 16, 17, 33, 48))],
+)
+@pytest.mark.parametrize("bits", [4, 7, 8])
+def test_every_size_of_groups_and_any_number_of_outputs(size, groups, outputs, bits):
+    assert_product(example(bits, size, groups, outputs), random(3, groups * size))
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -133,9 +118,6 @@ def test_nothing_given_is_changed():
     product(given[:2], given[2])
     for tensor, fresh in zip(given, [*example(8, zero=1), random(3, 64)], strict=True):
         assert torch.equal(tensor, fresh)
-
-
-# --- in bfloat16 ------------------------------------------------------------------------------------------------------
 
 
 def errors(parts, x):
@@ -170,9 +152,6 @@ def test_errors_where_each_group_has_an_outlier(bits, mean):
 def test_errors_where_zeros_are_anywhere(bits, zero):
     kernel, unpacked = errors(example(bits, 64, 8, 48, zero), random(40, 512))
     assert kernel <= 2.5 * unpacked
-
-
-# --- what it takes ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("zero", ["middle", 0, 1, 2, 3, 4])

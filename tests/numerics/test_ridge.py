@@ -1,50 +1,37 @@
 """Ridge regression from sums, held against the same regression from the data."""
 
-import numpy as np
+import math
+
 import pytest
 import torch
-from torch import Tensor
 
 from hf_compress.numerics.ridge import LeastSquares, solve_ridge
+from tests.helpers.regression import data, ridge, statistics
 
 
-def data(rows: int = 60, inputs: int = 5, outputs: int = 3, seed: int = 0) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, inputs, generator=generator, dtype=torch.float64) + 0.5
-    weight = torch.randn(inputs, outputs, generator=generator, dtype=torch.float64)
-    return x, x @ weight + 2.0 + 0.3 * torch.randn(rows, outputs, generator=generator, dtype=torch.float64)
+def least_squares(*given):
+    return ridge(*given)[0]
 
 
-def stacked_solution(x: Tensor, y: Tensor, penalty: float, prior: Tensor | None = None) -> Tensor:
-    """Ridge as ordinary least squares with sqrt(penalty) I appended to the data."""
-    prior = torch.zeros(x.shape[1], y.shape[1], dtype=x.dtype) if prior is None else prior
-    root = (penalty * x.square().sum(dim=0).mean()).sqrt()
-    rows = torch.cat([x, root * torch.eye(x.shape[1], dtype=x.dtype)])
-    solution = np.linalg.lstsq(rows.numpy(), torch.cat([y, root * prior]).numpy(), rcond=None)[0]
-    return torch.from_numpy(solution)
-
-
-def statistics(x: Tensor, y: Tensor, pieces: int = 1) -> LeastSquares:
-    sums = LeastSquares(x.shape[1], y.shape[1])
-    for x_part, y_part in zip(x.chunk(pieces), y.chunk(pieces), strict=True):
-        sums.update(x_part, y_part)
-    return sums
+def system(x, y):
+    """Gram matrix and cross products."""
+    return x.T @ x, x.T @ y
 
 
 @pytest.mark.parametrize("penalty", [0.0, 1e-3, 1.0, 100.0])
 @pytest.mark.parametrize("with_prior", [False, True])
-def test_matches_the_augmented_least_squares(penalty: float, with_prior: bool) -> None:
+def test_matches_the_augmented_least_squares(penalty, with_prior):
     x, y = data()
     prior = torch.full((5, 3), 0.7, dtype=torch.float64) if with_prior else None
-    solution = solve_ridge(x.T @ x, x.T @ y, penalty, prior)
+    solution = solve_ridge(*system(x, y), penalty, prior)
     assert solution.dtype == torch.float64
-    torch.testing.assert_close(solution, stacked_solution(x, y, penalty, prior))
+    torch.testing.assert_close(solution, least_squares(x, y, penalty, prior))
 
 
-def test_is_the_minimum_of_the_stated_objective() -> None:
+def test_is_the_minimum_of_the_stated_objective():
     x, y = data()
     prior = torch.ones(5, 3, dtype=torch.float64)
-    weight = solve_ridge(x.T @ x, x.T @ y, 0.1, prior).requires_grad_()
+    weight = solve_ridge(*system(x, y), 0.1, prior).requires_grad_()
     ridge = 0.1 * (x.T @ x).diagonal().mean()
     ((x @ weight - y).square().sum() + ridge * (weight - prior).square().sum()).backward()
     assert weight.grad is not None
@@ -52,59 +39,59 @@ def test_is_the_minimum_of_the_stated_objective() -> None:
     assert weight.detach().sub(prior).abs().max() > 0.1
 
 
-def test_penalty_is_free_of_units_and_rows() -> None:
+def test_penalty_is_free_of_units_and_rows():
     x, y = data()
-    expected = solve_ridge(x.T @ x, x.T @ y, 0.1)
+    expected = solve_ridge(*system(x, y), 0.1)
     torch.testing.assert_close(solve_ridge(1e6 * x.T @ x, 1e6 * x.T @ y, 0.1), expected)
     torch.testing.assert_close(solve_ridge(1e-6 * x.T @ x, 1e-3 * x.T @ y, 0.1), 1e3 * expected)
 
 
-def test_large_penalty_returns_the_prior() -> None:
+def test_large_penalty_returns_the_prior():
     x, y = data()
     prior = torch.randn(5, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    torch.testing.assert_close(solve_ridge(x.T @ x, x.T @ y, 1e14, prior), prior)
+    torch.testing.assert_close(solve_ridge(*system(x, y), 1e14, prior), prior)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-4, 1e4])
-def test_collinear_features_give_the_minimum_norm_solution(scale: float) -> None:
+def test_collinear_features_give_the_minimum_norm_solution(scale):
     x, y = data(inputs=4)
     x = scale * torch.cat([x, x[:, :2] - x[:, 2:]], dim=1)
-    solution = solve_ridge(x.T @ x, x.T @ y, 0.0)
+    solution = solve_ridge(*system(x, y), 0.0)
     torch.testing.assert_close(solution, torch.linalg.pinv(x) @ y, rtol=1e-6, atol=1e-8 / scale)
 
 
-def test_collinear_up_to_rounding_does_not_blow_up() -> None:
+def test_collinear_up_to_rounding_does_not_blow_up():
     """Whether Cholesky notices such a system is a matter of luck: over the seeds it does and does not."""
     for seed in range(20):
         x, y = data(inputs=4, seed=seed)
         x = torch.cat([x, x[:, :2] / 3 + x[:, 2:] / 7], dim=1)
-        solution = solve_ridge(x.T @ x, x.T @ y, 0.0)
+        solution = solve_ridge(*system(x, y), 0.0)
         torch.testing.assert_close(solution, torch.linalg.pinv(x) @ y, rtol=1e-6, atol=1e-8)
 
 
-def test_singular_system_stays_at_the_prior_where_the_data_say_nothing() -> None:
+def test_singular_system_stays_at_the_prior_where_the_data_say_nothing():
     x, y = data()
     x[:, 2] = 0.0  # a dead neuron
     prior = torch.full((5, 3), 9.0, dtype=torch.float64)
-    solution = solve_ridge(x.T @ x, x.T @ y, 0.0, prior)
+    solution = solve_ridge(*system(x, y), 0.0, prior)
     alive = [0, 1, 3, 4]
     torch.testing.assert_close(solution[2], prior[2])
-    torch.testing.assert_close(solution[alive], stacked_solution(x[:, alive], y, 0.0))
+    torch.testing.assert_close(solution[alive], least_squares(x[:, alive], y, 0.0))
     nothing = torch.zeros(5, 5), torch.zeros(5, 3)
     torch.testing.assert_close(solve_ridge(*nothing, 1.0, prior), prior)
     assert torch.equal(solve_ridge(*nothing, 0.0), torch.zeros(5, 3, dtype=torch.float64))
 
 
-def test_features_of_very_different_scale_are_not_taken_for_singular() -> None:
+def test_features_of_very_different_scale_are_not_taken_for_singular():
     """Massive activations next to ordinary ones: eigenvalues 1e18 apart, yet every feature is its own."""
     x, y = data()
     scale = torch.tensor([1e6, 1.0, 1e-3, 1.0, 1.0], dtype=torch.float64)
-    solution = solve_ridge((x * scale).T @ (x * scale), (x * scale).T @ y, 0.0)
-    torch.testing.assert_close(solution * scale[:, None], stacked_solution(x, y, 0.0), rtol=1e-8, atol=1e-8)
+    solution = solve_ridge(*system(x * scale, y), 0.0)
+    torch.testing.assert_close(solution * scale[:, None], least_squares(x, y, 0.0), rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_low_precision_input_is_summed_in_float64(dtype: torch.dtype) -> None:
+def test_low_precision_input_is_summed_in_float64(dtype):
     x, y = (t.to(dtype) for t in data(rows=500))
     sums, exact = statistics(x, y), statistics(x.double(), y.double())
     assert sums.gram.dtype == sums.cross.dtype == sums.x_sum.dtype == sums.y_sum.dtype == torch.float64
@@ -112,10 +99,12 @@ def test_low_precision_input_is_summed_in_float64(dtype: torch.dtype) -> None:
     assert sums.energy == exact.energy
 
 
-def test_streaming_and_merging_give_the_sums_of_the_whole() -> None:
+def test_streaming_and_merging_give_the_sums_of_the_whole():
     x, y = data()
-    halves = statistics(x[:25], y[:25]) + statistics(x[25:], y[25:])
-    for sums in (statistics(x, y, pieces=7), halves):
+    halves, pieces = statistics(x[:25], y[:25]) + statistics(x[25:], y[25:]), LeastSquares(5, 3)
+    for part in torch.arange(60).chunk(7):
+        pieces.update(x[part], y[part])
+    for sums in (pieces, halves):
         torch.testing.assert_close(sums.gram, x.T @ x)
         torch.testing.assert_close(sums.cross, x.T @ y)
         torch.testing.assert_close(sums.x_sum, x.sum(dim=0))
@@ -124,7 +113,7 @@ def test_streaming_and_merging_give_the_sums_of_the_whole() -> None:
         assert sums.count == 60
 
 
-def test_merging_leaves_its_parts_alone() -> None:
+def test_merging_leaves_its_parts_alone():
     first, second = statistics(*data()), statistics(*data(seed=1))
     before = first.gram.clone()
     first.merge(second).update(*data(seed=2))
@@ -132,18 +121,18 @@ def test_merging_leaves_its_parts_alone() -> None:
     assert (first.count, second.count) == (60, 60)
 
 
-def test_solve_and_error_agree_with_the_data() -> None:
+def test_solve_and_error_agree_with_the_data():
     x, y = data()
-    sums = statistics(x, y, pieces=3)
+    sums = statistics(x, y)
     prior = torch.ones(5, 3)
     weight = sums.solve(0.1, prior)
-    torch.testing.assert_close(weight, stacked_solution(x, y, 0.1, prior.double()))
+    torch.testing.assert_close(weight, least_squares(x, y, 0.1, prior.double()))
     assert sums.error(weight) == pytest.approx(float((x @ weight - y).square().sum(dim=1).mean()))
     bias = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64)
     assert sums.error(weight, bias) == pytest.approx(float((x @ weight + bias - y).square().sum(dim=1).mean()))
 
 
-def test_error_of_an_exact_fit_is_zero_and_never_negative() -> None:
+def test_error_of_an_exact_fit_is_zero_and_never_negative():
     for seed in range(20):
         x, _ = data(seed=seed)
         weight = torch.randn(5, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -151,36 +140,33 @@ def test_error_of_an_exact_fit_is_zero_and_never_negative() -> None:
         assert 0.0 <= sums.error(sums.solve(0.0)) < 1e-13
 
 
-def test_affine_fit_is_ridge_of_the_centred_data() -> None:
+def test_affine_fit_is_ridge_of_the_centred_data():
     x, y = data()
     sums = statistics(x, y)
-    weight, bias = sums.solve_affine(0.05)
-    x_centred, y_centred = x - x.mean(dim=0), y - y.mean(dim=0)
-    torch.testing.assert_close(weight, stacked_solution(x_centred, y_centred, 0.05))
-    torch.testing.assert_close((x @ weight + bias).mean(dim=0), y.mean(dim=0))
+    torch.testing.assert_close(sums.solve_affine(0.05), ridge(x, y, 0.05, affine=True))
     free_weight, free_bias = sums.solve_affine(0.0)
     assert sums.error(free_weight, free_bias) < sums.error(sums.solve(0.0)) - 0.1
     prior = torch.full((5, 3), 3.0, dtype=torch.float64)
     torch.testing.assert_close(sums.solve_affine(1e14, prior)[0], prior)
 
 
-def test_affine_fit_leaves_a_constant_feature_to_the_bias() -> None:
+def test_affine_fit_leaves_a_constant_feature_to_the_bias():
     x, y = data()
     x[:, 1] = 0.1
     weight, bias = statistics(x, y).solve_affine(0.0)
     assert weight[1].abs().max() < 1e-12
     with_ones = torch.cat([x[:, [0, 2, 3, 4]], torch.ones(60, 1, dtype=torch.float64)], dim=1)
-    expected = stacked_solution(with_ones, y, 0.0)
+    expected = least_squares(with_ones, y, 0.0)
     torch.testing.assert_close(torch.cat([weight[[0, 2, 3, 4]], bias[None]]), expected)
 
 
-def test_affine_fit_of_constants_only() -> None:
+def test_affine_fit_of_constants_only():
     weight, bias = statistics(torch.full((7, 2), 0.1), torch.full((7, 1), 0.3)).solve_affine(1e-3)
     assert torch.equal(weight, torch.zeros(2, 1, dtype=torch.float64))
     assert float(bias) == pytest.approx(0.3)
 
 
-def test_no_rows_may_be_added_but_not_solved() -> None:
+def test_no_rows_may_be_added_but_not_solved():
     sums = LeastSquares(5, 3)
     sums.update(torch.zeros(0, 5), torch.zeros(0, 3))
     for call in (lambda: sums.solve(0.1), lambda: sums.solve_affine(0.1), lambda: sums.error(torch.zeros(5, 3))):
@@ -188,7 +174,7 @@ def test_no_rows_may_be_added_but_not_solved() -> None:
             call()
 
 
-def test_refused_rows_add_nothing() -> None:
+def test_refused_rows_add_nothing():
     sums = LeastSquares(5, 3)
     x, y = data()
     y[4, 1] = float("nan")
@@ -200,33 +186,38 @@ def test_refused_rows_add_nothing() -> None:
     assert not sums.gram.any()
 
 
-def test_refuses_bad_systems() -> None:
-    x, y = data()
-    gram, cross = x.T @ x, x.T @ y
-    for penalty in (-1e-3, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match=f"penalty is {penalty}; expected a finite number >= 0"):
-            solve_ridge(gram, cross, penalty)
-    with pytest.raises(ValueError, match=r"gram has shape \[5, 3\] and cross \[5, 3\]"):
-        solve_ridge(cross, cross, 0.1)
-    with pytest.raises(ValueError, match=r"gram has shape \[5, 5\] and cross \[4, 3\]"):
-        solve_ridge(gram, cross[:4], 0.1)
-    with pytest.raises(ValueError, match=r"prior has shape \[3, 5\]; expected that of cross, \[5, 3\]"):
-        solve_ridge(gram, cross, 0.1, cross.T)
-    with pytest.raises(ValueError, match="gram is not symmetric"):
-        solve_ridge(gram.triu(), cross, 0.1)
-    with pytest.raises(ValueError, match="gram has NaN or infinite entries"):
-        solve_ridge(gram / 0.0, cross, 0.1)
+GRAM, CROSS = system(*data())
 
 
-def test_refuses_bad_statistics() -> None:
-    sums = statistics(*data())
-    with pytest.raises(ValueError, match="inputs is 0 and outputs is 3"):
-        LeastSquares(0, 3)
-    with pytest.raises(ValueError, match="cannot merge statistics of 5 -> 3 features with 5 -> 2"):
-        sums.merge(LeastSquares(5, 2))
-    with pytest.raises(ValueError, match=r"weight has shape \[3, 5\] and bias \[3\]; expected \[5, 3\] and \[3\]"):
-        sums.error(torch.zeros(3, 5))
-    with pytest.raises(ValueError, match="the squared error is nan"):
-        sums.error(torch.full((5, 3), float("nan")))
-    with pytest.raises(TypeError):
-        sums + 1  # type: ignore[operator]
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        *(((GRAM, CROSS, p), f"penalty is {p}; expected a finite number >= 0") for p in (-1e-3, math.nan, math.inf)),
+        ((CROSS, CROSS, 0.1), r"gram has shape \[5, 3\] and cross \[5, 3\]"),
+        ((GRAM, CROSS[:4], 0.1), r"gram has shape \[5, 5\] and cross \[4, 3\]"),
+        ((GRAM, CROSS, 0.1, CROSS.T), r"prior has shape \[3, 5\]; expected that of cross, \[5, 3\]"),
+        ((GRAM.triu(), CROSS, 0.1), "gram is not symmetric"),
+        ((GRAM / 0.0, CROSS, 0.1), "gram has NaN or infinite entries"),
+    ],
+)
+def test_refuses_bad_systems(given, message):
+    with pytest.raises(ValueError, match=message):
+        solve_ridge(*given)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda s: LeastSquares(0, 3), "inputs is 0 and outputs is 3"),
+        (lambda s: s.merge(LeastSquares(5, 2)), "cannot merge statistics of 5 -> 3 features with 5 -> 2"),
+        (
+            lambda s: s.error(torch.zeros(3, 5)),
+            r"weight has shape \[3, 5\] and bias \[3\]; expected \[5, 3\] and \[3\]",
+        ),
+        (lambda s: s.error(torch.full((5, 3), math.nan)), "the squared error is nan"),
+        (lambda s: s + 1, "unsupported operand"),
+    ],
+)
+def test_refuses_bad_statistics(call, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        call(statistics(*data()))

@@ -1,56 +1,32 @@
 """What ILLC asks of ridge regression, against the same from the data: weights, features taken, a penalty chosen."""
 
-import numpy as np
+from functools import partial
+
 import pytest
 import torch
-from torch import Tensor
 
 from hf_compress.methods.base.ridge import HeldOutSums, is_held_out
 from hf_compress.numerics.ridge import LeastSquares
+from tests.helpers import regression
+from tests.helpers.regression import ridge, statistics
 
 FIELDS = ("gram", "cross", "x_sum", "y_sum")
 PENALTIES = (1e-6, 1e-2, 1.0, 100.0)
+data = partial(regression.data, noise=2.0)
 
 
-def data(rows: int = 60, inputs: int = 5, outputs: int = 3, seed: int = 0) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, inputs, generator=generator, dtype=torch.float64) + 0.5
-    weight = torch.randn(inputs, outputs, generator=torch.Generator().manual_seed(99), dtype=torch.float64)
-    return x, x @ weight + 2.0 + 2.0 * torch.randn(rows, outputs, generator=generator, dtype=torch.float64)
-
-
-def statistics(x: Tensor, y: Tensor, weights: Tensor | None = None) -> LeastSquares:
-    sums = LeastSquares(x.shape[1], y.shape[1])
-    sums.update(x, y, weights)
-    return sums
-
-
-def assert_same(first: LeastSquares, second: LeastSquares) -> None:
+def assert_same(first, second):
     for name in FIELDS:
         torch.testing.assert_close(getattr(first, name), getattr(second, name))
     assert first.energy == pytest.approx(second.energy)
     assert first.count == pytest.approx(second.count)
 
 
-def copy_of(sums: LeastSquares) -> LeastSquares:
+def copy_of(sums):
     return sums.merge(LeastSquares(sums.inputs, sums.outputs))
 
 
-def solution(x: Tensor, y: Tensor, penalty: float, prior: Tensor | None, affine: bool) -> tuple[Tensor, Tensor]:
-    """Ridge as ordinary least squares of centred data, with rows sqrt(penalty) I appended."""
-    prior = torch.zeros(x.shape[1], y.shape[1], dtype=x.dtype) if prior is None else prior
-    x_mean, y_mean = (x.mean(dim=0), y.mean(dim=0)) if affine else (torch.zeros_like(x[0]), torch.zeros_like(y[0]))
-    x, y = x - x_mean, y - y_mean
-    root = (penalty * x.square().sum(dim=0).mean()).sqrt()
-    rows = torch.cat([x, root * torch.eye(x.shape[1], dtype=x.dtype)])
-    weight = torch.from_numpy(np.linalg.lstsq(rows.numpy(), torch.cat([y, root * prior]).numpy(), rcond=None)[0])
-    return weight, y_mean - x_mean @ weight
-
-
-# --- weights ----------------------------------------------------------------------------------------------------------
-
-
-def test_a_weight_is_a_row_that_many_times() -> None:
+def test_a_weight_is_a_row_that_many_times():
     x, y = data()
     times = torch.arange(60) % 4  # some of them 0: as if not there
     repeated = statistics(x.repeat_interleave(times, 0), y.repeat_interleave(times, 0))
@@ -63,7 +39,7 @@ def test_a_weight_is_a_row_that_many_times() -> None:
     assert weighted.solve(0.1).sub(statistics(x, y).solve(0.1)).abs().max() > 1e-3
 
 
-def test_fractions_count_too() -> None:
+def test_fractions_count_too():
     """The common factor of all weights changes nothing but the count."""
     x, y = data()
     weights = torch.rand(60, generator=torch.Generator().manual_seed(1))
@@ -74,7 +50,7 @@ def test_fractions_count_too() -> None:
     assert tenth.error(tenth.solve(0.1)) == pytest.approx(sums.error(sums.solve(0.1)))
 
 
-def test_weighted_rows_come_in_pieces() -> None:
+def test_weighted_rows_come_in_pieces():
     x, y = data()
     weights = torch.rand(60, generator=torch.Generator().manual_seed(1))
     sums = LeastSquares(5, 3)
@@ -85,7 +61,7 @@ def test_weighted_rows_come_in_pieces() -> None:
     assert_same(statistics(x, y, torch.ones(60)), statistics(x, y))
 
 
-def test_rows_that_all_count_nothing_are_no_rows() -> None:
+def test_rows_that_all_count_nothing_are_no_rows():
     x, y = data()
     sums = statistics(x, y, torch.zeros(60))
     assert sums.count == 0
@@ -105,7 +81,7 @@ def test_rows_that_all_count_nothing_are_no_rows() -> None:
     ],
     ids=["negative", "too few", "nan", "infinite", "a column", "a number"],
 )
-def test_refused_weights_add_nothing(weights: Tensor, message: str) -> None:
+def test_refused_weights_add_nothing(weights, message):
     sums = LeastSquares(5, 3)
     with pytest.raises(ValueError, match=message):
         sums.update(*data(), weights)
@@ -113,11 +89,8 @@ def test_refused_weights_add_nothing(weights: Tensor, message: str) -> None:
     assert not any(getattr(sums, name).any() for name in FIELDS)
 
 
-# --- fewer features ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("features", [[3], [4, 0, 2], [0, 1, 2, 3, 4]])
-def test_taking_features_is_having_seen_no_others(features: list[int]) -> None:
+def test_taking_features_is_having_seen_no_others(features):
     x, y = data()
     weights = torch.rand(60, generator=torch.Generator().manual_seed(1))
     some = statistics(x, y, weights).take(torch.tensor(features))
@@ -126,7 +99,7 @@ def test_taking_features_is_having_seen_no_others(features: list[int]) -> None:
     torch.testing.assert_close(some.solve_affine(0.1), statistics(x[:, features], y, weights).solve_affine(0.1))
 
 
-def test_taking_leaves_the_whole_alone() -> None:
+def test_taking_leaves_the_whole_alone():
     """Rows that are added to either of the two are not the other's."""
     x, y = data()
     for features in ([4, 0], [0, 1, 2, 3, 4]):
@@ -139,59 +112,51 @@ def test_taking_leaves_the_whole_alone() -> None:
         assert_same(some, statistics(x[:, features], y))
 
 
-# --- a penalty chosen -------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("with_prior", [False, True])
 @pytest.mark.parametrize("rows", [6, 12, 300])
-def test_the_penalty_is_the_best_on_rows_held_out(affine: bool, with_prior: bool, rows: int) -> None:
+def test_the_penalty_is_the_best_on_rows_held_out(affine, with_prior, rows):
     (x, y), (x_held, y_held) = data(rows), data(40, seed=1)
     prior = torch.full((5, 3), 0.3, dtype=torch.float64) if with_prior else None
     errors = {}
     for penalty in PENALTIES:
-        weight, bias = solution(x, y, penalty, prior, affine)
+        weight, bias = ridge(x, y, penalty, prior, affine)
         errors[penalty] = float((x_held @ weight + bias - y_held).square().sum(dim=1).mean())
     best = min(errors, key=errors.__getitem__)
     fit = HeldOutSums(statistics(x, y), statistics(x_held, y_held)).fit(prior, affine, PENALTIES)
     assert fit.penalty == best
     assert fit.error == pytest.approx(errors[best] / float(y_held.square().sum(dim=1).mean()))
-    weight, bias = solution(torch.cat([x, x_held]), torch.cat([y, y_held]), best, prior, affine)
+    weight, bias = ridge(torch.cat([x, x_held]), torch.cat([y, y_held]), best, prior, affine)
     torch.testing.assert_close(fit.weight, weight, rtol=1e-6, atol=1e-8)
     assert (fit.bias is None) == (not affine)
     if fit.bias is not None:
         torch.testing.assert_close(fit.bias, bias, rtol=1e-6, atol=1e-8)
 
 
-def test_the_choice_depends_on_the_rows() -> None:
+def test_the_choice_depends_on_the_rows():
     """Few and noisy rows want a large penalty, many want a small one: else the test above would tell nothing."""
     held = statistics(*data(400, seed=1))
     chosen = [HeldOutSums(statistics(*data(rows)), held).fit(penalties=PENALTIES).penalty for rows in (6, 3000)]
     assert chosen[0] > chosen[1]
 
 
-def test_the_rows_that_choose_are_not_those_that_are_fitted() -> None:
+def test_the_rows_that_choose_are_not_those_that_are_fitted():
     """On its own rows the smallest penalty is always the best."""
     few = statistics(*data(6))
     assert HeldOutSums(few, few).fit(penalties=PENALTIES).penalty == PENALTIES[0]
     assert HeldOutSums(few, statistics(*data(400, seed=1))).fit(penalties=PENALTIES).penalty > PENALTIES[0]
 
 
-def test_one_penalty_leaves_no_choice() -> None:
-    sums = statistics(*data())
-    fit = HeldOutSums(sums, statistics(*data(seed=1))).fit(penalties=[0.5])
-    assert fit.penalty == 0.5
-
-
-def test_sums_are_left_alone() -> None:
+def test_one_penalty_leaves_no_choice_and_sums_are_left_alone():
     fitted, held = statistics(*data()), statistics(*data(seed=1))
     before = copy_of(fitted), copy_of(held)
+    assert HeldOutSums(fitted, held).fit(penalties=[0.5]).penalty == 0.5
     HeldOutSums(fitted, held).fit(penalties=PENALTIES)
     assert_same(fitted, before[0])
     assert_same(held, before[1])
 
 
-def test_a_target_of_zeros_is_met() -> None:
+def test_a_target_of_zeros_is_met():
     x = data()[0]
     fit = HeldOutSums(statistics(x, torch.zeros(60, 3)), statistics(x, torch.zeros(60, 3))).fit()
     assert fit.error == 0
@@ -199,10 +164,10 @@ def test_a_target_of_zeros_is_met() -> None:
 
 
 @pytest.mark.parametrize("affine", [True, False])
-def test_without_rows_to_choose_by_the_penalty_is_cautious(affine: bool) -> None:
+def test_without_rows_to_choose_by_the_penalty_is_cautious(affine):
     """Whichever of the two has none; all rows count once."""
     x, y = data()
-    weight, bias = solution(x, y, 0.1, None, affine)
+    weight, bias = ridge(x, y, 0.1, None, affine)
     for sums in (HeldOutSums(statistics(x, y), LeastSquares(5, 3)), HeldOutSums(LeastSquares(5, 3), statistics(x, y))):
         fit = sums.fit(affine=affine)
         assert fit.penalty == 0.1
@@ -211,7 +176,7 @@ def test_without_rows_to_choose_by_the_penalty_is_cautious(affine: bool) -> None
         assert fit.error == pytest.approx(float(left))
 
 
-def test_batches_go_to_the_one_or_the_other() -> None:
+def test_batches_go_to_the_one_or_the_other():
     (x, y), sums = data(), HeldOutSums.empty(5, 3)
     for number in range(12):
         rows = slice(5 * number, 5 * number + 5)
@@ -220,11 +185,14 @@ def test_batches_go_to_the_one_or_the_other() -> None:
     assert_same(sums.all, statistics(x, y))
 
 
-def test_refuses_no_rows_and_no_penalties() -> None:
-    sums, none = statistics(*data()), LeastSquares(5, 3)
-    with pytest.raises(ValueError, match="no rows were seen"):
-        HeldOutSums(none, none).fit()
-    with pytest.raises(ValueError, match="penalties is empty"):
-        HeldOutSums(sums, sums).fit(penalties=[])
-    with pytest.raises(ValueError, match="penalty is -1"):
-        HeldOutSums(sums, sums).fit(penalties=[-1.0])
+@pytest.mark.parametrize(
+    ("sums", "penalties", "message"),
+    [
+        (LeastSquares(5, 3), PENALTIES, "no rows were seen"),
+        (statistics(*data()), [], "penalties is empty"),
+        (statistics(*data()), [-1.0], "penalty is -1"),
+    ],
+)
+def test_refuses_no_rows_and_no_penalties(sums, penalties, message):
+    with pytest.raises(ValueError, match=message):
+        HeldOutSums(sums, sums).fit(penalties=penalties)

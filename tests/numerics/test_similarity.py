@@ -4,14 +4,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from hf_compress.numerics.similarity import SIMILARITIES, cka, similarity_matrix
 
 ALL = ["angular", "cka", "cosine", "information"]
 
 
-def chain(blocks: int = 5, samples: int = 100, features: int = 4, step: float = 0.3, seed: int = 0) -> list[Tensor]:
+def chain(blocks=5, samples=100, features=4, step=0.3, seed=0):
     """A residual stream: each block adds a little that is its own."""
     generator = torch.Generator().manual_seed(seed)
     states = [torch.randn(samples, features, generator=generator)]
@@ -20,7 +19,7 @@ def chain(blocks: int = 5, samples: int = 100, features: int = 4, step: float = 
     return states
 
 
-def test_the_registry_holds_the_four_and_no_name_twice() -> None:
+def test_the_registry_holds_the_four_and_no_name_twice():
     assert sorted(SIMILARITIES) == ALL
     with pytest.raises(ValueError, match="similarity 'cka' is already registered"):
         SIMILARITIES.register("cka")(cka)
@@ -29,10 +28,9 @@ def test_the_registry_holds_the_four_and_no_name_twice() -> None:
 
 
 @pytest.mark.parametrize("similarity", ALL)
-def test_matrix_of_a_residual_stream(similarity: str) -> None:
+def test_matrix_of_a_residual_stream(similarity):
     matrix = similarity_matrix(chain(), similarity)
-    assert matrix.shape == (5, 5)
-    assert matrix.dtype == torch.float64
+    assert (matrix.shape, matrix.dtype) == ((5, 5), torch.float64)
     assert torch.equal(matrix, matrix.T)
     assert torch.equal(matrix.diagonal(), torch.ones(5, dtype=torch.float64))
     assert (matrix[0].diff() < 0).all()  # the farther apart, the less alike
@@ -41,7 +39,7 @@ def test_matrix_of_a_residual_stream(similarity: str) -> None:
 @pytest.mark.parametrize("similarity", ALL)
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 10**6), samples=st.integers(6, 30), features=st.integers(1, 40), step=st.floats(0, 10))
-def test_bounds(similarity: str, seed: int, samples: int, features: int, step: float) -> None:
+def test_bounds(similarity, seed, samples, features, step):
     matrix = similarity_matrix(chain(3, samples, features, step, seed), similarity)
     low = -1.0 if similarity == "cosine" else 0.0
     assert ((matrix >= low) & (matrix <= 1)).all()
@@ -49,21 +47,21 @@ def test_bounds(similarity: str, seed: int, samples: int, features: int, step: f
 
 
 @pytest.mark.parametrize("similarity", ALL)
-def test_scale_of_a_block_does_not_matter(similarity: str) -> None:
+def test_scale_of_a_block_does_not_matter(similarity):
     blocks = chain()
     scaled = [1e3 * blocks[0].double(), 1e-200 * blocks[1].double(), *blocks[2:]]
     torch.testing.assert_close(similarity_matrix(scaled, similarity), similarity_matrix(blocks, similarity))
 
 
 @pytest.mark.parametrize(("similarity", "matters"), [("cka", False), ("cosine", True), ("angular", True)])
-def test_rotation_of_a_block(similarity: str, matters: bool) -> None:
+def test_rotation_of_a_block(similarity, matters):
     blocks = chain()
     rotation = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(1))).Q
     rotated, expected = (similarity_matrix([blocks[0] @ r, blocks[1]], similarity) for r in (rotation, torch.eye(4)))
     assert torch.allclose(rotated, expected, atol=1e-6) is not matters
 
 
-def test_cka_is_unbiased_where_the_plain_one_is_not() -> None:
+def test_cka_is_unbiased_where_the_plain_one_is_not():
     """Unrelated blocks much wider than the samples are many: the biased CKA says nearly 1."""
     generator = torch.Generator().manual_seed(0)
     blocks = [torch.randn(20, 2000, generator=generator, dtype=torch.float64) for _ in range(12)]
@@ -74,54 +72,47 @@ def test_cka_is_unbiased_where_the_plain_one_is_not() -> None:
     assert (grams[0] * grams[1]).sum() / (grams[0].norm() * grams[1].norm()) > 0.9
 
 
-def test_cka_survives_a_large_common_offset() -> None:
+def test_cka_survives_a_large_common_offset():
     blocks = [x.double() for x in chain()]
-    torch.testing.assert_close(
-        similarity_matrix([x + 1e6 for x in blocks], "cka"), similarity_matrix(blocks, "cka"), rtol=1e-6, atol=1e-8
-    )
+    moved, expected = similarity_matrix([x + 1e6 for x in blocks], "cka"), similarity_matrix(blocks, "cka")
+    torch.testing.assert_close(moved, expected, rtol=1e-6, atol=1e-8)
 
 
-def test_known_angles() -> None:
-    right, diagonal, left = ([[1.0, 0.0]] * 3, [[1.0, 1.0]] * 3, [[-2.0, 0.0]] * 3)
-    blocks = [torch.tensor(b) for b in (right, diagonal, left)]
-    cosines, angles = similarity_matrix(blocks, "cosine"), similarity_matrix(blocks, "angular")
-    assert float(cosines[0, 1]) == pytest.approx(0.5**0.5)
-    assert float(cosines[0, 2]) == pytest.approx(-1.0)
-    assert float(angles[0, 1]) == pytest.approx(0.75)
-    assert float(angles[0, 2]) == pytest.approx(0.0)
+def test_known_angles():
+    blocks = [torch.tensor([row] * 3) for row in ([1.0, 0.0], [1.0, 1.0], [-2.0, 0.0])]
+    for similarity, expected in (("cosine", [1, 0.5**0.5, -1]), ("angular", [1, 0.75, 0])):
+        assert similarity_matrix(blocks, similarity)[0].tolist() == pytest.approx(expected)
 
 
-def test_per_sample_measures_do_not_depend_on_the_chunks() -> None:
+def test_per_sample_measures_do_not_depend_on_the_chunks():
     blocks = chain(3, samples=150)
     whole = similarity_matrix(blocks, "cosine")
     parts = [similarity_matrix([x[i : i + 50] for x in blocks], "cosine") for i in (0, 50, 100)]
     torch.testing.assert_close(whole, sum(parts) / 3)
 
 
-def test_options_reach_the_measure() -> None:
+def test_options_reach_the_measure():
     blocks = chain()
-    assert not torch.equal(
-        similarity_matrix(blocks, "information"), similarity_matrix(blocks, "information", neighbors=9)
-    )
+    few, many = (similarity_matrix(blocks, "information", neighbors=count) for count in (3, 9))
+    assert not torch.equal(few, many)
     with pytest.raises(TypeError, match="neighbors"):
         similarity_matrix(blocks, "cka", neighbors=9)
 
 
 @pytest.mark.parametrize("similarity", ALL)
-def test_refuses_bad_blocks(similarity: str) -> None:
+def test_refuses_bad_blocks(similarity):
     blocks = chain()
     with pytest.raises(ValueError, match="no blocks were given"):
         similarity_matrix([], similarity)
     with pytest.raises(ValueError, match="block 1 has 99 samples and block 0 has 100"):
         similarity_matrix([blocks[0], blocks[1][:99]], similarity)
     blocks[2][7, 0] = float("nan")
-    with pytest.raises(
-        ValueError, match=r"block 2 has NaN or infinite entries in 1 of 100 samples \(first: sample 7\)"
-    ):
+    message = r"block 2 has NaN or infinite entries in 1 of 100 samples \(first: sample 7\)"
+    with pytest.raises(ValueError, match=message):
         similarity_matrix(blocks, similarity)
 
 
-def test_refuses_what_a_measure_cannot_say() -> None:
+def test_refuses_what_a_measure_cannot_say():
     blocks = chain()
     with pytest.raises(ValueError, match="block 1 has 3 features and block 0 has 4"):
         similarity_matrix([blocks[0], blocks[1][:, :3]], "cosine")

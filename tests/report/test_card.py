@@ -21,17 +21,9 @@ def small(model):
     return cut_down(model)
 
 
-# --- metadata ---------------------------------------------------------------------------------------------------------
-
-
 def test_the_metadata_comes_back(small):
-    details = CardDetails(
-        license="apache-2.0",
-        language="en",
-        datasets=["org/texts", "my own texts"],
-        evaluation="held-out manuals",
-        repo_id="me/Small",
-    )
+    words = {"license": "apache-2.0", "language": "en", "datasets": ["org/texts", "my own texts"]}
+    details = CardDetails(**words, evaluation="held-out manuals", repo_id="me/Small")
     card = model_card(small, result=ours(small), details=details)
     data = ModelCard(str(card)).data
     assert data.to_dict() == card.data.to_dict()
@@ -39,10 +31,9 @@ def test_the_metadata_comes_back(small):
     assert (data.library_name, data.pipeline_tag, data.license) == ("transformers", "text-generation", "apache-2.0")
     assert (data.tags, data.language, data.datasets) == (["hf-compress", "drop_blocks"], ["en"], ["org/texts"])
     assert data.model_name == "Small"
+    value = math.exp(850 / 300)
     assert data.eval_results == [
-        EvalResult(
-            "text-generation", "text", "held-out manuals", "perplexity", math.exp(850 / 300), metric_name="perplexity"
-        ),
+        EvalResult("text-generation", "text", "held-out manuals", "perplexity", value, metric_name="perplexity"),
         EvalResult("text-generation", "cloze", "cloze", "acc", 0.625, metric_name="acc"),
         EvalResult("text-generation", "maths", "maths", "exact_match", 0.25, metric_name="exact_match,strict"),
     ]
@@ -89,9 +80,6 @@ def test_the_hubs_own_cache_is_known(small, folder, name):
     assert "someone" not in str(card)
 
 
-# --- what was measured ------------------------------------------------------------------------------------------------
-
-
 def test_the_model_stands_beside_its_controls(small):
     controls = {
         "uncompressed": result(9999, losses=(240.0, 295.0, 285.0), acc=0.7),
@@ -130,9 +118,8 @@ def test_differences_are_taken_in_pairs_of_the_same_texts_alone(small):
 
 
 def test_scores_on_other_documents_say_so(small):
-    few = result(
-        5, scores=(TaskScore("cloze", "acc", 0.5, 0.1, True, 25), TaskScore("other", "acc", 1.0, 0.1, True, 9))
-    )
+    scores = TaskScore("cloze", "acc", 0.5, 0.1, True, 25), TaskScore("other", "acc", 1.0, 0.1, True, 9)
+    few = result(5, scores=scores)
     rows = rows_of(model_card(small, result=ours(small), controls={"few": few}), "Evaluation")
     assert ["cloze acc ↑ (200 documents)", "0.625 ± 0.034", "0.50 ± 0.10 (25 documents)"] in rows
     assert not any("other" in row[0] for row in rows)
@@ -149,19 +136,11 @@ def test_without_an_evaluation_there_is_no_figure(small, nothing):
     assert "model-index" not in str(card)
 
 
-@pytest.mark.parametrize(
-    ("names", "uncompressed", "control"),
-    [
-        ((), False, False),
-        (("uncompressed",), True, False),
-        (("random",), False, True),
-        (("uncompressed", "x"), True, True),
-    ],
-)
-def test_what_was_not_measured_beside_it_is_named(small, names, uncompressed, control):
+@pytest.mark.parametrize("names", [(), ("uncompressed",), ("random",), ("uncompressed", "x")])
+def test_what_was_not_measured_beside_it_is_named(small, names):
     text = model_card(small, result=ours(small), controls={name: ours(small) for name in names}).text
-    assert ("The uncompressed model was not measured" in text) is not uncompressed
-    assert ("No control was measured" in text) is not control
+    assert ("The uncompressed model was not measured" in text) is ("uncompressed" not in names)
+    assert ("No control was measured" in text) is (set(names) <= {"uncompressed"})
 
 
 def test_what_is_not_finite_is_no_score(small):
@@ -185,26 +164,19 @@ def test_what_is_not_finite_is_no_score(small):
     assert "Time: 2.0 s (second 2.0 s)." in card.text
 
 
-# --- bad arguments ----------------------------------------------------------------------------------------------------
-
-
-def test_a_result_of_another_model_is_refused(small):
-    with pytest.raises(ValueError, match=r"result is of a model with 7 parameters, but this one has [\d,]+: pass what"):
-        model_card(small, result=result(7))
-
-
-def test_controls_need_a_result(small):
-    with pytest.raises(ValueError, match=r"result is None: pass result=evaluate"):
-        model_card(small, controls={"uncompressed": result(7)})
-
-
-def test_other_kinds_are_refused(small):
-    with pytest.raises(TypeError, match="model is a Linear; expected a PreTrainedModel"):
-        model_card(torch.nn.Linear(2, 2))
-    with pytest.raises(TypeError, match="result is a dict; expected what"):
-        model_card(small, result={})
-    with pytest.raises(TypeError, match=r"controls\['last'\] is a float; expected what"):
-        model_card(small, result=ours(small), controls={"last": 0.5})
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"model": torch.nn.Linear(2, 2)}, "model is a Linear; expected a PreTrainedModel"),
+        ({"result": {}}, "result is a dict; expected what"),
+        ({"controls": {"last": 0.5}}, r"controls\['last'\] is a float; expected what"),
+        ({"result": result(7)}, r"result is of a model with 7 parameters, but this one has [\d,]+: pass what"),
+        ({"result": None, "controls": {"uncompressed": result(7)}}, "result is None: pass result=evaluate"),
+    ],
+)
+def test_bad_arguments(arguments, message, small):
+    with pytest.raises((TypeError, ValueError), match=message):
+        model_card(**{"model": small, "result": ours(small)} | arguments)
 
 
 @pytest.mark.parametrize("field", ["repo_id", "base_model"])

@@ -5,17 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    BertModel,
-    BitsAndBytesConfig,
-    LlamaForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
-    ViTConfig,
-    ViTForImageClassification,
-)
+import transformers
 
 from hf_compress.api.compress import compress
 from hf_compress.evaluation.size import parameter_count, stored_bytes
@@ -27,15 +17,12 @@ from hf_compress.report.report import REPORT_FILE
 from hf_compress.rewrite.edits.sealed import Seal
 from hf_compress.rewrite.record import entry_of
 from tests.helpers.cards import code_of, cut_down, healed, restage, rows_of
-from tests.helpers.language import tiny_llama
+from tests.helpers.tiny import tiny_kind
 
 
 @pytest.fixture
 def small(model):
     return cut_down(model)
-
-
-# --- what was done ----------------------------------------------------------------------------------------------------
 
 
 def test_method_sizes_and_circumstances(model, tokenizer, texts):
@@ -56,10 +43,8 @@ def test_method_sizes_and_circumstances(model, tokenizer, texts):
     assert sizes["blocks in model.layers"] == ["5", "3", "-40.0%"]
     assert code_of(card, "bash") == "python first.py\npython second.py --x\n"
     assert CompressionConfig.from_dict(json.loads(code_of(card, "json"))) == MKAConfig(num_merges=2)
-    counts = report.calibration
-    assert (
-        f"Calibration data: {counts['samples']} samples, {counts['tokens']} tokens; twelve texts of words." in card.text
-    )
+    counts = f"{report.calibration['samples']} samples, {report.calibration['tokens']} tokens"
+    assert f"Calibration data: {counts}; twelve texts of words." in card.text
     assert f"torch {torch.__version__}".replace("_", "\\_") in card.text
     assert f"Time: {sum(step.seconds for step in report.stages[0].steps):.1f} s" in card.text
     assert "Reload check: passed" in card.text
@@ -104,11 +89,8 @@ def test_a_model_changed_after_compression_shows_its_present_size(small):
 def test_a_model_without_a_report(model, tmp_path):
     model.config._name_or_path = model.name_or_path = f"{tmp_path}/thing"
     card = model_card(model, details=CardDetails(calibration="words"))
-    assert card.data.to_dict() == {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["hf-compress"],
-    }
+    told = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["hf-compress"]}
+    assert card.data.to_dict() == told
     assert card.text.startswith("\n# thing\n\nA LlamaForCausalLM, saved with hf_compress. No compression report")
     assert f"{parameter_count(model):,} parameters, {stored_bytes(model):,} stored bytes." in card.text
     assert "What was changed" not in card.text
@@ -119,13 +101,7 @@ def test_a_model_without_a_report(model, tmp_path):
 def test_edits_in_words(small):
     gate, up, down = (f"model.layers.{{}}.mlp.{part}_proj" for part in ("gate", "up", "down"))
     narrow = [
-        {
-            "edit": "NarrowFFN",
-            "inputs": [gate.format(i), up.format(i)],
-            "output": down.format(i),
-            "width": 8,
-            "bias": False,
-        }
+        {"inputs": [gate.format(i), up.format(i)], "output": down.format(i), "width": 8, "bias": False}
         for i in (0, 1, 2, 4)
     ]
     restage(
@@ -133,8 +109,8 @@ def test_edits_in_words(small):
         edits=[
             {"edit": "MergeBlocks", "stack": "model.layers", "kept": 2, "absorbed": [3, 4]},
             {"edit": "RemoveBlocks", "stack": "model.layers", "blocks": [0, 6, 7, 8]},
-            *narrow,
-            {**narrow[0], "output": down.format(3), "width": 4},
+            *({"edit": "NarrowFFN", **fields} for fields in narrow),
+            {"edit": "NarrowFFN", **narrow[0], "output": down.format(3), "width": 4},
             {"edit": "InsertBottleneck", "block": "model.layers.1", "skip": 0.1, "gated": True, "note": None},
             {"edit": "Unheard", "groups": list(range(40)), "planes": [3, 4], "map": {"a": 1}, "to": "/home/me/x"},
         ],
@@ -157,38 +133,19 @@ def test_many_edits_are_cut_short(small):
     assert f"And 7 more lines; {REPORT_FILE} has every one of the {len(edits)} edits." in card.text
 
 
-# --- how to load it ---------------------------------------------------------------------------------------------------
-
-
-def _small_bert():
-    return BertConfig(
-        vocab_size=30, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
-    )  # fmt: skip
-
-
-def _small_vit():
-    return ViTConfig(
-        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=8, patch_size=4
-    )
-
-
-def _small_t5():
-    return T5Config(vocab_size=30, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0)
-
-
 MODELS = {
-    "AutoModelForCausalLM": (tiny_llama, "text-generation", True),
-    "AutoModelForMaskedLM": (lambda: BertForMaskedLM(_small_bert()), "fill-mask", True),
-    "AutoModel": (lambda: BertModel(_small_bert()), None, True),
-    "AutoModelForImageClassification": (lambda: ViTForImageClassification(_small_vit()), "image-classification", False),
-    "AutoModelForSeq2SeqLM": (lambda: T5ForConditionalGeneration(_small_t5()), None, True),
+    "AutoModelForCausalLM": (transformers.LlamaForCausalLM, "llama", "text-generation", True),
+    "AutoModelForMaskedLM": (transformers.BertForMaskedLM, "bert", "fill-mask", True),
+    "AutoModel": (transformers.BertModel, "bert", None, True),
+    "AutoModelForImageClassification": (transformers.ViTForImageClassification, "vit", "image-classification", False),
+    "AutoModelForSeq2SeqLM": (transformers.T5ForConditionalGeneration, "t5", None, True),
 }
 
 
 @pytest.mark.parametrize("auto", MODELS)
 def test_the_lines_that_load_it_do(auto, tokenizer, tmp_path, monkeypatch):
-    make, task, text = MODELS[auto]
-    model = make()
+    kind, model_type, task, text = MODELS[auto]
+    model = tiny_kind(kind, model_type)
     folder = tmp_path / 'a "quoted" name'
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -213,7 +170,7 @@ def test_without_a_tokenizer_beside_it_no_line_loads_one(small):
 
 
 def test_a_class_of_somebodys_own(small):
-    small.__class__ = type("MyModel", (LlamaForCausalLM,), {})
+    small.__class__ = type("MyModel", (transformers.LlamaForCausalLM,), {})
     card = model_card(small)
     assert "# MyModel is no part of Transformers" in code_of(card, "python")
     assert 'MyModel.from_pretrained("path/to/Base-1.5B-drop_blocks")' in code_of(card, "python")
@@ -225,7 +182,7 @@ def test_a_class_of_somebodys_own(small):
     [
         (entry_of([Seal("model.layers.0.input_layernorm")]), True),
         ({"quant_method": "bitsandbytes"}, False),
-        (BitsAndBytesConfig(load_in_8bit=True), False),
+        (transformers.BitsAndBytesConfig(load_in_8bit=True), False),
     ],
 )
 def test_the_plugin_is_imported_where_it_is_needed(small, config, plugin):

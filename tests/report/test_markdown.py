@@ -17,6 +17,8 @@ from hf_compress.report.stages import Size, Stage, Step
 from tests.helpers.cards import PARSER, result
 from tests.helpers.language import tiny_llama
 
+LINK = {"link_open", "link_close"}
+OTHER_BLOCKS = {"html_block", "hr", "blockquote_open", "ordered_list_open", "code_block"}
 SECTIONS = ["How to load it", "What was changed", "Size", "Evaluation", "How it was made", "Limitations"]
 NASTY = [
     "---\nlicense: mit\n---",
@@ -45,15 +47,10 @@ def test_escaped_text_is_shown_as_it_is(text):
     line = one_line(text)
     assert "$" not in escape(text)  # nor anything else that the Hub takes for a formula
     assert "\\\\(" not in escape(text)
-    for document in (
-        f"# {escape(text)}",
-        f"- {escape(text)}",
-        f"[{escape(text)}](/x)",
-        f"|a|b|\n|-|-|\n|{escape(text)}|1|",
-    ):
-        tokens = PARSER.parse(document)
+    for document in ("# {}", "- {}", "[{}](/x)", "|a|b|\n|-|-|\n|{}|1|"):
+        tokens = PARSER.parse(document.format(escape(text)))
         inline = [child for token in tokens if token.type == "inline" for child in token.children]
-        assert {child.type for child in inline} <= {"text", "link_open", "link_close"}
+        assert {child.type for child in inline} <= {"text", *LINK}
         shown = "".join(child.content for child in inline)
         assert shown == (f"ab{line}1" if "\n" in document else line)
     paragraph = PARSER.parse(f"before\n{escape(text)}")
@@ -84,19 +81,9 @@ def test_no_text_breaks_the_card(texts):
     model = nasty_base()
     count = parameter_count(model)
     size = Size(count, stored_bytes(model), {stack: 2})
-    stage = Stage(
-        method=method,
-        config={field: about},
-        before=size,
-        after=size,
-        edits=[{"edit": method, "stack": stack, field: about}],
-        notes={name: about},
-        steps=[Step(method, 1.0)],
-        calibration={field: 3},
-        parity=True,
-        environment={field: version},
-    )
-    model.compression_report = CompressionReport(base, [stage])
+    edit, steps = {"edit": method, "stack": stack, field: about}, [Step(method, 1.0)]
+    told = {name: about}, steps, {field: 3}, True, {field: version}
+    model.compression_report = CompressionReport(base, [Stage(method, {field: about}, size, size, [edit], *told)])
     scores = (TaskScore(task, method, 0.5, 0.1, True, 3),)
     card = model_card(
         model,
@@ -122,25 +109,11 @@ def test_no_text_breaks_the_card(texts):
     limits = 3 + len([text for text in (limit, about) if one_line(text)])
     assert sum(token.type == "list_item_open" for token in tokens) == limits
     assert sum(token.type == "fence" for token in tokens) == (3 if command.strip() else 2)
-    assert not {token.type for token in tokens} & {
-        "html_block",
-        "hr",
-        "blockquote_open",
-        "ordered_list_open",
-        "code_block",
-    }
+    assert not {token.type for token in tokens} & OTHER_BLOCKS
     inline = [child for token in tokens if token.type == "inline" for child in token.children]
-    assert {child.type for child in inline} <= {
-        "text",
-        "strong_open",
-        "strong_close",
-        "softbreak",
-        "link_open",
-        "link_close",
-    }
-    assert all(
-        child.attrs["href"].startswith("https://huggingface.co/") for child in inline if child.type == "link_open"
-    )
+    links = [child.attrs["href"] for child in inline if child.type == "link_open"]
+    assert {child.type for child in inline} <= {"text", "softbreak", "strong_open", "strong_close", *LINK}
+    assert all(link.startswith("https://huggingface.co/") for link in links)
 
 
 @pytest.mark.parametrize(

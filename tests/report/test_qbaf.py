@@ -4,19 +4,16 @@ import networkx
 import pytest
 import torch
 
-from hf_compress import DenseConfig, DenseForClassification
 from hf_compress.errors import UnsupportedModelError
 from hf_compress.report.qbaf import draw_qbaf, qbaf
 from tests.helpers.ffns import noise
+from tests.helpers.relevance import dense
 from tests.helpers.tiny import tiny_model
 
 
-def network(**settings):
-    torch.manual_seed(1)
-    config = DenseConfig(
-        input_size=3, hidden_size=5, intermediate_size=[4, 2], num_labels=2, hidden_act="tanh", **settings
-    )
-    return DenseForClassification(config).eval()
+def network(**fields):
+    sizes = {"input_size": 3, "hidden_size": 5, "intermediate_size": [4, 2], "num_hidden_layers": 2, "num_labels": 2}
+    return dense(**sizes, hidden_act="tanh", **fields)
 
 
 def strengths(graph, sample):
