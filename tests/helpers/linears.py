@@ -13,6 +13,7 @@ from hf_compress.modules.sparse import SparseLinear
 from hf_compress.plan.plan import Plan
 from hf_compress.rewrite.apply import apply, carry_out
 from hf_compress.rewrite.builders import pack_linear, split_experts
+from tests.helpers.round_trip import build
 
 IDS = torch.randint(4, 90, (32, 12), generator=torch.Generator().manual_seed(7))
 PIXELS = torch.randn(32, 3, 16, 16, generator=torch.Generator().manual_seed(7))
@@ -24,6 +25,11 @@ def dense(**fields):
     torch.manual_seed(0)
     sizes = {"input_size": 6, "hidden_size": 8, "intermediate_size": 20, "num_hidden_layers": 3, "num_labels": 3}
     return hfc.DenseForClassification(hfc.DenseConfig(**sizes | {"use_bias": False} | fields)).eval()
+
+
+def made(name):
+    """A model of a family; 32 wide where there is a choice."""
+    return dense(hidden_size=32, intermediate_size=64) if name == "Dense" else build(name)
 
 
 def data_of(model):
@@ -84,3 +90,9 @@ def buffer_bytes(model):
     """Bytes of all that the maps store, beside biases."""
     maps = [*stored(model, SparseLinear).values(), *stored(model, MixedPrecisionLinear).values()]
     return sum(t.numel() * t.element_size() for m in maps for n, t in m.state_dict().items() if n != "bias")
+
+
+def lrp(model, data=None, **settings):
+    """The model, compressed by LRP with these settings."""
+    data = data_of(model) if data is None else data
+    return hfc.compress(model, hfc.LRPConfig(**settings), data, options=hfc.DataOptions(batch_size=8))
