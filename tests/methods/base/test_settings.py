@@ -25,7 +25,8 @@ CONFIGS = [
     ILLCConfig(ratio=0.3, example=[0, 0.5]),
     LayerCollapseConfig(target_r2=0.5),
     LRPConfig(ratio=0.5, bits=5, pattern=[1, 4]),
-    LRPConfig(variant="paper", prune=False, split=[8, 4]),
+    LRPConfig(variant="paper", prune=False, split=[8, 4], seed=3, temper=0),
+    LRPConfig(bits=5, per="module", symmetric=False),
     MKAConfig(num_merges=2, bandwidth=1.5, time=2.0, components=3, neighbors=5, pooling="last", choice_samples=8),
 ]
 
