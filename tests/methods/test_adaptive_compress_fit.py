@@ -9,23 +9,40 @@ import torch
 import hf_compress as hfc
 from hf_compress.calibration.capture import hooked
 from hf_compress.calibration.data import DataOptions
+from hf_compress.errors import CalibrationError
 from hf_compress.methods.adaptive_compress import AdaptiveCompressConfig
 from hf_compress.methods.adaptive_compress.learner import StreamMoments
 from hf_compress.methods.adaptive_compress.learner_run import LearnerRun
 from tests.helpers.fitting import DATA, DICTIONARIES, VARIANTS, assert_same, config, everything, interrupt
 from tests.helpers.language import tiny_llama, words
 from tests.helpers.models import in_dtype, leftovers, watching
-from tests.helpers.plans import Before
+from tests.helpers.plans import Before, hooks
 from tests.helpers.tiny import tiny_base_model, tiny_seq2seq_model
 
-
 # --- the model --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lived_in(model):
+    """A model in a state of its own: partly training, partly frozen, with a hook and a gradient."""
+    model.train()
+    model.model.layers[2].eval()
+    model.lm_head.weight.requires_grad_(False)
+    model.model.layers[4].register_forward_hook(lambda *_: None)
+    model.model.norm.weight.grad = torch.ones(16)
+    return model
+
+
+def check_untouched(model, before):
+    before.check(model)
+    assert [name for name, p in model.named_parameters() if p.grad is not None] == ["model.norm.weight"]
+    assert torch.is_grad_enabled()
 
 
 def test_the_model_is_as_it_was(lived_in, ids):
     before, random = Before.of(lived_in), torch.get_rng_state()
     hfc.fit(lived_in, everything(), ids, options=DATA)
-    before.check(lived_in)
+    check_untouched(lived_in, before)
     assert torch.equal(torch.get_rng_state(), random)
 
 
@@ -38,8 +55,21 @@ def test_the_model_is_as_it_was_when_fitting_ends_in_the_middle(lived_in, ids, m
     interrupt(monkeypatch, owner, name, call, error)
     with pytest.raises(error, match="in the middle"):
         hfc.fit(lived_in, config(), ids, options=DATA)
-    before.check(lived_in)
-    assert torch.is_grad_enabled()
+    check_untouched(lived_in, before)
+
+
+@pytest.mark.parametrize("start", [200, 1])
+def test_activations_that_are_not_finite_name_their_block_and_leave_no_hook(lived_in, ids, monkeypatch, start):
+    """Met at the start, or only when it trains."""
+    monkeypatch.setattr("hf_compress.methods.adaptive_compress.fit._START_TOKENS", start)
+    data = ids.clamp(max=62)
+    data[11] = 63
+    with torch.no_grad():
+        lived_in.model.embed_tokens.weight[63] = float("nan")
+    before, modes = hooks(lived_in), [module.training for module in lived_in.modules()]
+    with pytest.raises(CalibrationError, match=r"model\.layers\.1 gives NaN"):
+        hfc.fit(lived_in, config(), data, options=DATA)
+    assert (hooks(lived_in), [module.training for module in lived_in.modules()]) == (before, modes)
 
 
 def test_blocks_behind_the_last_that_is_chosen_are_never_run(model, ids):
