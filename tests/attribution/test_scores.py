@@ -240,9 +240,6 @@ def test_llama_as_wide_as_its_stream():
     assert relevance_sums(model, batches_of(model), linears(model)).samples == 6
 
 
-# --- what does not fit ------------------------------------------------------------------------------------------------
-
-
 def test_nothing_is_left_behind():
     model = make("Llama").train()
     before = Trace.of(model)

@@ -1,4 +1,4 @@
-"""The linear maps that LRP changes, how they are stored afterwards, and the data to calibrate on."""
+"""Models whose maps LRP and ILLC change, the data to calibrate on, and how linear maps are stored afterwards."""
 
 import copy
 
@@ -96,3 +96,9 @@ def lrp(model, data=None, **settings):
     """The model, compressed by LRP with these settings."""
     data = data_of(model) if data is None else data
     return hfc.compress(model, hfc.LRPConfig(**settings), data, options=hfc.DataOptions(batch_size=8))
+
+
+def illc(model, data=None, batch_size=8, **settings):
+    """The model, compressed by ILLC with these settings."""
+    data = data_of(model) if data is None else data
+    return hfc.compress(model, hfc.ILLCConfig(**settings), data, options=hfc.DataOptions(batch_size=batch_size))

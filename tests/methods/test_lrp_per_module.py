@@ -41,9 +41,6 @@ def together(path):
     return path.rpartition(".")[0] + "." + next((same[0] for same in sets if name in same), name)
 
 
-# --- the knapsack -----------------------------------------------------------------------------------------------------
-
-
 def best_of_all(errors, costs, budget):
     """The least error of all assignments within the budget."""
     within = []
@@ -84,9 +81,6 @@ def test_among_equals_the_cheaper():
 def test_a_budget_below_the_least():
     with pytest.raises(ValueError, match="4 bits are fewer than the 5 that all items take at least"):
         spend_on_items(torch.ones(2, 2), [[2, 4], [3, 6]], 4)
-
-
-# --- models -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -184,9 +178,6 @@ def test_who_reads_together():
     expected = [[f"model.layers.{index}.{path}" for path in group] for index in range(4) for group in groups]
     assert found == [*expected, ["elsewhere"]]
     assert leftovers(model) == []
-
-
-# --- refusals ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_budget_that_does_not_suffice():

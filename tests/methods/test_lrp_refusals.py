@@ -23,9 +23,6 @@ def refused(model, error, message, data=None, **settings):
         lrp(model, data, **settings)
 
 
-# --- sizes that do not fit the model ----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
@@ -81,9 +78,6 @@ def test_a_layer_without_relevance():
     refused(model, ValueError, r"no unit of block 2 of model\.layers", granularity="neuron", **PAPER)
     message = f"the scores of {name} have no median to split them by"
     refused(model, ValueError, message, prune=False, split=(8, 4), **PAPER)
-
-
-# --- models -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["mamba2", "bloom", "codegen"])
@@ -156,9 +150,6 @@ def test_maps_that_are_shared(settings):
     model = build("Llama")
     model.model.layers[2].mlp = model.model.layers[1].mlp
     refused(model, PlanError, r"model\.layers\.[12]\.mlp\.\w+ is shared .* and cannot be changed", **settings)
-
-
-# --- data -------------------------------------------------------------------------------------------------------------
 
 
 def test_no_labels():

@@ -8,8 +8,9 @@ import pandas as pd
 import pytest
 import torch
 from peft import LoraConfig
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader
-from transformers import Trainer, ViTConfig, ViTForImageClassification
+from transformers import ViTConfig, ViTForImageClassification
 
 from hf_compress import (
     DataOptions,
@@ -22,6 +23,7 @@ from hf_compress import (
     heal,
 )
 from hf_compress.calibration import reading
+from hf_compress.calibration.capture import hooked
 from hf_compress.calibration.padding import padded
 from hf_compress.training.heal import _training_data
 from tests.helpers.language import tiny_llama
@@ -121,7 +123,7 @@ def test_twice(tmp_path):
 
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()], ids=["error", "ctrl-c"])
 @pytest.mark.parametrize("place", ["forward", "optimizer"])
-def test_stopped_in_the_middle(error, place, monkeypatch):
+def test_stopped_in_the_middle(error, place):
     teacher, model = tiny_llama(4), compressed()
     before, passes = Snapshot(model), []
 
@@ -130,20 +132,10 @@ def test_stopped_in_the_middle(error, place, monkeypatch):
         if len(passes) == 3:
             raise error
 
-    handle = model.model.layers[1].register_forward_pre_hook(fail) if place == "forward" else None
-    if handle is None:
-        create = Trainer.create_optimizer
-
-        def failing(self, *args):
-            optimizer = create(self, *args)
-            optimizer.register_step_pre_hook(fail)
-            return optimizer
-
-        monkeypatch.setattr(Trainer, "create_optimizer", failing)
-    with pytest.raises(type(error)):
+    forward = place == "forward"
+    handle = (model.model.layers[1].register_forward_pre_hook if forward else register_optimizer_step_pre_hook)(fail)
+    with hooked([handle]), pytest.raises(type(error)):
         heal(model, teacher, TEACHING)
-    if handle is not None:
-        handle.remove()
     assert before.matches(model)
     assert not model.training
     assert not hasattr(model, "peft_config")
