@@ -178,13 +178,12 @@ def test_a_bias_of_its_own_needs_the_plugin(variant, tmp_path):
 @pytest.mark.parametrize("name", ["Llama", "Dense"])
 def test_adaptive_widths_share_one_budget(name, tmp_path):
     """An FFN that writes much keeps much."""
-    model, data = build(name) if name == "Llama" else dense(num_hidden_layers=4, num_labels=2, residual=True, use_bias=True), None
-    if name == "Dense":
-        data = torch.randn(32, 6, generator=torch.Generator().manual_seed(7))
+    fields = {"num_hidden_layers": 4, "num_labels": 2, "residual": True, "use_bias": True}
+    model = build(name) if name == "Llama" else dense(**fields)
     with torch.no_grad():
         ffn(model, 2)[1].weight *= 5
     full = widths(model)[0]
-    illc(model, data, gamma=0.5, allocation="adaptive")
+    illc(model, gamma=0.5, allocation="adaptive")
     found = widths(model)
     assert sum(found) == 4 * full // 2
     assert max(found) == found[2] > min(found) >= 1
