@@ -264,6 +264,7 @@ def test_it_works_where_gradients_are_off():
     [
         ({"composite": "magic"}, "unknown composite 'magic'"),
         ({"composite": None}, "unknown composite None"),
+        ({"composite": ["attnlrp"]}, "unknown composite"),
         ({"epsilon": -0.1}, r"epsilon must not be negative; got -0\.1"),
         ({"epsilon": float("nan")}, "epsilon must not be negative; got nan"),
     ],
@@ -293,19 +294,17 @@ def test_weights_that_are_not_finite(family, where, value):
     assert all(torch.equal(t.nan_to_num(7.0), before[n].nan_to_num(7.0)) for n, t in model.state_dict().items())
 
 
-def test_inputs_that_are_not_finite():
-    data = FLOATS.clone()
-    data[0, 0] = float("nan")
-    refused(make("Dense"), data, CalibrationError, "NaN or infinite")
-
-
-def test_no_data():
-    refused(make("Llama"), None, CalibrationError, "no calibration data")
-    refused(make("Llama"), IDS[:0], CalibrationError, "empty")
-
-
-def test_more_than_one_batch():
-    refused(make("Llama"), [IDS, IDS], ValueError, "got 2 batches: call it for each")
+@pytest.mark.parametrize(
+    ("family", "data", "message"),
+    [
+        ("Dense", torch.where(FLOATS[0, 0] == FLOATS, torch.nan, FLOATS), "NaN or infinite"),
+        ("Llama", None, "no calibration data"),
+        ("Llama", IDS[:0], "empty"),
+        ("Llama", [IDS, IDS], "got 2 batches: call it for each"),
+    ],
+)
+def test_data_that_makes_no_sense(family, data, message):
+    refused(make(family), data, ValueError if isinstance(data, list) else CalibrationError, message)
 
 
 @pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel, lambda model: model.compile() or model])

@@ -2,7 +2,7 @@
 
 import gc
 import weakref
-from functools import partial
+from collections import defaultdict
 
 import pytest
 import torch
@@ -14,7 +14,8 @@ from hf_compress.anatomy.parts import is_linear, linear_map
 from hf_compress.attribution.passes import explaining, logits_of
 from hf_compress.attribution.scores import relevance_sums
 from hf_compress.attribution.targets import explained
-from hf_compress.calibration.data import Batch, DataOptions, prepare
+from hf_compress.calibration.capture import hooked
+from hf_compress.calibration.data import DataOptions, prepare
 from hf_compress.errors import CalibrationError, UnsupportedModelError
 from hf_compress.modules.packed import CompactLinear
 from tests.helpers.changes import Trace
@@ -68,44 +69,37 @@ def near(found, expected):
 def gradients_of(model, sample, target, attention):
     """Of one sample: every weight's gradient, and what each writer read with its gradient, by autograd alone."""
     maps, read = linears(model), {}
-    with explaining(model, attention) as sources:
+    hooks = (
+        module.register_forward_pre_hook(lambda _, args, name=name: read.update({name: args[0]}))
+        for name, module in writers(model).items()
+    )
+    with explaining(model, attention) as sources, hooked(hooks):
         for module in maps.values():
             module.weight.requires_grad_(True)
-        keep = {
-            name: module.register_forward_pre_hook(partial(_keep, read, name))
-            for name, module in writers(model).items()
-        }
         value = explained(model, logits_of(model, sample, sources), sample, target).sum()
         ends = [*(module.weight for module in maps.values()), *read.values()]
         found = torch.autograd.grad(value, ends, allow_unused=True)
-    for handle in keep.values():
-        handle.remove()
     model.requires_grad_(True)
-    return dict(zip(maps, found, strict=False)), {
-        n: (r, g) for (n, r), g in zip(read.items(), found[len(maps) :], strict=True)
-    }
-
-
-def _keep(read, name, module, args):
-    read[name] = args[0]
+    units = zip(read.values(), found[len(maps) :], strict=True)
+    return dict(zip(maps, found, strict=False)), dict(zip(read, units, strict=True))
 
 
 def by_samples(model, samples, target, attention="attnlrp"):
     """Signed and absolute sums of weights, and of what writers read, from one pass for each sample."""
-    signed, absolute, signed_units, absolute_units = {}, {}, {}, {}
+    sums = signed, absolute, signed_units, absolute_units = [defaultdict(float) for _ in range(4)]
     for sample in samples:
         of_weights, of_units = gradients_of(model, sample, target, attention)
         for name, gradient in of_weights.items():
             module = model.get_submodule(name)
             relevance = torch.zeros_like(module.weight) if gradient is None else module.weight.detach() * gradient
             relevance = (relevance if isinstance(module, torch.nn.Linear) else relevance.T).double()
-            signed[name] = signed.get(name, 0) + relevance
-            absolute[name] = absolute.get(name, 0) + relevance.abs()
+            signed[name] += relevance
+            absolute[name] += relevance.abs()
         for name, (value, gradient) in of_units.items():
             for token in (value.detach() * gradient).flatten(0, -2):
-                signed_units[name] = signed_units.get(name, 0) + token
-                absolute_units[name] = absolute_units.get(name, 0) + token.abs()
-    return signed, absolute, signed_units, absolute_units
+                signed_units[name] += token
+                absolute_units[name] += token.abs()
+    return sums
 
 
 @pytest.mark.parametrize(
@@ -124,8 +118,7 @@ def test_sums_are_those_of_single_samples(name, target, attention):
     model = make(name)
     watched, outputs = linears(model), writers(model)
     found = relevance_sums(model, batches_of(model), watched, outputs, target, composite=attention)
-    expected = by_samples(model, batches_of(model, 1), target, attention)
-    signed, absolute, signed_units, absolute_units = expected
+    signed, absolute, signed_units, absolute_units = by_samples(model, batches_of(model, 1), target, attention)
     for own, slow in ((found.signed, signed), (found.absolute, absolute)):
         left_out = slow.keys() - own.keys()  # nothing comes to queries and keys by CP, nor beside the last token
         assert all(not slow[path].any() for path in left_out)
@@ -136,14 +129,20 @@ def test_sums_are_those_of_single_samples(name, target, attention):
     assert len(signed) > 5
 
 
+def all_near(found, expected):
+    for field in ("signed", "absolute", "signed_units", "absolute_units"):
+        near(getattr(found, field), getattr(expected, field))
+    assert found.samples == 6
+
+
 @pytest.mark.parametrize("name", ["Dense", "Llama"])
 def test_batches_add_up(name):
     model = make(name)
-    sums = [relevance_sums(model, batches_of(model, size), linears(model), writers(model)) for size in (1, 4, 6)]
-    for other in sums[1:]:
-        for field in ("signed", "absolute", "signed_units", "absolute_units"):
-            near(getattr(other, field), getattr(sums[0], field))
-        assert other.samples == 6
+    first, *others = (
+        relevance_sums(model, batches_of(model, size), linears(model), writers(model)) for size in (1, 4, 6)
+    )
+    for other in others:
+        all_near(other, first)
 
 
 def test_tokens_are_summed_before_sizes_are_taken():
@@ -171,8 +170,7 @@ def test_padding_adds_nothing():
     padded["attention_mask"] = (torch.arange(10) < 7).long().expand(6, 10)
     plain = relevance_sums(model, batches_of(model), linears(model), writers(model))
     found = relevance_sums(model, batches_of(model, data=padded), linears(model), writers(model))
-    for field in ("signed", "absolute", "signed_units", "absolute_units"):
-        near(getattr(found, field), getattr(plain, field))
+    all_near(found, plain)
 
 
 def test_only_what_is_asked_for():
@@ -242,14 +240,6 @@ def test_llama_as_wide_as_its_stream():
     assert relevance_sums(model, batches_of(model), linears(model)).samples == 6
 
 
-# --- what does not fit ------------------------------------------------------------------------------------------------
-
-
-def refused(model, batches, error, message, target="label"):
-    with refusing(model, error, message):
-        relevance_sums(model, batches, linears(model), writers(model), target)
-
-
 def test_nothing_is_left_behind():
     model = make("Llama").train()
     before = Trace.of(model)
@@ -284,32 +274,24 @@ def test_relevances_that_are_not_finite(signed):
     batches = batches_of(model)
     with torch.no_grad():
         assert bool(torch.isfinite(model(FLOATS).logits).all())
-    before = Trace.of(model)
-    maps = {"embedding": model.embedding}
-    with pytest.raises(
-        CalibrationError, match="the relevances of embedding hold NaN or infinity: load the model in float32"
+    with refusing(
+        model, CalibrationError, "the relevances of embedding hold NaN or infinity: load the model in float32"
     ):
-        relevance_sums(model, batches, maps, signed=signed, absolute=not signed)
-    assert before.difference(model) is None
-    assert leftovers(model) == []
+        relevance_sums(model, batches, {"embedding": model.embedding}, signed=signed, absolute=not signed)
 
 
-def test_no_labels():
-    model = make("Dense")
-    message = "target='label' explains the logit of each sample's label, and the data has none"
-    refused(model, batches_of(model, data=FLOATS), CalibrationError, message)
-
-
-def test_a_class_that_there_is_not():
-    model = make("Dense")
-    refused(model, batches_of(model), ValueError, "target must be 0 to 2; got 3 to 3", target=3)
-
-
-def test_outputs_that_are_no_logits():
-    model = build("Llama").model
-    batches = [Batch({"input_ids": IDS}, None)]
-    with refusing(model, UnsupportedModelError, "no logits of classes or of words: load it with a head"):
-        relevance_sums(model, batches, linears(model))
+@pytest.mark.parametrize(
+    ("build", "data", "target", "error", "message"),
+    [
+        (lambda: make("Dense"), FLOATS, "label", CalibrationError, "target='label' .* and the data has none"),
+        (lambda: make("Dense"), None, 3, ValueError, "target must be 0 to 2; got 3 to 3"),
+        (lambda: make("Llama").model, IDS, "label", UnsupportedModelError, "no logits of .*: load it with a head"),
+    ],
+)
+def test_what_cannot_be_explained_leaves_nothing_behind(build, data, target, error, message):
+    model = build()
+    with refusing(model, error, message):
+        relevance_sums(model, batches_of(model, data=data), linears(model), writers(model), target)
 
 
 def test_no_data_is_no_relevance():

@@ -1,45 +1,36 @@
 """What is explained: the class or word predicted, named or labelled, of every kind of head, and what is refused."""
 
-import re
-
 import numpy as np
 import pytest
 import torch
 from transformers import (
     BertConfig,
     BertForMaskedLM,
-    BertModel,
     LlamaConfig,
     LlamaForSequenceClassification,
     LlamaForTokenClassification,
-    LlamaModel,
 )
 
 import hf_compress as hfc
 from hf_compress.calibration.data import Batch, Calibration
 from hf_compress.errors import CalibrationError, UnsupportedModelError
 from tests.helpers.models import refusing
-from tests.helpers.round_trip import LLAMA, TEXT, build
+from tests.helpers.relevance import FLOATS, make
+from tests.helpers.round_trip import LLAMA, TEXT
 from tests.helpers.tiny import randomise
 
 IDS = torch.randint(4, 90, (3, 7), generator=torch.Generator().manual_seed(7))
 PIXELS = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(7))
-FLOATS = torch.randn(3, 6, generator=torch.Generator().manual_seed(7))
 LENGTHS = (7, 4, 1)
 CLASSIFIERS = ("BERT", "ViT", "Dense", "Llama classifier")
 WORDS = ("Llama", "GPT-2", "Mixtral")
 
 
-def make(family):
-    """A model in which every parameter matters."""
+def made(family):
+    if family != "Llama classifier":
+        return make(family)
     torch.manual_seed(0)
-    if family == "Dense":
-        sizes = {"input_size": 6, "hidden_size": 8, "intermediate_size": 20, "num_labels": 4}
-        return hfc.DenseForClassification(hfc.DenseConfig(**sizes)).eval()
-    if family == "Llama classifier":
-        model = LlamaForSequenceClassification(LlamaConfig(**LLAMA, num_labels=3, pad_token_id=0)).eval()
-    else:
-        model = build(family)
+    model = LlamaForSequenceClassification(LlamaConfig(**LLAMA, num_labels=3, pad_token_id=0)).eval()
     randomise(model, seed=2)
     return model
 
@@ -67,7 +58,7 @@ def same_as(result, expected):
 
 @pytest.mark.parametrize("family", CLASSIFIERS)
 def test_classes(family):
-    model = make(family)
+    model = made(family)
     batch = batch_of(model, torch.tensor([2, 0, 1]))
     found = logits(model, batch)
     rows = torch.arange(3)
@@ -82,7 +73,7 @@ def test_classes(family):
 @pytest.mark.parametrize("family", CLASSIFIERS)
 def test_relevance_is_of_the_class_chosen(family):
     """Of each sample for itself: as when all ask for that class."""
-    model = make(family)
+    model = made(family)
     batch = batch_of(model)
     each = [explained(model, batch, c).inputs for c in range(3)]
     mixed = explained(model, batch, torch.tensor([2, 0, 1])).inputs
@@ -95,7 +86,7 @@ def test_relevance_is_of_the_class_chosen(family):
 
 def test_a_tokenizer_that_pads_with_a_known_token():
     """A classifier on the last token of each text, by the model's own count."""
-    model = make("Llama classifier")
+    model = made("Llama classifier")
     ids = IDS.clone()
     ids[1, 4:] = 0
     mask = (ids != 0).long()
@@ -132,7 +123,7 @@ def alone(model, row, side):
 @pytest.mark.parametrize("family", WORDS)
 def test_next_words_after_padded_texts(family, side):
     """Against each text alone."""
-    model, batch = make(family), padded(side)
+    model, batch = made(family), padded(side)
     ends = torch.stack([alone(model, row, side)[1][-1] for row in range(3)])
     same_as(explained(model, batch, "predicted"), ends.max(dim=1).values)
     same_as(explained(model, batch, 42), ends[:, 42])
@@ -144,7 +135,7 @@ def test_next_words_after_padded_texts(family, side):
 @pytest.mark.parametrize("family", WORDS)
 def test_every_next_word_of_padded_texts(family, side):
     """The logit at every real token of the real token that follows; a text of one has none."""
-    model, batch = make(family), padded(side)
+    model, batch = made(family), padded(side)
     result = explained(model, batch, "label")
     totals = []
     for row in range(3):
@@ -157,7 +148,7 @@ def test_every_next_word_of_padded_texts(family, side):
 
 def test_tokens_that_do_not_count_are_neither_explained_nor_followed():
     """A special token amid a text: neither what leads to it nor what comes after it."""
-    model = make("Llama")
+    model = made("Llama")
     real = torch.ones(3, 7, dtype=torch.bool)
     real[:, 3] = False
     real[:, 6] = False
@@ -180,76 +171,67 @@ def refused(model, batch, error, message, target="predicted"):
 
 @pytest.mark.parametrize("family", CLASSIFIERS)
 def test_no_labels(family):
-    model = make(family)
+    model = made(family)
     refused(model, batch_of(model), CalibrationError, "target='label' .* the data has none: give batches", "label")
 
 
 @pytest.mark.parametrize(
-    ("target", "message"),
+    ("family", "target", "message"),
     [
-        (4, "target must be 0 to 3; got 4 to 4"),
-        (-1, "target must be 0 to 3; got -1 to -1"),
-        (torch.tensor([0, 9, 1]), "target must be 0 to 3; got 0 to 9"),
-        (torch.tensor([0, 1]), r"one class for each of 3 samples; got \(2,\)"),
-        (torch.tensor([[0], [1], [2]]), r"one class for each of 3 samples; got \(3, 1\)"),
-        (torch.tensor([0.0, 1.0, 2.0]), "target must name one class"),
-        (torch.tensor([True, False, True]), "target must name one class"),
-        (1.0, "target must name one class"),
-        (True, "target must name one class"),
-        ("magic", "target must be 'predicted', 'label', a class, or one for each sample; got 'magic'"),
-        ("", "target must be 'predicted', 'label', .*; got ''"),
+        ("Dense", 3, "target must be 0 to 2; got 3 to 3"),
+        ("Dense", -1, "target must be 0 to 2; got -1 to -1"),
+        ("Dense", torch.tensor([0, 9, 1]), "target must be 0 to 2; got 0 to 9"),
+        ("Dense", torch.tensor([0, 1]), r"one class for each of 3 samples; got \(2,\)"),
+        ("Dense", torch.tensor([[0], [1], [2]]), r"one class for each of 3 samples; got \(3, 1\)"),
+        ("Dense", torch.tensor([0.0, 1.0, 2.0]), "target must name one class"),
+        ("Dense", torch.tensor([True, False, True]), "target must name one class"),
+        ("Dense", 1.0, "target must name one class"),
+        ("Dense", True, "target must name one class"),
+        ("Dense", "magic", "must be 'predicted', 'label', a class, or one for each sample; got 'magic'"),
+        ("Dense", "", "target must be 'predicted', 'label', .*; got ''"),
+        ("Llama", 99, "target must be 0 to 98; got 99 to 99"),
+        ("Llama", torch.tensor([0, 1]), r"for each of 3 samples; got \(2,\)"),
+        ("Llama", "magic", "got 'magic'"),
     ],
     ids=str,
 )
-def test_targets_that_make_no_sense(target, message):
-    model = make("Dense")
+def test_targets_that_make_no_sense(family, target, message):
+    model = made(family)
     refused(model, batch_of(model), ValueError, message, target)
 
 
 @pytest.mark.parametrize(
-    ("target", "message"),
+    ("labels", "message"),
     [
-        (99, "target must be 0 to 98; got 99 to 99"),
-        (torch.tensor([0, 1]), r"for each of 3 samples; got \(2,\)"),
-        ("magic", "got 'magic'"),
+        ([0, 1, 3], "must be 0 to 2; got 0 to 3"),
+        ([0, -100, 2], "must be 0 to 2; got -100 to 2"),
+        ([0, 1], r"each of 3 samples; got \(2,\)"),
     ],
-    ids=str,
 )
-def test_words_that_make_no_sense(target, message):
-    model = make("Llama")
-    refused(model, batch_of(model), ValueError, message, target)
+def test_labels_that_make_no_sense(labels, message):
+    model = made("BERT")
+    refused(model, batch_of(model, torch.tensor(labels)), ValueError, message, "label")
 
 
-def test_labels_that_make_no_sense():
-    model = make("BERT")
-    refused(model, batch_of(model, torch.tensor([0, 1, 3])), ValueError, "must be 0 to 2; got 0 to 3", "label")
-    refused(model, batch_of(model, torch.tensor([0, -100, 2])), ValueError, "must be 0 to 2; got -100 to 2", "label")
-    refused(model, batch_of(model, torch.tensor([0, 1])), ValueError, r"each of 3 samples; got \(2,\)", "label")
-
-
-@pytest.mark.parametrize("target", ["predicted", "label", 0], ids=str)
-@pytest.mark.parametrize("kind", [BertModel, LlamaModel])
-def test_models_without_a_head(kind, target):
-    """Their states have as many dimensions as logits of words, and are none."""
-    torch.manual_seed(0)
-    config = BertConfig(**TEXT) if kind is BertModel else LlamaConfig(**LLAMA)
-    model = kind(config).eval()
-    message = f"{re.escape(kind.__name__)} gives .* load it with a head"
-    refused(model, batch_of(model, torch.tensor([0, 1, 2])), UnsupportedModelError, message, target)
+WITHOUT_LOGITS = {
+    # their states have as many dimensions as logits of words, and are none
+    "BERT": (lambda: made("BERT").bert, "BertModel gives .* load it with a head"),
+    "Llama": (lambda: made("Llama").model, "LlamaModel gives .* load it with a head"),
+    "ViT": (lambda: made("ViT").vit, "load it with a head"),
+    # logits of classes at every token are no logits of words
+    "tokens": (
+        lambda: LlamaForTokenClassification(LlamaConfig(**LLAMA, num_labels=3)).eval(),
+        "LlamaForTokenClassification gives .* no logits of classes or of words",
+    ),
+}
 
 
 @pytest.mark.parametrize("target", ["predicted", "label", 0], ids=str)
-def test_models_that_give_each_token_a_class(target):
-    """Logits of classes at every token are no logits of words."""
-    torch.manual_seed(0)
-    model = LlamaForTokenClassification(LlamaConfig(**LLAMA, num_labels=3)).eval()
-    message = "LlamaForTokenClassification gives .* no logits of classes or of words"
+@pytest.mark.parametrize("kind", WITHOUT_LOGITS)
+def test_models_without_logits_of_a_class_or_a_word(kind, target):
+    build, message = WITHOUT_LOGITS[kind]
+    model = build()
     refused(model, batch_of(model, torch.tensor([0, 1, 2])), UnsupportedModelError, message, target)
-
-
-def test_pictures_have_no_next_word():
-    model = make("ViT").vit
-    refused(model, batch_of(model), UnsupportedModelError, "load it with a head")
 
 
 def test_masked_language_models():

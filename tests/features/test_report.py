@@ -1,27 +1,19 @@
-"""Feature reports: every figure against one made by hand, and pages that nothing in a text can break."""
+"""Feature reports: every figure against one made by hand."""
 
 import html
-import math
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
-from types import SimpleNamespace
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import OPTForCausalLM, PreTrainedTokenizerFast
+from transformers import OPTForCausalLM
 
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.calibration.data import DataOptions
 from hf_compress.errors import CalibrationError
-from hf_compress.features import charts
 from hf_compress.features.logits import _gain
 from hf_compress.features.report import feature_report
 from hf_compress.features.tallies import Largest
-from hf_compress.features.words import _pieces
 from hf_compress.methods.adaptive_compress.config import AdaptiveCompressConfig
 from hf_compress.methods.adaptive_compress.fit import fit
 from hf_compress.modules.bottleneck import BOTTLENECK, Form
@@ -31,84 +23,9 @@ from hf_compress.report.stages import Stage
 from hf_compress.rewrite.apply import apply
 from hf_compress.rewrite.bottlenecks import Bottlenecks
 from tests.helpers.bottlenecks import CURVE, LINEAR, TOP, fitted
-from tests.helpers.models import leftovers
+from tests.helpers.models import leftovers, watching
+from tests.helpers.pages import cards, close, codes_of, largest, marked, report, streams
 from tests.helpers.tiny import tiny_base_model, tiny_model, tiny_seq2seq_model
-
-
-def report(tmp_path, model, texts, tokenizer, found=None, **more) -> str:
-    more = {"options": DataOptions(batch_size=3)} | more
-    path = feature_report(model, texts, tokenizer, tmp_path / "new" / "page.html", bottlenecks=found, **more)
-    assert path == tmp_path / "new" / "page.html"
-    return path.read_text(encoding="utf-8")
-
-
-def noted(model, bottlenecks):
-    """Have the model's history tell this, then a healing, and of bottleneck "2" that block 0 went since."""
-    size = model_size(model)
-    blocks = {stack: length + 1 for stack, length in size.blocks.items()}
-    stages = [
-        Stage("adaptive_compress", {}, size, size, [], {"bottlenecks": bottlenecks}, [], {}, True),
-        Stage("heal", {}, size, size, [], {}, [], {}, None),
-    ]
-    if "2" in bottlenecks:
-        gone = [{"edit": "RemoveBlocks", "stack": stack, "blocks": [0]} for stack in blocks]
-        stages.append(Stage("drop_blocks", {}, replace(size, blocks=blocks), size, gone, {}, [], {}, True))
-    model.compression_report = CompressionReport("", stages)
-
-
-def cards(page: str) -> list[SimpleNamespace]:
-    """The cards of a page, in their order."""
-    return [card(text) for text in re.findall(r"<article>(.*?)</article>", page, re.S)]
-
-
-def card(text: str) -> SimpleNamespace:
-    head = re.search(r"<h3>#(\d+) .*? · (\S+)% of the energy", text)
-    figures = re.search(r"active on (\S+)% .*mean \|z\| (\S+) · largest \|z\| (\S+)</p>", text)
-    examples = re.findall(
-        r'<li title="text (\d+), token (\d+)"><b class="(\w+)">(\S+)</b><span class="text">(.*?)</span></li>', text
-    )
-    places = {
-        style: [(int(t), int(p), float(v)) for t, p, s, v, _ in examples if s == style] for style in ("pos", "neg")
-    }
-    words = [
-        [(html.unescape(w), float(v)) for w, v in re.findall(r"<span>(.*?) <small>(.*?)</small></span>", part)]
-        for part in re.findall(r'<div class="words">(.*?)</div>', text)
-    ]
-    return SimpleNamespace(
-        index=int(head[1]),
-        energy=float(head[2]) / 100,
-        figures=tuple(map(float, figures.groups())),
-        places=places,
-        contexts=[context for *_, context in examples],
-        words=words,
-    )
-
-
-@torch.no_grad()
-def streams(model, tokenizer, texts, layer) -> list[torch.Tensor]:
-    """What leaves a block, of each text by itself, (tokens, hidden); NaN at special tokens."""
-    found = []
-    for text in texts:
-        ids = tokenizer(text, return_tensors="pt")["input_ids"]
-        stream = model(ids, output_hidden_states=True).hidden_states[layer + 1][0].clone()
-        stream[torch.isin(ids[0], torch.tensor(tokenizer.all_special_ids))] = torch.nan
-        found.append(stream)
-    return found
-
-
-def largest(codes: list[torch.Tensor], feature: int, count: int) -> list[tuple[int, int, float]]:
-    """By hand: (text, token, value) of the largest codes above 0, at most two a text."""
-    every = [(float(v), text, token) for text, code in enumerate(codes) for token, v in enumerate(code[:, feature])]
-    chosen: list[tuple[int, int, float]] = []
-    for value, text, token in sorted((one for one in every if one[0] > 0), reverse=True):
-        if sum(one[0] == text for one in chosen) < 2:
-            chosen.append((text, token, value))
-    return chosen[:count]
-
-
-def close(found, expected):
-    assert [one[:2] for one in found] == [one[:2] for one in expected]
-    assert [one[2] for one in found] == pytest.approx([one[2] for one in expected], rel=6e-3)
 
 
 @pytest.mark.parametrize("form", [LINEAR, TOP, Form(norm="lost"), Form(norm="none", select="above")])
@@ -117,8 +34,7 @@ def test_cards(form, model, framing_tokenizer, texts, tmp_path):
     found = fitted(form=form)
     module = found.places[1].module
     page = report(tmp_path, model, texts, framing_tokenizer, found, features=4, examples=5)
-    rows = streams(model, framing_tokenizer, texts, 1)
-    codes = [torch.where(row.isnan()[:, :1], torch.nan, module.encode(row)[0]) for row in rows]
+    codes = codes_of(found, model, framing_tokenizer, texts)
     flat = torch.cat(codes)
     flat = flat[~flat.isnan().any(1)]
     energy = flat.square().mean(0) * module.decoder.square().sum(1)
@@ -159,10 +75,9 @@ def test_examples_stand_in_their_text(model, framing_tokenizer, texts, tmp_path)
     page = report(tmp_path, model, longer, framing_tokenizer, fitted(), examples=12)
     checked = 0
     for one in cards(page):
-        for (text, token, _), context in zip(one.places["pos"] + one.places["neg"], one.contexts, strict=True):
+        for text, token, before, word, after in marked(one):
             tokens = ["<s>", *longer[text].split(), "</s>"]
-            before, marked, after = re.fullmatch(r"(.*)<mark>(.*)</mark>(.*)", context).groups()
-            assert marked.strip("␣") == html.escape(tokens[token])
+            assert word == html.escape(tokens[token])
             left, right = tokens[max(0, token - 10) : token], tokens[token + 1 : token + 11]
             assert html.unescape(before).lstrip("…").split() == left
             assert html.unescape(after).rstrip("…").split() == right
@@ -202,25 +117,22 @@ def test_only_the_largest_are_kept():
     assert held.places[0, :, 0].tolist() == [0, 1, 2]
 
 
-def test_dead_features(model, tokenizer, texts, tmp_path):
+@pytest.mark.parametrize(("form", "dead"), [(LINEAR, [2, 5]), (Form(norm="none", select="above"), [2])])
+def test_dead_features(form, dead, model, tokenizer, texts, tmp_path):
     """Of a linear code, those of no code, or next to none; of others, only the former. They have no cards."""
-    for form, expected in ((LINEAR, "#2, #5"), (Form(norm="none", select="above"), "#2")):
-        found = fitted(form=form)
-        module = found.places[1].module
-        if form is LINEAR:
-            module.encoder[:, 1] = 0
-        else:
-            module.bias[1] = -1e9
-        module.encoder[:, 4] *= 1e-5
-        if form is not LINEAR:
-            module.bias[4], module.threshold[4] = 1e-6, 0.0
-        page = report(tmp_path, model, texts, tokenizer, found)
-        assert f'<p class="long">{expected}</p>' in page
-        count = expected.count("#")
-        assert f"Dead features: {count} of 6" in page
-        assert f"<dt>dead</dt><dd>{count}</dd>" in page
-        assert ("below 1e-06 of the mean feature" in page) == (form is LINEAR)
-        assert sorted(one.index for one in cards(page)) == [i for i in (0, 2, 3, 4, 5, 6) if f"#{i}" not in expected]
+    found = fitted(form=form)
+    module = found.places[1].module
+    module.encoder[:, 4] *= 1e-5
+    if form is LINEAR:
+        module.encoder[:, 1] = 0
+    else:
+        module.bias[1], module.bias[4], module.threshold[4] = -1e9, 1e-6, 0.0
+    page = report(tmp_path, model, texts, tokenizer, found)
+    assert f'<p class="long">{", ".join(f"#{i}" for i in dead)}</p>' in page
+    assert f"Dead features: {len(dead)} of 6" in page
+    assert f"<dt>dead</dt><dd>{len(dead)}</dd>" in page
+    assert ("below 1e-06 of the mean feature" in page) == (form is LINEAR)
+    assert sorted(one.index for one in cards(page)) == [i for i in (0, 2, 3, 4, 5, 6) if i not in dead]
 
 
 # --- logits -----------------------------------------------------------------------------------------------------------
@@ -285,8 +197,7 @@ def test_encoders(framing_tokenizer, texts, tmp_path):
     shown = cards(page)
     assert len(shown) == 6
     assert all(one.words == [] for one in shown)
-    rows = streams(model, framing_tokenizer, texts, 1)
-    codes = [torch.where(row.isnan()[:, :1], torch.nan, found.places[1].module.encode(row)[0]) for row in rows]
+    codes = codes_of(found, model, framing_tokenizer, texts)
     for one in shown:
         close(one.places["pos"], largest(codes, found.places[1].kept.tolist().index(one.index), 8))
 
@@ -298,9 +209,8 @@ def test_encoder_decoders(side, words, tokenizer, texts, tmp_path):
     page = report(tmp_path, model, texts, tokenizer, fitted(hidden=model.config.d_model, stack=f"{side}.block"))
     assert words in page
     for one in cards(page):
-        for (text, token, _), context in zip(one.places["pos"] + one.places["neg"], one.contexts, strict=True):
-            marked = re.search(r"<mark>(.*)</mark>", context)[1].strip("␣")
-            assert marked == texts[text].split()[token - (side == "decoder")]
+        for text, token, _, word, _ in marked(one):
+            assert word == texts[text].split()[token - (side == "decoder")]
 
 
 def test_decoders_that_are_given_a_text_of_their_own(tmp_path, tokenizer, ids):
@@ -309,8 +219,8 @@ def test_decoders_that_are_given_a_text_of_their_own(tmp_path, tokenizer, ids):
     batches = [{"input_ids": ids[:3], "decoder_input_ids": own[:3]}]
     page = report(tmp_path, model, batches, tokenizer, fitted(hidden=model.config.d_model, stack="decoder.block"))
     for one in cards(page):
-        for (text, token, _), context in zip(one.places["pos"] + one.places["neg"], one.contexts, strict=True):
-            assert re.search(r"<mark>(.*)</mark>", context)[1].strip("␣") == tokenizer.decode([own[text, token]])
+        for text, token, _, word, _ in marked(one):
+            assert word == tokenizer.decode([own[text, token]])
 
 
 def test_a_head_that_reads_another_stream(tokenizer, texts, tmp_path):
@@ -326,6 +236,20 @@ def test_a_head_that_reads_another_stream(tokenizer, texts, tmp_path):
 # --- where bottlenecks come from --------------------------------------------------------------------------------------
 
 
+def noted(model, bottlenecks):
+    """Have the model's history tell this, then a healing, and of bottleneck "2" that block 0 went since."""
+    size = model_size(model)
+    blocks = {stack: length + 1 for stack, length in size.blocks.items()}
+    stages = [
+        Stage("adaptive_compress", {}, size, size, [], {"bottlenecks": bottlenecks}, [], {}, True),
+        Stage("heal", {}, size, size, [], {}, [], {}, None),
+    ]
+    if "2" in bottlenecks:
+        gone = [{"edit": "RemoveBlocks", "stack": stack, "blocks": [0]} for stack in blocks]
+        stages.append(Stage("drop_blocks", {}, replace(size, blocks=blocks), size, gone, {}, [], {}, True))
+    model.compression_report = CompressionReport("", stages)
+
+
 def test_spliced_bottlenecks_read_what_goes_into_them(model, framing_tokenizer, texts, tmp_path):
     """The same cards as before they were spliced in; what is known of their training comes from the report."""
     found = fitted()
@@ -337,13 +261,8 @@ def test_spliced_bottlenecks_read_what_goes_into_them(model, framing_tokenizer, 
     assert "importance of the features is not known" in bare
     assert "numbered as they stand" in bare
     assert "<dd>6</dd>" in bare
-    told = {
-        "features": 6,
-        "of": 8,
-        "curve": CURVE,
-        "importance": found.places[1].importance.tolist(),
-        "kept": [0, *range(2, 7)],
-    }
+    importance = found.places[1].importance.tolist()
+    told = {"features": 6, "of": 8, "curve": CURVE, "importance": importance, "kept": [0, *range(2, 7)]}
     for number in ("1", "2"):
         noted(model, {number: told})
         assert report(tmp_path, model, texts, framing_tokenizer) == before
@@ -379,17 +298,10 @@ def test_several_blocks(model, tokenizer, texts, tmp_path):
     assert [len(cards(part)) for part in page.split("<h2>")[1:]] == [6, 4]
     assert leftovers(model) == []
     apply(found.plan(model), model)
-    inputs = []
-    handle = (
-        model.model.layers[3]
-        ._modules[BOTTLENECK]
-        .register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
-    )
-    with torch.no_grad():
+    with torch.no_grad(), watching({3: model.model.layers[3]._modules[BOTTLENECK]}) as seen:
         model(tokenizer(texts[0], return_tensors="pt")["input_ids"])
-    handle.remove()
     part = report(tmp_path, model, texts[:1], tokenizer).split("<h2>")[2]
-    codes = [found.places[3].module.encode(inputs[0][0])[0]]
+    codes = [found.places[3].module.encode(seen[3][0][0])[0]]
     for one in cards(part):
         close(one.places["pos"], largest(codes, one.index, 8))
 
@@ -473,178 +385,3 @@ def test_activations_that_are_not_finite(model, tokenizer, texts, tmp_path):
     with pytest.raises(CalibrationError, match=r"block model.layers.1 gives NaN"):
         report(tmp_path, model, texts, tokenizer, fitted())
     assert leftovers(model) == []
-
-
-# --- pages ------------------------------------------------------------------------------------------------------------
-
-EVIL = ["<script>alert(1)</script>", "</style>", "&amp;", '"><img/src=x>', "\n", "\t", "\u202e", "\x00", "'", "-->"]
-
-
-def evil_tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {word: number for number, word in enumerate(["<pad>", "<unk>", "a", *EVIL])}
-    backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>")
-
-
-class Checked(HTMLParser):
-    """Raises where tags are not balanced; keeps every tag with its attributes, and the text."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.words = ""
-        self.feed(page)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "br", "img"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open, f"</{tag}> without a beginning"
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.words += data
-
-
-def test_nothing_in_a_text_breaks_the_page(model, tmp_path):
-    """Tokens, words of the vocabulary and the model's name alike; what is unseen is written out."""
-    tokenizer = evil_tokenizer()
-    ids = torch.arange(2, len(tokenizer)).repeat(2, 3)
-    model.name_or_path = "<b>name</b> & co"
-    plain = Checked(report(tmp_path, model, torch.full((2, 6), 2), tokenizer, fitted()))
-    page = report(tmp_path, model, ids, tokenizer, fitted(), features=6)
-    checked = Checked(page)
-    assert {tag for tag, _ in checked.tags} <= {tag for tag, _ in plain.tags} | {"mark"}
-    for seen in ("<script>alert(1)</script>", "</style>", "&amp;", '"><img/src=x>', "⏎", "⇥", "⟨U+202E⟩", "␀", "-->"):
-        assert seen in checked.words
-    assert "Features of <b>name</b> & co" in checked.words
-    assert not any(character in page for character in ("\u202e", "\x00", "\t"))
-
-
-def test_pages_are_whole_in_themselves(model, framing_tokenizer, texts, tmp_path):
-    """No script, nothing loaded, links that lead within the page alone, and every one of them leads somewhere."""
-    found = fitted(0)
-    found.places[3] = fitted(3, form=TOP).places[3]
-    page = report(tmp_path, model, texts, framing_tokenizer, found)
-    checked = Checked(page)
-    assert page.startswith("<!doctype html>")
-    assert "://" not in page
-    assert not re.search(r"url\(|@import", page)
-    for tag, attributes in checked.tags:
-        assert tag not in ("script", "link", "iframe", "object", "embed", "img")
-        assert not {"src", "srcset", "xlink:href", "action"} & set(attributes)
-        assert not any(name.startswith("on") for name in attributes)
-    links = [attributes["href"] for tag, attributes in checked.tags if tag == "a"]
-    assert links == [f"#{attributes['id']}" for _, attributes in checked.tags if "id" in attributes]
-    assert "prefers-color-scheme:dark" in page
-
-
-def test_pieces_of_characters_that_tokens_share():
-    """A byte of a character is a mark until the rest is there; spaces are told by the text before."""
-
-    def decode(ids, **_):
-        return b"".join({0: b"a", 1: b" b", 2: b"\xc3", 3: b"\xa9", 4: b"\n"}[i] for i in ids).decode(errors="replace")
-
-    tokenizer = SimpleNamespace(decode=decode)
-    assert _pieces(tokenizer, [0, 1, 2, 3, 4]) == ["a", " b", "\ufffd", "é", "\n"]
-    assert _pieces(tokenizer, []) == []
-
-
-# --- charts -----------------------------------------------------------------------------------------------------------
-
-
-def points(chart: str) -> list[tuple[float, float]]:
-    line = re.search(r'<polyline .*?points="(.*?)"', chart)[1]
-    return [tuple(map(float, pair.split(","))) for pair in line.split()]
-
-
-def test_curves_lie_where_their_axes_say():
-    """A value on a line of the grid is drawn at its height; x runs over the whole width; both axes have names."""
-    retention, error = charts.training_curve(CURVE).split("</figure>")[:2]
-    assert "training step" in retention
-    assert ">retention</text>" in retention
-    assert ">error</text>" in error
-    for chart, values in ((retention, CURVE["retention"]), (error, CURVE["error"])):
-        levels = {
-            float(label): float(y)
-            for y, label in re.findall(r'M\d+ ([\d.]+)H\d+"/><text [^>]*text-anchor="end">([^<]*)<', chart)
-        }
-        assert len(levels) >= 3
-        found = points(chart)
-        assert [x for x, _ in found] == pytest.approx([66, 257, 448])
-        (low, y_low), (high, y_high) = min(levels.items()), max(levels.items())
-        for (_, y), value in zip(found, values, strict=True):
-            assert y == pytest.approx(y_low + (value - low) / (high - low) * (y_high - y_low), abs=0.2)
-
-
-def test_curves_of_thousands_of_steps_are_means():
-    steps = [float(step) for step in range(5000)]
-    curve = {"step": steps, "retention": [1.0] * 5000, "error": [1.0 + step % 2 for step in range(5000)]}
-    chart = charts.training_curve(curve)
-    found = points(chart.split("</figure>")[1])
-    assert 200 <= len(found) <= 400
-    assert charts._thinned(list(zip(steps, curve["error"], strict=True)))[0] == (6.0, pytest.approx(1 + 6 / 13))
-
-
-@pytest.mark.parametrize(
-    "curve",
-    [
-        {"step": [7.0], "retention": [0.95], "error": [0.0]},
-        {"step": [0.0, 1.0], "retention": [1.0, 1.0], "error": [1e-13, 0.5]},
-        {"step": [0.0, 1.0], "retention": [0.5, 0.5], "error": [math.nan, 0.5]},
-        {"step": [0.0, 1e6], "retention": [0.5, 0.5], "error": [1e-9, 1e9]},
-        {"step": [0.0, 1.0], "retention": [0.5, 0.4]},
-    ],
-)
-def test_odd_curves(curve):
-    """Every number stays within its chart."""
-    chart = charts.training_curve(curve)
-    assert chart.count("<figure>") == sum(name in curve for name in ("retention", "error"))
-    assert "nan" not in chart
-    for part in chart.split("</figure>")[:-1]:
-        assert all(66 <= x <= 448 and 12 <= y <= 206 for x, y in points(part))
-        labels = re.findall(r"<text [^>]*>([^<]*)</text>", part)
-        assert len(labels) >= 4
-        assert max(len(label) for label in labels[:-2]) <= 7
-
-
-def test_what_is_not_known_of_the_training_is_said():
-    assert "not known" in charts.training_curve({})
-    assert "not known" in charts.spectrum([], None)
-    assert "none was measured" in charts.spectrum([0.0, 0.0], [0, 1])
-
-
-def test_spectrum():
-    """Dots for what is kept, crosses for what is cut, in falling order, on a log scale; zeros on the lowest line."""
-    chart = charts.spectrum([1.0, 100.0, 0.0, 10.0], [1, 3])
-    dots = re.search(r'class="dots" d="(.*?)"', chart)[1]
-    crosses = re.search(r'class="crosses" d="(.*?)"', chart)[1]
-    places = [
-        [tuple(map(float, place)) for place in re.findall(r"M([\d.]+) ([\d.]+)m", path)] for path in (dots, crosses)
-    ]
-    xs = [[x for x, _ in part] for part in places]
-    assert xs == [[66.0, pytest.approx(66 + 382 / 3, abs=0.1)], [pytest.approx(66 + 382 * 2 / 3, abs=0.1), 448.0]]
-    (_, hundred), (_, ten) = places[0]
-    (_, one), (_, zero) = places[1]
-    assert one - ten == pytest.approx(ten - hundred, abs=0.2)
-    assert zero == pytest.approx(hundred + 5 * (ten - hundred), abs=0.5)
-    assert "kept (2)" in chart
-    assert "cut (2)" in chart
-    assert "1 below 0.001 stand on the lowest line" in chart
-    assert "importance (log scale)" in chart
-    assert "cut not told apart" in charts.spectrum([1.0, 2.0], None)
-
-
-def test_spectra_of_thousands_of_features_are_thinned():
-    chart = charts.spectrum([float(value) for value in range(1, 10001)], range(5000, 10000))
-    assert 600 <= chart.count("m-2.2") + chart.count("m-3.5") <= 800
-    assert "kept (5,000)" in chart

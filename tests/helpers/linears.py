@@ -1,9 +1,10 @@
-"""The linear maps that LRP changes, how they are stored afterwards, and the data to calibrate on."""
+"""Models whose maps LRP and ILLC change, the data to calibrate on, and how linear maps are stored afterwards."""
 
 import copy
 
 import torch
 
+import hf_compress as hfc
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.parts import is_linear, linear_map
 from hf_compress.anatomy.undo import Undo
@@ -13,6 +14,7 @@ from hf_compress.plan.plan import Plan
 from hf_compress.rewrite.apply import apply, carry_out
 from hf_compress.rewrite.builders import pack_linear, split_experts
 from tests.helpers import relevance
+from tests.helpers.round_trip import build
 
 IDS = torch.randint(4, 90, (32, 12), generator=torch.Generator().manual_seed(7))
 PIXELS = torch.randn(32, 3, 16, 16, generator=torch.Generator().manual_seed(7))
@@ -22,6 +24,11 @@ FLOATS = torch.randn(40, 6, generator=torch.Generator().manual_seed(7))
 def dense(**fields):
     """Without biases, so that relevance is gradient times input."""
     return relevance.dense(**{"num_labels": 3, "use_bias": False} | fields)
+
+
+def made(name):
+    """A model of a family; 32 wide where there is a choice."""
+    return dense(hidden_size=32, intermediate_size=64) if name == "Dense" else build(name)
 
 
 def data_of(model):
@@ -82,3 +89,15 @@ def buffer_bytes(model):
     """Bytes of all that the maps store, beside biases."""
     maps = [*stored(model, SparseLinear).values(), *stored(model, MixedPrecisionLinear).values()]
     return sum(t.numel() * t.element_size() for m in maps for n, t in m.state_dict().items() if n != "bias")
+
+
+def lrp(model, data=None, **settings):
+    """The model, compressed by LRP with these settings."""
+    data = data_of(model) if data is None else data
+    return hfc.compress(model, hfc.LRPConfig(**settings), data, options=hfc.DataOptions(batch_size=8))
+
+
+def illc(model, data=None, batch_size=8, **settings):
+    """The model, compressed by ILLC with these settings."""
+    data = data_of(model) if data is None else data
+    return hfc.compress(model, hfc.ILLCConfig(**settings), data, options=hfc.DataOptions(batch_size=batch_size))

@@ -1,13 +1,16 @@
 """What tests of every kind do with a model."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_compress.calibration.capture import hooked
 from hf_compress.storage.save import save
 from tests.helpers.changes import Trace, forward
 
@@ -42,8 +45,34 @@ def refusing(
     assert leftovers(model) == own
 
 
-def saved_and_loaded(model: PreTrainedModel, folder: Path, inputs: dict[str, torch.Tensor]) -> PreTrainedModel:
+def is_plain(model: PreTrainedModel) -> bool:
+    """Whether its structure stands in the config's own fields."""
+    return getattr(model.config, "quantization_config", None) is None
+
+
+def assert_reloads(
+    model: PreTrainedModel, folder: Path, run: Callable[[PreTrainedModel], Tensor], **options: Any
+) -> PreTrainedModel:
+    """Saved and loaded again, it gives the same bit for bit, and its structure stands in the same place."""
+    again = type(model).from_pretrained(save(model, folder), **options)
+    with torch.no_grad():
+        assert torch.equal(run(again), run(model))
+    assert is_plain(again) == is_plain(model)
+    return again
+
+
+@contextmanager
+def watching(modules: Mapping[Hashable, nn.Module]) -> Iterator[dict[Any, tuple[Tensor, Tensor]]]:
+    """What each module reads and writes when it last runs inside, by its key."""
+    seen: dict[Any, tuple[Tensor, Tensor]] = {}
+
+    def keep(key: Hashable) -> Callable[..., None]:
+        return lambda module, args, output: seen.update({key: (args[0].detach(), output)})
+
+    with hooked(module.register_forward_hook(keep(key)) for key, module in modules.items()):
+        yield seen
+
+
+def saved_and_loaded(model: PreTrainedModel, folder: Path, inputs: dict[str, Tensor]) -> PreTrainedModel:
     """`model` from the files that it is saved to; it has to give the same for these inputs."""
-    loaded = type(model).from_pretrained(save(model, folder))
-    assert torch.equal(forward(loaded, inputs), forward(model, inputs))
-    return loaded
+    return assert_reloads(model, folder, lambda one: forward(one, inputs))

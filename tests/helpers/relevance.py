@@ -3,6 +3,7 @@
 import torch
 
 import hf_compress as hfc
+from tests.helpers import linears
 from tests.helpers.models import refusing
 from tests.helpers.round_trip import build
 from tests.helpers.tiny import randomise
@@ -18,13 +19,11 @@ class OddNorm(torch.nn.Module):
 
 
 def dense(**fields):
-    torch.manual_seed(0)
-    sizes = {"input_size": 6, "hidden_size": 8, "intermediate_size": 20, "num_hidden_layers": 3, "num_labels": 4}
-    return hfc.DenseForClassification(hfc.DenseConfig(**(sizes | fields))).eval()
+    return linears.dense(**{"num_labels": 4, "use_bias": True} | fields)
 
 
 def make(family):
-    """A model of four blocks in which every parameter matters."""
+    """A model of four blocks in which every parameter matters, and attention is far from even."""
     if family == "Dense":
         return dense(num_hidden_layers=4, num_labels=3, residual=True)
     model = build(family)

@@ -175,6 +175,14 @@ def test_a_run_that_is_stopped_and_resumed_ends_as_without_the_stop(name, tmp_pa
     assert [key for key in first if not same(first[key], second[key])] == []
     assert figures(whole) == figures(resumed)
     assert len(figures(whole)) == 4
+    model, report = whole.model.eval(), whole.model.compression_report
+    assert report.after.parameters == model.num_parameters()
+    assert (report.after.parameters < report.before.parameters) == (name != "default"), "bottlenecks are added"
+    whole.save_model(tmp_path / "out")
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    own_memory(loaded)
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS).logits, model(IDS).logits)
 
 
 # --- bad input and interruptions: the model as it was -----------------------------------------------------------------

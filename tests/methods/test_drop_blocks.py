@@ -13,6 +13,7 @@ from hf_compress.methods.drop_blocks import DropBlocksConfig
 from hf_compress.plan.edits import RemoveBlocks
 from hf_compress.plan.plan import Plan
 from hf_compress.rewrite.apply import apply
+from tests.helpers.models import watching
 
 LAYERS = "model.layers"
 
@@ -31,16 +32,9 @@ def streams(model, calibration):
     tokens = []
     for batch in calibration:
         for row, mask, real in zip(batch.inputs["input_ids"], batch.inputs["attention_mask"], batch.real, strict=True):
-            seen = []
-            handles = [
-                layer.register_forward_hook(lambda _, args, out, seen=seen: seen.extend((args[0], out)))
-                for layer in model.model.layers
-            ]
-            with torch.no_grad():
+            with torch.no_grad(), watching(dict(enumerate(model.model.layers))) as seen:
                 model(row[mask.bool()].long()[None])
-            for handle in handles:
-                handle.remove()
-            depths = [seen[0], *seen[1::2]]
+            depths = [seen[0][0], *(wrote for _, wrote in seen.values())]
             tokens += [[stream[0, position].double() for stream in depths] for position in real.nonzero().flatten()]
     return tokens
 

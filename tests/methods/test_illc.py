@@ -7,35 +7,21 @@ import pytest
 import torch
 from transformers import GraniteConfig, GraniteForCausalLM
 
-import hf_compress as hfc
 from hf_compress.anatomy.anatomy import Anatomy, Block
 from hf_compress.anatomy.undo import Undo
-from hf_compress.api.compress import compress, make_plan
-from hf_compress.calibration.data import DataOptions
+from hf_compress.api.compress import make_plan
 from hf_compress.methods.illc import ILLCConfig
 from hf_compress.methods.illc.config import Compensation, Reduction
 from hf_compress.rewrite.apply import apply, carry_out
 from hf_compress.rewrite.builders import merge_units, narrow_ffn
-from hf_compress.storage.save import save
 from tests.helpers.changes import Trace, forward
 from tests.helpers.ffns import FAMILIES, assert_close, bias_of, built, families, hooked, matrix_of, noise, some_units
-from tests.helpers.models import leftovers
+from tests.helpers.linears import IDS, data_of, dense, illc
+from tests.helpers.models import assert_reloads, is_plain, leftovers, watching
 from tests.helpers.round_trip import LLAMA, build, logits
 from tests.helpers.tiny import tiny_model
 
 NAMES = ("Llama", "GPT-2", "BERT", "ViT")
-IDS = torch.randint(4, 90, (32, 12), generator=torch.Generator().manual_seed(7))
-PIXELS = torch.randn(32, 3, 16, 16, generator=torch.Generator().manual_seed(7))
-FLOATS = torch.randn(32, 6, generator=torch.Generator().manual_seed(7))
-
-
-def data_of(model):
-    return {"pixel_values": PIXELS, "input_values": FLOATS}.get(model.main_input_name, IDS)
-
-
-def run(model, data=None, batch_size=8, **settings):
-    data = data_of(model) if data is None else data
-    return compress(model, ILLCConfig(**settings), data, options=DataOptions(batch_size=batch_size))
 
 
 def ffn(model, index):
@@ -55,22 +41,6 @@ def kept(before, after, index):
     return [next(j for j in range(old.shape[1]) if torch.equal(old[:, j], column)) for column in new.T]
 
 
-def is_plain(model):
-    return getattr(model.config, "quantization_config", None) is None
-
-
-def assert_reloads(model, folder):
-    again = type(model).from_pretrained(save(model, folder))
-    with torch.no_grad():
-        assert torch.equal(logits(again), logits(model))
-
-
-def dense(**fields):
-    torch.manual_seed(0)
-    sizes = {"input_size": 6, "hidden_size": 8, "intermediate_size": 20, "num_hidden_layers": 4, "num_labels": 2}
-    return hfc.DenseForClassification(hfc.DenseConfig(**sizes | fields)).eval()
-
-
 # --- models narrowed --------------------------------------------------------------------------------------------------
 
 
@@ -79,11 +49,11 @@ def dense(**fields):
 def test_one_width_is_a_plain_checkpoint(name, settings, tmp_path):
     model = build(name)
     before, full = logits(model), widths(model)[0]
-    run(model, **settings)
+    illc(model, **settings)
     assert widths(model) == [settings.get("width", full * 3 // 8)] * 4
     assert is_plain(model)
     assert not torch.equal(logits(model), before)
-    assert_reloads(model, tmp_path / "out")
+    assert_reloads(model, tmp_path / "out", logits)
     assert model.compression_report.after.parameters < model.compression_report.before.parameters
     json.dumps(model.compression_report.notes)  # as a report is saved
 
@@ -101,7 +71,7 @@ def test_a_plan_is_made_without_a_trace_and_is_what_compress_does(name, settings
     plan = make_plan(model, ILLCConfig(gamma=0.5, **settings), data_of(model))
     assert before.difference(model) is None
     assert leftovers(model) == []
-    run(other, gamma=0.5, **settings)  # the same each time: nothing draws from torch's own generator
+    illc(other, gamma=0.5, **settings)  # the same each time: nothing draws from torch's own generator
     apply(plan, model)
     assert torch.equal(logits(model), logits(other))
 
@@ -110,7 +80,7 @@ def test_a_plan_is_made_without_a_trace_and_is_what_compress_does(name, settings
 @pytest.mark.parametrize("reduction", get_args(Reduction))
 def test_every_reduction_with_every_compensation(reduction, compensation, tmp_path):
     model = build("Llama")
-    run(model, width=20, reduction=reduction, compensation=compensation)
+    illc(model, width=20, reduction=reduction, compensation=compensation)
     assert widths(model) == [20] * 4
     assert is_plain(model) == (compensation != "bias")  # Llama's projections have none
     if reduction == "average":
@@ -119,7 +89,7 @@ def test_every_reduction_with_every_compensation(reduction, compensation, tmp_pa
     else:
         assert all(len(set(kept(build("Llama"), model, index))) == 20 for index in range(4))
     if not is_plain(model):
-        assert_reloads(model, tmp_path / "out")
+        assert_reloads(model, tmp_path / "out", logits)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -132,27 +102,26 @@ def test_magnitude_is_the_original_without_the_other_units(name):
         handles.append(out.register_forward_pre_hook(lambda _, args, mask=mask: (args[0] * mask, *args[1:])))
     with hooked(*handles):
         expected = logits(model)
-    run(model, width=24, reduction="magnitude", compensation="none")
+    illc(model, width=24, reduction="magnitude", compensation="none")
     torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
 
 
 def hidden_of(model, index):
     """What the output projection of a block's FFN reads on the calibration data."""
-    seen = []
-    with hooked(ffn(model, index)[1].register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2)))):
+    with watching({"output": ffn(model, index)[1]}) as seen:
         forward(model, {model.main_input_name: data_of(model)})
-    return seen[0].double()
+    return seen["output"][0].flatten(0, -2).double()
 
 
 def test_variance_is_the_measure_of_flap():
     model, original = build("GPT-2"), build("GPT-2")
     scores = hidden_of(original, 0).var(0) * matrix_of(ffn(original, 0)[1]).double().square().sum(1)
-    run(model, width=24, reduction="variance")
+    illc(model, width=24, reduction="variance")
     assert set(kept(original, model, 0)) == set(scores.topk(24).indices.tolist())
 
 
 def test_random_units_are_those_of_the_seed():
-    found = [run(build("Llama"), width=20, reduction="random", seed=seed) for seed in (0, 0, 1)]
+    found = [illc(build("Llama"), width=20, reduction="random", seed=seed) for seed in (0, 0, 1)]
     first, again, other = ([kept(build("Llama"), model, index) for index in range(4)] for model in found)
     assert first == again != other
     assert first[0] != first[1]
@@ -162,7 +131,7 @@ def test_random_units_are_those_of_the_seed():
 def test_a_cluster_is_stood_for_by_its_member_that_contributes_most(compensation):
     """Without a ridge it writes what all of the cluster wrote."""
     model, original = build("GPT-2"), build("GPT-2")
-    run(model, width=20, reduction="representative", compensation=compensation, clustering="agglomerative")
+    illc(model, width=20, reduction="representative", compensation=compensation, clustering="agglomerative")
     labels = torch.tensor(model.compression_report.notes["blocks"][0]["clusters"])
     out = matrix_of(ffn(original, 0)[1])
     share = hidden_of(original, 0).var(0) * out.double().square().sum(1)
@@ -184,16 +153,14 @@ def test_a_bias_makes_up_for_the_mean(name):
     """The stream after an FFN has the mean that it had, over the calibration data; no more is asked of it."""
 
     def means(model):
-        seen = []
-        for block in Anatomy(model).stack().blocks:
-            block.register_forward_hook(lambda _, args, out: seen.append(out[0] if isinstance(out, tuple) else out))
-        forward(model, {model.main_input_name: data_of(model)})
-        return torch.stack([stream.flatten(0, -2).mean(0) for stream in seen])
+        with watching(dict(enumerate(Anatomy(model).stack().blocks))) as seen:
+            forward(model, {model.main_input_name: data_of(model)})
+        return torch.stack([stream.flatten(0, -2).mean(0) for _, stream in seen.values()])
 
     make = {"Granite": granite}.get(name, lambda: build(name))
     settings = {"width": 8, "reduction": "random"}
     original, biased, bare = (
-        means(make() if how is None else run(make(), compensation=how, **settings)) for how in (None, "bias", "none")
+        means(make() if how is None else illc(make(), compensation=how, **settings)) for how in (None, "bias", "none")
     )
     size = original.abs().max()
     torch.testing.assert_close(biased / size, original / size, rtol=0, atol=1e-4)
@@ -202,39 +169,38 @@ def test_a_bias_makes_up_for_the_mean(name):
 
 @pytest.mark.parametrize("variant", ["paper", "compensated"])
 def test_a_bias_of_its_own_needs_the_plugin(variant, tmp_path):
-    model = run(build("Llama"), width=20, variant=variant, compensation="ridge", bias=True)
+    model = illc(build("Llama"), width=20, variant=variant, compensation="ridge", bias=True)
     assert all(bool(ffn(model, index)[1].bias.any()) for index in range(4))
     assert not is_plain(model)
-    assert_reloads(model, tmp_path / "out")
+    assert_reloads(model, tmp_path / "out", logits)
 
 
 @pytest.mark.parametrize("name", ["Llama", "Dense"])
 def test_adaptive_widths_share_one_budget(name, tmp_path):
     """An FFN that writes much keeps much."""
-    model = build(name) if name == "Llama" else dense(residual=True)
+    fields = {"num_hidden_layers": 4, "num_labels": 2, "residual": True, "use_bias": True}
+    model = build(name) if name == "Llama" else dense(**fields)
     with torch.no_grad():
         ffn(model, 2)[1].weight *= 5
     full = widths(model)[0]
-    run(model, gamma=0.5, allocation="adaptive")
+    illc(model, gamma=0.5, allocation="adaptive")
     found = widths(model)
     assert sum(found) == 4 * full // 2
     assert max(found) == found[2] > min(found) >= 1
     assert is_plain(model) == (name == "Dense")  # whose config has a width for each block
-    loaded = type(model).from_pretrained(save(model, tmp_path / "out"))
-    given = {model.main_input_name: data_of(model)}
-    assert torch.equal(forward(loaded, given), forward(model, given))
+    assert_reloads(model, tmp_path / "out", lambda one: forward(one, {one.main_input_name: data_of(one)}))
 
 
 @pytest.mark.parametrize(("gamma", "batch_size"), [(0.03, 8), (0.5, 32)], ids=["few units", "nothing held out"])
 def test_adaptive_widths_in_a_corner(gamma, batch_size):
-    model = run(build("Llama"), batch_size=batch_size, gamma=gamma, allocation="adaptive", reduction="magnitude")
+    model = illc(build("Llama"), batch_size=batch_size, gamma=gamma, allocation="adaptive", reduction="magnitude")
     assert sum(widths(model)) == 4 * int(gamma * 64 + 0.5)
 
 
 def test_experts_are_narrowed_too():
     """Every other block of this model has an FFN; of each expert, as of that, units are kept."""
     model, original = tiny_model("qwen3_moe"), tiny_model("qwen3_moe")
-    run(model, gamma=0.5)
+    illc(model, gamma=0.5)
     found = [(note["block"], note["width"]) for note in model.compression_report.notes["blocks"]]
     assert found == [(0, 48), (1, 24), (2, 48), (3, 24)]
     for old, new in zip(original.model.layers[1::2], model.model.layers[1::2], strict=True):
@@ -247,9 +213,9 @@ def test_padding_and_batches_left_out_do_not_count():
     padded["attention_mask"] = (torch.arange(16) < 12).long().expand(32, 16)
     some = IDS.view(8, 4, 12)[::2].flatten(0, 1)  # one token would be one batch; but four it is at least
     settings = {"width": 20, "batch_size": 4}
-    all_of_them, few = run(build("Llama"), IDS, **settings), run(build("Llama"), IDS, tokens=1, **settings)
-    torch.testing.assert_close(logits(run(build("Llama"), padded, **settings)), logits(all_of_them))
-    torch.testing.assert_close(logits(run(build("Llama"), some, **settings)), logits(few))
+    all_of_them, few = illc(build("Llama"), IDS, **settings), illc(build("Llama"), IDS, tokens=1, **settings)
+    torch.testing.assert_close(logits(illc(build("Llama"), padded, **settings)), logits(all_of_them))
+    torch.testing.assert_close(logits(illc(build("Llama"), some, **settings)), logits(few))
     assert not torch.allclose(logits(few), logits(all_of_them), atol=1e-3)
 
 

@@ -4,27 +4,16 @@ import pytest
 import torch
 
 from hf_compress.anatomy.anatomy import Anatomy, Block
-from hf_compress.api.compress import compress
-from hf_compress.calibration.data import DataOptions
 from hf_compress.errors import UnsupportedModelError
-from hf_compress.methods.illc import ILLCConfig
 from hf_compress.numerics.elimination import eliminate
 from hf_compress.numerics.ridge import LeastSquares
 from hf_compress.rewrite.builders import heads_of
 from hf_compress.rewrite.record import recorded
-from hf_compress.storage.save import save
 from tests.helpers.ffns import matrix_of, noise
-from tests.helpers.models import refusing
+from tests.helpers.linears import IDS, illc
+from tests.helpers.models import assert_reloads, refusing, watching
 from tests.helpers.round_trip import build, logits
 from tests.helpers.tiny import tiny_model
-
-IDS = torch.randint(4, 90, (32, 12), generator=torch.Generator().manual_seed(7))
-PIXELS = torch.randn(32, 3, 16, 16, generator=torch.Generator().manual_seed(7))
-
-
-def run(model, **settings):
-    data = PIXELS if model.main_input_name == "pixel_values" else IDS
-    return compress(model, ILLCConfig(**settings), data, options=DataOptions(batch_size=8))
 
 
 def heads(model):
@@ -38,13 +27,11 @@ def test_half_of_the_heads_stay(name, settings, tmp_path):
     model = build(name)
     groups, per_group = heads(model)[0].groups, heads(model)[0].per_group
     width = Anatomy(model).parts(Anatomy(model).stack(), 0).ffn.width
-    run(model, head_gamma=0.5, **settings)
+    illc(model, head_gamma=0.5, **settings)
     assert {(one.groups, one.per_group) for one in heads(model)} == {(groups // 2, per_group)}
     assert Anatomy(model).parts(Anatomy(model).stack(), 0).ffn.width == (width // 2 if settings else width)
     assert bool(recorded(model.config)) == (name == "BERT")  # whose heads are always as wide as fits
-    loaded = type(model).from_pretrained(save(model, tmp_path / "out"))
-    with torch.no_grad():
-        assert torch.equal(logits(loaded), logits(model))
+    assert_reloads(model, tmp_path / "out", logits)
     parts = [note.get("part") for note in model.compression_report.notes["blocks"]]
     assert parts == (["attention", None] if settings else ["attention"]) * 4
 
@@ -53,11 +40,10 @@ def attended(model, index):
     """What a block's output projection of attention reads and writes on the calibration data, batch by batch."""
     seen, stack = [], Anatomy(model).stack()
     output = stack.blocks[index].get_submodule(heads(model)[index].output)
-    handle = output.register_forward_hook(lambda _, args, out: seen.append((args[0].flatten(0, 1), out.flatten(0, 1))))
-    with torch.no_grad():
-        for ids in IDS.split(8):
+    for ids in IDS.split(8):
+        with torch.no_grad(), watching({"output": output}) as found:
             model(ids)
-    handle.remove()
+        seen.append([part.flatten(0, 1) for part in found["output"]])
     return seen
 
 
@@ -74,7 +60,7 @@ def test_heads_that_go_and_the_projection_are_those_of_the_regression_by_hand():
         rows = slice(group * size, group * size + size)
         costs.append(float((full[rows] * torch.linalg.solve(inverse[rows, rows], full[rows])).sum()))
     stays = 1 - costs.index(min(costs))
-    run(model, head_gamma=0.5)
+    illc(model, head_gamma=0.5)
     kept = slice(stays * shape.width, stays * shape.width + shape.width)
     old, new = (one.model.layers[0].self_attn for one in (original, model))
     assert torch.equal(new.k_proj.weight, old.k_proj.weight[kept])
@@ -111,11 +97,11 @@ def test_blocks_of_features_are_left_out_as_by_trying_each():
 @pytest.mark.parametrize("compensation", ["none", "bias", "ridge"])
 @pytest.mark.parametrize("reduction", ["magnitude", "variance", "random", "elimination"])
 def test_every_way_to_choose_heads(reduction, compensation):
-    model = run(build("ViT"), head_gamma=0.5, reduction=reduction, compensation=compensation)
+    model = illc(build("ViT"), head_gamma=0.5, reduction=reduction, compensation=compensation)
     assert {one.groups for one in heads(model)} == {heads(build("ViT"))[0].groups // 2}
 
 
 def test_what_cannot_be_done_is_refused():
     model = tiny_model("gpt2")
     with refusing(model, UnsupportedModelError, r"transformer\.h\.0 cannot be told apart"):
-        run(model, head_gamma=0.5)
+        illc(model, head_gamma=0.5)

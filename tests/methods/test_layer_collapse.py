@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_compress.anatomy.anatomy import Anatomy, Block
 from hf_compress.api.compress import compress, make_plan
@@ -15,38 +15,31 @@ from hf_compress.methods.layer_collapse.linear import fit_ffns
 from hf_compress.rewrite.apply import apply
 from hf_compress.rewrite.builders import linear_ffn
 from hf_compress.rewrite.record import recorded
-from hf_compress.storage.save import save
 from tests.helpers.changes import Trace
+from tests.helpers.models import assert_reloads, refusing, watching
 from tests.helpers.round_trip import build, inputs
 from tests.helpers.tiny import tiny_model
 
-SMALL = DataOptions(batch_size=3)
+SMALL, EIGHT = DataOptions(batch_size=3), DataOptions(batch_size=8)
 
 
 def data_of(model, samples=96):
     """Calibration data in twelve batches."""
+    generator = torch.Generator().manual_seed(7)
     if model.main_input_name == "pixel_values":
-        generator = torch.Generator().manual_seed(7)
-        return prepare(torch.randn(samples, 3, 16, 16, generator=generator), model, None, DataOptions(batch_size=8))
-    ids = torch.randint(4, 90, (samples, 12), generator=torch.Generator().manual_seed(7))
-    return prepare(ids, model, None, DataOptions(batch_size=8))
+        return prepare(torch.randn(samples, 3, 16, 16, generator=generator), model, None, EIGHT)
+    return prepare(torch.randint(4, 90, (samples, 12), generator=generator), model, None, EIGHT)
 
 
 def seen(model, data, reader, writer):
     """What an FFN reads and writes on every real token, batch by batch."""
     batches = []
     for batch in data:
-        got = {}
-        handles = [
-            reader.register_forward_pre_hook(lambda _, args, got=got: got.update(x=args[0])),
-            writer.register_forward_hook(lambda _, args, out, got=got: got.update(y=out)),
-        ]
-        with torch.no_grad():
+        with torch.no_grad(), watching({"reader": reader, "writer": writer}) as found:
             model(**{k: v.long() if not v.is_floating_point() else v for k, v in batch.inputs.items()})
-        for handle in handles:
-            handle.remove()
-        real = batch.real if batch.real is not None else torch.ones(got["x"].shape[:2], dtype=torch.bool)
-        batches.append((got["x"][real].double(), got["y"][real].double()))
+        x, y = found["reader"][0], found["writer"][1]
+        real = batch.real if batch.real is not None else torch.ones(x.shape[:2], dtype=torch.bool)
+        batches.append((x[real].double(), y[real].double()))
     return batches
 
 
@@ -167,57 +160,39 @@ def test_the_loss_is_that_of_the_collapsed_model(model, framing_tokenizer, texts
 def test_collapsed_models_load(family, tmp_path):
     model = build(family)
     data = torch.cat([batch.inputs[model.main_input_name] for batch in data_of(model)])
-    compress(model, LayerCollapseConfig(ratio=0.5), data, options=DataOptions(batch_size=8))
+    compress(model, LayerCollapseConfig(ratio=0.5), data, options=EIGHT)
     assert [type(edit).__name__ for edit in recorded(model.config)][:2] == ["LinearFFN", "LinearFFN"]
-    again = type(model).from_pretrained(save(model, tmp_path / "out"))
-    with torch.no_grad():
-        assert torch.equal(again(**inputs(model)).logits, model.eval()(**inputs(model)).logits)
+    assert_reloads(model.eval(), tmp_path / "out", lambda one: one(**inputs(one)).logits)
     report = model.compression_report
     assert report.after.parameters < report.before.parameters
 
 
 def test_all_of_them_and_with_a_rank(model, framing_tokenizer, texts, tmp_path):
     compress(model, LayerCollapseConfig(num_layers=5, rank=2), texts, framing_tokenizer, SMALL)
-    loaded = AutoModelForCausalLM.from_pretrained(save(model, tmp_path / "out"))
+    loaded = assert_reloads(model, tmp_path / "out", lambda one: one(torch.arange(4, 16)[None]).logits)
     assert all(layer.mlp.up_proj.weight.shape[0] == 2 for layer in loaded.model.layers)
 
 
-def refused(model, config, error, message, data=None):
-    before = Trace.of(model)
+def refused(model, error, message, data=None, **settings):
     ids = torch.randint(4, 20, (96, 12)) if data is None else data
-    with pytest.raises(error, match=message):
-        compress(model, config, ids, options=DataOptions(batch_size=8))
-    assert before.difference(model) is None
+    with refusing(model, error, message):
+        compress(model, LayerCollapseConfig(**settings), ids, options=EIGHT)
 
 
 def test_models_and_data_that_do_not_fit(model):
-    one = LayerCollapseConfig(num_layers=1)
-    refused(tiny_model("mixtral"), one, UnsupportedModelError, "no FFN of model.layers .*: block 0 has experts")
-    refused(model, LayerCollapseConfig(num_layers=6), ValueError, "num_layers=6")
-    refused(model, LayerCollapseConfig(target_r2=0.999999), ValueError, "no FFN has R² of at least 0.999999: block 0")
     refused(
-        model,
-        one,
-        CalibrationError,
-        "every 4th batch, or on the last, held out: give at least 2",
-        torch.full((8, 6), 5),
+        tiny_model("mixtral"), UnsupportedModelError, "no FFN of model.layers .*: block 0 has experts", num_layers=1
     )
-    compress(model, one, torch.randint(4, 20, (24, 12)), options=DataOptions(batch_size=8))  # three do
+    refused(model, ValueError, "num_layers=6", num_layers=6)
+    refused(model, ValueError, "no FFN has R² of at least 0.999999: block 0", target_r2=0.999999)
+    message = "every 4th batch, or on the last, held out: give at least 2"
+    refused(model, CalibrationError, message, torch.full((8, 6), 5), num_layers=1)
+    compress(model, LayerCollapseConfig(num_layers=1), torch.randint(4, 20, (24, 12)), options=EIGHT)  # three do
 
 
 def test_what_would_grow_is_refused():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes = {
-        "hidden_size": 32,
-        "intermediate_size": 8,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "vocab_size": 99,
-    }
-    model = LlamaForCausalLM(LlamaConfig(**sizes)).eval()
-    refused(
-        model, LayerCollapseConfig(num_layers=1), UnsupportedModelError, "768 parameters, and the map would have 1,056"
-    )
-    ids = torch.randint(4, 90, (96, 12))
-    compress(model, LayerCollapseConfig(num_layers=1, rank=4), ids, options=DataOptions(batch_size=8))
+    sizes = {"hidden_size": 32, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=99)).eval()
+    message = "768 parameters, and the map would have 1,056"
+    refused(model, UnsupportedModelError, message, num_layers=1)
+    compress(model, LayerCollapseConfig(num_layers=1, rank=4), torch.randint(4, 90, (96, 12)), options=EIGHT)

@@ -19,8 +19,8 @@ from hf_compress.methods.lrp.linears import block_linears
 from hf_compress.modules.packed import MixedPrecisionLinear
 from hf_compress.numerics.rounding import unexplained
 from tests.helpers.changes import Trace, forward
-from tests.helpers.linears import FLOATS, data_of, dense
-from tests.helpers.models import in_dtype, leftovers
+from tests.helpers.linears import FLOATS, data_of, dense, made, stored
+from tests.helpers.models import in_dtype, leftovers, watching
 from tests.helpers.round_trip import build
 from tests.helpers.tiny import tiny_base_model, tiny_model, tiny_of, tiny_seq2seq_model
 
@@ -44,18 +44,16 @@ def found(model, *batches, seed=0, stack=None):
 
 def linear_logits(model, batch):
     """What the model gives with a graph behind it, and what each linear map of its blocks read and wrote."""
-    seen, handles = {}, []
-    for path, module in block_linears(Anatomy(model).stack()).items():
-
-        def keep(module, args, out, path=path):
-            out.retain_grad()
-            seen[path] = args[0].detach(), out
-
-        handles.append(module.register_forward_hook(keep))
-    output = model(**batch.inputs)
-    for handle in handles:
-        handle.remove()
+    with watching(block_linears(Anatomy(model).stack())) as seen:
+        output = model(**batch.inputs)
+    for _, wrote in seen.values():
+        wrote.retain_grad()
     return getattr(output, "logits", output[0]), seen
+
+
+def rows_of(values, batch):
+    """Those of real tokens, or of all samples."""
+    return values.flatten(0, -2) if batch.real is None else values[batch.real]
 
 
 def oracle(model, batch, distribution, seed):
@@ -67,12 +65,9 @@ def oracle(model, batch, distribution, seed):
     logs = law.log_prob(drawn)
     (logs * batch.real if logs.ndim == 2 else logs).sum().backward()
     model.zero_grad()
-    real = {
-        path: torch.ones(x.shape[:-1]).bool() if batch.real is None else batch.real for path, (x, _) in seen.items()
-    }
-    read = {path: x[real[path]].square().sum(dim=0) for path, (x, _) in seen.items()}
-    gradients = {path: y.grad[real[path]].square().sum(dim=0) for path, (_, y) in seen.items()}
-    return read, gradients, int(next(iter(real.values())).sum())
+    read = {path: rows_of(x, batch).square().sum(dim=0) for path, (x, _) in seen.items()}
+    gradients = {path: rows_of(y.grad, batch).square().sum(dim=0) for path, (_, y) in seen.items()}
+    return read, gradients, len(rows_of(next(iter(seen.values()))[0], batch))
 
 
 def categorical(value):
@@ -220,7 +215,7 @@ class Root(nn.Module):
 @pytest.mark.parametrize("name", ["Llama", "Dense"])
 def test_the_model_is_as_it_was(name, fails):
     """With frozen parameters, gradients that wait for a step, and some modules training."""
-    model = dense() if name == "Dense" else build(name)
+    model = made(name)
     blocks = Anatomy(model).stack().blocks
     blocks[1].requires_grad_(False)
     blocks[2].train()
@@ -259,14 +254,13 @@ def cost(model, compensated=False, *batches, **settings):
 @pytest.mark.parametrize("name", ["Llama", "GPT-2", "ViT", "Dense"])
 def test_worth_is_a_product(name):
     """Of the output's energy, and of the input's, or what later inputs leave of it; in the weights' shape."""
-    model = dense() if name == "Dense" else build(name)
+    model = made(name)
     batch, energy = batch_of(model), found(model)
     _, seen = linear_logits(model, batch)
     for compensated in (False, True):
         costs = cost(model, compensated)
         for path, module in block_linears(Anatomy(model).stack()).items():
-            x = seen[path][0]
-            rows = x[batch.real] if batch.real is not None else x.flatten(0, -2)
+            rows = rows_of(seen[path][0], batch)
             inputs = unexplained(rows.double().T @ rows.double()) if compensated else rows.square().sum(dim=0)
             expected = torch.outer(energy.of_outputs(path), inputs)
             assert costs[path].shape == linear_map(module).T.shape
@@ -329,8 +323,7 @@ def test_families(name):
         with pytest.raises(UnsupportedModelError, match="relevance"):
             compress(model, LRPConfig(allocation="relevance", **settings), data, options=DataOptions(batch_size=4))
     compress(model, LRPConfig(**settings), data, options=DataOptions(batch_size=4))
-    maps = [m for m in model.modules() if isinstance(m, MixedPrecisionLinear)]
-    bits = torch.cat([m.bits.flatten().long() for m in maps])
+    bits = torch.cat([m.bits.flatten().long() for m in stored(model, MixedPrecisionLinear).values()])
     assert len(bits.unique()) > 3
     assert 3.5 < float(bits.double().mean()) <= 4.25, "16 for a step, 8 for a zero and 8 for the bits go off"
 
@@ -356,11 +349,11 @@ def test_experts_that_some_batches_do_not_reach():
     stack = next(stack.path for stack in Anatomy(model).stacks if "encoder" in stack.path)
     ids = torch.randint(8, 90, (24, 4), generator=torch.Generator().manual_seed(3))
     config = LRPConfig(bits=5, group_size=32, stack=stack, tokens=12)
-    compress(model, config, ids, options=DataOptions(batch_size=1))
-    fresh = tiny_seq2seq_model("switch_transformers")
-    maps = [path for path, module in fresh.named_modules() if path.startswith(stack) and is_linear(module)]
-    experts = [path for path in maps if "experts." in path]
+    experts = [
+        path for path, m in model.named_modules() if path.startswith(stack) and "experts." in path and is_linear(m)
+    ]
     assert len(experts) > 16
+    compress(model, config, ids, options=DataOptions(batch_size=1))
     assert all(isinstance(model.get_submodule(path), MixedPrecisionLinear) for path in experts)
 
 

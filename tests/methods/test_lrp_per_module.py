@@ -8,36 +8,23 @@ import pytest
 import torch
 
 from hf_compress.anatomy.parts import linear_map
-from hf_compress.api.compress import compress
-from hf_compress.calibration.data import Batch, DataOptions
-from hf_compress.methods.base.settings import CompressionConfig
-from hf_compress.methods.lrp import LRPConfig
+from hf_compress.calibration.data import Batch
 from hf_compress.methods.lrp.module_bits import read_together
 from hf_compress.modules.packed import MixedPrecisionLinear, PackedLinear, pack
 from hf_compress.numerics.budget import spend_on_items
-from hf_compress.storage.save import save
-from tests.helpers.linears import linears
-from tests.helpers.models import leftovers
-from tests.helpers.round_trip import build
+from tests.helpers.linears import IDS, buffer_bytes, linears, lrp, stored
+from tests.helpers.models import assert_reloads, leftovers
+from tests.helpers.round_trip import build, logits
 
-IDS = torch.randint(4, 90, (32, 12), generator=torch.Generator().manual_seed(7))
 SIZE = 32
 
 
 def run(model, **settings):
-    return compress(
-        model, LRPConfig(per="module", **{"group_size": SIZE} | settings), IDS, options=DataOptions(batch_size=8)
-    )
+    return lrp(model, per="module", **{"group_size": SIZE} | settings)
 
 
 def packed(model):
-    return {name: m for name, m in model.named_modules() if isinstance(m, MixedPrecisionLinear)}
-
-
-def stored_bytes(model):
-    return sum(
-        t.numel() * t.element_size() for m in packed(model).values() for n, t in m.state_dict().items() if n != "bias"
-    )
+    return stored(model, MixedPrecisionLinear)
 
 
 def bits_of(model):
@@ -52,9 +39,6 @@ def together(path):
     name = path.rpartition(".")[2]
     sets = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"))
     return path.rpartition(".")[0] + "." + next((same[0] for same in sets if name in same), name)
-
-
-# --- the knapsack -----------------------------------------------------------------------------------------------------
 
 
 def best_of_all(errors, costs, budget):
@@ -99,9 +83,6 @@ def test_a_budget_below_the_least():
         spend_on_items(torch.ones(2, 2), [[2, 4], [3, 6]], 4)
 
 
-# --- models -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_errors_are_the_least_of_all_assignments(symmetric):
     """By rounding errors alone, with all sizes and all that is stored: 2¹⁶ assignments."""
@@ -126,7 +107,7 @@ def test_errors_are_the_least_of_all_assignments(symmetric):
     index = [{together(path): found[path] == 8 for path in found}[item] for item in items]
     row = int(np.flatnonzero((takes == np.array(index)).all(axis=1))[0])
     assert errors[row] == pytest.approx(errors[sizes <= budget].min(), rel=1e-4)
-    assert stored_bytes(model) == sizes[row] <= budget
+    assert buffer_bytes(model) == sizes[row] <= budget
 
 
 @pytest.mark.parametrize("bits", [5.0, 6.5, 8.75, 12.0])
@@ -143,16 +124,15 @@ def test_one_number_a_module_and_no_more_than_the_budget(name, bits, tmp_path):
     for path, value in found.items():
         groups.setdefault(together(path), set()).add(value)
     assert all(len(values) == 1 for values in groups.values())
-    assert stored_bytes(model) <= min(bits, 8.75) * count / 8
-    assert stored_bytes(model) == count / 8 * 8.75 or bits < 8.75, "enough for all gives all"
-    again = type(model).from_pretrained(save(model, tmp_path / "out"))
-    assert bits_of(again) == found
+    assert buffer_bytes(model) <= min(bits, 8.75) * count / 8
+    assert buffer_bytes(model) == count / 8 * 8.75 or bits < 8.75, "enough for all gives all"
+    assert bits_of(assert_reloads(model, tmp_path / "out", logits)) == found
     json.dumps(model.compression_report.notes)
 
 
 def test_bytes_to_aim_at():
     aim = sum(linear_map(module).numel() for module in linears(build("Llama")).values()) * 6 // 8
-    assert 0.9 * aim < stored_bytes(run(build("Llama"), target_bytes=aim)) <= aim
+    assert 0.9 * aim < buffer_bytes(run(build("Llama"), target_bytes=aim)) <= aim
 
 
 def test_zeros_are_stored_with_4_bits_where_asked_for():
@@ -161,7 +141,7 @@ def test_zeros_are_stored_with_4_bits_where_asked_for():
 
 
 def test_groups_keep_their_zeros():
-    model = compress(build("Llama"), LRPConfig(bits=5, group_size=SIZE), IDS, options=DataOptions(batch_size=8))
+    model = lrp(build("Llama"), bits=5, group_size=SIZE)
     assert not any(module.packing.symmetric for module in packed(model).values())
 
 
@@ -193,32 +173,16 @@ def test_who_reads_together():
     model = build("Llama")
     maps = linears(model)
     found = read_together(model, Batch({"input_ids": IDS[:1]}, None), {**maps, "elsewhere": torch.nn.Linear(2, 2)})
-    layers = [f"model.layers.{index}" for index in range(4)]
-    expected = [
-        [f"{layer}.{path}" for path in paths]
-        for layer in layers
-        for paths in (
-            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-            ("self_attn.o_proj",),
-            ("mlp.gate_proj", "mlp.up_proj"),
-            ("mlp.down_proj",),
-        )
-    ]
+    groups = [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.o_proj"]]
+    groups += [["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]]
+    expected = [[f"model.layers.{index}.{path}" for path in group] for index in range(4) for group in groups]
     assert found == [*expected, ["elsewhere"]]
     assert leftovers(model) == []
-
-
-# --- refusals ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_budget_that_does_not_suffice():
     model = build("Llama")
     with pytest.raises(ValueError, match=r"bits=4\.5 leaves 3\.75 bits for each weight, where 4 are the fewest"):
         run(model, bits=4.5)
-    assert not any(isinstance(module, PackedLinear) for module in model.modules())
+    assert stored(model, PackedLinear) == {}
     assert set(bits_of(run(model, bits=4.75)).values()) == {4}
-
-
-def test_settings_survive_json():
-    for config in (LRPConfig(bits=5, per="module"), LRPConfig(bits=5, symmetric=False)):
-        assert CompressionConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config

@@ -10,6 +10,7 @@ import hf_compress.methods.mka.refit as refit_module
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.undo import Undo
 from hf_compress.api.compress import compress
+from hf_compress.calibration.capture import hooked
 from hf_compress.calibration.data import Batch, DataOptions, prepare
 from hf_compress.calibration.runner import BlockRunner
 from hf_compress.errors import CalibrationError
@@ -21,7 +22,7 @@ from hf_compress.plan.edits import MergeBlocks, RemoveBlocks
 from hf_compress.plan.plan import Plan
 from hf_compress.rewrite.apply import apply
 from tests.helpers.changes import Trace
-from tests.helpers.models import leftovers
+from tests.helpers.models import leftovers, watching
 from tests.helpers.tiny import tiny_base_model, tiny_inputs, tiny_model
 
 LAYERS = "model.layers"
@@ -49,19 +50,18 @@ def runners_of(model, samples=24, length=8, masked=True, batch_size=6):
 
 def inputs_of(stack, index, names, runner, stream):
     """What the projections of a block are given, flat over the real tokens, and what the block makes of `stream`."""
-    seen = {}
-    handles = [
-        stack.blocks[index]
-        .get_submodule(name)
-        .register_forward_pre_hook(lambda _, args, name=name: seen.__setitem__(name, args[0]))
-        for name in names
-    ]
-    output = runner.run(index, stream)
-    for handle in handles:
-        handle.remove()
+    with watching({name: stack.blocks[index].get_submodule(name) for name in names}) as seen:
+        output = runner.run(index, stream)
     real = runner.batch.real
-    rows = torch.cat([seen[name].reshape(*stream.shape[:2], -1)[real] for name in names], dim=-1)
+    rows = torch.cat([seen[name][0].reshape(*stream.shape[:2], -1)[real] for name in names], dim=-1)
     return rows.double().numpy(), output[real].double().numpy()
+
+
+def fitting_of(model, **data):
+    """Runners that have seen every block, what goes into block 1, and what it and the next make of that."""
+    stack, runners, streams = runners_of(model, **data)
+    starts = [stream[1] for stream in streams]
+    return stack, runners, starts, [runner.run(2, runner.run(1, x)) for runner, x in zip(runners, starts, strict=True)]
 
 
 WRITERS = {  # (projections, whether they have biases)
@@ -93,9 +93,7 @@ def test_the_change_is_the_ridge_solution(model_type, penalty):
     if model_type == "granite":
         assert model.config.residual_multiplier == 1.0
         model = with_multiplier(model, 0.4)
-    stack, runners, streams = runners_of(model, samples=160, batch_size=40)
-    starts = [stream[1] for stream in streams]
-    targets = [runner.run(2, runner.run(1, start)) for runner, start in zip(runners, starts, strict=True)]
+    stack, runners, starts, targets = fitting_of(model, samples=160, batch_size=40)
     fit = Writers(model, stack, 1).fit(runners, starts, targets, [penalty])
     assert fit is not None
     assert fit.penalty == penalty
@@ -135,9 +133,8 @@ def test_a_reachable_target_is_reached(model_type):
     module.weight += 0.3 * torch.randn(module.weight.shape, generator=torch.Generator().manual_seed(1))
     if module.bias is not None:
         module.bias += 0.5
-    stack, runners, streams = runners_of(model, samples=120)
+    stack, runners, starts, _ = fitting_of(model, samples=120)
     other, others, _ = runners_of(wanted, samples=120)
-    starts = [stream[1] for stream in streams]
     targets = [runner.run(1, start) for runner, start in zip(others, starts, strict=True)]
     writers = Writers(model, stack, 1)
     fit = writers.fit(runners, starts, targets, [1e-9])
@@ -154,9 +151,7 @@ def test_a_reachable_target_is_reached(model_type):
 
 def test_masked_tokens_have_no_say():
     model = tiny_model("llama")
-    stack, runners, streams = runners_of(model)
-    starts = [stream[1] for stream in streams]
-    targets = [runner.run(2, runner.run(1, start)) for runner, start in zip(runners, starts, strict=True)]
+    stack, runners, starts, targets = fitting_of(model)
     first = Writers(model, stack, 1).fit(runners, starts, targets)
     for runner, target in zip(runners, targets, strict=True):
         target[~runner.batch.real] = 1e4
@@ -199,11 +194,10 @@ def test_projections_that_do_not_run_are_left_alone():
 
 def test_a_change_that_would_not_help_is_none():
     model = tiny_model("llama")
-    stack, runners, streams = runners_of(model)
-    starts = [stream[1] for stream in streams]
+    stack, runners, starts, _ = fitting_of(model)
     generator = torch.Generator().manual_seed(0)
-    noise = [runner.run(1, start) for runner, start in zip(runners, starts, strict=True)]
-    noise = [target + torch.randn(target.shape, generator=generator) for target in noise]
+    targets = [runner.run(1, start) for runner, start in zip(runners, starts, strict=True)]
+    noise = [target + torch.randn(target.shape, generator=generator) for target in targets]
     assert Writers(model, stack, 1).fit(runners, starts, noise, [1e-6]) is None
 
 
@@ -369,10 +363,8 @@ def test_with_too_few_batches_to_hold_one_out_the_penalty_is_not_chosen(model):
 def block_forwards(model, calibration, **options):
     """How many times a block really ran (its own FFN) while planning, over the number of blocks."""
     calls = []
-    handles = [layer.mlp.register_forward_hook(lambda *_: calls.append(1)) for layer in model.model.layers]
-    plan_for(MKAConfig(**options), CalibrationContext(model, calibration))
-    for handle in handles:
-        handle.remove()
+    with hooked(layer.mlp.register_forward_hook(lambda *_: calls.append(1)) for layer in model.model.layers):
+        plan_for(MKAConfig(**options), CalibrationContext(model, calibration))
     return len(calls)
 
 

@@ -29,9 +29,6 @@ def test_bottlenecks_spliced_for_a_while_are_collected_too():
     assert not torch.allclose(once[2], expected, atol=1e-3)
 
 
-# --- gradients where none are taken -----------------------------------------------------------------------------------
-
-
 def test_a_model_of_inference_mode_is_refused_with_the_remedy():
     with torch.inference_mode():
         model = tiny_llama(2)

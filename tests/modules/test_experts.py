@@ -11,7 +11,7 @@ from hf_compress.calibration.routing import watch_routes
 from hf_compress.modules.experts import Expert, SeparateExperts
 from hf_compress.rewrite.apply import carry_out
 from hf_compress.rewrite.builders import split_experts
-from tests.helpers.mixtures import model_of, paths_of
+from tests.helpers.experts import model_of, paths_of
 
 TOKENS, CHOICES = 9, 2
 GATED = ("mixtral", "qwen3_moe", "aria_text", "gpt_oss", "openai_privacy_filter")

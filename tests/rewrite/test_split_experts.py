@@ -15,7 +15,7 @@ from hf_compress.rewrite.edits.experts import NarrowExperts, SplitExperts
 from hf_compress.rewrite.edits.packed import PackLinear
 from hf_compress.storage.save import save
 from tests.helpers.changes import Trace, forward
-from tests.helpers.mixtures import model_of, paths_of
+from tests.helpers.experts import model_of, paths_of
 from tests.helpers.models import refusing, saved_and_loaded
 from tests.helpers.stock import stock_outcomes
 from tests.helpers.tiny import tiny_inputs

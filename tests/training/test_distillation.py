@@ -8,7 +8,7 @@ from transformers import BertConfig, BertForTokenClassification
 
 from hf_compress.training.distillation import Distillation
 from tests.helpers.language import WORDS, tiny_llama
-from tests.helpers.models import leftovers
+from tests.helpers.models import leftovers, watching
 from tests.helpers.runs import tiny_dense
 from tests.helpers.tiny import tiny_seq2seq_model
 
@@ -38,52 +38,38 @@ def tagger(seed=0):
     return BertForTokenClassification(BertConfig(**sizes, vocab_size=len(WORDS), num_labels=3)).eval()
 
 
+def seq2seq():
+    return tiny_seq2seq_model("t5")
+
+
 IDS = torch.randint(4, 60, (3, 6), generator=torch.Generator().manual_seed(0))
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1]])
 LABELS = torch.where(MASK.bool() & (IDS % 4 > 0), IDS, -100)
+TAGS = torch.where(LABELS == -100, -100, LABELS % 3)
 ALL = [(row, place) for row in range(3) for place in range(6)]
 
 
-def found_and_expected(student, teacher, kwargs, places, temperature=1.0):
-    distillation = Distillation(student, teacher, temperature=temperature)
+CASES = {
+    # a causal model counts shifted labels
+    "causal": (lambda: tiny_llama(2), LABELS, [(row, at - 1) for row, at in ALL if at and LABELS[row, at] != -100]),
+    "without labels": (lambda: tiny_llama(2), None, [(row, at) for row, at in ALL if MASK[row, at]]),
+    "tokens": (tagger, TAGS, [(row, at) for row, at in ALL if TAGS[row, at] != -100]),
+    "encoder-decoder": (seq2seq, LABELS, [(row, at) for row, at in ALL if LABELS[row, at] != -100]),
+}
+
+
+@pytest.mark.parametrize(("case", "temperature"), [*((case, 1.0) for case in CASES), ("causal", 2.5)])
+def test_the_places_that_count(case, temperature):
+    build, labels, places = CASES[case]
+    rel = 1e-3 if case == "encoder-decoder" else 1e-4
+    student, teacher = build(), shaken(build())
+    kwargs = {"input_ids": IDS, "attention_mask": MASK} | ({} if labels is None else {"labels": labels})
     with torch.no_grad():
-        output = student(**kwargs)
-        other = teacher(**kwargs).logits
-    divergence, streams = distillation.losses(kwargs, output, torch.tensor(1.0))
+        output, other = student(**kwargs), teacher(**kwargs).logits
+    distillation = Distillation(student, teacher, temperature=temperature)
+    found, streams = distillation.losses(kwargs, output, torch.tensor(1.0))
     assert streams is None
-    return divergence.item(), slowly(output.logits, other, places, temperature)
-
-
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_a_causal_model_counts_shifted_labels(temperature):
-    kwargs = {"input_ids": IDS, "attention_mask": MASK, "labels": LABELS}
-    places = [(row, place - 1) for row, place in ALL if place > 0 and LABELS[row, place] != -100]
-    found, expected = found_and_expected(tiny_llama(2), shaken(tiny_llama(2)), kwargs, places, temperature)
-    assert found == pytest.approx(expected, rel=1e-4)
-
-
-def test_without_labels_what_is_no_padding_counts():
-    places = [(row, place) for row, place in ALL if MASK[row, place]]
-    kwargs = {"input_ids": IDS, "attention_mask": MASK}
-    found, expected = found_and_expected(tiny_llama(2), shaken(tiny_llama(2)), kwargs, places)
-    assert found == pytest.approx(expected, rel=1e-4)
-
-
-def test_labels_of_tokens_are_not_shifted():
-    labels = torch.where(LABELS == -100, -100, LABELS % 3)
-    places = [(row, place) for row, place in ALL if labels[row, place] != -100]
-    kwargs = {"input_ids": IDS, "attention_mask": MASK, "labels": labels}
-    found, expected = found_and_expected(tagger(), shaken(tagger()), kwargs, places)
-    assert found == pytest.approx(expected, rel=1e-4)
-
-
-def test_an_encoder_decoder_counts_its_labels():
-    labels = LABELS.clone()
-    places = [(row, place) for row, place in ALL if labels[row, place] != -100]
-    student = tiny_seq2seq_model("t5")
-    kwargs = {"input_ids": IDS, "attention_mask": MASK, "labels": labels}
-    found, expected = found_and_expected(student, shaken(tiny_seq2seq_model("t5")), kwargs, places)
-    assert found == pytest.approx(expected, rel=1e-3)
+    assert found.item() == pytest.approx(slowly(output.logits, other, places, temperature), rel=rel)
 
 
 def test_one_logit_is_a_regression():
@@ -118,12 +104,9 @@ def test_streams_are_compared_at_real_tokens():
     for block in (0, 2):
         streams = []
         for model in (student, teacher.eval()):
-            kept = []
-            handle = model.model.layers[block].register_forward_hook(lambda *a, kept=kept: kept.append(a[2]))
-            model(**kwargs)
-            handle.remove()
-            out = kept[0] if isinstance(kept[0], torch.Tensor) else kept[0][0]
-            streams.append(torch.stack([out[r, p] for r, p in ALL if MASK[r, p]]))
+            with watching({block: model.model.layers[block]}) as seen:
+                model(**kwargs)
+            streams.append(seen[block][1][MASK.bool()])
         own, other = streams
         gaps.append(((own - other) ** 2).sum() / ((other - other.mean(0)) ** 2).sum())
     assert found.item() == pytest.approx(0.5 * (sum(gaps) / 2).item(), rel=1e-4)

@@ -8,8 +8,9 @@ import pandas as pd
 import pytest
 import torch
 from peft import LoraConfig
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, Trainer, ViTConfig, ViTForImageClassification
+from transformers import ViTConfig, ViTForImageClassification
 
 from hf_compress import (
     DataOptions,
@@ -22,11 +23,11 @@ from hf_compress import (
     heal,
 )
 from hf_compress.calibration import reading
+from hf_compress.calibration.capture import hooked
 from hf_compress.calibration.padding import padded
-from hf_compress.storage.save import save
 from hf_compress.training.heal import _training_data
 from tests.helpers.language import tiny_llama
-from tests.helpers.models import leftovers
+from tests.helpers.models import assert_reloads, leftovers
 from tests.helpers.runs import Snapshot, arguments, ids_of, same, state_of, tiny_dense, token_rows
 from tests.helpers.tiny import tiny_seq2seq_model
 
@@ -43,10 +44,19 @@ def compressed(kind="dropped"):
     return compress(tiny_llama(4), CONFIGS[kind], TEACHING[:48], options=DataOptions(batch_size=8))
 
 
-def distance(model, teacher, ids=HELD_OUT):
+def distance(model, teacher, inputs=HELD_OUT):
+    """The mean divergence of what the teacher predicts from what the model does, where labels do not say otherwise."""
+    inputs = inputs if isinstance(inputs, dict) else {model.main_input_name: inputs}
     with torch.no_grad():
-        own, other = (one(ids).logits.log_softmax(-1) for one in (model, teacher))
-    return (other.exp() * (other - own)).sum(-1).mean().item()
+        own, other = (one(**inputs).logits.log_softmax(-1) for one in (model, teacher))
+    gaps = (other.exp() * (other - own)).sum(-1)
+    return (gaps[inputs["labels"] != -100] if "labels" in inputs else gaps).mean().item()
+
+
+def heals(model, teacher, data, *tokenizer, inputs=HELD_OUT, **settings):
+    before = distance(model, teacher, inputs)
+    heal(model, teacher, data, *tokenizer, **settings)
+    return distance(model, teacher, inputs) < before
 
 
 @pytest.mark.parametrize("lora", ["default", None])
@@ -71,9 +81,7 @@ def test_nearer_to_the_teacher_and_else_as_it_was(kind, lora, tmp_path):
     assert [stage.method for stage in stages] == [CONFIGS[kind].method, "heal"]
     assert (stages[1].config["lora"], stages[1].notes["steps"]) == (lora is not None, 60)
     assert stages[1].before == stages[1].after == stages[0].after
-    loaded = AutoModelForCausalLM.from_pretrained(save(model, tmp_path / "out"))
-    with torch.no_grad():
-        assert torch.equal(loaded(HELD_OUT).logits, model(HELD_OUT).logits)
+    assert_reloads(model, tmp_path / "out", lambda one: one(HELD_OUT).logits)
 
 
 @pytest.mark.parametrize(
@@ -82,16 +90,13 @@ def test_nearer_to_the_teacher_and_else_as_it_was(kind, lora, tmp_path):
 def test_packed_and_sparse_maps_learn_without_adapters(config, tmp_path):
     teacher = tiny_llama(4)
     model = compress(copy.deepcopy(teacher), config, TEACHING)
-    before, fixed = distance(model, teacher), dict(model.named_buffers())
-    fixed = {name: buffer.clone() for name, buffer in fixed.items()}
+    before, fixed = distance(model, teacher), {name: buffer.clone() for name, buffer in model.named_buffers()}
     args = arguments(tmp_path, max_steps=30, per_device_train_batch_size=16, learning_rate=5e-3)
     heal(model, teacher, TEACHING, args=args)
     assert distance(model, teacher) < 0.97 * before
     assert all(torch.equal(buffer, fixed[name]) for name, buffer in model.named_buffers())
     assert model.compression_report.config["lora"] is False
-    loaded = AutoModelForCausalLM.from_pretrained(save(model, tmp_path / "out"))
-    with torch.no_grad():
-        assert torch.equal(loaded(HELD_OUT).logits, model(HELD_OUT).logits)
+    assert_reloads(model, tmp_path / "out", lambda one: one(HELD_OUT).logits)
 
 
 def test_adapters_that_could_not_be_merged_are_refused_before_training():
@@ -118,7 +123,7 @@ def test_twice(tmp_path):
 
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()], ids=["error", "ctrl-c"])
 @pytest.mark.parametrize("place", ["forward", "optimizer"])
-def test_stopped_in_the_middle(error, place, monkeypatch):
+def test_stopped_in_the_middle(error, place):
     teacher, model = tiny_llama(4), compressed()
     before, passes = Snapshot(model), []
 
@@ -127,20 +132,10 @@ def test_stopped_in_the_middle(error, place, monkeypatch):
         if len(passes) == 3:
             raise error
 
-    handle = model.model.layers[1].register_forward_pre_hook(fail) if place == "forward" else None
-    if handle is None:
-        create = Trainer.create_optimizer
-
-        def failing(self, *args):
-            optimizer = create(self, *args)
-            optimizer.register_step_pre_hook(fail)
-            return optimizer
-
-        monkeypatch.setattr(Trainer, "create_optimizer", failing)
-    with pytest.raises(type(error)):
+    forward = place == "forward"
+    handle = (model.model.layers[1].register_forward_pre_hook if forward else register_optimizer_step_pre_hook)(fail)
+    with hooked([handle]), pytest.raises(type(error)):
         heal(model, teacher, TEACHING)
-    if handle is not None:
-        handle.remove()
     assert before.matches(model)
     assert not model.training
     assert not hasattr(model, "peft_config")
@@ -168,10 +163,7 @@ def test_adapters_that_fit_nothing():
 
 
 def test_texts(tokenizer, texts):
-    teacher, model = tiny_llama(4), compressed()
-    before = distance(model, teacher)
-    heal(model, teacher, texts * 8, tokenizer)
-    assert distance(model, teacher) < before
+    assert heals(compressed(), tiny_llama(4), texts * 8, tokenizer)
 
 
 def test_a_dataset_with_labels():
@@ -179,14 +171,7 @@ def test_a_dataset_with_labels():
     values = torch.randn(96, 8, generator=torch.Generator().manual_seed(0))
     model = compress(copy.deepcopy(teacher), LayerCollapseConfig(num_layers=2), values)
     rows = datasets.Dataset.from_dict({"input_values": values.tolist(), "label": [i % 3 for i in range(96)]})
-
-    def gap():
-        with torch.no_grad():
-            return (model(values).logits - teacher(values).logits).square().mean().item()
-
-    before = gap()
-    heal(model, teacher, rows, distillation=DistillationConfig(label_share=0.1))
-    assert gap() < before
+    assert heals(model, teacher, rows, inputs=values, distillation=DistillationConfig(label_share=0.1))
 
 
 def test_images():
@@ -196,29 +181,19 @@ def test_images():
     teacher = ViTForImageClassification(config).eval()
     model = compress(copy.deepcopy(teacher), DropBlocksConfig(num_blocks=1, criterion="last"))
     images = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert heals(model, teacher, images, inputs=images)
 
-    def gap():
-        with torch.no_grad():
-            return (model(images).logits - teacher(images).logits).square().mean().item()
 
-    before = gap()
-    heal(model, teacher, images)
-    assert gap() < before
+def seq2seq():
+    """A T5, and what is left of it without the last block of its decoder."""
+    teacher, last = tiny_seq2seq_model("t5"), DropBlocksConfig(num_blocks=1, criterion="last", stack="decoder.block")
+    return teacher, compress(copy.deepcopy(teacher), last)
 
 
 def test_an_encoder_decoder():
-    teacher = tiny_seq2seq_model("t5")
-    model = compress(copy.deepcopy(teacher), DropBlocksConfig(num_blocks=1, criterion="last", stack="decoder.block"))
+    teacher, model = seq2seq()
     ids = torch.randint(4, 60, (64, 6), generator=torch.Generator().manual_seed(0))
-
-    def gap():
-        with torch.no_grad():
-            own, other = (m(input_ids=ids, labels=ids).logits.log_softmax(-1) for m in (model, teacher))
-        return (other.exp() * (other - own)).sum(-1).mean().item()
-
-    before = gap()
-    heal(model, teacher, ids)
-    assert gap() < before
+    assert heals(model, teacher, ids, inputs={"input_ids": ids, "labels": ids})
 
 
 LENGTHS = (3, 7, 5, 6) * 8
@@ -258,10 +233,8 @@ def test_labels_of_tokens_of_unequal_lengths(form, monkeypatch):
 
 @pytest.mark.parametrize("form", ["rows", "dataset", "loader"])
 def test_healing_on_labels_of_tokens(form):
-    teacher, model = tiny_llama(4), compressed()
-    before = distance(model, teacher)
-    heal(model, teacher, forms_of(ROWS)[form](), distillation=DistillationConfig(label_share=0.2))
-    assert distance(model, teacher) < before
+    labels = DistillationConfig(label_share=0.2)
+    assert heals(compressed(), tiny_llama(4), forms_of(ROWS)[form](), distillation=labels)
 
 
 def test_healing_on_a_stream_without_an_end(monkeypatch, caplog):
@@ -287,21 +260,12 @@ def test_classes_in_a_loader_come_along():
 @pytest.mark.parametrize("form", ["rows", "loader"])
 def test_labels_of_an_encoder_decoder(form):
     """Of lengths that have nothing to do with the texts'."""
-    teacher = tiny_seq2seq_model("t5")
+    teacher, model = seq2seq()
     rows = [{"input_ids": row["input_ids"], "labels": row["labels"][1:]} for row in ROWS] * 4
     seen, _ = _training_data(forms_of(rows)[form](), teacher, None, None, bounded=True)
     assert [len(row["labels"]) for row in seen][:4] == ([2, 6, 4, 5] if form == "rows" else [6] * 4)
-    model = compress(copy.deepcopy(teacher), DropBlocksConfig(num_blocks=1, criterion="last", stack="decoder.block"))
     batch = {name: value.long() for name, value in padded(rows, 0).items()}
-
-    def gap():
-        with torch.no_grad():
-            own, other = (m(**batch).logits.log_softmax(-1) for m in (model, teacher))
-        return (other.exp() * (other - own)).sum(-1)[batch["labels"] != -100].mean().item()
-
-    before = gap()
-    heal(model, teacher, forms_of(rows)[form]())
-    assert gap() < before
+    assert heals(model, teacher, forms_of(rows)[form](), inputs=batch)
 
 
 def test_a_padding_token_without_an_embedding(tokenizer, texts):
@@ -321,4 +285,3 @@ def test_arguments_that_do_not_fit():
     with pytest.raises(TypeError, match="lora must be"):
         heal(model, tiny_llama(4), TEACHING, lora="all")
     assert before.matches(model)
-    assert same(before.weights, state_of(model))

@@ -7,7 +7,7 @@ from transformers import Trainer, TrainerCallback
 from hf_compress import CompressionCallback, DropBlocksConfig, LayerCollapseConfig, MKAConfig
 from hf_compress.training.optimizer import following
 from tests.helpers.language import tiny_llama
-from tests.helpers.runs import arguments, figures, ids_of, tiny_dense, token_rows
+from tests.helpers.runs import arguments, figures, ids_of, state_of, tiny_dense, token_rows
 
 ROWS = token_rows()
 CALIBRATION = ids_of(token_rows(64))
@@ -25,7 +25,7 @@ class Watch(TrainerCallback):
     """Looks at the optimizer around the changes: before, as the last of `on_optimizer_step`, and after, at the end."""
 
     def __init__(self):
-        self.before, self.changes, self.pointers = {}, 0, []
+        self.before, self.changes, self.weights = {}, 0, []
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         inner = kwargs["optimizer"].optimizer
@@ -46,25 +46,20 @@ class Watch(TrainerCallback):
             assert all(torch.equal(value, self.before[parameter][key]) for key, value in values.items())
             assert values["step"].item() > 0
         self.changes += set(self.before) != set(named.values())
+        self.weights.append(state_of(model))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_optimizer_follows(case, tmp_path):
-    watch, model = Watch(), tiny_llama(5)
+    watch = Watch()
     callback = CompressionCallback(CASES[case], CALIBRATION, every=2)
     args = arguments(tmp_path, weight_decay=0.1, max_steps=6)
-    trainer = Trainer(model, args, train_dataset=ROWS, callbacks=[callback, watch])
-    weights = []
-
-    class Keep(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            weights.append({name: p.detach().clone() for name, p in kwargs["model"].named_parameters()})
-
-    trainer.add_callback(Keep())
+    trainer = Trainer(tiny_llama(5), args, train_dataset=ROWS, callbacks=[callback, watch])
     trainer.train()
     assert watch.changes == 2
-    assert weights[-2].keys() == weights[-1].keys()
-    assert all(not torch.equal(weights[-2][n], weights[-1][n]) for n in weights[-1] if "embed" not in n)
+    *_, before, after = watch.weights
+    assert before.keys() == after.keys()
+    assert all(not torch.equal(before[name], after[name]) for name in after if "embed" not in name)
     assert len(figures(trainer)) == 6
 
 
@@ -148,9 +143,7 @@ def test_it_learns_no_more_than_it_was_given(every, tmp_path):
 
 def test_an_optimizer_of_another_model_is_refused(tmp_path):
     optimizer = torch.optim.AdamW(tiny_llama(5).parameters())
-    callback = CompressionCallback(CASES["dropping"])
-    trainer = Trainer(
-        tiny_llama(5), arguments(tmp_path), train_dataset=ROWS, callbacks=[callback], optimizers=(optimizer, None)
-    )
+    given = {"callbacks": [CompressionCallback(CASES["dropping"])], "optimizers": (optimizer, None)}
+    trainer = Trainer(tiny_llama(5), arguments(tmp_path), train_dataset=ROWS, **given)
     with pytest.raises(ValueError, match=r"has \d+ parameters that are none of the model's: make it from this model"):
         trainer.train()

@@ -22,10 +22,13 @@ CONFIGS = [
     MKAConfig(threshold=0.9, variant="paper", similarity="cka", manifold="none", alpha=0.5, iterative=False),
     AdaptiveCompressConfig(layers=range(3), ratio=0.25),
     AdaptiveCompressConfig(fractions=[0.5, 1], variant="topk", skip=0.2, tie_weights=True, mode="observe"),
-    ILLCConfig(ratio=0.3, example=[0, 0.5]),
+    ILLCConfig(ratio=0.3, example=[0, 0.5], variant="paper", kernel_width=0.3, iterative=False, seed=4),
     LayerCollapseConfig(target_r2=0.5),
+    LayerCollapseConfig(ratio=0.5, gradual=True, blend="leaky", alpha="learned", alpha_lr=0.5, lc=2.0, tolerance=0.01),
+    LayerCollapseConfig(num_layers=3, rank=4, penalty=0.25, choice_samples=8, alpha_init=0.125, ramp=0.75),
     LRPConfig(ratio=0.5, bits=5, pattern=[1, 4]),
-    LRPConfig(variant="paper", prune=False, split=[8, 4]),
+    LRPConfig(variant="paper", prune=False, split=[8, 4], seed=3, temper=0),
+    LRPConfig(bits=5, per="module", symmetric=False),
     MKAConfig(num_merges=2, bandwidth=1.5, time=2.0, components=3, neighbors=5, pooling="last", choice_samples=8),
 ]
 
