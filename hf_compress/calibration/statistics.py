@@ -8,12 +8,12 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from hf_compress.anatomy.stacks import Stack
-from hf_compress.calibration.capture import check_stream, forward, inference, stream_tokens, watch_blocks
-from hf_compress.calibration.data import Batch, Calibration
+from hf_compress.calibration.capture import inference, stream_tokens
+from hf_compress.calibration.data import Calibration
+from hf_compress.calibration.sweep import Passed, Sweep
 
 Pooling = Literal["mean", "last"]
 
@@ -40,21 +40,21 @@ class _Collector:
 
     def __init__(self, stack: Stack, pooling: Pooling, span: int) -> None:
         self.stack, self.pooling, self.span = stack, pooling, span
-        self.before: dict[int, Tensor] = {}
+        self.before: dict[tuple[int, int], Tensor] = {}  # by batch and block, of the last blocks
         self.pooled: list[list[Tensor]] = [[] for _ in range(len(stack))]
         self.influence = torch.zeros(len(stack), dtype=torch.float64)
         self.change = torch.zeros(len(stack) - span + 1, dtype=torch.float64)
         self.tokens = 0
-        self.batch: Batch
 
-    def __call__(self, index: int, before: Tensor, after: Tensor) -> None:
-        check_stream(self.stack, index, before, after)
-        real = stream_tokens(self.stack, self.batch, after)
-        self.pooled[index].append(pool(after, real, self.pooling))
-        self.influence[index] += (1 - _cosine(before, after, real)).sum()
-        self.before[index] = before
+    def add(self, index: int, passed: Passed) -> None:
+        """What a block made of a batch."""
+        real = stream_tokens(self.stack, passed.batch, passed.after)
+        self.pooled[index].append(pool(passed.after, real, self.pooling))
+        self.influence[index] += (1 - _cosine(passed.before, passed.after, real)).sum()
+        self.before[passed.number, index] = passed.before
         if (start := index - self.span + 1) >= 0:
-            self.change[start] += (torch.arccos(_cosine(self.before.pop(start), after, real)) / torch.pi).sum()
+            before = self.before.pop((passed.number, start))
+            self.change[start] += (torch.arccos(_cosine(before, passed.after, real)) / torch.pi).sum()
         self.tokens += int(real.sum()) if index == 0 else 0
 
 
@@ -66,7 +66,7 @@ def _cosine(before: Tensor, after: Tensor, real: Tensor) -> Tensor:
 def block_statistics(
     model: PreTrainedModel, stack: Stack, calibration: Calibration, pooling: Pooling = "mean", span: int = 1
 ) -> BlockStatistics:
-    """Pooled outputs and influence of every block of `stack`, from one forward pass over the data.
+    """Pooled outputs and influence of every block of `stack`, from one pass over the data, block by block.
 
     Memory grows with the samples by their pooled states alone: samples x width x 4 bytes a block.
 
@@ -74,10 +74,11 @@ def block_statistics(
         CalibrationError: a block's activations are not finite; the message names it.
     """
     collector = _Collector(stack, pooling, span)
-    with inference(model), watch_blocks(stack, collector):
-        for batch in tqdm(calibration, desc="reading activations", disable=None):
-            collector.batch = batch
-            forward(model, batch)
+    with inference(model):
+        sweep = Sweep(model, stack, calibration)
+        for index in sweep.blocks("reading activations"):
+            for passed in sweep.past(index):
+                collector.add(index, passed)
     tokens = max(1, collector.tokens)
     return BlockStatistics(
         [torch.cat(rows) for rows in collector.pooled], collector.influence / tokens, collector.change / tokens

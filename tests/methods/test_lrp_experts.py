@@ -16,7 +16,7 @@ from hf_compress.attribution.passes import check_conserved, explain, explaining
 from hf_compress.attribution.scores import relevance_sums
 from hf_compress.calibration.capture import forward as run_batch
 from hf_compress.calibration.capture import inference
-from hf_compress.calibration.streams import advance, start_pairs
+from hf_compress.calibration.sweep import advance, start_pairs
 from hf_compress.errors import UnsupportedModelError
 from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.lrp.fisher import energies

@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from hf_compress.anatomy.anatomy import Block
@@ -26,7 +25,7 @@ from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.capture import stream_tokens, watch_module
 from hf_compress.calibration.runner import BlockRunner
-from hf_compress.calibration.streams import StreamPair, advance
+from hf_compress.calibration.sweep import StreamPair, advance, turns
 from hf_compress.methods.base.context import Drafts
 from hf_compress.methods.base.units import (
     AttentionHeads,
@@ -91,9 +90,10 @@ class Narrowing:
             Notes of every part that was narrowed.
         """
         notes = []
-        for index in tqdm(range(max([*heads, *widths]) + 1), desc="narrowing blocks", disable=None):
+        for index in turns(self.stack, range(max([*heads, *widths]) + 1), "narrowing blocks"):
             if index not in heads and index not in widths:
-                self._skip(index)
+                for pair in self.pairs:
+                    pair.take_both(index)
                 continue
             for count, draft in self._narrowed(index, heads.get(index), widths.get(index)):
                 drafts.add(replace(draft, notes={}))
@@ -101,13 +101,6 @@ class Narrowing:
             if self.compensation.iterative:
                 advance(self.pairs, index)
         return notes
-
-    def _skip(self, index: int) -> None:
-        """Pass a block by, as it is."""
-        for pair in self.pairs:
-            same = pair.compressed is pair.original  # nothing was changed yet
-            pair.original = pair.runner.run(index, pair.original)
-            pair.compressed = pair.original if same else pair.runner.run(index, pair.compressed)
 
     def _narrowed(self, index: int, heads: int | None, width: int | None) -> Iterator[tuple[int, Plan]]:
         """For each part of a block that is to be narrowed, how many units stay and the plan, to be carried out at once.
@@ -143,7 +136,7 @@ class Narrowing:
         for pair in self.pairs:
             with ExitStack() as hooks:
                 seen = [hooks.enter_context(watch_module(units.output)) for units in parts]
-                pair.original = pair.runner.run(index, pair.original)
+                pair.take_original(index)
             real = stream_tokens(self.stack, pair.runner.batch, pair.original)
             for units, one, kept, multiplier in zip(parts, seen, written, multipliers, strict=True):
                 run = units.read(one, pair.original, real)

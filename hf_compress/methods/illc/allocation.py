@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from torch import Tensor
-from tqdm import tqdm
 
 from hf_compress.anatomy.anatomy import Block
 from hf_compress.anatomy.stacks import Stack
-from hf_compress.calibration.streams import StreamPair
+from hf_compress.calibration.sweep import StreamPair, turns
 from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.base.units import HiddenUnits, Run, observe
 from hf_compress.methods.illc.config import ILLCConfig
@@ -48,7 +47,7 @@ def _error_curves(
     """Per block, width -> what the compensated FFN leaves unexplained, as a share of the stream that it is added to."""
     streams = [pair.original for pair in pairs]
     curves: dict[int, dict[int, float]] = {}
-    for index in tqdm(range(max(uniform) + 1), desc="measuring error curves", disable=None):
+    for index in turns(stack, range(max(uniform) + 1), "measuring error curves"):
         if index in uniform:
             curves[index], streams = _curve(config, HiddenUnits(Block(context.model, stack, index)), pairs, streams)
         else:

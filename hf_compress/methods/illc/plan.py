@@ -14,7 +14,7 @@ from hf_compress.anatomy.anatomy import Anatomy, Block
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.capture import inference
-from hf_compress.calibration.streams import StreamPair, start_pairs
+from hf_compress.calibration.sweep import StreamPair, start_pairs
 from hf_compress.errors import CalibrationError, UnsupportedModelError
 from hf_compress.evaluation.faithfulness import similarity
 from hf_compress.methods.base.amounts import share_of

@@ -6,14 +6,14 @@ import copy
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from hf_compress.anatomy.anatomy import Anatomy, Block
 from hf_compress.anatomy.parts import FFN, linear_map
 from hf_compress.anatomy.stacks import Stack
-from hf_compress.calibration.capture import forward, hooked, inference, stream_tokens, watch_blocks
+from hf_compress.calibration.capture import inference, stream_tokens, watch_module
 from hf_compress.calibration.data import Calibration
+from hf_compress.calibration.sweep import Sweep
 from hf_compress.errors import CalibrationError, UnsupportedModelError
 from hf_compress.modules.activation import Blend, BlendedActivation
 from hf_compress.rewrite.site import shared_scope
@@ -53,25 +53,19 @@ def mean_gates(model: PreTrainedModel, stack: Stack, data: Calibration, blocks: 
     """
     sums: dict[int, Tensor] = {}
     counts = dict.fromkeys(blocks, 0)
-    streams: dict[int, Tensor] = {}
-    gates: dict[int, Tensor] = {}
-
-    def hook(index: int) -> RemovableHandle:
-        activation = stack.blocks[index].get_submodule(ffn_of(Block(model, stack, index)).activation or "")
-        return activation.register_forward_hook(lambda _, args, output: gates.__setitem__(index, output))
-
-    def passed(index: int, before: Tensor, after: Tensor) -> None:
-        if index in counts:
-            streams[index] = before
-
-    with watch_blocks(stack, passed), hooked(hook(index) for index in blocks), inference(model):
-        for batch in data:
-            forward(model, batch)
-            for index in blocks:
-                real = stream_tokens(stack, batch, streams[index])
-                gate = gates[index].view(*real.shape, -1)[real].double().cpu()
-                sums[index] = sums.get(index, torch.zeros(gate.shape[-1], dtype=torch.float64)) + gate.sum(0)
-                counts[index] += len(gate)
+    with inference(model):
+        sweep = Sweep(model, stack, data)
+        for index in sweep.blocks("reading gates", max(blocks) + 1):
+            if index not in counts:
+                continue
+            activation = stack.blocks[index].get_submodule(ffn_of(Block(model, stack, index)).activation or "")
+            with watch_module(activation) as seen:
+                for passed in sweep.past(index):
+                    real = stream_tokens(stack, passed.batch, passed.before)
+                    assert seen.gave is not None
+                    gate = seen.gave.view(*real.shape, -1)[real].double().cpu()
+                    sums[index] = sums.get(index, torch.zeros(gate.shape[-1], dtype=torch.float64)) + gate.sum(0)
+                    counts[index] += len(gate)
     means = {index: total / counts[index] for index, total in sums.items()}
     for index, mean in means.items():
         if not torch.isfinite(mean).all():

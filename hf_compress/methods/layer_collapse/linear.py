@@ -7,23 +7,22 @@ survives.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from hf_compress.anatomy.anatomy import Block
-from hf_compress.anatomy.parts import hidden_size, linear_widths
+from hf_compress.anatomy.parts import linear_widths
 from hf_compress.anatomy.stacks import Stack
-from hf_compress.calibration.capture import forward, hooked, inference, stream_tokens, watch_blocks
-from hf_compress.calibration.data import Batch, Calibration
+from hf_compress.calibration.capture import hooked, inference, stream_tokens
+from hf_compress.calibration.data import Calibration
+from hf_compress.calibration.sweep import Passed, Sweep
 from hf_compress.errors import CalibrationError
-from hf_compress.methods.base.grams import few_at_once
 from hf_compress.methods.base.ridge import HELD_OUT, HeldOutSums, is_held_out
 from hf_compress.methods.layer_collapse.blend import ffn_of
 from hf_compress.numerics.ridge import LeastSquares
@@ -65,10 +64,9 @@ def fit_ffns(
     penalty: float,
     rank: int | None = None,
 ) -> dict[int, LinearFit]:
-    """The best affine maps for the FFNs of `blocks`.
+    """The best affine maps for the FFNs of `blocks`, in one pass over the data, block by block.
 
-    The sums of a block take four matrices (hidden, hidden) in float64, whatever the amount of data. As many blocks as
-    their sums fit into 4 GiB are done in one pass over it.
+    The sums of a block take four matrices (hidden, hidden), whatever the amount of data and the number of blocks.
 
     Raises:
         CalibrationError: an FFN that does not run once a token, NaN or infinite activations, or one batch alone.
@@ -80,15 +78,16 @@ def fit_ffns(
         )
     held_out = [number for number in range(len(data)) if is_held_out(number)] or [len(data) - 1]
     fits: dict[int, LinearFit] = {}
-    for part in few_at_once(dict.fromkeys(blocks, 32 * hidden_size(stack.configs[0][0]) ** 2)):
-        sums = {index: _Sums(Block(model, stack, index)) for index in part}
-        with inference(model):
-            for number, batch in enumerate(tqdm(data, desc="reading FFNs", disable=None)):
-                with _watching(stack, sums):
-                    forward(model, batch)
-                for one in sums.values():
-                    one.add(batch, held_out=number in held_out)
-        fits |= {index: one.solve(penalty, rank) for index, one in sums.items()}
+    with inference(model):
+        sweep = Sweep(model, stack, data)
+        for index in sweep.blocks("reading FFNs", max(blocks, default=-1) + 1):
+            if index not in blocks:
+                continue
+            sums = _Sums(Block(model, stack, index))
+            with sums.watching() as seen:
+                for passed in sweep.past(index):
+                    sums.add(passed, seen, held_out=passed.number in held_out)
+            fits[index] = sums.solve(penalty, rank)
     return fits
 
 
@@ -104,14 +103,26 @@ class _Sums:
         self.sums = HeldOutSums.empty(hidden, hidden)
         self.residual = True
         self.lengths: list[float] = []  # of the stream: the median of each batch, squared
-        self.seen: dict[str, Tensor] = {}
 
-    def add(self, batch: Batch, held_out: bool) -> None:
-        stream, x, y, out = (self.seen.pop(name, None) for name in ("stream", "x", "y", "out"))
-        if stream is None or x is None or y is None or x.shape[:-1] != y.shape[:-1] or _rows(x) != _rows(stream):
+    @contextmanager
+    def watching(self) -> Iterator[dict[str, Tensor]]:
+        """Have the FFN keep what it reads, x, and writes, y, when it runs."""
+        seen: dict[str, Tensor] = {}
+
+        def hooks() -> Iterator[RemovableHandle]:
+            yield self.reader.register_forward_pre_hook(lambda _, args: seen.__setitem__("x", args[0]))
+            yield self.writer.register_forward_hook(lambda _, args, output: seen.__setitem__("y", output))
+
+        with hooked(hooks()):
+            yield seen
+
+    def add(self, passed: Passed, seen: dict[str, Tensor], held_out: bool) -> None:
+        """What the FFN did when its block ran on a batch."""
+        stream, x, y = passed.before, seen.pop("x", None), seen.pop("y", None)
+        if x is None or y is None or x.shape[:-1] != y.shape[:-1] or _rows(x) != _rows(stream):
             raise CalibrationError(f"the FFN of {self.name} did not run once for each token; it cannot be collapsed")
-        real = stream_tokens(self.stack, batch, stream)
-        self.residual = out is not y
+        real = stream_tokens(self.stack, passed.batch, stream)
+        self.residual = passed.after is not y
         if x.ndim == 2:  # some families have laid the samples end to end
             x, y = x.view(*real.shape, -1), y.view(*real.shape, -1)
         x, y = x[real].cpu(), y[real].cpu()
@@ -159,20 +170,3 @@ def _rows(x: Tensor) -> int:
 
 def _product(maps: Sequence[Tensor]) -> Tensor:
     return maps[0] if len(maps) == 1 else maps[0] @ maps[1]
-
-
-@contextmanager
-def _watching(stack: Stack, sums: Mapping[int, _Sums]) -> Iterator[None]:
-    """Have the FFNs keep what they read and write, for one batch."""
-
-    def passed(index: int, before: Tensor, after: Tensor) -> None:
-        if index in sums:
-            sums[index].seen |= {"stream": before, "out": after}
-
-    def hooks(seen: dict[str, Tensor], reader: nn.Module, writer: nn.Module) -> Iterator[RemovableHandle]:
-        yield reader.register_forward_pre_hook(lambda _, args: seen.__setitem__("x", args[0]))
-        yield writer.register_forward_hook(lambda _, args, output: seen.__setitem__("y", output))
-
-    handles = (handle for one in sums.values() for handle in hooks(one.seen, one.reader, one.writer))
-    with watch_blocks(stack, passed), hooked(handles):
-        yield

@@ -6,11 +6,10 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from hf_compress.anatomy.parts import linear_map
 from hf_compress.anatomy.stacks import Stack
-from hf_compress.calibration.streams import advance, start_pairs
+from hf_compress.calibration.sweep import advance, start_pairs, turns
 from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.lrp.config import LRPConfig
 from hf_compress.methods.lrp.fisher import energies
@@ -74,7 +73,7 @@ def _unexplained(
     """Of the inputs of every linear map, block by block, so that there are never more Gram matrices than a block's."""
     pairs = start_pairs(context.model, stack, context.calibration, config.tokens)
     found: dict[str, Tensor] = {}
-    for index in tqdm(range(len(stack)), desc="weighing inputs", disable=None):
+    for index in turns(stack, range(len(stack)), "weighing inputs"):
         for own in in_parts(linears_of(stack, index, linears)):
             found |= {path: unexplained(gram) for path, gram in grams_of(stack, index, own, pairs).items()}
         advance(pairs, index)

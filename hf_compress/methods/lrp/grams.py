@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from hf_compress.anatomy.parts import linear_map
 from hf_compress.anatomy.stacks import Stack
-from hf_compress.calibration.streams import StreamPair
+from hf_compress.calibration.sweep import StreamPair
 from hf_compress.methods.base.grams import few_at_once
 from hf_compress.methods.lrp.scores import watch_rows
 from hf_compress.numerics.moments import Moments

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from hf_compress.anatomy.anatomy import Anatomy, Block
 from hf_compress.anatomy.stacks import Stack
-from hf_compress.calibration.streams import start_pairs
+from hf_compress.calibration.sweep import start_pairs
 from hf_compress.errors import UnsupportedModelError
 from hf_compress.methods.base.amounts import share_of
 from hf_compress.methods.base.context import CalibrationContext, Drafts

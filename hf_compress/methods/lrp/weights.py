@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from hf_compress.anatomy.parts import linear_map
 from hf_compress.anatomy.stacks import Stack
-from hf_compress.calibration.streams import advance, start_pairs
+from hf_compress.calibration.sweep import advance, start_pairs, turns
 from hf_compress.methods.base.context import CalibrationContext, Drafts
 from hf_compress.methods.lrp.config import BITS, MODULE_BITS, LRPConfig
 from hf_compress.methods.lrp.error_costs import error_costs
@@ -55,7 +54,7 @@ def plan_weights(
     with context.step("solve weights"):
         solves = config.solves if prunes else config.rounding == "compensated"
         pairs = start_pairs(context.model, stack, context.calibration, config.tokens) if solves else []
-        for index in tqdm(range(len(stack)), desc="solving blocks", disable=None):
+        for index in turns(stack, range(len(stack)), "solving blocks"):
             draft = Plan()
             for own in in_parts(linears_of(stack, index, linears)):
                 grams = grams_of(stack, index, own, pairs)

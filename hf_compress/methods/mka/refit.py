@@ -19,7 +19,7 @@ from tqdm import tqdm
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.capture import inference
-from hf_compress.calibration.streams import StreamPair, start_pairs
+from hf_compress.calibration.sweep import StreamPair, start_pairs
 from hf_compress.errors import CalibrationError
 from hf_compress.methods.base.context import CalibrationContext, Drafts
 from hf_compress.methods.mka.choice import Chooser
@@ -85,9 +85,9 @@ def _correct(
     for index, end in tqdm(list(zip(kept, [*kept[1:], len(stack)], strict=True)), desc="solving", disable=None):
         if settled and index > max(absorbed):
             break
-        for pair in pairs:
-            for passed in range(index, end):
-                pair.original = pair.runner.run(passed, pair.original)
+        for passed in range(index, end):
+            for pair in pairs:
+                pair.take_original(passed)
         if not settled or end > index + 1:
             fit = _fit(context, stack, index, pairs, drafts.undo)
             fits.append({"block": index, "absorbed": list(range(index + 1, end))} | fit)
@@ -95,7 +95,10 @@ def _correct(
             if fit["penalty"] is not None:
                 drafts.rewrite(f"{stack.path}.{index}.{name}" for name, _ in stack.blocks[index].named_parameters())
         for pair in pairs:
-            pair.compressed = pair.runner.run(index, pair.compressed) if fits else pair.original
+            if fits:
+                pair.take_compressed(index)
+            else:
+                pair.compressed = pair.original
     return fits
 
 

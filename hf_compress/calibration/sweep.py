@@ -1,0 +1,162 @@
+"""Calibration batches on their way up a stack, one block after another: all of them past one block, then the next.
+
+So a block is in memory while it is its turn, and is read once however many batches there are. Of each batch one stream
+is kept, or two where the original model's and the compressed one's go up side by side.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from hf_compress.anatomy.stacks import Stack
+from hf_compress.calibration.data import Batch, Calibration
+from hf_compress.calibration.runner import BlockRunner
+
+_BUDGET = 4 * 2**30
+_COPIES = 3  # of a stream, at most: two that are kept, and the one that the model's forward began with
+
+
+@dataclass(frozen=True)
+class StreamMemory:
+    """Where the streams of batches are: in memory up to a budget, in mapped files beyond.
+
+    Attributes:
+        budget: bytes of all streams in memory.
+        folder: where the files go, which have no name as soon as they are made; the system's for temporary files when
+            None.
+    """
+
+    budget: int = _BUDGET
+    folder: Path | None = None
+
+    def keep(self, number: int, stream: Tensor) -> Tensor:
+        """The same tensor, which lies in a file where streams like it of the batches up to `number` take too much.
+
+        Raises:
+            OSError: the file cannot be made.
+        """
+        if stream.device.type != "cpu" or (number + 1) * _COPIES * stream.nbytes <= self.budget:
+            return stream
+        handle, name = tempfile.mkstemp(prefix="hf_compress-stream-", dir=self.folder)
+        os.close(handle)
+        try:
+            mapped = torch.from_file(name, shared=True, size=stream.numel(), dtype=stream.dtype).view(stream.shape)
+        finally:
+            os.unlink(name)  # what is mapped stays until nothing refers to it
+        stream.data = mapped.copy_(stream)
+        return stream
+
+
+def turns(stack: Stack, blocks: Iterable[int], description: str) -> Iterator[int]:
+    """Blocks of a stack, each in memory while it is its turn."""
+    for index in tqdm(list(blocks), desc=description, disable=None):
+        yield index
+
+
+@dataclass
+class Passed:
+    """What a block made of the stream of a batch, both (samples, positions, width); `number` counts batches."""
+
+    number: int
+    batch: Batch
+    before: Tensor
+    after: Tensor
+
+
+class Sweep:
+    """Batches on their way up through a model as it is, each block seen once.
+
+    for index in sweep.blocks("reading activations"):
+        for passed in sweep.past(index):
+            ...
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, stack: Stack, batches: Iterable[Batch], memory: StreamMemory | None = None
+    ) -> None:
+        self.stack, self.memory = stack, memory or StreamMemory()
+        self.runners = [BlockRunner(model, stack, batch) for batch in batches]
+        self._streams: list[Tensor] = []
+        self._next = 0
+
+    def blocks(self, description: str, end: int | None = None) -> Iterator[int]:
+        """The blocks from the first to that before `end`, or the last; batches go past those that nobody looks at."""
+        self._streams = [self.memory.keep(number, runner.start()) for number, runner in enumerate(self.runners)]
+        for index in turns(self.stack, range(len(self.stack) if end is None else end), description):
+            self._next = index
+            yield index
+            if self._next == index:
+                for _ in self.past(index):
+                    pass
+
+    def past(self, index: int) -> Iterator[Passed]:
+        """Take all batches past a block; what it made of each."""
+        for number, (runner, before) in enumerate(zip(self.runners, self._streams, strict=True)):
+            after = runner.run(index, before)
+            yield Passed(number, runner.batch, before, after)
+            self._streams[number] = self.memory.keep(number, after)
+        self._next = index + 1
+
+
+@dataclass
+class StreamPair:
+    """A batch, and the streams (samples, positions, width) that two models have at some block of it.
+
+    Attributes:
+        number: of the batch.
+        runner: runs blocks on streams of this batch.
+        original: the stream of the model as it was given.
+        compressed: the stream of the model with the blocks so far changed; the same tensor while nothing is changed.
+    """
+
+    number: int
+    runner: BlockRunner
+    original: Tensor
+    compressed: Tensor
+    memory: StreamMemory = field(default_factory=StreamMemory)
+
+    def take_original(self, index: int) -> Tensor:
+        """Take the original stream past a block; what it was before."""
+        before = self.original
+        self.original = self.memory.keep(self.number, self.runner.run(index, before))
+        return before
+
+    def take_compressed(self, index: int) -> None:
+        """Take the compressed stream past a block."""
+        self.compressed = self.memory.keep(self.number, self.runner.run(index, self.compressed))
+
+    def take_both(self, index: int) -> None:
+        """Take both past a block that is the same in both models."""
+        same = self.compressed is self.original
+        self.take_original(index)
+        if same:
+            self.compressed = self.original
+        else:
+            self.take_compressed(index)
+
+
+def start_pairs(
+    model: PreTrainedModel, stack: Stack, calibration: Calibration, tokens: int, memory: StreamMemory | None = None
+) -> list[StreamPair]:
+    """Before the first block, as many batches as hold about `tokens` tokens, spread over the data, at least four."""
+    memory, pairs = memory or StreamMemory(), []
+    for number, batch in enumerate(calibration.about(tokens, calibration.tokens, least=4)):
+        runner = BlockRunner(model, stack, batch)
+        stream = memory.keep(number, runner.start())
+        pairs.append(StreamPair(number, runner, stream, stream, memory))
+    return pairs
+
+
+def advance(pairs: list[StreamPair], index: int) -> None:
+    """Take the compressed stream past a block."""
+    for pair in pairs:
+        pair.take_compressed(index)
