@@ -1,69 +1,109 @@
 """What a model loses on calibration data by one change or another, to choose between them.
 
-A batch goes through the model once, and the residual stream is kept before every block: as many streams as blocks. The
-model with a change in block l then has to run only from there on.
+Batches go through the model once, and the residual stream is kept before every block. The model with a change in block
+l then has to run only from there on. All batches go past a block before they go past the next (see `sweep`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any
 
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from hf_compress.anatomy.stacks import Stack
-from hf_compress.calibration.capture import inference
+from hf_compress.calibration.capture import inference, stream_of_output
 from hf_compress.calibration.data import Batch
-from hf_compress.calibration.objective import batch_loss, mean_loss, reference_for
+from hf_compress.calibration.objective import batch_loss, first_tensor, mean_loss, speaks
 from hf_compress.calibration.runner import BlockRunner
+from hf_compress.calibration.sweep import StreamMemory, turns
 
-Loss = tuple[float, float]  # of a batch: its sum, and the weight to divide it by
+_LEFT, _WHOLE = -1, -2  # streams of the model without the blocks that are left out, and with all of them
 
 
-class LossRunner(BlockRunner):
-    """One batch, and what changes of the model cost on it.
+class Losses:
+    """The loss of a model on some batches, by the output that their last streams lead to.
+
+    Args:
+        runners: of the batches.
+        whole: the streams of the unchanged model behind the last block, one a batch: where the model is no language
+            model, its outputs are held to what these lead to.
+    """
+
+    def __init__(self, runners: Sequence[BlockRunner], whole: Sequence[Tensor]) -> None:
+        self.runners = runners
+        self._references = [
+            None if speaks(r.model, r.batch) else first_tensor(r.finish(stream))
+            for r, stream in zip(runners, whole, strict=True)
+        ]
+
+    def of(self, streams: Sequence[Tensor]) -> float:
+        """Mean loss where these, one a batch, are the streams behind the last block; see `batch_loss`."""
+        found = [
+            batch_loss(runner.model, runner.finish(stream), runner.batch, reference)
+            for runner, stream, reference in zip(self.runners, streams, self._references, strict=True)
+        ]
+        sums, weights = zip(*found, strict=True)
+        return mean_loss(sum(sums), sum(weights))
+
+
+class LossSweep:
+    """Batches, and what changes of the model cost on them.
 
     Attributes:
-        streams: before every block and behind the last, of the model as it was kept last.
+        runners: of the batches.
+        streams: of each batch, before every block and behind the last, of the model as it was kept last.
         skipped: the blocks that it was kept without.
     """
 
-    def __init__(self, model: PreTrainedModel, stack: Stack, batch: Batch) -> None:
-        super().__init__(model, stack, batch)
-        self.streams: dict[int, Tensor] = {}
+    def __init__(self, model: PreTrainedModel, stack: Stack, batches: Iterable[Batch]) -> None:
+        self.model, self.stack, self.memory = model, stack, StreamMemory()
+        self.runners = [BlockRunner(model, stack, batch) for batch in batches]
+        self.streams: list[dict[int, Tensor]] = []
         self.skipped: Collection[int] = ()
-        self._reference: tuple[Tensor | None] | None = None
+        self._losses: Losses | None = None
 
-    def keep(self, skipped: Collection[int] = ()) -> Loss:
-        """Keep the streams of the model as it is, without the blocks `skipped`; its loss.
-
-        The first time, with nothing changed or skipped: that is what the outputs of other models are held to.
-        """
-        output, self.streams = self.record(skipped)
-        self.skipped = skipped
-        self._reference = self._reference or (reference_for(self.model, output, self.batch),)
-        return self._loss(output)
+    def keep(self) -> None:
+        """Keep the streams of the model as it is. The first time, with nothing changed."""
+        self.streams = [{0: self._kept(number, runner.start())} for number, runner in enumerate(self.runners)]
+        self.go_on(0, ())
+        self._losses = self._losses or Losses(self.runners, self.at(len(self.stack)))
 
     def go_on(self, start: int, skipped: Collection[int]) -> None:
         """Keep the streams behind block `start` on, which has changed, without the blocks `skipped`."""
-        self.record_from(start, self.streams, skipped)
         self.skipped = skipped
+        for index in turns(self.stack, range(start, len(self.stack)), "reading streams"):
+            for number, (runner, streams) in enumerate(zip(self.runners, self.streams, strict=True)):
+                after = streams[index] if index in skipped else runner.run(index, streams[index])
+                streams[index + 1] = after if index in skipped else self._kept(number, after)
 
-    def loss_after(self, index: int, stream: Tensor) -> Loss:
-        """The loss where `stream` is what comes out of block `index`; the blocks after it are as they were kept."""
-        return self._loss(self.finish(index + 1, stream, self.skipped))
+    def loss(self) -> float:
+        """The mean loss of the model as it was kept last."""
+        return self._loss(self.at(len(self.stack)))
 
-    def _loss(self, output: Any) -> Loss:
-        assert self._reference is not None
-        return batch_loss(self.model, output, self.batch, *self._reference)
+    def _loss(self, streams: Sequence[Tensor]) -> float:
+        assert self._losses is not None, "the streams have not been kept"
+        return self._losses.of(streams)
 
+    def at(self, index: int) -> list[Tensor]:
+        """The streams before a block, one a batch."""
+        return [streams[index] for streams in self.streams]
 
-def mean_of(losses: Iterable[Loss]) -> float:
-    """The mean loss over batches."""
-    sums, weights = zip(*losses, strict=True)
-    return mean_loss(sum(sums), sum(weights))
+    def run(self, index: int) -> list[Tensor]:
+        """What a block, which may have changed since, makes of the streams before it."""
+        return [runner.run(index, stream) for runner, stream in zip(self.runners, self.at(index), strict=True)]
+
+    def loss_after(self, index: int, streams: Sequence[Tensor]) -> float:
+        """The mean loss where `streams` come out of block `index`; the blocks after it are as they were kept."""
+        streams = list(streams)
+        for later in turns(self.stack, range(index + 1, len(self.stack)), "trying"):
+            if later not in self.skipped:
+                streams = [_through(r, later, stream) for r, stream in zip(self.runners, streams, strict=True)]
+        return self._loss(streams)
+
+    def _kept(self, number: int, stream: Tensor) -> Tensor:
+        """Streams are kept at all blocks, so a batch counts as often."""
+        return self.memory.keep(number * (len(self.stack) + 1), stream)
 
 
 def losses_without(
@@ -75,18 +115,30 @@ def losses_without(
 ) -> dict[int, float]:
     """Loss of the model without block l, for every l of `candidates`; all of `skipped` are left out besides.
 
-    No streams are kept but those of one batch.
+    In one sweep, in which the streams of each candidate branch off where its block is.
 
     Returns:
         Candidate -> mean loss (see `batch_loss`) over `batches`.
     """
-    losses: dict[int, list[Loss]] = {candidate: [] for candidate in candidates}
     with inference(model):
-        for batch in tqdm(batches, desc="trying to do without each block", disable=None):
-            runner = LossRunner(model, stack, batch)
-            runner.keep()
-            if skipped:
-                runner.keep(skipped)
-            for candidate, own in losses.items():
-                own.append(runner.loss_after(candidate, runner.streams[candidate]))
-    return {candidate: mean_of(own) for candidate, own in losses.items()}
+        runners = [BlockRunner(model, stack, batch) for batch in batches]
+        lanes = {_LEFT: [runner.start() for runner in runners]}
+        if skipped and not all(speaks(model, runner.batch) for runner in runners):
+            lanes[_WHOLE] = list(lanes[_LEFT])
+        for index in turns(stack, range(len(stack)), "trying to do without each block"):
+            if index in candidates:
+                lanes[index] = list(lanes[_LEFT])
+            passing = [lane for lane in lanes if lane != index and (lane == _WHOLE or index not in skipped)]
+            for number, runner in enumerate(runners):
+                if index in skipped:  # how the model goes on behind a block is known when it has run
+                    runner.run(index, lanes[_LEFT][number])
+                for lane in passing:
+                    past = _through if lane >= 0 else BlockRunner.run
+                    lanes[lane][number] = past(runner, index, lanes[lane][number])
+        losses = Losses(runners, lanes.get(_WHOLE, lanes[_LEFT]))
+        return {candidate: losses.of(lanes[candidate]) for candidate in candidates}
+
+
+def _through(runner: BlockRunner, index: int, stream: Tensor) -> Tensor:
+    """What a block that has run before makes of a stream; NaN is no error here: its loss is infinite."""
+    return stream_of_output(runner.output(index, stream))

@@ -23,11 +23,6 @@ def first_tensor(output: Any) -> Tensor:
     return value
 
 
-def reference_for(model: PreTrainedModel, output: Any, batch: Batch) -> Tensor | None:
-    """What of the unchanged model's output on a batch has to be kept for `batch_loss`; nothing for a language model."""
-    return None if speaks(model, batch) else first_tensor(output)
-
-
 def speaks(model: PreTrainedModel, batch: Batch) -> bool:
     """Whether the model is a language model, and the batch says what it is to say."""
     given = "input_ids" in batch.inputs or "decoder_input_ids" in batch.inputs or batch.targets is not None
@@ -38,7 +33,7 @@ def batch_loss(model: PreTrainedModel, output: Any, batch: Batch, reference: Ten
     """Sum of the loss over a batch, and the weight to divide it by.
 
     A language model's loss is the cross-entropy, in nats, of `next_tokens`; its weight is their number. Any other
-    model's is the squared distance of its output from `reference`, the unchanged model's output (see `reference_for`);
+    model's is the squared distance of its output from `reference`, the unchanged model's output;
     its weight is the squared size of `reference`.
     """
     value = first_tensor(output)

@@ -7,7 +7,7 @@ block's arguments are there from then on: to run it on another stream takes no m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import copy_context
 from functools import partial
@@ -125,40 +125,19 @@ class BlockRunner:
             self._handed = after
         return after
 
-    def record(self, skipped: Collection[int] = ()) -> tuple[Any, dict[int, Tensor]]:
-        """The model's output without the blocks `skipped`, and the streams before every block and behind the last.
-
-        The first time, no block may be skipped.
-        """
-        streams = {0: self.start()}
-        self.record_from(0, streams, skipped)
-        return self.finish(len(self.stack), streams[len(self.stack)], ()), streams
-
-    def record_from(self, start: int, streams: dict[int, Tensor], skipped: Collection[int] = ()) -> None:
-        """Put the streams behind block `start` and all later ones into `streams`, which has those up to it."""
-        for index in range(start, len(self.stack)):
-            streams[index + 1] = streams[index] if index in skipped else self.run(index, streams[index])
-
-    def finish(self, start: int, stream: Tensor, skipped: Collection[int]) -> Any:
-        """The model's output when `stream` is what comes before block `start` and the blocks `skipped` are left out."""
-        for index in range(start, len(self.stack)):
-            if index not in skipped:
-                stream = stream_of_output(self.output(index, stream))
-        with replaced_forwards(self.stack, self.handing(range(len(self.stack)), stream)):
-            return forward(self.model, self.batch)
-
-    def handing(self, indices: Iterable[int], stream: Tensor) -> dict[int, BlockForward]:
-        """Replacements with which blocks return `stream` in the form of their own return values."""
-
-        def hand(index: int) -> BlockForward:
-            return lambda own, args, kwargs: with_stream(self._forms[index], stream)
-
-        return {index: hand(index) for index in indices}
-
     def output(self, index: int, stream: Tensor) -> Any:
-        """All that block `index`, which has run before, returns for `stream`."""
+        """All that block `index`, which has run before, returns for `stream`, whatever that is."""
         args, kwargs = self._calls[index].on(stream)
         return self.stack.blocks[index](*args, **kwargs)
+
+    def finish(self, stream: Tensor) -> Any:
+        """The model's output when `stream` is what comes out of the last block. All blocks have to have run."""
+        with replaced_forwards(self.stack, {index: self._handing(index, stream) for index in range(len(self.stack))}):
+            return forward(self.model, self.batch)
+
+    def _handing(self, index: int, stream: Tensor) -> BlockForward:
+        """A forward with which a block returns `stream` in the form of its own return value."""
+        return lambda own, args, kwargs: with_stream(self._forms[index], stream)
 
     def _come_to(self, index: int) -> None:
         """Let the forward go on as far as its call of block `index`."""

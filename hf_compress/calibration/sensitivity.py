@@ -9,24 +9,26 @@ so what changes of any number of blocks would cost is estimated without running 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
+from itertools import repeat
+from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.capture import inference, stream_of_output, stream_tokens
-from hf_compress.calibration.data import Batch
-from hf_compress.calibration.losses import LossRunner
+from hf_compress.calibration.data import Calibration
+from hf_compress.calibration.losses import LossSweep
 from hf_compress.calibration.objective import drawn_gradient, first_tensor
+from hf_compress.calibration.runner import BlockRunner
+from hf_compress.calibration.sweep import turns
+
+_TOKENS = 8192
 
 
 def estimated_costs(
-    runners: Sequence[LossRunner],
-    candidates: Collection[int],
-    error: Callable[[int], Sequence[Tensor]],
-    seed: int = 0,
+    sweep: LossSweep, candidates: Collection[int], error: Callable[[int], Sequence[Tensor]], seed: int = 0
 ) -> dict[int, float]:
     """What an error behind each of some blocks would cost, in nats a token (of a language model).
 
@@ -34,7 +36,7 @@ def estimated_costs(
     batch one gradient.
 
     Args:
-        runners: batches, whose streams have been kept (see `LossRunner.keep`).
+        sweep: batches, whose streams have been kept.
         candidates: blocks.
         error: of the stream behind a block: for each batch (samples, positions, width).
         seed: of the outputs that are drawn.
@@ -43,41 +45,35 @@ def estimated_costs(
         Candidate -> cost. Where no gradient comes through the model, the mean square of the error.
     """
     generator = torch.Generator().manual_seed(seed)
-    gradients: list[Tensor] | None = _or_none(lambda: [_at_the_end(runner, generator) for runner in runners])
+    end = len(sweep.stack)
+    gradients = _or_none(_at_the_end, zip(sweep.runners, sweep.at(end), repeat(generator)))
     costs = {}
-    for index in reversed(range(len(runners[0].stack))):
+    for index in turns(sweep.stack, reversed(range(end)), "weighing errors"):
         if index in candidates:
-            costs[index] = _cost(runners, error(index), gradients)
-        if gradients is not None and index not in runners[0].skipped:
-            behind = gradients
-            gradients = _or_none(
-                lambda index=index, behind=behind: [  # type: ignore[misc]
-                    _before(runner, index, gradient) for runner, gradient in zip(runners, behind, strict=True)
-                ]
-            )
+            costs[index] = _cost(sweep, error(index), gradients)
+        if gradients is not None and index not in sweep.skipped:
+            gradients = _or_none(_before, zip(sweep.runners, repeat(index), sweep.at(index), gradients))
     return costs
 
 
-def costs_without(model: PreTrainedModel, stack: Stack, batches: Iterable[Batch]) -> dict[int, float]:
+def costs_without(model: PreTrainedModel, stack: Stack, data: Calibration) -> dict[int, float]:
     """What it would cost to leave out each block of a stack, by its number; see `estimated_costs`.
 
-    No streams are kept but those of one batch.
+    From batches that hold about 8,192 tokens, spread over the data.
     """
-    sums = dict.fromkeys(range(len(stack)), 0.0)
     with inference(model):
-        for number, batch in enumerate(tqdm(batches, desc="weighing errors", disable=None)):
-            runner = LossRunner(model, stack, batch)
-            runner.keep()
-            streams = runner.streams
-            costs = estimated_costs([runner], sums, lambda i, s=streams: [s[i] - s[i + 1]], number)  # type: ignore[misc]
-            tokens = int(stream_tokens(stack, batch, streams[0]).sum())
-            sums = {index: total + tokens * costs[index] for index, total in sums.items()}
-    return sums
+        sweep = LossSweep(model, stack, data.about(_TOKENS, data.tokens or data.samples, least=2))
+        sweep.keep()
+
+        def error(index: int) -> list[Tensor]:
+            return [before - after for before, after in zip(sweep.at(index), sweep.at(index + 1), strict=True)]
+
+        return estimated_costs(sweep, range(len(stack)), error)
 
 
-def _cost(runners: Sequence[LossRunner], errors: Sequence[Tensor], gradients: Sequence[Tensor] | None) -> float:
+def _cost(sweep: LossSweep, errors: Sequence[Tensor], gradients: Sequence[Tensor] | None) -> float:
     total, tokens = 0.0, 0
-    for number, (runner, error) in enumerate(zip(runners, errors, strict=True)):
+    for number, (runner, error) in enumerate(zip(sweep.runners, errors, strict=True)):
         real = stream_tokens(runner.stack, runner.batch, error)
         rows = error[real].float()
         if gradients is None:
@@ -88,28 +84,27 @@ def _cost(runners: Sequence[LossRunner], errors: Sequence[Tensor], gradients: Se
     return total / max(1, tokens)
 
 
-def _at_the_end(runner: LossRunner, generator: torch.Generator) -> Tensor:
+def _at_the_end(runner: BlockRunner, stream: Tensor, generator: torch.Generator) -> Tensor:
     """The gradient of a drawn output at the stream behind the last block."""
-    end = len(runner.stack)
     with torch.enable_grad():
-        given = runner.streams[end].detach().requires_grad_()
-        output = runner.finish(end, given.clone(), ())
+        given = stream.detach().requires_grad_()
+        output = runner.finish(given.clone())
         start = drawn_gradient(runner.model, output, runner.batch, generator)
         return torch.autograd.grad(first_tensor(output), given, start)[0]
 
 
-def _before(runner: LossRunner, index: int, behind: Tensor) -> Tensor:
+def _before(runner: BlockRunner, index: int, stream: Tensor, behind: Tensor) -> Tensor:
     """The gradient before a block, of what has the gradient `behind` behind it."""
     with torch.enable_grad():
-        given = runner.streams[index].detach().requires_grad_()
+        given = stream.detach().requires_grad_()
         after = stream_of_output(runner.output(index, given.clone()))  # a block may write into what it is given
         return torch.autograd.grad(after, given, behind)[0]
 
 
-def _or_none(gradients: Callable[[], list[Tensor]]) -> list[Tensor] | None:
-    """None where a model has parts that no gradient comes through."""
+def _or_none(gradient: Callable[..., Tensor], batches: Iterable[tuple[Any, ...]]) -> list[Tensor] | None:
+    """Of each batch; None where a model has parts that no gradient comes through."""
     try:
-        return gradients()
+        return [gradient(*batch) for batch in batches]
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, AssertionError):

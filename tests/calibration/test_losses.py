@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.calibration.capture import forward, inference
 from hf_compress.calibration.data import Batch, DataOptions, prepare
-from hf_compress.calibration.losses import LossRunner, losses_without, mean_of
-from hf_compress.calibration.objective import batch_loss, mean_loss, reference_for
+from hf_compress.calibration.losses import LossSweep, losses_without
+from hf_compress.calibration.objective import batch_loss, first_tensor, mean_loss, speaks
 from hf_compress.plan.edits import RemoveBlocks
 from hf_compress.plan.plan import Plan
 from hf_compress.rewrite.apply import apply
@@ -54,10 +54,12 @@ def test_losses_are_those_of_models_without_the_blocks(model, stack, calibration
 def test_a_changed_block_runs_from_its_own_stream_on(model, stack, calibration):
     """With another block left out; the model is as it was kept, but for the change."""
     with inference(model):
-        runners = [LossRunner(model, stack, batch) for batch in calibration]
-        plain = mean_of([runner.keep() for runner in runners])
-        skipped = mean_of([runner.keep([3]) for runner in runners])
-        changed = mean_of([runner.loss_after(1, 2 * runner.run(1, runner.streams[1])) for runner in runners])
+        sweep = LossSweep(model, stack, calibration)
+        sweep.keep()
+        plain = sweep.loss()
+        sweep.go_on(1, [3])
+        skipped = sweep.loss()
+        changed = sweep.loss_after(1, [2 * stream for stream in sweep.run(1)])
     assert plain == pytest.approx(slow_loss(model, calibration), rel=1e-5)
     smaller = without(model, stack, [3])
     assert skipped == pytest.approx(slow_loss(smaller, calibration), rel=1e-5)
@@ -95,7 +97,8 @@ def test_an_encoder_is_compared_on_real_tokens_alone(ids):
     batch = Batch({"input_ids": ids}, real)
     with inference(model):
         whole = forward(model, batch)
-        reference = reference_for(model, whole, batch)
+        reference = first_tensor(whole)
+        assert not speaks(model, batch)
         whole.last_hidden_state = whole.last_hidden_state.clone()
         whole.last_hidden_state[:, 5:] += 100
         assert batch_loss(model, whole, batch, reference) == (0.0, pytest.approx(reference[real].square().sum().item()))
@@ -114,7 +117,7 @@ def test_an_encoder_decoder_repeats_its_input(ids):
         decoder = torch.cat([torch.full((len(ids), 1), start), ids[:, :-1]], dim=1)
         logits = model(input_ids=ids, decoder_input_ids=decoder, use_cache=False).logits
     assert torch.equal(output.logits, logits)
-    assert reference_for(model, output, batch) is None
+    assert speaks(model, batch)
     loss, weight = batch_loss(model, output, batch, None)
     logs = F.log_softmax(logits.double(), dim=-1)
     expected = -sum(logs[i, j, ids[i, j]].item() for i, j in real.nonzero().tolist())

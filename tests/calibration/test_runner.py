@@ -25,6 +25,7 @@ from hf_compress.rewrite.builders import insert_bottleneck
 from tests.helpers.models import leftovers
 from tests.helpers.plans import linear_bottleneck
 from tests.helpers.runs import same
+from tests.helpers.streams import finished, recorded
 from tests.helpers.tiny import tiny_base_model, tiny_inputs, tiny_model, tiny_seq2seq_model
 
 BUILDERS = {
@@ -68,8 +69,8 @@ def test_blocks_run_one_by_one_and_recorded_are_the_model(name, side):
             stream = runner.run(index, stream)
             assert torch.equal(stream, after[index])
         for index, start in ((len(stack), stream), (0, before[0]), (2, before[2])):
-            assert same_output(runner.finish(index, start, ()), whole)
-        output, streams = BlockRunner(model, stack, batch).record()
+            assert same_output(finished(runner, index, start, ()), whole)
+        output, streams = recorded(BlockRunner(model, stack, batch))
     assert same_output(output, whole)
     assert list(streams) == list(range(len(stack) + 1))
     assert same(streams, {**before, len(stack): stream})
@@ -114,11 +115,11 @@ def test_another_stream_gives_another_output():
     model, stack, batch = built("llama")
     with inference(model):
         runner = BlockRunner(model, stack, batch)
-        whole, streams = runner.record()
+        whole, streams = recorded(runner)
         moved = runner.run(1, streams[1] * 1.5)
         assert not torch.allclose(moved, runner.run(1, streams[1]))
-        assert not same_output(runner.finish(2, moved, ()), whole)
-        assert torch.equal(runner.record()[0].logits, whole.logits)
+        assert not same_output(finished(runner, 2, moved, ()), whole)
+        assert torch.equal(recorded(runner)[0].logits, whole.logits)
 
 
 def test_only_the_wanted_block_runs():
@@ -128,14 +129,14 @@ def test_only_the_wanted_block_runs():
         block.mlp.register_forward_hook(lambda *_, index=index: ran.append(index))
     with inference(model):
         runner = BlockRunner(model, stack, batch)
-        _, streams = runner.record()
+        _, streams = recorded(runner)
         ran.clear()
         runner.run(2, streams[2])
         assert ran == [2]
         ran.clear()
         runner.start()
         assert ran == []
-        runner.finish(1, streams[1], (2,))
+        finished(runner, 1, streams[1], (2,))
         assert ran == [1, 3]
 
 
@@ -156,9 +157,9 @@ def test_hooks_and_forwards_come_off_on_every_way_out(error):
             forward(model, batch)
 
     for attempt in (
-        runner.record,
+        lambda: recorded(runner),
         lambda: [runner.run(index, streams[index]) for index in range(3)],
-        lambda: runner.finish(2, streams[2], ()),
+        lambda: finished(runner, 2, streams[2], ()),
         watched,
     ):
         with pytest.raises(error, match="in a block"), inference(model):
@@ -216,7 +217,7 @@ def test_activations_that_are_not_finite_name_their_block(value):
     runner = BlockRunner(model, stack, batch)
     with inference(model):
         stream = runner.run(1, runner.run(0, runner.start()))
-        for attempt in (runner.record, lambda: runner.run(2, stream)):
+        for attempt in (lambda: recorded(runner), lambda: runner.run(2, stream)):
             with pytest.raises(CalibrationError, match=r"block model\.layers\.2 gives NaN or infinite"):
                 attempt()
     assert leftovers(model) == []
@@ -226,7 +227,7 @@ def test_a_stream_that_changes_its_shape_names_its_block():
     model = tiny_base_model("swin")
     stack = Anatomy(model).stack()
     with inference(model), pytest.raises(UnsupportedModelError, match=r"block encoder\.layers\.0 turns a stream of"):
-        BlockRunner(model, stack, Batch(tiny_inputs(model), None)).record()
+        recorded(BlockRunner(model, stack, Batch(tiny_inputs(model), None)))
 
 
 def test_the_stream_in_what_a_block_takes_and_returns():
@@ -267,10 +268,10 @@ def test_a_bottleneck_is_part_of_its_block():
         carry_out(insert_bottleneck(Block(model, stack, index), bottleneck), model, Undo())
     runner = BlockRunner(model, stack, Batch(inputs, None))
     with inference(model):
-        whole, streams = runner.record()
+        whole, streams = recorded(runner)
         assert torch.equal(runner.run(1, streams[1]), streams[2])
-        assert torch.equal(runner.finish(4, runner.run(3, streams[3]), ()).logits, whole.logits)
-        without = runner.finish(0, streams[0], skipped=(1,)).logits
+        assert torch.equal(finished(runner, 4, runner.run(3, streams[3]), ()).logits, whole.logits)
+        without = finished(runner, 0, streams[0], skipped=(1,)).logits
     own = list(model.model.layers)
     model.model.layers = torch.nn.ModuleList(own[:1] + own[2:])
     with torch.no_grad():

@@ -23,6 +23,7 @@ from hf_compress.plan.plan import Plan
 from hf_compress.rewrite.apply import apply
 from tests.helpers.changes import Trace
 from tests.helpers.models import leftovers, watching
+from tests.helpers.streams import recorded
 from tests.helpers.tiny import tiny_base_model, tiny_inputs, tiny_model
 
 LAYERS = "model.layers"
@@ -44,7 +45,7 @@ def runners_of(model, samples=24, length=8, masked=True, batch_size=6):
     for part in ids.split(batch_size):
         real = torch.rand(part.shape, generator=generator) < 0.8 if masked else torch.ones_like(part, dtype=torch.bool)
         runners.append(BlockRunner(model, stack, Batch({"input_ids": part}, real)))
-    streams = [runner.record()[1] for runner in runners]
+    streams = [recorded(runner)[1] for runner in runners]
     return stack, runners, streams
 
 
@@ -169,7 +170,7 @@ def test_a_block_that_does_not_add_its_projections_is_left(build, model_type):
     stack = Anatomy(model).stack()
     inputs = tiny_inputs(model)
     runner = BlockRunner(model, stack, Batch(inputs, None))
-    _, streams = runner.record()
+    _, streams = recorded(runner)
     writers = Writers(model, stack, 1)
     assert writers.modules
     assert writers.multiplier(runner, streams[1]) is None
@@ -287,9 +288,10 @@ def test_never_worse_than_leaving_the_blocks_out(model, seed, count):
 
 
 def test_a_refit_that_does_not_help_is_not_kept(model, monkeypatch):
-    def worse(context, stack, absorbed, tokens, undo):
-        undo.write(model.lm_head.weight, -3 * model.lm_head.weight)
-        return {"model.layers.0.mlp.down_proj.weight": torch.zeros(16, 32)}, []
+    def worse(context, stack, absorbed, tokens, drafts):
+        drafts.undo.write(model.lm_head.weight, -3 * model.lm_head.weight)
+        drafts.rewrite(["lm_head.weight"])
+        return []
 
     monkeypatch.setattr(refit_module, "_correct", worse)
     plan = plan_of(model, calibration_of(model), num_merges=1)
@@ -320,7 +322,7 @@ def test_solving_takes_away_error_on_data_that_was_not_seen(model):
     assert plan.notes["fits"][0]["absorbed"] == [*edit.absorbed]
     fresh = torch.randint(4, 63, (40, 10), generator=torch.Generator().manual_seed(77))
     runner = BlockRunner(model, Anatomy(model).stack(), Batch({"input_ids": fresh}, None))
-    streams = runner.record()[1]
+    streams = recorded(runner)[1]
     target = runner.run(edit.absorbed[-1], streams[edit.absorbed[-1]])
     plain = (runner.run(edit.kept, streams[edit.kept]) - target).square().sum().item()
     with Undo() as undo:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +12,7 @@ from hf_compress.anatomy.parts import FFN, linear_widths
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.capture import inference
-from hf_compress.calibration.losses import LossRunner, mean_of
+from hf_compress.calibration.losses import LossSweep
 from hf_compress.errors import UnsupportedModelError
 from hf_compress.methods.base.choice import cheapest
 from hf_compress.methods.base.context import CalibrationContext
@@ -40,7 +39,7 @@ def plan_closed_form(config: LayerCollapseConfig, context: CalibrationContext) -
     steps = []
     with inference(context.model), context.drafts() as drafts:
         some = context.calibration.some(config.choice_samples) if config.criterion == "loss" else []
-        runners = [LossRunner(context.model, stack, batch) for batch in some]
+        tried = LossSweep(context.model, stack, some)
         for _ in tqdm(range(count), desc="collapsing FFNs", disable=None):
             with context.step("fit the FFNs"):
                 fits = fit_ffns(context.model, stack, context.calibration, left, config.penalty, config.rank)
@@ -48,7 +47,7 @@ def plan_closed_form(config: LayerCollapseConfig, context: CalibrationContext) -
             if not able:
                 break
             with context.step("choose"):
-                best, costs = _choose(config.criterion, {index: fits[index] for index in able}, runners)
+                best, costs = _choose(config.criterion, {index: fits[index] for index in able}, tried)
             drafts.add(fits[best].draft(Block(context.model, stack, best)))
             left = [index for index in left if index != best]
             steps.append(_step(best, fits, costs))
@@ -95,25 +94,23 @@ def count_of(config: LayerCollapseConfig, total: int) -> int:
     return count
 
 
-def _choose(criterion: str, fits: dict[int, LinearFit], runners: Sequence[LossRunner]) -> tuple[int, dict[int, float]]:
+def _choose(criterion: str, fits: dict[int, LinearFit], tried: LossSweep) -> tuple[int, dict[int, float]]:
     """The FFN whose collapse costs least by a criterion, and what that of each costs which was looked at."""
     if criterion == "loss":
         in_stream = {index: fit.in_stream for index, fit in fits.items()}
-        return cheapest(fits, in_stream, lambda some: _losses({index: fits[index] for index in some}, runners))
+        return cheapest(fits, in_stream, lambda some: _losses({index: fits[index] for index in some}, tried))
     costs = {index: -fit.r2 if criterion == "linearity" else fit.in_stream for index, fit in fits.items()}
     return min(costs, key=costs.__getitem__), costs
 
 
-def _losses(fits: dict[int, LinearFit], runners: Sequence[LossRunner]) -> dict[int, float]:
+def _losses(fits: dict[int, LinearFit], tried: LossSweep) -> dict[int, float]:
     """Mean loss of the model as it is now with one more FFN collapsed, for each of them."""
-    for runner in runners:
-        runner.keep()
+    tried.keep()
     losses = {}
     for index, fit in fits.items():
         with Undo() as undo:
-            model = runners[0].model
-            carry_out(fit.draft(Block(model, runners[0].stack, index)), model, undo)
-            losses[index] = mean_of([r.loss_after(index, r.run(index, r.streams[index])) for r in runners])
+            carry_out(fit.draft(Block(tried.model, tried.stack, index)), tried.model, undo)
+            losses[index] = tried.loss_after(index, tried.run(index))
     return losses
 
 

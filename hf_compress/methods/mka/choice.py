@@ -16,7 +16,7 @@ from tqdm import tqdm
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.data import Batch
-from hf_compress.calibration.losses import LossRunner, mean_of
+from hf_compress.calibration.losses import LossSweep
 from hf_compress.calibration.sensitivity import estimated_costs
 from hf_compress.methods.base.choice import cheapest
 from hf_compress.methods.base.context import CalibrationContext
@@ -36,10 +36,11 @@ class Chooser:
 
     def __init__(self, context: CalibrationContext, stack: Stack, batches: Sequence[Batch]) -> None:
         self.context, self.stack = context, stack
-        runners = [LossRunner(context.model, stack, batch) for batch in batches]
-        self.fitting = _of_tokens([r for i, r in enumerate(runners) if i % 3 != 2 or len(runners) < 3], LOCAL_TOKENS)
-        self.scoring = [r for i, r in enumerate(runners) if i % 3 == 2] or self.fitting
-        self.runners = list(dict.fromkeys([*self.fitting, *self.scoring]))
+        fitting = [batch for i, batch in enumerate(batches) if i % 3 != 2 or len(batches) < 3]
+        scoring = [batch for i, batch in enumerate(batches) if i % 3 == 2]
+        self.fitting = LossSweep(context.model, stack, _of_tokens(fitting, LOCAL_TOKENS))
+        self.scoring = LossSweep(context.model, stack, scoring) if scoring else self.fitting
+        self.sweeps = list({id(sweep): sweep for sweep in (self.fitting, self.scoring)}.values())
         self.absorbed: list[int] = []
 
     def choose(self, count: int) -> tuple[list[int], list[dict[str, Any]]]:
@@ -47,8 +48,8 @@ class Chooser:
 
         The first block has none before it to absorb it, and is never a candidate.
         """
-        for runner in self.runners:
-            runner.keep()
+        for sweep in self.sweeps:
+            sweep.keep()
         candidates = list(range(1, len(self.stack)))
         estimates = estimated_costs(self.scoring, candidates, self._errors)
         history: list[dict[str, Any]] = []
@@ -57,32 +58,30 @@ class Chooser:
             for _ in tqdm(range(count), desc="choosing blocks to merge", disable=None):
                 best, losses = cheapest(candidates, estimates, self._losses_after_absorbing, touched)
                 history.append({"absorbed": best, "losses": {str(index): loss for index, loss in losses.items()}})
-                keeper = self._before(best)
-                self._absorb(best, undo)
+                keeper = self._absorb(best, undo)
                 self.absorbed = sorted([*self.absorbed, best])
                 candidates.remove(best)
                 touched = [keeper, *(index for index in candidates if self._before(index) == keeper)]
-                for runner in self.runners:
-                    runner.go_on(keeper, self.absorbed)
+                for sweep in self.sweeps:
+                    sweep.go_on(keeper, self.absorbed)
         return self.absorbed, history
 
     def loss_without(self, absorbed: Sequence[int]) -> float:
-        """Mean loss of the model as it is now, without the blocks `absorbed`, on the samples of the choice."""
-        return mean_of([runner.keep(absorbed) for runner in self.runners])
+        """Mean loss of the model as it is now, without the blocks `absorbed`, on all samples of the choice."""
+        total = 0.0
+        for sweep in self.sweeps:
+            sweep.go_on(0, absorbed)
+            total += sweep.loss() * len(sweep.runners)
+        return total / sum(len(sweep.runners) for sweep in self.sweeps)
 
     def _before(self, index: int) -> int:
         return max(i for i in range(index) if i not in self.absorbed)
 
-    def _change(self, index: int) -> tuple[Writers, Tensor | None]:
-        """The projections of the block before `index`, and how they change to absorb it."""
-        writers = Writers(self.context.model, self.stack, self._before(index))
-        starts = [runner.streams[writers.index] for runner in self.fitting]
-        targets = [runner.streams[index + 1] for runner in self.fitting]
-        return writers, writers.local_change(self.fitting, starts, targets, LOCAL_PENALTY, LOCAL_TOKENS)
-
     def _absorb(self, index: int, undo: Undo) -> int:
-        """Have the block before `index` absorb it; its number."""
-        writers, change = self._change(index)
+        """Have the block before `index` absorb it, by a local fit; its number."""
+        writers = Writers(self.context.model, self.stack, self._before(index))
+        starts, targets = self.fitting.at(writers.index), self.fitting.at(index + 1)
+        change = writers.local_change(self.fitting.runners, starts, targets, LOCAL_PENALTY, LOCAL_TOKENS)
         if change is not None:
             writers.apply(change, undo)
         return writers.index
@@ -93,23 +92,23 @@ class Chooser:
         for index in candidates:
             with Undo() as trial:
                 keeper = self._absorb(index, trial)
-                scores = [r.loss_after(index, r.run(keeper, r.streams[keeper])) for r in self.scoring]
-                losses[index] = mean_of(scores)
+                losses[index] = self.scoring.loss_after(index, self.scoring.run(keeper))
         return losses
 
     def _errors(self, index: int) -> list[Tensor]:
         """What is left behind a block of the difference that its absence makes, for each batch to score."""
         with Undo() as trial:
             keeper = self._absorb(index, trial)
-            return [runner.run(keeper, runner.streams[keeper]) - runner.streams[index + 1] for runner in self.scoring]
+            pairs = zip(self.scoring.run(keeper), self.scoring.at(index + 1), strict=True)
+            return [after - wanted for after, wanted in pairs]
 
 
-def _of_tokens(runners: Sequence[LossRunner], tokens: int) -> list[LossRunner]:
+def _of_tokens(batches: Sequence[Batch], tokens: int) -> list[Batch]:
     """The first of some batches that hold so many tokens; all, where there are fewer."""
-    some: list[LossRunner] = []
-    for runner in runners:
-        some.append(runner)
-        tokens -= runner.batch.samples if runner.batch.real is None else int(runner.batch.real.sum())
+    some: list[Batch] = []
+    for batch in batches:
+        some.append(batch)
+        tokens -= batch.samples if batch.real is None else int(batch.real.sum())
         if tokens <= 0:
             break
     return some
