@@ -24,6 +24,7 @@ class State:
         self._paths = {module: path for path, module in model.named_modules()}
         self._settings = {module: _settings(module) for module in self._paths}
         self._tables = {module: (dict(module._modules), dict(module._buffers)) for module in self._paths}
+        self._away = {module: away for module in self._paths if (away := _offloaded(module))}
         self._versions = {tensor: _version(tensor) for tensor in model.parameters()}
 
     def restore(self) -> None:
@@ -57,6 +58,9 @@ class State:
                     yield f"the parts of {path or type(module).__name__}"
                 table.clear()
                 table.update(old)
+        for name, tensor in self._away.get(module, {}).items():  # tied ones stay one
+            if name in (others := _offloaded(module)) and others[name].shape == tensor.shape:
+                module._parameters[name] = tensor
 
 
 @cache
@@ -71,6 +75,11 @@ def _tell(changed: str) -> None:
 def _settings(module: nn.Module) -> dict[str, Any]:
     """Plain data; not what is private, as Transformers' note that its collecting hooks are on, which stay."""
     return {name: v for name, v in vars(module).items() if isinstance(v, _PLAIN) and not name.startswith("_")}
+
+
+def _offloaded(module: nn.Module) -> dict[str, nn.Parameter]:
+    """What stands for the weights of an offloaded module, which accelerate makes anew whenever that has run."""
+    return {name: tensor for name, tensor in module._parameters.items() if tensor is not None and tensor.is_meta}
 
 
 def _version(tensor: Tensor) -> int:
