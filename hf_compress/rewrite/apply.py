@@ -132,6 +132,10 @@ def _write_offloaded(module: nn.Module, values: dict[str, Tensor], place: Place,
 
 def _check_fits(name: str, value: Tensor, current: Tensor) -> None:
     """Raise PlanError where a plan's tensor cannot take the place of the one there is."""
+    if value.is_meta:
+        raise PlanError(
+            f"the plan's tensor for {name} has no values: it was made while what it is made of was offloaded"
+        )
     if value.is_floating_point() and not all_finite(value):
         raise PlanError(f"the plan's tensor for {name} holds NaN or infinity")
     if not current.is_meta:
