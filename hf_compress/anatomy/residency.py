@@ -74,6 +74,7 @@ class _Held:
 
     def load(self, shared: dict[int, Tensor]) -> None:
         """Read what is away. `shared`: tensors by the ids of what stood for them, so that tied ones stay one."""
+        self.away, self._here = {}, {}
         with torch.inference_mode(False), torch.no_grad():
             for table, name, away in own_tensors(self.module, self.hook.offload_buffers):
                 if away.is_meta:
@@ -81,6 +82,14 @@ class _Held:
                     table[name] = shared[id(away)] = here
                     self.away[name], self._here[name] = away, (here, _state(here))
         self.hook.offload = False
+
+    def load_from(self, hook: AlignDevicesHook) -> None:
+        """Read again, now that the module has another hook, or what stands for its weights is back in their place."""
+        _HELD.pop(self.hook, None)
+        self.hook.offload = True
+        self.hook = hook
+        _HELD[hook] = self
+        self.load({})
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -221,8 +230,9 @@ def _offload(part: nn.Module, held: _Held | None, shared: dict[int, Tensor], buf
 
 
 def _on_meta(tensor: Tensor) -> Tensor:
-    empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    with torch.inference_mode(False):
+        empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
 
 def _hook_like(old: AlignDevicesHook, weights: Any, buffers: bool) -> AlignDevicesHook:
@@ -300,7 +310,7 @@ class Snapshot:
         self._parts = [_kept(part) for part in module.modules()]
 
     def restore(self) -> None:
-        """Put everything back. Parts that are held in memory are read again."""
+        """Put everything back. Parts that are held in memory are read again; one that returns runs as offloaded."""
         for restore in self._parts:
             restore()
 
@@ -316,6 +326,7 @@ def _kept(part: nn.Module) -> Callable[[], None]:
             then.update({name: held.away[name] for name, tensor in then.items() if held.holds(name, tensor)})
 
     def restore() -> None:
+        now = _held(part)
         for table, then in tables:
             table.clear()
             table.update(then)
@@ -323,7 +334,7 @@ def _kept(part: nn.Module) -> Callable[[], None]:
             remove_hook_from_module(part)
         elif hook is not None:
             vars(part)["_hf_hook"] = hook
-        if (now := _held(part)) is not None:
-            now.load({})
+        if now is not None and (own := loading_hook(part)) is not None:
+            now.load_from(own)
 
     return restore

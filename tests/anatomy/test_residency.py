@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from accelerate import cpu_offload, disk_offload
 from torch import nn
 
 from hf_compress.anatomy.residency import resident, snapshot
@@ -95,6 +96,31 @@ def test_buffers(offload_buffers, tmp_path):
     assert in_memory(block) == []
     assert torch.equal(logits_of(model), logits_of(plain))
     assert not torch.equal(logits_of(plain), before)
+
+
+@pytest.mark.parametrize("offload", [cpu_offload, disk_offload])
+def test_what_accelerate_offloads_by_itself(plain, offload, tmp_path):
+    """Weights in memory, or in files of its own."""
+    expected, options = logits_of(plain), {"offload_dir": tmp_path} if offload is disk_offload else {}
+    model = offload(copy.deepcopy(plain), execution_device="cpu", **options)
+    block = model.model.layers[1]
+    assert in_memory(model) == []
+    with resident(block), Undo() as undo:
+        assert torch.equal(logits_of(model), expected)
+        undo.write(block.mlp.up_proj.weight, torch.zeros(32, 16))
+    assert torch.equal(logits_of(model), expected)
+    for one in (block, plain.model.layers[1]):
+        with resident(one):
+            narrow(one.mlp)
+    assert torch.equal(logits_of(model), logits_of(plain))
+
+
+def test_in_inference_mode(model):
+    with torch.inference_mode(), resident(model.model.layers[1]):
+        halve_up(model.model.layers[1].mlp)
+    with resident(model.model.layers[1]):
+        model.model.layers[1].mlp(torch.ones(1, 16)).sum().backward()
+        assert model.model.layers[1].mlp.up_proj.weight.grad is not None
 
 
 def test_a_block_is_read_once_for_all_batches(model):
@@ -371,6 +397,21 @@ def test_a_snapshot_brings_everything_back(model, change, inside):
     gc.collect()
     assert not any(one() is not None for one in changed)
     assert all(tensor is before[name] for name, tensor in block.named_parameters(prefix="model.layers.1"))
+    assert torch.equal(logits_of(model), expected)
+
+
+def test_a_snapshot_of_before_an_earlier_change_is_restored_inside(model):
+    block, expected = model.model.layers[1], logits_of(model)
+    then = snapshot(block)
+    with resident(block):
+        narrow(block.mlp)
+        block.input_layernorm.weight.data = block.input_layernorm.weight * 2
+    with resident(block):
+        then.restore()
+        assert not block.input_layernorm.weight.is_meta
+        assert not block.mlp.down_proj.weight.is_meta
+        assert torch.equal(logits_of(model), expected)
+    assert in_memory(block) == []
     assert torch.equal(logits_of(model), expected)
 
 

@@ -12,15 +12,19 @@ from hf_compress.anatomy.dispatch import without_values
 from hf_compress.anatomy.residency import resident
 from hf_compress.anatomy.store import keep_changes_in
 from hf_compress.anatomy.undo import Undo
+from hf_compress.calibration.data import Batch
 from hf_compress.errors import PlanError
 from hf_compress.plan.edits import RemoveBlocks
 from hf_compress.plan.plan import Plan
 from hf_compress.rewrite.apply import carry_out
 from hf_compress.rewrite.builders import linear_ffn, split_experts
 from hf_compress.rewrite.edits.sealed import Seal
+from hf_compress.rewrite.guard import outputs_without
+from hf_compress.rewrite.probe import Probe, same_outputs
 from hf_compress.rewrite.site import Site
 from tests.helpers.offloaded import in_memory, logits_of, offloaded
 from tests.helpers.plans import BLOCK, DOWN, HIDDEN, PLANS, Before, model_for
+from tests.helpers.tiny import tiny_inputs
 
 WAYS = {**PLANS, "split": lambda model: split_experts(model, f"{BLOCK}.mlp.experts")}
 
@@ -101,6 +105,15 @@ def test_blocks_go_and_come_back(tmp_path):
     assert all(torch.equal(tensor, saved.state_dict()[name]) for name, tensor in plain.state_dict().items())
     undo.rollback()
     assert torch.equal(logits_of(model), expected)
+
+
+def test_the_guard_sees_what_it_sees_in_memory(tmp_path):
+    plain, model = models("narrow", tmp_path)
+    outputs = [
+        outputs_without(one, {Anatomy(one).stack(): (1, 2)}, Probe.of(one, Batch(tiny_inputs(plain), None)))
+        for one in (plain, model)
+    ]
+    assert same_outputs(*outputs)
 
 
 def test_an_undo_keeps_no_weights(tmp_path):
