@@ -161,6 +161,15 @@ def test_entered_twice(model):
     assert torch.equal(logits_of(model), expected)
 
 
+def test_what_is_new_stays_in_memory_until_the_last_one_leaves(model):
+    block = model.model.layers[1]
+    with resident(block):
+        with resident(block):
+            block.mlp.up_proj = nn.Linear(16, 32, bias=False)
+        assert len(in_memory(block)) == 9
+    assert in_memory(block) == []
+
+
 def test_left_in_another_order_than_entered(model):
     block, expected = model.model.layers[1], logits_of(model)
     first, second = resident(block), resident(block)
