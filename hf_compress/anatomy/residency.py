@@ -104,13 +104,13 @@ class _Held:
         """Whether a tensor is the one that was read, and has its values still."""
         if not self.holds(name, tensor):
             return False
-        return _state(tensor) == self._here[name][1] or torch.equal(tensor, _read(self.hook, name, self.away[name]))
+        return _state(tensor) == self._here[name][1] or _same(tensor, _read(self.hook, name, self.away[name]))
 
     def let_go(self) -> None:
         """Put back what stood for the weights, where they still are."""
         for table, name, tensor in own_tensors(self.module):
             if self.holds(name, tensor):
-                table[name] = self.away[name]
+                table[name] = _trained_like(self.away[name], tensor)
         self.away, self._here = {}, {}
         self.hook.offload = True
 
@@ -129,7 +129,7 @@ class _Stay:
     """What one `with resident(module)` has to let go of when it ends."""
 
     def __init__(self, module: nn.Module, parts: list[nn.Module], place: Place | None) -> None:
-        self._module, self._place, self._parts = module, place, [*parts]
+        self._module, self._place = module, place
         self._holds: list[_Held] = []
         held = [_held(part) for part in parts]
         own = [tensor for part in module.modules() for _, _, tensor in own_tensors(part) if not tensor.is_meta]
@@ -225,8 +225,13 @@ def _offload(part: nn.Module, held: _Held | None, shared: dict[int, Tensor], buf
         old = None if held is None else held.away.get(name)
         if id(tensor) not in shared:
             fits = old is not None and old.shape == tensor.shape and old.dtype == tensor.dtype
-            shared[id(tensor)] = old if fits and old is not None else _on_meta(tensor)
+            shared[id(tensor)] = _trained_like(old, tensor) if fits and old is not None else _on_meta(tensor)
         table[name] = shared[id(tensor)]
+
+
+def _trained_like(away: Tensor, tensor: Tensor) -> Tensor:
+    """What stands for a tensor, trained if that is."""
+    return away.requires_grad_(tensor.requires_grad) if isinstance(away, nn.Parameter) else away
 
 
 def _on_meta(tensor: Tensor) -> Tensor:
@@ -271,6 +276,11 @@ def _read(hook: AlignDevicesHook, name: str, away: Tensor) -> Tensor:
         raise OffloadError(f"{full} is {tuple(value.shape)} in {file}, where {tuple(away.shape)} was expected")
     here = value.to(device, away.dtype, copy=device.type == "cpu")
     return nn.Parameter(here, away.requires_grad) if isinstance(away, nn.Parameter) else here
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    alike = (first.shape, first.dtype, first.device) == (second.shape, second.dtype, second.device)
+    return alike and torch.equal(first, second)
 
 
 def _state(tensor: Tensor) -> tuple[int, ...]:

@@ -319,6 +319,23 @@ def test_the_same_values_again_are_not_stored(model, tmp_path):
     assert all(tensor is before[name] for name, tensor in model.named_parameters())
 
 
+def test_what_is_frozen_inside_stays_frozen(model):
+    with resident(model.model.layers[1]):
+        model.model.layers[1].requires_grad_(False)
+        halve_up(model.model.layers[1].mlp)
+    assert not any(parameter.requires_grad for parameter in model.model.layers[1].parameters())
+    with resident(model.model.layers[1]):
+        assert not any(parameter.requires_grad for parameter in model.model.layers[1].parameters())
+
+
+def test_another_dtype(model, plain):
+    for one in (model, plain):
+        with resident(one.model.layers[1]):
+            one.model.layers[1].to(torch.bfloat16).to(torch.float32)
+    assert in_memory(model) == []
+    assert torch.equal(logits_of(model), logits_of(plain))
+
+
 def test_an_error_inside_leaves_what_was_done(model, plain):
     def fail(block):
         with resident(block):
