@@ -25,8 +25,8 @@ from hf_compress.evaluation.perplexity import perplexity
 from hf_compress.report.history import model_size
 from hf_compress.rewrite.probe import Probe, outputs_on, same_outputs
 from hf_compress.rewrite.site import Site, resized
+from tests.helpers.disk import in_memory, logits_of, offloaded
 from tests.helpers.language import tiny_llama
-from tests.helpers.offloaded import in_memory, logits_of, offloaded
 from tests.helpers.tiny import tiny_config, tiny_model
 
 OUTSIDE = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")

@@ -13,8 +13,8 @@ from hf_compress.anatomy.residency import resident, snapshot
 from hf_compress.anatomy.store import Store, keep_changes_in
 from hf_compress.anatomy.undo import Undo
 from hf_compress.errors import OffloadError
+from tests.helpers.disk import counted_reads, in_memory, logits_of, offloaded
 from tests.helpers.language import tiny_llama
-from tests.helpers.offloaded import counted_reads, in_memory, logits_of, offloaded
 from tests.helpers.tiny import tiny_model
 
 IN_MEMORY = ("model.embed_tokens", "model.norm", "model.rotary_emb", "model.layers.0")

@@ -22,7 +22,7 @@ from hf_compress.rewrite.edits.sealed import Seal
 from hf_compress.rewrite.guard import outputs_without
 from hf_compress.rewrite.probe import Probe, same_outputs
 from hf_compress.rewrite.site import Site
-from tests.helpers.offloaded import in_memory, logits_of, offloaded
+from tests.helpers.disk import in_memory, logits_of, offloaded
 from tests.helpers.plans import BLOCK, DOWN, HIDDEN, PLANS, Before, model_for
 from tests.helpers.tiny import tiny_inputs
 
