@@ -35,6 +35,7 @@ _PUBLIC = {
     "LayerCollapseConfig": "hf_compress.methods.layer_collapse",
     "MKAConfig": "hf_compress.methods.mka",
     "ManifestError": "hf_compress.storage.manifest",
+    "OffloadError": "hf_compress.errors",
     "ParityError": "hf_compress.errors",
     "Plan": "hf_compress.plan.plan",
     "PlanError": "hf_compress.errors",

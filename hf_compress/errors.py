@@ -27,6 +27,10 @@ class PlanError(ValueError):
     """A plan is malformed, of a newer version, or does not fit the model."""
 
 
+class OffloadError(ValueError):
+    """Weights of an offloaded model cannot be read, or changed ones stored; the message names the file."""
+
+
 def one_line(error: BaseException) -> str:
     """The class of an error and the beginning of what it says, for messages of ours that pass it on."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

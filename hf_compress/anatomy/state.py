@@ -28,6 +28,7 @@ class State:
         self._paths: dict[nn.Module, str] = {}
         self._settings: dict[nn.Module, dict[str, Any]] = {}
         self._tables: dict[nn.Module, tuple[dict[str, Any], dict[str, Any]]] = {}
+        self._away: dict[nn.Module, dict[str, nn.Parameter]] = {}
         self._then: dict[int, dict[str, Any]] = {}  # by the id of a table of a module, what was in it
         self._watch(model, "")
         self._versions = {tensor: _version(tensor) for tensor in model.parameters()}
@@ -37,9 +38,12 @@ class State:
             self._paths[part] = name
             self._settings[part] = _settings(part)
             self._tables[part] = dict(part._modules), dict(part._buffers)
-            tables = (vars(part), part._modules, part._buffers)
+            self._away[part] = _offloaded(part)
+            children, buffers = self._tables[part]
             self._then |= {
-                id(t): then for t, then in zip(tables, (self._settings[part], *self._tables[part]), strict=True)
+                id(vars(part)): self._settings[part],
+                id(part._modules): children,
+                id(part._buffers): buffers,
             }
 
     @contextmanager
@@ -98,6 +102,9 @@ class State:
                     yield f"the parts of {path or type(module).__name__}"
                 table.clear()
                 table.update(old)
+        for name, tensor in self._away.get(module, {}).items():  # tied ones stay one
+            if name in (others := _offloaded(module)) and others[name].shape == tensor.shape:
+                module._parameters[name] = tensor
 
 
 _KEPT: list[State] = []  # those that are to come back
@@ -126,6 +133,11 @@ def _settings(module: nn.Module) -> dict[str, Any]:
 
 def _is_setting(name: str, value: Any) -> bool:
     return isinstance(value, _PLAIN) and not name.startswith("_")
+
+
+def _offloaded(module: nn.Module) -> dict[str, nn.Parameter]:
+    """What stands for the weights of an offloaded module, which accelerate makes anew whenever that has run."""
+    return {name: tensor for name, tensor in module._parameters.items() if tensor is not None and tensor.is_meta}
 
 
 def _version(tensor: Tensor) -> int:

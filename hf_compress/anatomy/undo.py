@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_WRITES = "_hf_compress_writes"  # what a tensor calls the number of its `writes`
+
 
 class Undo:
     """Changes a model and remembers how it was.
@@ -84,7 +86,13 @@ class Undo:
         self.changed = []
 
 
+def writes(tensor: Tensor) -> int:
+    """How often a tensor was written here, which its own count of writing in place does not say."""
+    return vars(tensor).get(_WRITES, 0)
+
+
 @torch.no_grad()
 def _copy(parameter: Tensor, value: Tensor) -> None:
     """By its data, which does not count as writing in place: by that count `State` knows what a forward pass did."""
     parameter.data.copy_(value)
+    vars(parameter)[_WRITES] = writes(parameter) + 1

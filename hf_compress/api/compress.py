@@ -9,6 +9,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.anatomy.adapters import check_no_adapters
+from hf_compress.anatomy.dispatch import check_readable, is_dispatched, retie
+from hf_compress.anatomy.residency import check_finite
 from hf_compress.calibration.data import Calibration, DataOptions, prepare
 from hf_compress.errors import UnsupportedModelError
 from hf_compress.methods.base.context import CalibrationContext
@@ -34,7 +36,8 @@ def compress(
     """Make `model` smaller by the method of `config`. **Changes the model it is given**, and returns it.
 
     Args:
-        model: any Transformers model whose blocks can be found; on one device, not quantized.
+        model: any Transformers model whose blocks can be found; not quantized. On one device, or dispatched by
+            Transformers (`device_map=`) over several, the CPU and the disk.
         config: a method's settings, such as `MKAConfig(ratio=0.25)`.
         calibration: texts, a `datasets.Dataset`, a DataLoader or other iterable of batches, a LongTensor of token ids,
             or pixel values; see `hf_compress.calibration.data.prepare`. Some methods need none.
@@ -97,7 +100,10 @@ def _check_arguments(model: Any, config: Any) -> None:
 
 
 def check_model(model: Any) -> None:
-    """Raise unless `model` is a plain Transformers model with all of its weights in one place."""
+    """Raise unless `model` is a plain Transformers model, in one place or dispatched, whose weights can be had.
+
+    Offloaded weights are looked at when they are read.
+    """
     if isinstance(model, torch.nn.Module):
         check_no_adapters(model)
     if not isinstance(model, PreTrainedModel):
@@ -106,16 +112,14 @@ def check_model(model: Any) -> None:
         raise UnsupportedModelError("the model is quantized: compress it first, quantize it afterwards")
     check_no_kernels(model)
     check_not_inference(model)
-    if meta := [name for name, p in model.named_parameters() if p.device.type == "meta"]:
-        raise UnsupportedModelError(
-            f"{len(meta)} parameters, such as {meta[0]}, are on the meta device or offloaded: load the model without "
-            "device_map='auto', into memory that holds all of it"
-        )
+    check_readable(model)
+    retie(model)
     devices = {str(p.device) for p in model.parameters()}
-    if len(devices) > 1:
+    if len(devices) > 1 and not is_dispatched(model):
         raise UnsupportedModelError(f"the model is spread over {sorted(devices)}: put it on one device with model.to()")
-    if broken := next((n for n, p in model.named_parameters() if not torch.isfinite(p).all()), None):
-        raise ValueError(f"the parameter {broken} holds NaN or infinity: this model is broken already")
+    for name, parameter in model.named_parameters():
+        if not parameter.is_meta:
+            check_finite(name, parameter)
 
 
 def stage_of(config: CompressionConfig, plan: Plan, context: CalibrationContext, before: Size, after: Size) -> Stage:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from hf_compress.anatomy.dispatch import computing_device, retie
 from hf_compress.anatomy.stacks import Stack, reachable_configs
 from hf_compress.anatomy.state import State
 from hf_compress.anatomy.undo import Undo
@@ -47,6 +48,7 @@ def inference(model: nn.Module) -> Iterator[None]:
 
     Afterwards every module is as it was, and what the config says of outputs; see `State` for what a pass may change.
     """
+    retie(model)
     with State(model).kept(), torch.no_grad(), Undo() as undo:
         model.eval()
         if "_original_forward" in vars(model):  # Accelerate's, from a training in mixed precision
@@ -69,13 +71,13 @@ def _configs(model: nn.Module) -> Iterator[object]:
 
 def forward(model: PreTrainedModel, batch: Batch) -> Any:
     """The model's output on a batch, without a cache; None when a watcher ended the pass."""
-    parameter = next(model.parameters())
+    device, dtype = computing_device(model), next(model.parameters()).dtype
     inputs: dict[str, Any] = {}
     for name, value in batch.inputs.items():
         if value.is_floating_point():
-            inputs[name] = value.to(parameter.device, parameter.dtype)
+            inputs[name] = value.to(device, dtype)
         else:
-            inputs[name] = value.to(parameter.device, torch.long if value.dtype == torch.int32 else value.dtype)
+            inputs[name] = value.to(device, torch.long if value.dtype == torch.int32 else value.dtype)
     if has_decoder(model) and "decoder_input_ids" not in inputs:
         inputs["decoder_input_ids"] = default_input(model, inputs)
     if "use_cache" in inspect.signature(model.forward).parameters:

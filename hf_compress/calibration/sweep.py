@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from hf_compress.anatomy.residency import resident
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.data import Batch, Calibration
 from hf_compress.calibration.runner import BlockRunner
@@ -56,10 +58,16 @@ class StreamMemory:
         return stream
 
 
-def turns(stack: Stack, blocks: Iterable[int], description: str) -> Iterator[int]:
-    """Blocks of a stack, each in memory while it is its turn."""
+def turns(
+    stack: Stack,
+    blocks: Iterable[int],
+    description: str,
+    hold: Callable[[nn.Module], AbstractContextManager[None]] = resident,
+) -> Iterator[int]:
+    """Blocks of a stack, each held in memory while it is its turn; by `hold`, where they are to be changed."""
     for index in tqdm(list(blocks), desc=description, disable=None):
-        yield index
+        with hold(stack.blocks[index]):
+            yield index
 
 
 @dataclass

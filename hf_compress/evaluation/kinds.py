@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_compress.anatomy.dispatch import computing_device
 from hf_compress.calibration.capture import inference
 from hf_compress.errors import UnsupportedModelError
 
@@ -60,6 +61,6 @@ def _reads_ahead(model: PreTrainedModel) -> bool:
 
 
 def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    ids = ids.to(model.device)
+    ids = ids.to(computing_device(model))
     logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, return_dict=True).logits
     return logits.float()

@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_compress.anatomy.dispatch import computing_device
 from hf_compress.calibration.capture import inference
 from hf_compress.calibration.data import position_limit
 from hf_compress.calibration.padding import pad_id
@@ -211,7 +212,8 @@ def _window_losses(model: PreTrainedModel, batch: list[Window], pad: int) -> lis
     longest = max(len(window.inputs) for window in batch)
     ids = torch.tensor([window.inputs + [pad] * (longest - len(window.inputs)) for window in batch])
     mask = torch.tensor([[1] * len(window.inputs) + [0] * (longest - len(window.inputs)) for window in batch])
-    logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
+    device = computing_device(model)
+    logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
     return [_sum_loss(row, window) for row, window in zip(logits, batch, strict=True)]
 
 

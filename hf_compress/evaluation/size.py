@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_compress.anatomy.dispatch import computing_device
 from hf_compress.calibration.capture import inference
 from hf_compress.calibration.data import position_limit
 from hf_compress.checks import check
@@ -165,7 +166,7 @@ def _random_tokens(models: Sequence[PreTrainedModel], length: int, batch_size: i
 
 def _runner(model: PreTrainedModel, ids: Tensor) -> Callable[[], float]:
     """A function that passes the ids through the model once and returns the seconds that it took."""
-    ids = ids.to(model.device)
+    ids = ids.to(computing_device(model))
     mask = torch.ones_like(ids)
 
     def wait() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.dispatch import computing_device
 from hf_compress.calibration.capture import forward, inference
 from hf_compress.calibration.data import Batch, DataOptions, prepare
 from hf_compress.calibration.objective import first_tensor
@@ -165,7 +166,7 @@ def splice_qualities(
     tokens = 0
     with inference(model):
         for batch in prepare(data, model, tokenizer, options):
-            targets, counts = _targets(batch, model.device)
+            targets, counts = _targets(batch, computing_device(model))
             clean = _predictions(model, batch)
             zeroed: dict[tuple[int, ...], float] = {}
             for row, found in zip(sums, bottlenecks, strict=True):

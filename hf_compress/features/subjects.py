@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.dispatch import computing_device
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.modules.bottleneck import BOTTLENECK, Bottleneck
 from hf_compress.report.history import history_of
@@ -98,7 +99,7 @@ def _told(history: CompressionReport | None, stack: str, layer: int) -> Mapping[
 
 
 def _copied(module: Bottleneck, model: PreTrainedModel) -> tuple[Bottleneck, Tensor]:
-    own = copy.deepcopy(module).to(model.device).float().requires_grad_(False)
+    own = copy.deepcopy(module).to(computing_device(model)).float().requires_grad_(False)
     width = own.encoder.shape[1]
     return own, own.gate.nonzero()[:, 0] if own.form.gated else torch.arange(width, device=own.encoder.device)
 

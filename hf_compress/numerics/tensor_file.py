@@ -14,11 +14,20 @@ from torch import Tensor
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Any) -> None:
-    """Write tensors, and facts as JSON, to a file of this name in a folder that there is."""
+    """Write tensors, and facts as JSON, to a file of this name in a folder that there is.
+
+    It is on the disk, not only on its way there, before it has its name. What fails leaves nothing behind.
+    """
     partial = path.with_suffix(".partial")
     own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(own, partial, metadata={"hf_compress": json.dumps(facts)})
-    os.replace(partial, path)
+    try:
+        save_file(own, partial, metadata={"hf_compress": json.dumps(facts)})
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def read_tensors(path: Path) -> tuple[Any, dict[str, Tensor]]:

@@ -9,6 +9,7 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import PreTrainedModel
 
 from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.dispatch import retie
 from hf_compress.errors import UnsupportedModelError
 from hf_compress.evaluation.size import parameter_count, stored_bytes
 from hf_compress.report.report import REPORT_FILE, CompressionReport
@@ -69,6 +70,7 @@ def read_report(folder: Path) -> CompressionReport | None:
 
 def model_size(model: PreTrainedModel) -> Size:
     """Parameters, stored bytes and blocks of a live model; no blocks where none can be found."""
+    retie(model)
     try:
         blocks = {stack.path: len(stack) for stack in Anatomy(model).stacks}
     except UnsupportedModelError:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.dispatch import Place, place_at, without_values
+from hf_compress.anatomy.residency import resident
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
 from hf_compress.errors import PlanError
 from hf_compress.numerics.defaults import torch_defaults
+from hf_compress.numerics.finite import all_finite
 from hf_compress.plan.algebra import Removal
 from hf_compress.plan.edits import ModuleEdit
 from hf_compress.plan.plan import Plan
@@ -108,12 +112,11 @@ def change_modules(plan: Plan, model: PreTrainedModel, undo: Undo) -> Plan:
     Returns:
         The plan as it was carried out, with the paths of modules that a seal had hidden.
     """
-    device = model.device
     plan = unsealed(plan, model, undo)
     site = Site(model, undo)
     for edit in plan.module_edits:
         edit.restructure(site)
-    _write(plan.tensors, model, device, undo)
+    _write(plan.tensors, model, undo)
     return plan
 
 
@@ -126,30 +129,66 @@ def removed_blocks(plan: Plan, model: PreTrainedModel) -> dict[Stack, tuple[int,
     return removed
 
 
-def _write(tensors: dict[str, Tensor], model: PreTrainedModel, device: torch.device, undo: Undo) -> None:
+def _write(tensors: dict[str, Tensor], model: PreTrainedModel, undo: Undo) -> None:
     """Give tensors of the model new values; those that an edit has made get their memory here."""
     own = _named_tensors(model)
     if unknown := sorted(set(tensors) - set(own)):
         raise PlanError(f"the plan has tensors for parameters that {type(model).__name__} does not have: {unknown[:5]}")
+    owners: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors.items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise PlanError(f"the plan's tensor for {name} holds NaN or infinity")
-        current = own[name]
-        if current.device.type != "meta":
-            undo.write(current, value)
-            continue
-        if current.shape != value.shape:
-            raise PlanError(f"{name} is {tuple(current.shape)} after the plan; its tensor is {tuple(value.shape)}")
-        if current.dtype != value.dtype and not current.is_floating_point():
-            raise PlanError(f"{name} is kept as {current.dtype}; its tensor is {value.dtype}")
+        _check_fits(name, value, own[name])
         owner, _, last = name.rpartition(".")
-        made = value.detach().to(device, current.dtype, copy=True, memory_format=torch.contiguous_format)
-        if isinstance(current, nn.Parameter):
-            made = nn.Parameter(made, requires_grad=current.requires_grad)
-        module = model.get_submodule(owner)
-        undo.put(module._parameters if isinstance(made, nn.Parameter) else module._buffers, last, made)
-    if empty := sorted(name for name, tensor in _named_tensors(model).items() if tensor.device.type == "meta"):
+        owners.setdefault(owner, {})[last] = value
+    for owner, values in owners.items():
+        module, place = model.get_submodule(owner), place_at(model, owner)
+        if place.offloaded:
+            _write_offloaded(module, values, place, undo)
+            continue
+        for name, value in values.items():
+            table, current = _table(module, name)
+            if current.is_meta:
+                undo.put(table, name, _made(value, current, place.device))
+            else:
+                undo.write(current, value)
+    if empty := sorted(without_values(model)):
         raise PlanError(f"the plan changes {', '.join(empty[:5])} but gives no values for them")
+
+
+def _write_offloaded(module: nn.Module, values: dict[str, Tensor], place: Place, undo: Undo) -> None:
+    """Give tensors of one module new values, which are stored; `undo` holds on to none of the old ones."""
+    with resident(module, undo, place):
+        for name, value in values.items():
+            table, current = _table(module, name)
+            table[name] = _made(value, current, place.device)
+
+
+def _check_fits(name: str, value: Tensor, current: Tensor) -> None:
+    """Raise PlanError where a plan's tensor cannot take the place of the one there is."""
+    if value.is_meta:
+        raise PlanError(
+            f"the plan's tensor for {name} has no values: it was made while what it is made of was offloaded"
+        )
+    if value.is_floating_point() and not all_finite(value):
+        raise PlanError(f"the plan's tensor for {name} holds NaN or infinity")
+    if not current.is_meta:
+        return
+    if current.shape != value.shape:
+        raise PlanError(f"{name} is {tuple(current.shape)} after the plan; its tensor is {tuple(value.shape)}")
+    if current.dtype != value.dtype and not current.is_floating_point():
+        raise PlanError(f"{name} is kept as {current.dtype}; its tensor is {value.dtype}")
+
+
+def _table(module: nn.Module, name: str) -> tuple[dict[str, Any], Tensor]:
+    """Where a module keeps a tensor of its own, and that tensor."""
+    tables: tuple[dict[str, Any], dict[str, Any]] = (module._parameters, module._buffers)
+    table = next(table for table in tables if table.get(name) is not None)
+    return table, table[name]
+
+
+def _made(value: Tensor, current: Tensor, device: torch.device) -> Tensor:
+    """A tensor of these values in memory of its own, of the dtype and the kind of the one that it replaces."""
+    made = value.detach().to(device, current.dtype, copy=True, memory_format=torch.contiguous_format)
+    return nn.Parameter(made, requires_grad=current.requires_grad) if isinstance(current, nn.Parameter) else made
 
 
 def _named_tensors(model: PreTrainedModel) -> dict[str, Tensor]:

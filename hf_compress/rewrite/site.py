@@ -19,6 +19,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from hf_compress.anatomy.dispatch import without_hook
 from hf_compress.anatomy.parts import is_linear
 from hf_compress.anatomy.undo import Undo
 from hf_compress.errors import PlanError
@@ -77,7 +78,7 @@ class Site:
 
 def resized(linear: nn.Module, inputs: int, outputs: int, bias: bool | None = None) -> nn.Module:
     """A linear map like `linear`, of other widths, without memory. `bias`: with or without one; as it was when None."""
-    new = copy.copy(linear)
+    new = without_hook(copy.copy(linear))
     new._parameters = dict(linear._parameters)
     weight, old_bias = linear._parameters["weight"], linear._parameters.get("bias")
     assert weight is not None

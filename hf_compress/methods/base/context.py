@@ -9,9 +9,12 @@ from time import perf_counter
 from traceback import walk_tb
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.dispatch import is_offloaded
+from hf_compress.anatomy.residency import resident
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.state import accept
 from hf_compress.anatomy.undo import Undo
@@ -19,6 +22,7 @@ from hf_compress.calibration.data import Calibration
 from hf_compress.errors import CalibrationError, PlanError, UnsupportedModelError, one_line
 from hf_compress.plan.plan import Plan
 from hf_compress.rewrite.apply import Change, change_modules
+from hf_compress.rewrite.record import unsealed
 
 
 @dataclass
@@ -35,6 +39,27 @@ class Drafts:
     keeps_tensors: bool
     plan: Plan = field(default_factory=Plan)
     undo: Undo = field(default_factory=Undo)
+
+    @contextmanager
+    def hold(self, module: nn.Module) -> Iterator[None]:
+        """Hold a module in memory while drafts change it, and nothing else.
+
+        What an offloaded one was, its files still tell, so that none of its old tensors are kept to take drafts back.
+        """
+        if not is_offloaded(module):
+            yield
+            return
+        lasting, self.undo = self.undo, Undo()
+        try:
+            with resident(module, lasting):
+                try:
+                    yield
+                except BaseException:
+                    self.undo.rollback()
+                    raise
+        finally:
+            lasting.changed += self.undo.changed
+            self.undo = lasting
 
     def add(self, draft: Plan) -> None:
         """Carry a draft out. It takes no blocks out."""
@@ -106,6 +131,8 @@ class CalibrationContext:
         the plan has none, so that no tensor is held twice. After an error they are taken back either way.
         """
         drafts = Drafts(self.model, keeps_tensors=self.change is None)
+        unsealed(Plan(), self.model, drafts.undo)  # now, and not in the turn of a block
+        accept(drafts.undo.changed)
         try:
             yield drafts
             if self.change is not None:

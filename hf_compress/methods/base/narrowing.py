@@ -90,7 +90,7 @@ class Narrowing:
             Notes of every part that was narrowed.
         """
         notes = []
-        for index in turns(self.stack, range(max([*heads, *widths]) + 1), "narrowing blocks"):
+        for index in turns(self.stack, range(max([*heads, *widths]) + 1), "narrowing blocks", drafts.hold):
             if index not in heads and index not in widths:
                 for pair in self.pairs:
                     pair.take_both(index)

@@ -54,7 +54,7 @@ def plan_weights(
     with context.step("solve weights"):
         solves = config.solves if prunes else config.rounding == "compensated"
         pairs = start_pairs(context.model, stack, context.calibration, config.tokens) if solves else []
-        for index in turns(stack, range(len(stack)), "solving blocks"):
+        for index in turns(stack, range(len(stack)), "solving blocks", drafts.hold):
             draft = Plan()
             for own in in_parts(linears_of(stack, index, linears)):
                 grams = grams_of(stack, index, own, pairs)

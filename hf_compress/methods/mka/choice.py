@@ -13,13 +13,14 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
+from hf_compress.anatomy.residency import resident
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.data import Batch
 from hf_compress.calibration.losses import LossSweep
 from hf_compress.calibration.sensitivity import estimated_costs
 from hf_compress.methods.base.choice import cheapest
-from hf_compress.methods.base.context import CalibrationContext
+from hf_compress.methods.base.context import CalibrationContext, Drafts
 from hf_compress.methods.mka.writers import Writers
 
 # Penalty of the local fits, which are many and on little data: of so many tokens.
@@ -54,16 +55,21 @@ class Chooser:
         estimates = estimated_costs(self.scoring, candidates, self._errors)
         history: list[dict[str, Any]] = []
         touched: list[int] = []
-        with self.context.trial() as undo:
+        trial = Drafts(self.context.model, keeps_tensors=False)
+        try:
             for _ in tqdm(range(count), desc="choosing blocks to merge", disable=None):
                 best, losses = cheapest(candidates, estimates, self._losses_after_absorbing, touched)
                 history.append({"absorbed": best, "losses": {str(index): loss for index, loss in losses.items()}})
-                keeper = self._absorb(best, undo)
+                keeper = self._before(best)
+                with trial.hold(self.stack.blocks[keeper]):
+                    self._absorb(best, trial.undo)
                 self.absorbed = sorted([*self.absorbed, best])
                 candidates.remove(best)
                 touched = [keeper, *(index for index in candidates if self._before(index) == keeper)]
                 for sweep in self.sweeps:
                     sweep.go_on(keeper, self.absorbed)
+        finally:
+            trial.undo_all()
         return self.absorbed, history
 
     def loss_without(self, absorbed: Sequence[int]) -> float:
@@ -77,30 +83,29 @@ class Chooser:
     def _before(self, index: int) -> int:
         return max(i for i in range(index) if i not in self.absorbed)
 
-    def _absorb(self, index: int, undo: Undo) -> int:
-        """Have the block before `index` absorb it, by a local fit; its number."""
+    def _absorb(self, index: int, undo: Undo) -> None:
+        """Have the block before `index`, which is in memory, absorb it by a local fit."""
         writers = Writers(self.context.model, self.stack, self._before(index))
         starts, targets = self.fitting.at(writers.index), self.fitting.at(index + 1)
         change = writers.local_change(self.fitting.runners, starts, targets, LOCAL_PENALTY, LOCAL_TOKENS)
         if change is not None:
             writers.apply(change, undo)
-        return writers.index
+
+    def _after_absorbing(self, index: int) -> list[Tensor]:
+        """The streams behind a block once the one before it has absorbed it, for each batch to score."""
+        keeper = self._before(index)
+        with resident(self.stack.blocks[keeper]), Undo() as trial:
+            self._absorb(index, trial)
+            return self.scoring.run(keeper)
 
     def _losses_after_absorbing(self, candidates: Sequence[int]) -> dict[int, float]:
         """Mean loss on the batches to score once the block before each candidate has absorbed it."""
-        losses = {}
-        for index in candidates:
-            with Undo() as trial:
-                keeper = self._absorb(index, trial)
-                losses[index] = self.scoring.loss_after(index, self.scoring.run(keeper))
-        return losses
+        return {index: self.scoring.loss_after(index, self._after_absorbing(index)) for index in candidates}
 
     def _errors(self, index: int) -> list[Tensor]:
         """What is left behind a block of the difference that its absence makes, for each batch to score."""
-        with Undo() as trial:
-            keeper = self._absorb(index, trial)
-            pairs = zip(self.scoring.run(keeper), self.scoring.at(index + 1), strict=True)
-            return [after - wanted for after, wanted in pairs]
+        pairs = zip(self._after_absorbing(index), self.scoring.at(index + 1), strict=True)
+        return [after - wanted for after, wanted in pairs]
 
 
 def _of_tokens(batches: Sequence[Batch], tokens: int) -> list[Batch]:

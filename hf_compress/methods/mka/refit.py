@@ -16,8 +16,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from hf_compress.anatomy.residency import resident
 from hf_compress.anatomy.stacks import Stack
-from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.capture import inference
 from hf_compress.calibration.sweep import StreamPair, start_pairs
 from hf_compress.errors import CalibrationError
@@ -85,29 +85,32 @@ def _correct(
     for index, end in tqdm(list(zip(kept, [*kept[1:], len(stack)], strict=True)), desc="solving", disable=None):
         if settled and index > max(absorbed):
             break
-        for passed in range(index, end):
+        with drafts.hold(stack.blocks[index]):
+            for passed in range(index, end):
+                with resident(stack.blocks[passed]):
+                    for pair in pairs:
+                        pair.take_original(passed)
+            if not settled or end > index + 1:
+                fit = _fit(context, stack, index, pairs, drafts)
+                fits.append({"block": index, "absorbed": list(range(index + 1, end))} | fit)
+                settled = fit["error"] > _SETTLED
             for pair in pairs:
-                pair.take_original(passed)
-        if not settled or end > index + 1:
-            fit = _fit(context, stack, index, pairs, drafts.undo)
-            fits.append({"block": index, "absorbed": list(range(index + 1, end))} | fit)
-            settled = fit["error"] > _SETTLED
-            if fit["penalty"] is not None:
-                drafts.rewrite(f"{stack.path}.{index}.{name}" for name, _ in stack.blocks[index].named_parameters())
-        for pair in pairs:
-            if fits:
-                pair.take_compressed(index)
-            else:
-                pair.compressed = pair.original
+                if fits:
+                    pair.take_compressed(index)
+                else:
+                    pair.compressed = pair.original
     return fits
 
 
-def _fit(context: CalibrationContext, stack: Stack, index: int, pairs: list[StreamPair], undo: Undo) -> dict[str, Any]:
+def _fit(
+    context: CalibrationContext, stack: Stack, index: int, pairs: list[StreamPair], drafts: Drafts
+) -> dict[str, Any]:
     """Solve for one block's projections and write them; how far from the target they end, and the penalty."""
     writers = Writers(context.model, stack, index)
     streams, targets = [w.compressed for w in pairs], [w.original for w in pairs]
     fit = writers.fit([w.runner for w in pairs], streams, targets)
     if fit is None:
         return {"error": 1.0, "penalty": None}
-    writers.apply(fit.weight, undo)
+    writers.apply(fit.weight, drafts.undo)
+    drafts.rewrite(f"{stack.path}.{index}.{name}" for name, _ in stack.blocks[index].named_parameters())
     return {"error": fit.error, "penalty": fit.penalty}

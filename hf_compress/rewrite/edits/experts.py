@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 
+from hf_compress.anatomy.dispatch import without_hook
 from hf_compress.anatomy.experts import check_experts, expert_tables
 from hf_compress.anatomy.parts import expert_axes
 from hf_compress.errors import PlanError, UnsupportedModelError
@@ -33,7 +34,7 @@ class NarrowExperts(ModuleEdit):
             raise PlanError(
                 f"the experts of {self.experts} have {axes.width} hidden units; the plan asks for {self.width}"
             )
-        new = copy.copy(experts)
+        new = without_hook(copy.copy(experts))
         new._parameters = dict(experts._parameters)
         for name, (axis, times) in axes.of.items():
             shape = list(tables[name].shape)

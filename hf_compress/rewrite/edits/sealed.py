@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
+from hf_compress.anatomy.dispatch import computing_device
 from hf_compress.errors import PlanError
 from hf_compress.modules.sealed import Sealed
 from hf_compress.plan.edits import ModuleEdit, Path
@@ -23,4 +26,6 @@ class Seal(ModuleEdit):
         module = site.module(self.module)
         if module._parameters.get("weight") is None:
             raise PlanError(f"{self.module} has no weight to seal")
-        site.replace(self.module, Sealed(module))
+        sealed = Sealed(module)
+        sealed.weight = torch.empty_like(sealed.weight, device=computing_device(module))
+        site.replace(self.module, sealed)
