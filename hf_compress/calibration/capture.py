@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from hf_compress.anatomy.offloaded import computing_device
 from hf_compress.anatomy.stacks import Stack, reachable_configs
 from hf_compress.anatomy.state import State
 from hf_compress.anatomy.undo import Undo
@@ -73,13 +74,13 @@ def _configs(model: nn.Module) -> Iterator[object]:
 
 def forward(model: PreTrainedModel, batch: Batch) -> Any:
     """The model's output on a batch, without a cache; None when a watcher ended the pass."""
-    parameter = next(model.parameters())
+    device, dtype = computing_device(model), next(model.parameters()).dtype
     inputs: dict[str, Any] = {}
     for name, value in batch.inputs.items():
         if value.is_floating_point():
-            inputs[name] = value.to(parameter.device, parameter.dtype)
+            inputs[name] = value.to(device, dtype)
         else:
-            inputs[name] = value.to(parameter.device, torch.long if value.dtype == torch.int32 else value.dtype)
+            inputs[name] = value.to(device, torch.long if value.dtype == torch.int32 else value.dtype)
     if has_decoder(model) and "decoder_input_ids" not in inputs:
         inputs["decoder_input_ids"] = default_input(model, inputs)
     if "use_cache" in inspect.signature(model.forward).parameters:

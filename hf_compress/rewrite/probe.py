@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from hf_compress.anatomy.offloaded import computing_device
 from hf_compress.calibration.capture import forward, inference
 from hf_compress.calibration.data import Batch, prepare, special_ids
 from hf_compress.errors import UnsupportedModelError, one_line
@@ -145,8 +146,9 @@ def _generate(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Greedy continuation with the cache, (samples, positions)."""
     if not model.can_generate():
         raise UnsupportedModelError(f"{type(model).__name__} does not generate")
+    device = computing_device(model)
     inputs = {
-        name: value.to(model.device, torch.long if not value.is_floating_point() else model.dtype)
+        name: value.to(device, torch.long if not value.is_floating_point() else model.dtype)
         for name, value in batch.inputs.items()
     }
     with inference(model), torch.random.fork_rng(), quiet():
@@ -177,9 +179,10 @@ def same_outputs(first: Outputs, second: Outputs) -> bool:
 
 
 def same_tensor(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors have the same shape, dtype and bits (NaN where NaN)."""
+    """Whether two tensors, wherever they are, have the same shape, dtype and bits (NaN where NaN)."""
     if first.shape != second.shape or first.dtype != second.dtype:
         return False
+    second = second.to(first.device)
     return torch.equal(first, second) or bool(((first == second) | (first.isnan() & second.isnan())).all())
 
 
