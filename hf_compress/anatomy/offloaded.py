@@ -15,7 +15,6 @@ from accelerate.hooks import AlignDevicesHook, SequentialHook, add_hook_to_modul
 from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.integrations.accelerate import get_device
 
 from hf_compress.errors import UnsupportedModelError
 
@@ -66,8 +65,9 @@ def _on_cpu(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     if isinstance(weights, PrefixedDataset):
         return PrefixedDataset(_on_cpu(weights.dataset), weights.prefix)
     if isinstance(weights, OffloadedWeightsLoader):
-        weights = copy.copy(weights)
-        weights.device = None
+        left = copy.copy(weights)
+        left.device = None
+        return left
     return weights
 
 
@@ -105,11 +105,13 @@ def loading_device(model: PreTrainedModel) -> torch.device:
 
     On the CPU for parts on the disk, and there a power may be rounded differently than on a GPU.
     """
-    placed: dict[str, Any] | None = getattr(model, "hf_device_map", None)
-    computed = next((name for name, _ in model.named_non_persistent_buffers()), None)
-    if not placed or computed is None:
+    placed: dict[str, Any] = getattr(model, "hf_device_map", {})
+    path = next((path for path, module in model.named_modules() if module._non_persistent_buffers_set), None)
+    around = [name for name in placed if path is not None and f"{path}.".startswith(f"{name}." if name else "")]
+    if not around:
         return computing_device(model)
-    return torch.device(get_device(placed, computed, valid_torch_device=True))
+    device = placed[max(around, key=len)]
+    return torch.device("cpu" if device == "disk" else device)
 
 
 def dispatch_like(twin: PreTrainedModel, model: PreTrainedModel) -> None:
@@ -134,10 +136,10 @@ def _share(module: nn.Module, other: nn.Module) -> None:
             tensor = theirs.detach().to(mine.dtype)
             other._parameters[name] = nn.Parameter(tensor, requires_grad=mine.requires_grad)
     for name, buffer in other._buffers.items():
-        theirs = module._buffers.get(name)
-        if buffer is not None and theirs is not None:
+        shown = module._buffers.get(name)
+        if buffer is not None and shown is not None:
             computed = name in other._non_persistent_buffers_set
-            other._buffers[name] = buffer.to(theirs.device) if computed else theirs.detach().to(buffer.dtype)
+            other._buffers[name] = buffer.to(shown.device) if computed else shown.detach().to(buffer.dtype)
 
 
 def _copied(hook: Any) -> Any:

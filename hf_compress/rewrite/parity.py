@@ -1,9 +1,9 @@
 """Fail closed: the model in memory must be the model that its own saved config and weights would give.
 
 The rebuilt model goes through Transformers' own loader with the tensors of the live one, which it shares, so the check
-costs a forward pass and no second copy of the weights. What accelerate has put on a disk both read from there, a module
-at a time. What differs is named: a missing weight, a module's setting (a sliding window, a layer index), a buffer, or at
-last the outputs.
+costs a forward pass and no second copy of the weights. What accelerate has put on a disk both read from there, one
+module at a time. What differs is named: a missing weight, a module's setting (a sliding window, a layer index), a
+buffer, or at last the outputs.
 """
 
 from __future__ import annotations
