@@ -78,7 +78,7 @@ def whole_state(model: PreTrainedModel) -> dict[str, Tensor]:
         UnsupportedModelError: as for `stored`.
     """
     state = model.state_dict()
-    meta = {name for name, tensor in state.items() if tensor.is_meta}
+    meta = {name for name, tensor in state.items() if isinstance(tensor, Tensor) and tensor.is_meta}
     state |= {name: stored(model, name).to(state[name].dtype) for name in meta}
     for name, source in model.all_tied_weights_keys.items():
         if {name, source} <= meta and torch.equal(state[name], state[source]):

@@ -14,17 +14,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.anatomy.adapters import check_no_adapters
 from hf_compress.anatomy.offloaded import computing_device, is_offloaded, whole_state
-from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.data import Batch
 from hf_compress.errors import ParityError
 from hf_compress.report.card import CardDetails, model_card
 from hf_compress.rewrite.aligned import aligned
-from hf_compress.rewrite.probe import Probe, outputs_on, quiet, same_outputs, same_tensor
+from hf_compress.rewrite.probe import Probe, outputs_on, same_outputs, same_tensor
 from hf_compress.storage.beside import write_beside
 from hf_compress.storage.manifest import describe, verify_files, write_manifest
 from hf_compress.storage.portable import make_portable
 from hf_compress.storage.staging import check_writable, put_in_place, stage
-from hf_compress.storage.written import load, outputs_of, same_bits, tensors_in, written
+from hf_compress.storage.weights import tensors_in, write_weights
+from hf_compress.storage.written import load, outputs_of, same_bits, written
 
 
 def save(
@@ -118,19 +118,9 @@ def _write(
     card: ModelCard | None,
     portable: bool,
 ) -> None:
-    _write_weights(model, folder)
+    write_weights(model, folder)
     details = CardDetails(name=target.name, tokenizer=tokenizer is not None, portable=portable)
     write_beside(model, folder, target, tokenizer, card, lambda: model_card(model, details=details))
-
-
-def _write_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Have Transformers write a model; what is offloaded is mapped from its files, and takes no memory."""
-    with quiet(), Undo() as undo:
-        if not is_offloaded(model):
-            model.save_pretrained(folder)
-            return
-        undo.unset(model, "hf_device_map")  # by which Transformers would look for what is on meta, a shard in memory
-        model.save_pretrained(folder, state_dict=whole_state(model))
 
 
 def _share(folder: Path) -> None:

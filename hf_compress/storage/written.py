@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_submodules
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -18,6 +17,7 @@ from hf_compress.anatomy.offloaded import stored
 from hf_compress.errors import ParityError, one_line
 from hf_compress.rewrite.aligned import aligned
 from hf_compress.rewrite.probe import Outputs, Probe, outputs_on, quiet
+from hf_compress.storage.weights import tensors_in
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes; compared several times as fast as single ones
 
@@ -61,15 +61,6 @@ def load(model: PreTrainedModel, folder: Path, **placed: Any) -> PreTrainedModel
     """`from_pretrained` of a folder by the class and in the dtype of `model`."""
     with quiet():
         return type(model).from_pretrained(folder, dtype=model.dtype, **placed)
-
-
-def tensors_in(folder: Path) -> dict[str, Tensor]:
-    """All that is in the safetensors files of a folder, mapped."""
-    tensors: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
-    return tensors
 
 
 def same_bits(first: Tensor, second: Tensor) -> bool:
