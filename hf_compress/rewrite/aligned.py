@@ -39,31 +39,32 @@ def aligned(model: nn.Module, device: torch.device | None = None) -> Iterator[No
 
 def _copying(model: nn.Module, device: torch.device | None) -> Iterator[RemovableHandle]:
     """Hooks that put copies in the place of the parameters that need it, and take them out again."""
-    own: dict[nn.Module, dict[str, nn.Parameter | None]] = {}
+    own: dict[nn.Module, dict[str, nn.Parameter]] = {}
 
     def lend(module: nn.Module, args: object) -> None:
         if module not in own:  # else it calls itself
-            own[module] = dict(module._parameters)
-            module._parameters |= {name: _copy(p, device) for name, p in own[module].items() if _strays(p, device)}
+            own[module] = dict(_strays(module, device))
+            module._parameters |= {name: _copy(parameter, device) for name, parameter in own[module].items()}
 
     def take_back(module: nn.Module, args: object, output: object) -> None:
         module._parameters |= own.pop(module, {})
 
     for module in model.modules():
-        if any(_strays(parameter, device) for parameter in module._parameters.values()):
+        if any(True for _ in _strays(module, device)):
             yield module.register_forward_pre_hook(lend)
             yield module.register_forward_hook(take_back, always_call=True)
 
 
-def _strays(parameter: nn.Parameter | None, device: torch.device | None) -> bool:
-    """Whether a parameter has to be copied to be aligned on a device; one that is offloaded is not here."""
-    if parameter is None or parameter.is_meta:
-        return False
-    return parameter.data_ptr() % _ALIGNMENT != 0 or device not in (None, parameter.device)
+def _strays(module: nn.Module, device: torch.device | None) -> Iterator[tuple[str, nn.Parameter]]:
+    """A module's own parameters that have to be copied to be aligned on a device; what is offloaded is not here."""
+    for name, parameter in module._parameters.items():
+        if parameter is None or parameter.is_meta:
+            continue
+        if parameter.data_ptr() % _ALIGNMENT or device not in (None, parameter.device):
+            yield name, parameter
 
 
-def _copy(parameter: nn.Parameter | None, device: torch.device | None) -> nn.Parameter:
-    assert parameter is not None
+def _copy(parameter: nn.Parameter, device: torch.device | None) -> nn.Parameter:
     return nn.Parameter(parameter.detach().to(device, copy=True), requires_grad=False)
 
 

@@ -72,7 +72,7 @@ def test_a_parameter_that_nobody_can_load_is_named():
 def test_a_model_computes_where_its_hooks_say(tmp_path):
     there = dispatched(tiny_model("llama"), tmp_path)
     assert computing_device(there) == torch.device("cpu")
-    there._hf_hook.execution_device = 1
+    there._hf_hook.execution_device = "cuda:1"
     assert computing_device(there) == torch.device("cuda", 1)
     assert computing_device(tiny_model("llama")) == torch.device("cpu")
 
@@ -81,10 +81,10 @@ def test_a_model_computes_where_its_hooks_say(tmp_path):
     ("placed", "device"),
     [
         ({"": "disk"}, "cpu"),
-        ({"": 0, "model": 1, "model.rotary_emb": 2}, "cuda:2"),
-        ({"model": 1, "model.rotary": 2}, "cuda:1"),
-        ({"model": 1, "model.rotary_emb": "disk"}, "cpu"),
-        ({"lm_head": 1}, "cpu"),
+        ({"": "cpu", "model": "cuda:1", "model.rotary_emb": "cuda:2"}, "cuda:2"),
+        ({"model": "cuda:1", "model.rotary": "cuda:2"}, "cuda:1"),
+        ({"model": "cuda:1", "model.rotary_emb": "disk"}, "cpu"),
+        ({"lm_head": "cuda:1"}, "cpu"),
     ],
 )
 def test_tables_are_made_where_the_device_map_says(placed, device):

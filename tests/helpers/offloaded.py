@@ -21,11 +21,11 @@ def dispatched(
 
 
 def every_second_block(model: PreTrainedModel, stack: str = "model.layers") -> dict[str, str]:
-    """A device map that has every second block and the head on the disk, and the rest in memory."""
+    """A device map that has every second block on the disk, and a head that is not tied; the rest in memory."""
     inner, _, last = stack.rpartition(".")
     placed = {f"{inner}.{name}": "cpu" for name, _ in model.get_submodule(inner).named_children() if name != last}
     blocks = {f"{stack}.{i}": "disk" if i % 2 else "cpu" for i in range(len(model.get_submodule(stack)))}
-    return placed | blocks | {"lm_head": "disk"}
+    return placed | blocks | {"lm_head": "cpu" if model.all_tied_weights_keys else "disk"}
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
