@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -37,7 +36,7 @@ def write_weights(model: PreTrainedModel, folder: Path) -> None:
             return
         state = _saved(model)
         if converts:
-            state = {name: t for part in _converted(model, state, Path(aside)) for name, t in part.items()}
+            state = _converted(model, state, Path(aside))
         undo.unset(model, "hf_device_map")  # by which Transformers would look for tensors on meta, a shard at a time
         model.save_pretrained(folder, state_dict=state, save_original_format=False)
 
@@ -65,19 +64,26 @@ def _saved(model: PreTrainedModel) -> State:
     return remove_tied_weights_from_state_dict(state, model)
 
 
-def _converted(model: PreTrainedModel, state: State, aside: Path) -> Iterator[State]:
-    """Tensors in the form that is written, by blocks; those that had to be copied are mapped from files in `aside`."""
+def _converted(model: PreTrainedModel, state: State, aside: Path) -> State:
+    """Tensors in the form that is written; those that are copies, or parts, of others are mapped from files in `aside`.
+
+    Parts of one tensor would be copied on the way, all of them at once.
+    """
 
     def block(name: str) -> str:
         found = _BLOCK.match(name)
         return found[0] if found else ""
 
+    whole: State = {}
     for number, (_, names) in enumerate(groupby(sorted(state, key=block), block)):
-        part = {name: state[name] for name in names}
-        own = {tensor.untyped_storage().data_ptr() for tensor in part.values()}
-        written = revert_weight_conversion(model, dict(part))
-        copies = {n: t.contiguous() for n, t in written.items() if t.untyped_storage().data_ptr() not in own}
-        path = aside / f"{number}.safetensors"
-        if copies:
-            save_file(copies, path)
-        yield written | (_mapped(path) if copies else {})
+        whole |= _converted_block(model, {name: state[name] for name in names}, aside / f"{number}.safetensors")
+    return whole
+
+
+def _converted_block(model: PreTrainedModel, block: State, file: Path) -> State:
+    own = {(tensor.data_ptr(), tensor.nbytes) for tensor in block.values()}
+    written = revert_weight_conversion(model, dict(block))
+    if others := {name: t.contiguous() for name, t in written.items() if (t.data_ptr(), t.nbytes) not in own}:
+        save_file(others, file)
+        written |= _mapped(file)
+    return written
