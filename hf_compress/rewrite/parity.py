@@ -1,8 +1,9 @@
 """Fail closed: the model in memory must be the model that its own saved config and weights would give.
 
 The rebuilt model goes through Transformers' own loader with the tensors of the live one, which it shares, so the check
-costs a forward pass and no second copy of the weights. What differs is named: a missing weight, a module's setting (a
-sliding window, a layer index), a buffer, or at last the outputs.
+costs a forward pass and no second copy of the weights. What accelerate has put on a disk both read from there, one
+module at a time. What differs is named: a missing weight, a module's setting (a sliding window, a layer index), a
+buffer, or at last the outputs.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.dispatch import is_dispatched
 from hf_compress.anatomy.layout import position_fields
+from hf_compress.anatomy.offloaded import dispatch_like, loading_device, stand_ins
 from hf_compress.calibration.capture import forward, hooked, inference
 from hf_compress.errors import ParityError, UnsupportedModelError, one_line
 from hf_compress.rewrite.probe import Outputs, Probe, outputs_on, quiet, same_outputs, same_tensor
@@ -34,6 +37,8 @@ def rebuild(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         ParityError: the config is refused, or the weights are not those that it asks for.
     """
+    dispatched = is_dispatched(model)
+    device = loading_device(model) if dispatched else model.device
     try:
         with quiet(), TemporaryDirectory() as folder:
             model.config.save_pretrained(folder)  # through the file: what is not in config.json is lost here too
@@ -42,9 +47,9 @@ def rebuild(model: PreTrainedModel) -> PreTrainedModel:
             rebuilt, info = loader(
                 None,
                 config=config,
-                state_dict=model.state_dict(),
+                state_dict=stand_ins(model, device) if dispatched else model.state_dict(),
                 dtype=model.dtype,
-                device_map={"": model.device} if model.device.type != "cpu" else None,
+                device_map={"": device} if device.type != "cpu" else None,
                 attn_implementation=attention_of(model.config),
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # reported below, by name
@@ -59,6 +64,8 @@ def rebuild(model: PreTrainedModel) -> PreTrainedModel:
                 f"a model rebuilt from the config would have {kind.replace('_', ' ')}: {', '.join(keys[:4])}"
                 f"{_position_hint(model)}"
             )
+    if dispatched:
+        dispatch_like(rebuilt, model)
     if model.can_generate():
         rebuilt.generation_config = model.generation_config  # saved in a file of its own
     return rebuilt.train(model.training)
@@ -177,7 +184,11 @@ def _buffer_differences(model: PreTrainedModel, rebuilt: PreTrainedModel) -> Ite
     for path, buffer in model.named_buffers():
         if path not in buffers and not path.startswith(stacks):
             continue
-        if path not in buffers or not same_tensor(buffer, buffers[path]):
+        if buffer.is_meta:  # offloaded: the rebuilt model reads the same one, if it is of this shape
+            same = path in buffers and buffers[path].shape == buffer.shape and buffers[path].dtype == buffer.dtype
+        else:
+            same = path in buffers and same_tensor(buffer, buffers[path])
+        if not same:
             yield f"the buffer {path} would have other values{_dtype_hint(buffer, buffers.get(path))}"
 
 

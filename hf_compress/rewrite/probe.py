@@ -179,9 +179,10 @@ def same_outputs(first: Outputs, second: Outputs) -> bool:
 
 
 def same_tensor(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors have the same shape, dtype and bits (NaN where NaN)."""
+    """Whether two tensors, wherever they are, have the same shape, dtype and bits (NaN where NaN)."""
     if first.shape != second.shape or first.dtype != second.dtype:
         return False
+    second = second.to(first.device)
     return torch.equal(first, second) or bool(((first == second) | (first.isnan() & second.isnan())).all())
 
 

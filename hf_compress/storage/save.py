@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,19 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.anatomy.adapters import check_no_adapters
+from hf_compress.anatomy.dispatch import computing_device, is_offloaded
+from hf_compress.anatomy.offloaded import whole_state
 from hf_compress.calibration.data import Batch
-from hf_compress.errors import ParityError, one_line
+from hf_compress.errors import ParityError
 from hf_compress.report.card import CardDetails, model_card
-from hf_compress.rewrite.probe import Probe, outputs_on, quiet, same_outputs, same_tensor
+from hf_compress.rewrite.aligned import aligned
+from hf_compress.rewrite.probe import Probe, outputs_on, same_outputs, same_tensor
 from hf_compress.storage.beside import write_beside
 from hf_compress.storage.manifest import describe, verify_files, write_manifest
 from hf_compress.storage.portable import make_portable
 from hf_compress.storage.staging import check_writable, put_in_place, stage
+from hf_compress.storage.weights import tensors_in, write_weights
+from hf_compress.storage.written import load, outputs_of, same_bits, written
 
 
 def save(
@@ -113,8 +119,7 @@ def _write(
     card: ModelCard | None,
     portable: bool,
 ) -> None:
-    with quiet():
-        model.save_pretrained(folder)
+    write_weights(model, folder)
     details = CardDetails(name=target.name, tokenizer=tokenizer is not None, portable=portable)
     write_beside(model, folder, target, tokenizer, card, lambda: model_card(model, details=details))
 
@@ -128,18 +133,38 @@ def _share(folder: Path) -> None:
 
 
 def verify(model: PreTrainedModel, folder: Path, probe: Probe) -> None:
-    """Raise unless the model loaded from `folder` is `model`: the same tensors, and the same outputs on the probe."""
-    try:
-        with quiet():
-            loaded = type(model).from_pretrained(folder, dtype=model.dtype, device_map={"": model.device})
-    except Exception as error:
-        raise ParityError(f"the saved model does not load: {one_line(error)}") from error
-    for name, difference in tensor_differences(model.state_dict(), loaded.state_dict()):
-        raise ParityError(f"the saved model does not load as it is in memory: {name} {difference}")
-    loaded.train(model.training)
-    own_memory(loaded)
-    if not same_outputs(outputs_on(model, probe), outputs_on(loaded, probe)):
-        raise ParityError("the saved model has the same tensors as the one in memory, but gives other outputs")
+    """Raise unless the model loaded from `folder` is `model`: the same tensors, and the same outputs on the probe.
+
+    Of the loaded one no more is in memory than the weights of the module that runs, as long as nothing differs.
+    """
+    with written(model, folder) as loaded:
+        for name, difference in _differences(model, loaded, folder):
+            raise ParityError(f"the saved model does not load as it is in memory: {name} {difference}")
+        if not _gives_the_same(model, loaded, folder, probe):
+            raise ParityError("the saved model has the same tensors as the one in memory, but gives other outputs")
+
+
+def _differences(model: PreTrainedModel, loaded: PreTrainedModel, folder: Path) -> Iterator[tuple[str, str]]:
+    """What tells the tensors of a model from those in the files, and from those that were loaded from them."""
+    state = whole_state(model)
+    for name, tensor in tensors_in(folder).items():
+        if name in state and tensor.dtype != state[name].dtype:
+            yield name, f"was written as {tensor.dtype} instead of {state[name].dtype}"
+    yield from tensor_differences(state, loaded.state_dict(), same_bits)
+
+
+def _gives_the_same(model: PreTrainedModel, loaded: PreTrainedModel, folder: Path, probe: Probe) -> bool:
+    """Whether two models with the same tensors give the same outputs."""
+    with aligned(model):
+        expected = outputs_on(model, probe)
+    with suppress(Exception):  # a module that reads the weights of another finds them on the CPU
+        if same_outputs(expected, outputs_of(loaded, computing_device(model), probe)):
+            return True
+    if is_offloaded(model):
+        return False
+    again = load(model, folder, device_map={"": model.device}).train(model.training)
+    own_memory(again)  # or finds them not aligned
+    return same_outputs(outputs_on(model, probe), outputs_on(again, probe))
 
 
 def own_memory(model: PreTrainedModel) -> None:
@@ -153,9 +178,11 @@ def own_memory(model: PreTrainedModel) -> None:
             parameter.data = parameter.data.clone()
 
 
-def tensor_differences(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[tuple[str, str]]:
+def tensor_differences(
+    first: dict[str, Tensor], second: dict[str, Tensor], same: Callable[[Tensor, Tensor], bool] = same_tensor
+) -> list[tuple[str, str]]:
     """The names of the tensors that are not the same in both, and what is wrong with each."""
     missing = [(name, "is missing") for name in first.keys() - second.keys()]
     added = [(name, "appears from nowhere") for name in second.keys() - first.keys()]
-    changed = [(n, "has other values") for n in first.keys() & second.keys() if not same_tensor(first[n], second[n])]
+    changed = [(n, "has other values") for n in first.keys() & second.keys() if not same(first[n], second[n])]
     return sorted(missing + added + changed)

@@ -7,7 +7,8 @@ from torch import nn
 from hf_compress.calibration.data import Batch
 from hf_compress.errors import ParityError, UnsupportedModelError
 from hf_compress.rewrite.parity import check_parity, rebuild
-from hf_compress.rewrite.probe import Probe, same_outputs, same_tensor
+from hf_compress.rewrite.probe import Probe, outputs_on, same_outputs, same_tensor
+from tests.helpers.offloaded import dispatched, every_second_block
 from tests.helpers.tiny import tiny_base_model, tiny_inputs, tiny_model, tiny_vision_language_model
 
 
@@ -30,6 +31,46 @@ def test_the_rebuilt_model_shares_the_weights():
     rebuilt = rebuild(model)
     assert rebuilt.model.layers[0].mlp.up_proj.weight.data_ptr() == model.model.layers[0].mlp.up_proj.weight.data_ptr()
     assert rebuilt is not model
+
+
+def all_on_the_disk(model):
+    return {"": "disk"}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "place"),
+    [
+        ("llama", every_second_block),
+        *((kind, all_on_the_disk) for kind in ("llama", "gpt2", "gemma3_text", "mixtral", "qwen3_moe", "jamba")),
+    ],
+)
+def test_a_dispatched_model_agrees_with_itself(tmp_path, model_type, place):
+    model = tiny_model(model_type)
+    there = dispatched(model, tmp_path, place(model))
+    probe = Probe.of(model, Batch(tiny_inputs(model), None))
+    assert same_outputs(check_parity(there, probe), outputs_on(model, probe))
+    assert any(parameter.is_meta for parameter in there.parameters())
+
+
+def test_the_model_rebuilt_from_a_dispatched_one_reads_what_it_reads(tmp_path):
+    model = tiny_model("llama")
+    there = dispatched(model, tmp_path, every_second_block(model))
+    rebuilt = rebuild(there)
+    for name, parameter in there.named_parameters():
+        assert rebuilt.get_parameter(name).is_meta == parameter.is_meta
+        assert rebuilt.get_parameter(name).data_ptr() == parameter.data_ptr()
+    there.lm_head._hf_hook.weights_map = {"weight": torch.zeros(model.lm_head.weight.shape)}
+    inputs = tiny_inputs(model)
+    with torch.no_grad():
+        assert torch.equal(rebuilt(**inputs).logits, model(**inputs).logits)  # whose hooks are copies
+        assert not rebuild(there)(**inputs).logits.any()
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_a_buffer_that_is_on_the_disk_too_is_no_difference(tmp_path, model_type):
+    model = tiny_model(model_type)
+    model.save_pretrained(tmp_path)
+    check(type(model).from_pretrained(tmp_path, device_map={"": "disk"}, offload_buffers=True))
 
 
 def wrong_layer_index(model):
@@ -68,8 +109,10 @@ def count_without_a_block(model):
         (count_without_a_block, UnsupportedModelError, "no list of blocks whose length a config field counts"),
     ],
 )
-def test_what_differs_is_named(break_it, error, message):
+@pytest.mark.parametrize("place", [None, all_on_the_disk, every_second_block])
+def test_what_differs_is_named(tmp_path, place, break_it, error, message):
     model = tiny_model("gemma3_text")
+    model = model if place is None else dispatched(model, tmp_path, place(model))
     probe = Probe.of(model, Batch(tiny_inputs(model), None))
     break_it(model)
     with pytest.raises(error, match=message):
@@ -82,6 +125,14 @@ def test_a_difference_that_no_setting_shows_is_found_in_the_outputs():
     model.model.layers[1].forward = lambda *args, **kwargs: own(*args, **kwargs) * 1.001
     with pytest.raises(ParityError, match="gives other outputs"):
         check(model)
+
+
+def test_a_weight_on_the_disk_that_has_another_shape_is_named(tmp_path):
+    there = dispatched(tiny_model("llama"), tmp_path)
+    probe = Probe.of(there, Batch(tiny_inputs(there), None))
+    there.model.layers[1].mlp.up_proj.weight = nn.Parameter(torch.empty(3, 5, device="meta"))
+    with pytest.raises(ParityError, match=r"mismatched keys: model\.layers\.1\.mlp\.up_proj\.weight"):
+        check(there, probe)
 
 
 def test_a_model_that_does_not_run_afterwards_is_told_from_one_that_never_did():
