@@ -95,4 +95,5 @@ def writes(tensor: Tensor) -> int:
 def _copy(parameter: Tensor, value: Tensor) -> None:
     """By its data, which does not count as writing in place: by that count `State` knows what a forward pass did."""
     parameter.data.copy_(value)
-    vars(parameter)[_WRITES] = writes(parameter) + 1
+    whole = parameter if parameter._base is None else parameter._base  # of the transposed weight of a linear map, say
+    vars(whole)[_WRITES] = writes(whole) + 1
