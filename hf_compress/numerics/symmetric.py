@@ -55,8 +55,8 @@ def cholesky(matrix: Tensor) -> Tensor | None:
 def regular_cholesky(system: Callable[[], Tensor]) -> Tensor:
     """The lower Cholesky factor of a positive semidefinite matrix, regularised as far as its dtype needs it.
 
-    Where it is not definite to working precision, each diagonal entry is raised by a share of its own, at first that
-    which random rounding errors add up to: features stay what they are but for that share of their energy.
+    Where it is not definite to working precision, each diagonal entry is raised by a share of its own, at first one
+    beyond what random rounding errors add up to: features stay what they are but for that share of their energy.
 
     Args:
         system: makes the matrix, [p, p], as often as it is tried; it is overwritten.
@@ -65,14 +65,15 @@ def regular_cholesky(system: Callable[[], Tensor]) -> Tensor:
         ValueError: NaN or infinite entries.
     """
     matrix = system()
-    mean = float(matrix.diagonal().mean())
+    own = matrix.diagonal().clone()
+    mean = float(own.mean())
     if not math.isfinite(mean):
         raise ValueError("a Gram matrix has NaN or infinite entries: give rows of finite and smaller entries")
-    floor = matrix.diagonal().clamp(min=mean if mean > 0 else 1.0)
-    share = 2 * len(matrix) ** 0.5 * torch.finfo(matrix.dtype).eps
+    own[own <= 0] = mean if mean > 0 else 1.0
+    share = 8 * len(matrix) ** 0.5 * torch.finfo(matrix.dtype).eps
     while (factor := cholesky(matrix)) is None:
         matrix = system()
-        matrix.diagonal().add_(floor, alpha=share)
+        matrix.diagonal().add_(own, alpha=share)
         share *= 8
     return factor
 
