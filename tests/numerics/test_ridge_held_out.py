@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_compress.methods.base.ridge import HeldOutSums, is_held_out
+from hf_compress.methods.base.ridge import HeldOutSums, is_held_out, lowest
 from hf_compress.numerics.ridge import LeastSquares
 
 FIELDS = ("gram", "cross", "x_sum", "y_sum")
@@ -175,6 +175,76 @@ def test_the_rows_that_choose_are_not_those_that_are_fitted() -> None:
     few = statistics(*data(6))
     assert HeldOutSums(few, few).fit(penalties=PENALTIES).penalty == PENALTIES[0]
     assert HeldOutSums(few, statistics(*data(400, seed=1))).fit(penalties=PENALTIES).penalty > PENALTIES[0]
+
+
+@pytest.mark.parametrize("values", range(1, 9))
+def test_the_lowest_is_found_downhill_from_the_middle(values: int) -> None:
+    """Wherever it is, and no value is tried twice, nor one behind a neighbour that is higher."""
+    for bottom in range(values):
+        tried = []
+
+        def attempt(value: float, bottom: int = bottom, tried: list[float] = tried) -> tuple[float, str]:
+            tried.append(value)
+            return abs(value - bottom), f"of {value}"
+
+        assert lowest(attempt, range(values)) == (bottom, f"of {bottom}")
+        assert len(tried) == len(set(tried)) <= abs(bottom - values // 2) + 3
+
+
+def many_outputs(rows: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Of correlated outputs, some of them much larger than others."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, 40, generator=generator)
+    maps = torch.randn(40, 6, generator=torch.Generator().manual_seed(5))
+    maps = maps @ torch.randn(6, 300, generator=torch.Generator().manual_seed(6))
+    sizes = torch.linspace(-2, 1, 300).exp()
+    return x, (x @ maps + 8 * torch.randn(rows, 300, generator=generator)) * sizes
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("rows", [30, 60, 400])
+def test_mixtures_of_many_outputs_choose_as_well_as_all_of_them(affine: bool, rows: int) -> None:
+    (x, y), (x_held, y_held) = many_outputs(rows, 0), many_outputs(200, 1)
+    sums, prior = HeldOutSums(statistics(x, y), statistics(x_held, y_held)), torch.full((40, 300), 0.1)
+    penalties = (1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 3.0)
+    errors = {}
+    for penalty in penalties:
+        weight, bias = solution(x.double(), y.double(), penalty, prior.double(), affine)
+        errors[penalty] = float((x_held.double() @ weight + bias - y_held.double()).square().sum())
+    fit = sums.fit(prior, affine, penalties)
+    assert errors[fit.penalty] < 1.01 * min(errors.values())
+    assert max(errors.values()) > 1.1 * min(errors.values()) or rows == 400
+    assert fit.error == pytest.approx(errors[fit.penalty] / float(y_held.double().square().sum()))
+
+
+def test_sums_are_of_float32_unless_rows_are_float64_and_about_means_where_there_is_a_bias() -> None:
+    x, y = data()
+    for dtype, of_sums in ((torch.bfloat16, torch.float32), (torch.float32, torch.float32), (x.dtype, x.dtype)):
+        for affine in (True, False):
+            sums = HeldOutSums.like(x.to(dtype), y, affine)
+            assert sums.fitted.dtype == sums.held.dtype == of_sums
+            for one in (sums.fitted, sums.held):
+                near = torch.allclose(one.origin, x.mean(0), rtol=1e-2, atol=1e-2)
+                assert near if affine else not one.origin.any()
+                assert torch.allclose(one.y_origin, y.mean(0)) if affine else not one.y_origin.any()
+    assert not HeldOutSums.like(x[:0], y[:0], True).fitted.origin.any()  # of which there is no mean
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("origin", [True, False])
+def test_normal_equations_are_those_of_all_batches(affine: bool, origin: bool) -> None:
+    (x, y), (x_held, y_held) = data(), data(seed=1)
+    sums = HeldOutSums.like(x, y, origin)
+    sums.update(x, y, held=False)
+    sums.update(x_held, y_held, held=True)
+    every_x, every_y = torch.cat([x, x_held]), torch.cat([y, y_held])
+    if affine:
+        every_x, every_y = every_x - every_x.mean(0), every_y - every_y.mean(0)
+    torch.testing.assert_close(sums.normal_gram(affine), every_x.T @ every_x)
+    torch.testing.assert_close(sums.normal_cross(affine), every_x.T @ every_y)
+    torch.testing.assert_close(sums.all.normal_gram(affine), every_x.T @ every_x)
+    torch.testing.assert_close(sums.all.normal_cross(affine), every_x.T @ every_y)
+    assert sums.energy == pytest.approx(float(torch.cat([y, y_held]).square().sum()) / 120)
 
 
 def test_one_penalty_leaves_no_choice() -> None:
