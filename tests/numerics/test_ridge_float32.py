@@ -151,7 +151,8 @@ def test_a_mix_of_outputs_is_regressed_like_them() -> None:
         for penalty in (1e-3, 1.0):
             ridge = Ridge(sums, affine)
             weight, bias = ridge.solution(ridge.solver(penalty), mixed, prior @ mix)
-            own = expected.solve_affine(penalty, prior @ mix) if affine else (expected.solve(penalty, prior @ mix), None)
+            own_ridge = Ridge(expected, affine)
+            own = own_ridge.solution(own_ridge.solver(penalty), expected, prior @ mix)
             torch.testing.assert_close(weight, own[0])
             solved.append(mixed.excess(weight, bias) - expected.count * expected.error(*own))
         assert solved[0] == pytest.approx(solved[1])

@@ -181,7 +181,7 @@ def test_the_rows_that_choose_are_not_those_that_are_fitted() -> None:
 def test_the_lowest_is_found_downhill_from_the_middle(values: int) -> None:
     """Wherever it is, and no value is tried twice, nor one behind a neighbour that is higher."""
     for bottom in range(values):
-        tried = []
+        tried: list[float] = []
 
         def attempt(value: float, bottom: int = bottom, tried: list[float] = tried) -> tuple[float, str]:
             tried.append(value)

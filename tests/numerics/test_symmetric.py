@@ -84,9 +84,7 @@ def test_features_of_very_different_scale_are_not_taken_for_singular(dtype: torc
     scale = torch.tensor([1e6, 1e-4, 1.0, *[1.0] * 8], dtype=torch.float64)
     factor = cholesky((scale[:, None] * gram() * scale).to(dtype))
     assert factor is not None
-    torch.testing.assert_close(
-        factor.double() / scale[:, None], torch.linalg.cholesky(gram()), rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(factor.double() / scale[:, None], torch.linalg.cholesky(gram()), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -9,13 +9,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from hf_compress.numerics.ridge import LeastSquares, Ridge
-
-T = TypeVar("T")
+from hf_compress.numerics.ridge import LeastSquares, Ridge, Solver
 
 HELD_OUT = 4
 PENALTIES = (1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 3.0)  # worth trying, relative to the mean variance of the inputs
 _CAUTIOUS = (0.1,)  # where there is nothing to choose a penalty by
+_T = TypeVar("_T")
 _MIXTURES = 64  # of the outputs, that a penalty is chosen by
 
 
@@ -90,21 +89,21 @@ class HeldOutSums:
 
     def normal_gram(self, affine: bool) -> Tensor:
         """X^T X over all batches, (inputs, inputs), as a new tensor; about the mean if `affine`."""
-        gram = self.fitted.gram_about(self._point("x_sum", affine))
-        return self.held.gram_about(self._point("x_sum", affine), onto=gram)
+        point, _ = self._points(affine)
+        return self.held.gram_about(point, onto=self.fitted.gram_about(point))
 
     def normal_cross(self, affine: bool) -> Tensor:
         """X^T Y over all batches, (inputs, outputs); about the means if `affine`."""
-        points = self._point("x_sum", affine), self._point("y_sum", affine)
+        points = self._points(affine)
         return self.fitted.cross_about(*points).add_(self.held.cross_about(*points))
 
-    def _point(self, of: str, affine: bool) -> Tensor:
-        """The mean over all batches, or 0."""
+    def _points(self, affine: bool) -> tuple[Tensor, Tensor]:
+        """The means of x and y over all batches, or zeros. ValueError where there are no rows at all."""
         count = self.fitted.count + self.held.count
         if count == 0:
             self.fitted.require_rows()
-        total = getattr(self.fitted, of) + getattr(self.held, of)
-        return total / count if affine else torch.zeros_like(total)
+        share = 1 / count if affine else 0.0
+        return share * (self.fitted.x_sum + self.held.x_sum), share * (self.fitted.y_sum + self.held.y_sum)
 
     def update(self, x: Tensor, y: Tensor, weights: Tensor | None = None, *, held: bool) -> None:
         """Add the rows of a batch; `weights` (tokens) count a row as so many."""
@@ -135,34 +134,38 @@ class HeldOutSums:
             ValueError: no rows at all; no penalties.
         """
         penalties = PENALTIES if penalties is None else penalties
-        fitted, held = self.fitted, self.held
-        if fitted.count == 0 or held.count == 0:
-            fitted = held = self.all
-            penalties = _CAUTIOUS
         if not penalties:
             raise ValueError("penalties is empty; expected at least one, e.g. 1e-3")
-        ridge = Ridge(fitted, affine, parts)
-        mix = _mixtures(fitted.outputs)
-        few = fitted, held, prior
-        if mix is not None:
-            few = fitted.mix(mix), held.mix(mix), None if prior is None else prior.to(mix) @ mix
+        if self.fitted.count == 0 or self.held.count == 0:
+            everything = self.all
+            penalty, error = HeldOutSums(everything, everything)._choose(_CAUTIOUS, prior, affine, parts)
+        else:
+            penalty, error = self._choose(penalties, prior, affine, parts)
+            everything = self.all
+        ridge = Ridge(everything, affine, parts)
+        weight, bias = ridge.solution(ridge.solver(penalty), everything, prior)
+        return RidgeFit(weight, bias, penalty, error)
 
-        def attempt(penalty: float) -> tuple[float, Callable[[Tensor], Tensor]]:
+    def _choose(
+        self, penalties: Sequence[float], prior: Tensor | None, affine: bool, parts: Sequence[int] | None
+    ) -> tuple[float, float]:
+        """The penalty that does best on the rows held out, and the error there of the fit on the others."""
+        ridge = Ridge(self.fitted, affine, parts)
+        fitted, held, start = self.fitted, self.held, prior
+        if (mix := _mixtures(fitted.outputs)) is not None:
+            fitted, held, start = fitted.mix(mix), held.mix(mix), None if prior is None else prior.to(mix) @ mix
+
+        def attempt(penalty: float) -> tuple[float, Solver]:
             solver = ridge.solver(penalty)
-            return few[1].excess(*ridge.solution(solver, few[0], few[2])), solver
+            return held.excess(*ridge.solution(solver, fitted, start)), solver
 
-        best, solver = lowest(attempt, penalties)
-        error = held.error(*ridge.solution(solver, fitted, prior))
-        scale = held.energy / held.count
-        del solver
-        if held is not fitted:
-            fitted = self.all
-            ridge = Ridge(fitted, affine, parts)
-        weight, bias = ridge.solution(ridge.solver(best), fitted, prior)
-        return RidgeFit(weight, bias, best, error / scale if scale else 0.0)
+        penalty, solver = lowest(attempt, penalties)
+        scale = self.held.energy / self.held.count
+        error = self.held.error(*ridge.solution(solver, self.fitted, prior))
+        return penalty, error / scale if scale else 0.0
 
 
-def lowest(attempt: Callable[[float], tuple[float, T]], values: Sequence[float]) -> tuple[float, T]:
+def lowest(attempt: Callable[[float], tuple[float, _T]], values: Sequence[float]) -> tuple[float, _T]:
     """Of values in order, one where a function is lower than at its neighbours, and what came with it there."""
     place = len(values) // 2
     at, found = attempt(values[place])
