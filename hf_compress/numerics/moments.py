@@ -70,7 +70,7 @@ class Moments:
     @property
     def gram(self) -> Tensor:
         """Sum of x x^T, [p, p]: the sums' own memory where their origin is 0."""
-        return self.gram_about(torch.zeros_like(self.origin)) if self.origin.any() else self._symmetric()
+        return self.gram_about(torch.zeros_like(self.origin)) if self.origin.any() else self.own_gram()
 
     @property
     def centred_gram(self) -> Tensor:
@@ -89,31 +89,37 @@ class Moments:
 
     def gram_about(self, point: Tensor, onto: Tensor | None = None) -> Tensor:
         """Sum of (x - point)(x - point)^T, [p, p]: added to `onto`, or as a new tensor."""
-        gram = self._symmetric().clone() if onto is None else onto.add_(self._symmetric().to(onto))
-        left, right = self._shift(point)
-        return gram.addmm_(left.to(gram), right.T.to(gram))
+        gram = self.own_gram().clone() if onto is None else onto.add_(self.own_gram().to(onto))
+        return self.shift(gram, point)
 
     def squares_about(self, point: Tensor) -> Tensor:
         """The diagonal of `gram_about`, [p] float64."""
-        left, right = self._shift(point)
-        return self._gram.diagonal().double() + (left * right).sum(dim=1)
+        step = self.origin - point.to(self.origin)
+        return self._gram.diagonal().double() + step * (2 * self._x + self.count * step)
 
     def principal(self) -> tuple[Tensor, Tensor]:
         """Orthonormal directions [p, p], a column each, and their variances [p], the largest first."""
         variances, directions = torch.linalg.eigh(self.covariance)
         return directions.flip(1), variances.flip(0).clamp(min=0)
 
-    def _shift(self, point: Tensor) -> tuple[Tensor, Tensor]:
-        """Two factors, [p, 2]: what their product adds to the Gram matrix makes it one about another point.
+    def shift(self, total: Tensor, point: Tensor, times: Tensor | None = None, sign: int = 1) -> Tensor:
+        """Add to `total`, in its memory, what the Gram matrix about another point is more than that about the origin.
 
-        With s the sum of x - origin, d = origin - point:  sum (x - point)(x - point)^T - sum (x - origin)(x - origin)^T
-        = s d^T + d (s + n d)^T.
+        With s the sum of x - origin and d = origin - point that is  s d^T + d (s + n d)^T.
+
+        Args:
+            times: [p, q] that it is multiplied by from the right first.
+            sign: 1, or -1 to take it away.
         """
         step = self.origin - point.to(self.origin)
-        return torch.stack([self._x, step], dim=1), torch.stack([step, self._x + self.count * step], dim=1)
+        if not bool(step.any()):
+            return total
+        left = torch.stack([self._x, step], dim=1).to(total)
+        right = torch.stack([step, self._x + self.count * step]).to(total)
+        return total.addmm_(left, right if times is None else right @ times, alpha=sign)
 
-    def _symmetric(self) -> Tensor:
-        """The sums about the origin, both triangles."""
+    def own_gram(self) -> Tensor:
+        """Sum of (x - origin)(x - origin)^T, [p, p]: the sums' own memory."""
         if not self._mirrored:
             mirror(self._gram)
             self._mirrored = True

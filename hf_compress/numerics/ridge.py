@@ -170,7 +170,7 @@ class LeastSquares(Moments):
                 f"{other.outputs}; expected the same features on both sides"
             )
         merged = copy.copy(self)
-        merged._gram = other.gram_about(self.origin, onto=self._symmetric().clone())
+        merged._gram = other.gram_about(self.origin, onto=self.own_gram().clone())
         merged._mirrored = True
         merged._cross = self._cross + other.cross_about(self.origin, self.y_origin).to(self._cross)
         merged._x = self._x + (other.x_sum.to(self._x) - other.count * self.origin)
@@ -187,7 +187,7 @@ class LeastSquares(Moments):
         some = copy.copy(self)
         features = features.to(self.device)
         some.inputs = len(features)
-        some._gram, some._cross = self._symmetric()[features[:, None], features], self._cross[features]
+        some._gram, some._cross = self.own_gram()[features[:, None], features], self._cross[features]
         some.origin, some._x, some._y = self.origin[features], self._x[features], self._y.clone()
         return some
 
@@ -241,7 +241,7 @@ class LeastSquares(Moments):
         weight = weight.to(self._cross)
         at_origin, of_sum = torch.stack([self.origin, self._x]) @ weight.double()
         offset = offset + at_origin - self.y_origin
-        rest = (self._symmetric() @ weight).sub_(self._cross, alpha=2).mul_(weight).sum(dtype=torch.float64)
+        rest = (self.own_gram() @ weight).sub_(self._cross, alpha=2).mul_(weight).sum(dtype=torch.float64)
         total = rest + offset @ (2 * (of_sum - self._y) + self.count * offset)
         if not math.isfinite(total):
             raise ValueError(f"the squared error is {float(total)}; expected finite entries in weight and bias")
@@ -292,7 +292,9 @@ class Ridge:
         _check_penalty(penalty)
 
         def system() -> Tensor:
-            gram = self.sums.gram_about(self.point).mul_(self.scales).mul_(self.scales[:, None])
+            gram = self.sums.gram_about(self.point)
+            if bool((self.scales != 1).any()):
+                gram.mul_(self.scales).mul_(self.scales[:, None])
             gram.diagonal().add_(penalty * self.unit)
             return gram
 
@@ -309,9 +311,7 @@ class Ridge:
         scales = self.scales[:, None]
         if prior is not None:
             start = prior.to(right) * (scales != 0)
-            left, other = (factor.to(right) for factor in sums._shift(self.point))
-            right -= sums._symmetric() @ start
-            right.addmm_(left, other.T @ start, alpha=-1)
+            sums.shift(right.sub_(sums.own_gram() @ start), self.point, start, sign=-1)
         weight = solver(right.mul_(scales)).mul_(scales)
         if prior is not None:
             weight += prior.to(weight)
