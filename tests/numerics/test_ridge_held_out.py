@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_compress.methods.base.ridge import HeldOutSums, is_held_out, lowest
+from hf_compress.methods.base import ridge as ridge_module
+from hf_compress.methods.base.ridge import HeldOutSums, downhill, is_held_out, lowest
 from hf_compress.numerics.ridge import LeastSquares
 
 FIELDS = ("gram", "cross", "x_sum", "y_sum")
@@ -145,7 +146,12 @@ def test_taking_leaves_the_whole_alone() -> None:
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("with_prior", [False, True])
 @pytest.mark.parametrize("rows", [6, 12, 300])
-def test_the_penalty_is_the_best_on_rows_held_out(affine: bool, with_prior: bool, rows: int) -> None:
+@pytest.mark.parametrize("narrow", [4, 5])
+def test_the_penalty_is_the_best_on_rows_held_out(
+    affine: bool, with_prior: bool, rows: int, narrow: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Looked for downhill, where inputs are many, or among all."""
+    monkeypatch.setattr(ridge_module, "_NARROW", narrow)
     (x, y), (x_held, y_held) = data(rows), data(40, seed=1)
     prior = torch.full((5, 3), 0.3, dtype=torch.float64) if with_prior else None
     errors = {}
@@ -187,7 +193,7 @@ def test_the_lowest_is_found_downhill_from_the_middle(values: int) -> None:
             tried.append(value)
             return abs(value - bottom), f"of {value}"
 
-        assert lowest(attempt, range(values)) == (bottom, f"of {bottom}")
+        assert downhill(attempt, range(values)) == (bottom, f"of {bottom}")
         assert len(tried) == len(set(tried)) <= abs(bottom - values // 2) + 3
 
 
@@ -298,3 +304,14 @@ def test_refuses_no_rows_and_no_penalties() -> None:
         HeldOutSums(sums, sums).fit(penalties=[])
     with pytest.raises(ValueError, match="penalty is -1"):
         HeldOutSums(sums, sums).fit(penalties=[-1.0])
+
+
+def test_where_inputs_are_few_a_second_minimum_is_not_missed() -> None:
+    """Downhill from the middle ends in the nearer one."""
+    heights = {1: 0.0, 2: 5.0, 3: 2.0, 4: 1.0, 5: 3.0}
+
+    def attempt(value: float) -> tuple[float, None]:
+        return heights[int(value)], None
+
+    assert lowest(attempt, [1, 2, 3, 4, 5]) == (1, None)
+    assert downhill(attempt, [1, 2, 3, 4, 5]) == (4, None)

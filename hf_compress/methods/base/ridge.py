@@ -15,6 +15,7 @@ HELD_OUT = 4
 PENALTIES = (1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 3.0)  # worth trying, relative to the mean variance of the inputs
 _CAUTIOUS = (0.1,)  # where there is nothing to choose a penalty by
 _T = TypeVar("_T")
+_NARROW = 1024  # inputs: what a factorisation costs up to there is nothing to speak of
 _MIXTURES = 64  # of the outputs, that a penalty is chosen by
 
 
@@ -118,9 +119,9 @@ class HeldOutSums:
     ) -> RidgeFit:
         """Choose the penalty that does best on the rows held out, and solve with it on all rows.
 
-        Penalties are tried from the middle outwards for as long as they do better (`lowest`): the error has one
-        minimum but for noise, and each costs a factorisation. Where outputs are many, the error is that of a few random
-        mixtures of them, an unbiased estimate. The error reported is that of all outputs.
+        Where inputs are many, penalties are tried from the middle outwards for as long as they do better (`downhill`):
+        each costs a factorisation, and the error has one minimum but for noise. Where outputs are many, the error to
+        choose by is that of a few random mixtures of them, an unbiased estimate. The one reported is that of them all.
 
         Where either has no rows, the penalty is a cautious one, and the error that of the fit on its own rows.
 
@@ -159,17 +160,25 @@ class HeldOutSums:
             solver = ridge.solver(penalty)
             return held.excess(*ridge.solution(solver, fitted, start)), solver
 
-        penalty, solver = lowest(attempt, penalties)
+        search = downhill if self.inputs > _NARROW else lowest
+        penalty, solver = search(attempt, penalties)
         scale = self.held.energy / self.held.count
         error = self.held.error(*ridge.solution(solver, self.fitted, prior))
         return penalty, error / scale if scale else 0.0
 
 
 def lowest(attempt: Callable[[float], tuple[float, _T]], values: Sequence[float]) -> tuple[float, _T]:
+    """Of values, the first where a function is lowest, and what came with it there."""
+    tried = [attempt(value) for value in values]
+    place = min(range(len(values)), key=lambda number: tried[number][0])
+    return values[place], tried[place][1]
+
+
+def downhill(attempt: Callable[[float], tuple[float, _T]], values: Sequence[float]) -> tuple[float, _T]:
     """Of values in order, one where a function is lower than at its neighbours, and what came with it there."""
     place = len(values) // 2
     at, found = attempt(values[place])
-    for step in (-1, 1):
+    for step in (1, -1):
         start = place
         while 0 <= place + step < len(values):
             next_at, next_found = attempt(values[place + step])
