@@ -44,7 +44,7 @@ def activations(width: int) -> Tensor:
 
 
 def by_elimination(rows: Tensor) -> None:
-    sums = LeastSquares(rows.shape[1], OUTPUTS)
+    sums = LeastSquares(rows.shape[1], OUTPUTS, dtype=torch.float32)
     sums.update(rows, rows @ torch.randn(rows.shape[1], OUTPUTS, generator=torch.Generator().manual_seed(1)))
     eliminate(sums, rows.shape[1] // 2)
 

@@ -4,21 +4,41 @@ Leaving feature j out of a least squares fit with the solution B and the covaria
 |B_j|^2 / (G^-1)_jj, and the fit that is best without it follows in closed form. Again and again, the feature that costs
 least is left out.
 
+What becomes of H = G^-1 when features R go is H - H_R^T (H_RR)^-1 H_R = H - U^T U. Only H as it was and the rows of U,
+one for each feature that went, are kept: costs hang on the diagonal of the difference, what goes next on a few rows.
+
 Source: B. Hassibi and D. G. Stork, "Second order derivatives for network pruning: Optimal Brain Surgeon", 1992,
 equation (5), for a whole row of weights in the place of one.
 """
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
-from .ridge import LeastSquares
+from .symmetric import inverse, regular_cholesky
 
 _PENALTY = 1e-3  # relative to the mean diagonal: keeps the inverse of a covariance of few rows in bounds
-_ROUNDS = 128  # at most: where more features go, several go at once,
-_CANDIDATES = 4  # chosen from so many times as many
+_ROUNDS = 16  # at least: where more features go, several go at once,
+_AT_ONCE = 64  # but no more than this,
+_CANDIDATES = 4  # chosen one by one from so many times as many
 
 
-def eliminate(sums: LeastSquares, count: int, affine: bool = True, size: int = 1) -> Tensor:
+class Sums(Protocol):
+    """Sums of a regression of y [T, q] on x [T, p], such as `LeastSquares`."""
+
+    @property
+    def inputs(self) -> int:
+        """p"""
+
+    def normal_gram(self, affine: bool) -> Tensor:
+        """X^T X [p, p], about the mean if `affine`, as a new tensor. ValueError if no rows were seen."""
+
+    def normal_cross(self, affine: bool) -> Tensor:
+        """X^T Y [p, q], about the means if `affine`. ValueError if no rows were seen."""
+
+
+def eliminate(sums: Sums, count: int, affine: bool = True, size: int = 1) -> Tensor:
     """The features of x that are left when all but `count` have been left out of the regression of y on x.
 
     With a `size`, features go by the block: the first `size` of them, the next, and so on, and it is blocks that are
@@ -26,7 +46,7 @@ def eliminate(sums: LeastSquares, count: int, affine: bool = True, size: int = 1
     the first to go (in an affine fit; else those that are always 0).
 
     Args:
-        sums: of x [T, p], y [T, q].
+        sums: of x [T, p], y [T, q]; their dtype is what is worked in.
         count: features (or blocks) to keep, 1 to p (or p / size).
         affine: whether the regression has a bias.
         size: features of a block, a divisor of p.
@@ -44,50 +64,95 @@ def eliminate(sums: LeastSquares, count: int, affine: bool = True, size: int = 1
         raise ValueError(
             f"count is {count}; expected 1 to the number of {'features' if size == 1 else 'blocks'}, {blocks}"
         )
-    if sums.count == 0:
-        raise ValueError("no rows were seen; expected at least one: call update(x, y) with calibration activations")
-    gram, cross = sums.gram, sums.cross
-    if affine:
-        gram, cross = sums.centred_gram, cross - torch.outer(sums.x_sum, sums.y_sum) / sums.count
-    ridge = _PENALTY * gram.diagonal().mean().clamp(min=torch.finfo(gram.dtype).tiny)
-    inverse = torch.linalg.inv(gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
-    solution = inverse @ cross
-    left = torch.arange(blocks, device=gram.device)
-    at_once = -(-(blocks - count) // _ROUNDS)
-    while len(left) > count:
-        gone = _cheapest(inverse, solution, size, min(at_once, len(left) - count))
-        inverse, solution, stay = _without(inverse, solution, size, gone)
-        left = left[stay]
-    return left.cpu()
+    state = _Elimination(sums, affine, size, blocks - count)
+    at_once = min(_AT_ONCE, -(-(blocks - count) // _ROUNDS))
+    while (excess := len(state.left) - count) > 0:
+        state.leave_out(state.cheapest(min(at_once, excess)))
+    return state.left.cpu()
 
 
-def _cheapest(inverse: Tensor, solution: Tensor, size: int, count: int) -> Tensor:
-    """Blocks to leave out: one after another, the costs updated each time, from those that are cheapest now.
+class _Elimination:
+    """The fit as it is without the blocks that have gone so far.
 
-    What becomes of the costs of some blocks without others of them hangs on the entries of these blocks alone.
+    Attributes:
+        left: blocks that have not, [blocks left].
     """
-    candidates = _costs(inverse, solution, size)
-    candidates = candidates.topk(min(_CANDIDATES * count, len(candidates)), largest=False).indices
-    features = entries(candidates, size)
-    inverse, solution = inverse[features][:, features], solution[features]
-    gone = []
-    for left_to_go in range(count, 0, -1):
-        place = _costs(inverse, solution, size).argmin()
-        gone.append(candidates[place])
-        if left_to_go > 1:
-            inverse, solution, stay = _without(inverse, solution, size, place[None])
-            candidates = candidates[stay]
-    return torch.stack(gone)
+
+    def __init__(self, sums: Sums, affine: bool, size: int, to_go: int) -> None:
+        def system() -> Tensor:
+            gram = sums.normal_gram(affine)
+            mean = float(gram.diagonal().mean())
+            gram.diagonal().add_(_PENALTY * mean if mean > 0 else 1.0)
+            return gram
+
+        self.size = size
+        self.inverse = inverse(regular_cholesky(system)).mT  # of the whole covariance, row by row
+        cross = sums.normal_cross(affine)
+        self.solution = self.inverse @ cross
+        self.rows = cross.new_empty(to_go * size, sums.inputs)  # U
+        self.gone = 0  # rows of it
+        self.left = torch.arange(sums.inputs // size, device=cross.device)
+        own = self.left
+        self.diagonal = self.inverse.view(len(own), size, len(own), size)[own, :, own].clone()  # [blocks, size, size]
+
+    def cheapest(self, count: int) -> Tensor:
+        """Blocks to leave out: one after another, the costs updated each time, from those that are cheapest now.
+
+        What becomes of the costs of some blocks without others of them hangs on the entries of these blocks alone: of
+        the inverse, and of the products of the solution's rows.
+        """
+        costs = _costs(self.diagonal[self.left], self._own_products())
+        candidates = self.left[costs.topk(min(_CANDIDATES * count, len(self.left)), largest=False).indices]
+        if count == 1:
+            return candidates[:1]
+        features = entries(candidates, self.size)
+        past, rows = self.rows[: self.gone, features], self.solution[features]
+        inverse = (self.inverse[features[:, None], features] - past.T @ past).double()
+        return candidates[_one_by_one(inverse, (rows @ rows.T).double(), self.size, count)]
+
+    def leave_out(self, blocks: Tensor) -> None:
+        """Make the best of it without some blocks."""
+        out = entries(blocks, self.size)
+        past = self.rows[: self.gone]
+        change = self.inverse[out].addmm_(past[:, out].T, past, alpha=-1)
+        factor = regular_cholesky(change[:, out].clone)
+        new = self.rows[self.gone : self.gone + len(out)]
+        new.copy_(torch.linalg.solve_triangular(factor, change, upper=False))
+        self.solution.addmm_(new.T, torch.linalg.solve_triangular(factor, self.solution[out], upper=False), alpha=-1)
+        parts = new.view(len(out), -1, self.size)
+        self.diagonal -= torch.einsum("obi,obj->bij", parts, parts)
+        self.gone += len(out)
+        stay = torch.ones(len(self.diagonal), dtype=torch.bool, device=blocks.device)
+        stay[blocks] = False
+        self.left = self.left[stay[self.left]]
+
+    def _own_products(self) -> Tensor:
+        """B_b B_b^T of each block left, [blocks left, size, size]."""
+        if self.size == 1:
+            return self.solution.square().sum(dim=1)[self.left, None, None]
+        parts = self.solution.view(len(self.diagonal), self.size, -1)[self.left]
+        return parts @ parts.mT
 
 
-def _without(inverse: Tensor, solution: Tensor, size: int, gone: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The inverse of what is left of the covariance without some blocks, the fit without them, and the blocks left."""
-    stay = torch.ones(len(inverse) // size, dtype=torch.bool, device=gone.device)
-    stay[gone] = False
-    stay = stay.nonzero()[:, 0]
-    out, kept = entries(gone, size), entries(stay, size)
-    taken = torch.linalg.solve(inverse[out][:, out], inverse[out][:, kept])
-    return inverse[kept][:, kept] - inverse[kept][:, out] @ taken, solution[kept] - taken.T @ solution[out], stay
+def _one_by_one(inverse: Tensor, products: Tensor, size: int, count: int) -> Tensor:
+    """Of a few blocks, those to leave out one after another, [count]: by their part of G^-1 and of B B^T."""
+    own = torch.arange(len(inverse) // size, device=inverse.device)
+    one = torch.eye(size, dtype=inverse.dtype, device=inverse.device)
+    gone = torch.zeros_like(own, dtype=torch.bool)
+    order = []
+    for _ in range(count):
+        blocks = (part.view(len(own), size, len(own), size)[own, :, own] for part in (inverse, products))
+        place = _costs(*blocks).masked_fill(gone, torch.inf).argmin()
+        order.append(place)
+        gone[place] = True
+        out = entries(place[None], size)
+        row, shared = inverse[out], products[out]
+        taken = torch.linalg.solve(row[:, out], row)
+        inverse = inverse.addmm(row.T, taken, alpha=-1)
+        inverse[out[:, None], out] = one  # of what is gone, to be passed by
+        shared = shared.addmm(shared[:, out], taken, alpha=-0.5)
+        products = products.addmm(taken.T, shared, alpha=-1).addmm(shared.T, taken, alpha=-1)
+    return torch.stack(order)
 
 
 def entries(blocks: Tensor, size: int) -> Tensor:
@@ -95,12 +160,8 @@ def entries(blocks: Tensor, size: int) -> Tensor:
     return (blocks[:, None] * size + torch.arange(size, device=blocks.device)).flatten()
 
 
-def _costs(inverse: Tensor, solution: Tensor, size: int) -> Tensor:
-    """By how much the squared error rises without each block."""
-    if size == 1:
-        return solution.square().sum(dim=1) / inverse.diagonal()
-    count = len(inverse) // size
-    own = torch.arange(count, device=inverse.device)
-    diagonal = inverse.view(count, size, count, size)[own, :, own]
-    parts = solution.view(count, size, -1)
-    return (parts * torch.linalg.solve(diagonal, parts)).sum(dim=(1, 2))
+def _costs(inverse: Tensor, products: Tensor) -> Tensor:
+    """By how much the error rises without each block b, tr ((G^-1)_bb)^-1 B_b B_b^T; both are [blocks, size, size]."""
+    if inverse.shape[-1] == 1:
+        return (products / inverse)[:, 0, 0]
+    return torch.linalg.solve(inverse, products).diagonal(dim1=1, dim2=2).sum(dim=1)

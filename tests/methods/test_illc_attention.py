@@ -71,7 +71,10 @@ def test_heads_that_go_and_the_projection_are_those_of_the_regression_by_hand():
     h, prior = x[:, queries], matrix_of(old.o_proj).double()[queries]
     gram = h.T @ h
     change = torch.linalg.solve(gram + penalty * gram.diagonal().mean() * torch.eye(size), h.T @ y - gram @ prior)
-    torch.testing.assert_close(matrix_of(new.o_proj).double(), prior + change, rtol=1e-3, atol=1e-5)
+    found, expected = matrix_of(new.o_proj).double(), prior + change
+    torch.testing.assert_close(h @ found, h @ expected, rtol=1e-4, atol=1e-5)
+    # Half of the directions have next to no variance: there weights are as exact as sums of float32 over the penalty.
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_blocks_of_features_are_left_out_as_by_trying_each():

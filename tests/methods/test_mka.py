@@ -106,7 +106,8 @@ def test_the_change_is_the_ridge_solution(model_type, penalty):
     modules = [stack.blocks[1].get_submodule(name) for name in names]
     widths = [x.weight.shape[0] if type(x).__name__ == "Conv1D" else x.weight.shape[1] for x in modules] + [1] * biased
     expected = solved_by_numpy(np.vstack(xs), np.vstack(ys), widths, penalty)
-    np.testing.assert_allclose(fit.weight.numpy(), expected, atol=1e-4 * np.abs(expected).max())
+    # Sums are of float32: their rounding over the penalty is what weights can be off by.
+    np.testing.assert_allclose(fit.weight.numpy(), expected, rtol=0, atol=5e-4 * np.abs(expected).max())
     # Held out is the fourth batch, and the error is what is left of the distance there.
     part = solved_by_numpy(np.vstack(xs[:3]), np.vstack(ys[:3]), widths, penalty)
     left = ((ys[3] - xs[3] @ part) ** 2).sum() / (ys[3] ** 2).sum()
@@ -138,7 +139,7 @@ def test_a_reachable_target_is_reached(model_type):
     other, others, _ = runners_of(wanted, samples=120)
     targets = [runner.run(1, start) for runner, start in zip(others, starts, strict=True)]
     writers = Writers(model, stack, 1)
-    fit = writers.fit(runners, starts, targets, [1e-9])
+    fit = writers.fit(runners, starts, targets, [1e-5])
     assert fit.error < 1e-4
     before = Trace.of(model)
     with Undo() as undo:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from hf_compress.methods.base.ridge import HeldOutSums
 from hf_compress.numerics import elimination
 from hf_compress.numerics.elimination import eliminate
 from hf_compress.numerics.ridge import LeastSquares
@@ -98,6 +99,42 @@ def test_the_number_kept_is_exact_whatever_goes_at_once(rounds, monkeypatch):
         kept = eliminate(sums, count).tolist()
         assert len(kept) == count
         assert kept == sorted(set(kept))
+
+
+@pytest.mark.usefixtures("_hardly_any_ridge")
+@pytest.mark.parametrize("most", [1, 2, 5])
+def test_no_more_at_once_than_is_worth_it(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(elimination, "_ROUNDS", 1)
+    monkeypatch.setattr(elimination, "_CANDIDATES", 1)
+    monkeypatch.setattr(elimination, "_AT_ONCE", most)
+    x, y = data(inputs=12)
+    assert eliminate(statistics(x, y), 4).tolist() == greedy(x, y, 4, affine=True, at_once=most)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("size", [1, 4])
+def test_sixteen_rounds_choose_as_one_after_another(affine: bool, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32 too, and from sums in two halves: or at least what is left explains as much."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(900, 30, generator=generator) @ torch.randn(30, 200, generator=generator)
+    x = (x + 3 * torch.randn(900, 200, generator=generator)).clamp(min=0)
+    y = x @ torch.randn(200, 20, generator=generator)
+    exact, halves = statistics(x, y), HeldOutSums.like(x[:600], y[:600], affine)
+    halves.update(x[:600], y[:600], held=False)
+    halves.update(x[600:], y[600:], held=True)
+    assert halves.fitted.dtype == torch.float32
+    for share in (0.9, 0.75, 0.5, 0.2):
+        count = int(share * 200 / size)
+        quick = eliminate(halves, count, affine, size)
+        with monkeypatch.context() as patch:
+            patch.setattr(elimination, "_ROUNDS", 200)
+            slow = eliminate(exact, count, affine, size)
+        errors = []
+        for kept in (quick, slow):
+            features = elimination.entries(kept, size)
+            errors.append(left_over(x.double(), y.double(), features.tolist(), affine))
+        assert errors[0] == pytest.approx(errors[1], rel=5e-3)
+        assert len(set(quick.tolist()) ^ set(slow.tolist())) <= 0.05 * count
 
 
 @pytest.mark.parametrize("affine", [True, False])

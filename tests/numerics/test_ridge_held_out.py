@@ -5,7 +5,8 @@ from functools import partial
 import pytest
 import torch
 
-from hf_compress.methods.base.ridge import HeldOutSums, is_held_out
+from hf_compress.methods.base import ridge as ridge_module
+from hf_compress.methods.base.ridge import HeldOutSums, downhill, is_held_out, lowest
 from hf_compress.numerics.ridge import LeastSquares
 from tests.helpers import regression
 from tests.helpers.regression import ridge, statistics
@@ -115,7 +116,12 @@ def test_taking_leaves_the_whole_alone():
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("with_prior", [False, True])
 @pytest.mark.parametrize("rows", [6, 12, 300])
-def test_the_penalty_is_the_best_on_rows_held_out(affine, with_prior, rows):
+@pytest.mark.parametrize("narrow", [4, 5])
+def test_the_penalty_is_the_best_on_rows_held_out(
+    affine: bool, with_prior: bool, rows: int, narrow: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Looked for downhill, where inputs are many, or among all."""
+    monkeypatch.setattr(ridge_module, "_NARROW", narrow)
     (x, y), (x_held, y_held) = data(rows), data(40, seed=1)
     prior = torch.full((5, 3), 0.3, dtype=torch.float64) if with_prior else None
     errors = {}
@@ -147,7 +153,83 @@ def test_the_rows_that_choose_are_not_those_that_are_fitted():
     assert HeldOutSums(few, statistics(*data(400, seed=1))).fit(penalties=PENALTIES).penalty > PENALTIES[0]
 
 
-def test_one_penalty_leaves_no_choice_and_sums_are_left_alone():
+@pytest.mark.parametrize("values", range(1, 9))
+def test_the_lowest_is_found_downhill_from_the_middle(values: int) -> None:
+    """Wherever it is, and no value is tried twice, nor one behind a neighbour that is higher."""
+    for bottom in range(values):
+        tried: list[float] = []
+
+        def attempt(value: float, bottom: int = bottom, tried: list[float] = tried) -> tuple[float, str]:
+            tried.append(value)
+            return abs(value - bottom), f"of {value}"
+
+        assert downhill(attempt, range(values)) == (bottom, f"of {bottom}")
+        assert len(tried) == len(set(tried)) <= abs(bottom - values // 2) + 3
+
+
+def many_outputs(rows, seed):
+    """Of correlated outputs, some of them much larger than others."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, 40, generator=generator)
+    maps = torch.randn(40, 6, generator=torch.Generator().manual_seed(5))
+    maps = maps @ torch.randn(6, 300, generator=torch.Generator().manual_seed(6))
+    sizes = torch.linspace(-2, 1, 300).exp()
+    return x, (x @ maps + 8 * torch.randn(rows, 300, generator=generator)) * sizes
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("rows", [30, 60, 400])
+def test_mixtures_of_many_outputs_choose_as_well_as_all_of_them(affine: bool, rows: int) -> None:
+    (x, y), (x_held, y_held) = many_outputs(rows, 0), many_outputs(200, 1)
+    sums, prior = HeldOutSums(statistics(x, y), statistics(x_held, y_held)), torch.full((40, 300), 0.1)
+    penalties = (1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 3.0)
+    errors = {}
+    for penalty in penalties:
+        weight, bias = ridge(x.double(), y.double(), penalty, prior.double(), affine)
+        errors[penalty] = float((x_held.double() @ weight + bias - y_held.double()).square().sum())
+    fit = sums.fit(prior, affine, penalties)
+    assert errors[fit.penalty] < 1.01 * min(errors.values())
+    assert max(errors.values()) > 1.1 * min(errors.values()) or rows == 400
+    assert fit.error == pytest.approx(errors[fit.penalty] / float(y_held.double().square().sum()))
+
+
+def test_sums_are_of_float32_unless_rows_are_float64_and_about_means_where_there_is_a_bias() -> None:
+    x, y = data()
+    for dtype, of_sums in ((torch.bfloat16, torch.float32), (torch.float32, torch.float32), (x.dtype, x.dtype)):
+        for affine in (True, False):
+            sums = HeldOutSums.like(x.to(dtype), y, affine)
+            assert sums.fitted.dtype == sums.held.dtype == of_sums
+            for one in (sums.fitted, sums.held):
+                near = torch.allclose(one.origin, x.mean(0), rtol=1e-2, atol=1e-2)
+                assert near if affine else not one.origin.any()
+                assert torch.allclose(one.y_origin, y.mean(0)) if affine else not one.y_origin.any()
+    assert not HeldOutSums.like(x[:0], y[:0], True).fitted.origin.any()  # of which there is no mean
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("origin", [True, False])
+def test_normal_equations_are_those_of_all_batches(affine: bool, origin: bool) -> None:
+    (x, y), (x_held, y_held) = data(), data(seed=1)
+    sums = HeldOutSums.like(x, y, origin)
+    sums.update(x, y, held=False)
+    sums.update(x_held, y_held, held=True)
+    every_x, every_y = torch.cat([x, x_held]), torch.cat([y, y_held])
+    if affine:
+        every_x, every_y = every_x - every_x.mean(0), every_y - every_y.mean(0)
+    torch.testing.assert_close(sums.normal_gram(affine), every_x.T @ every_x)
+    torch.testing.assert_close(sums.normal_cross(affine), every_x.T @ every_y)
+    torch.testing.assert_close(sums.all.normal_gram(affine), every_x.T @ every_x)
+    torch.testing.assert_close(sums.all.normal_cross(affine), every_x.T @ every_y)
+    assert sums.energy == pytest.approx(float(torch.cat([y, y_held]).square().sum()) / 120)
+
+
+def test_one_penalty_leaves_no_choice() -> None:
+    sums = statistics(*data())
+    fit = HeldOutSums(sums, statistics(*data(seed=1))).fit(penalties=[0.5])
+    assert fit.penalty == 0.5
+
+
+def test_sums_are_left_alone() -> None:
     fitted, held = statistics(*data()), statistics(*data(seed=1))
     before = copy_of(fitted), copy_of(held)
     assert HeldOutSums(fitted, held).fit(penalties=[0.5]).penalty == 0.5
@@ -185,14 +267,22 @@ def test_batches_go_to_the_one_or_the_other():
     assert_same(sums.all, statistics(x, y))
 
 
-@pytest.mark.parametrize(
-    ("sums", "penalties", "message"),
-    [
-        (LeastSquares(5, 3), PENALTIES, "no rows were seen"),
-        (statistics(*data()), [], "penalties is empty"),
-        (statistics(*data()), [-1.0], "penalty is -1"),
-    ],
-)
-def test_refuses_no_rows_and_no_penalties(sums, penalties, message):
-    with pytest.raises(ValueError, match=message):
-        HeldOutSums(sums, sums).fit(penalties=penalties)
+def test_refuses_no_rows_and_no_penalties() -> None:
+    sums, none = statistics(*data()), LeastSquares(5, 3)
+    with pytest.raises(ValueError, match="no rows were seen"):
+        HeldOutSums(none, none).fit()
+    with pytest.raises(ValueError, match="penalties is empty"):
+        HeldOutSums(sums, sums).fit(penalties=[])
+    with pytest.raises(ValueError, match="penalty is -1"):
+        HeldOutSums(sums, sums).fit(penalties=[-1.0])
+
+
+def test_where_inputs_are_few_a_second_minimum_is_not_missed() -> None:
+    """Downhill from the middle ends in the nearer one."""
+    heights = {1: 0.0, 2: 5.0, 3: 2.0, 4: 1.0, 5: 3.0}
+
+    def attempt(value: float) -> tuple[float, None]:
+        return heights[int(value)], None
+
+    assert lowest(attempt, [1, 2, 3, 4, 5]) == (1, None)
+    assert downhill(attempt, [1, 2, 3, 4, 5]) == (4, None)

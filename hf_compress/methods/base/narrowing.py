@@ -144,6 +144,10 @@ class Narrowing:
             after.append(pair.original)
         return [_Targets(after, *part) for part in zip(written, multipliers, strict=True)]
 
+    def _affine(self, units: BlockUnits) -> bool:
+        """Whether its output projection has a bias, or is to get one."""
+        return units.biased or (self.compensation.bias and units.size == 1)
+
     def _multiplier(self, units: BlockUnits) -> float | None:
         if not self.compensation.iterative or self.compensation.target != "stream":
             return None
@@ -153,6 +157,8 @@ class Narrowing:
         """The plan for one part of a block; its notes tell of it."""
         statistics = self._observe(units, target, before)
         reduction = self.choose(units, statistics, count)
+        if reduction.kept is not None:
+            statistics = statistics.take(reduction.inputs(units.size))  # wide sums are not held any longer
         writes, notes = self._solve(units, reduction, statistics, target, before)
         if units.size > 1:
             notes["part"] = "attention"
@@ -163,27 +169,29 @@ class Narrowing:
     def _observe(self, units: BlockUnits, target: _Targets, before: list[Tensor]) -> UnitStatistics:
         """What the units do on the compressed stream; on the original one where no layer is to see another."""
         runs = (units.run(pair.runner, stream) for pair, stream in zip(self.pairs, self._below(before), strict=True))
-        return observe(runs, target, self.weights, self.row_tokens)
+        return observe(runs, target, self.weights, self.row_tokens, self._affine(units))
 
     def _solve(
         self,
         units: BlockUnits,
         reduction: Reduction,
-        statistics: UnitStatistics,
+        left: UnitStatistics,
         target: _Targets,
         before: list[Tensor],
     ) -> tuple[Affine, dict[str, Any]]:
-        """The output projection of the units that are left, and how far from the target it ends."""
+        """The output projection of the units that are left, and how far from the target it ends.
+
+        Args:
+            left: statistics of the units kept; of all units where they are merged.
+        """
         columns = reduction.columns(units.writes, units.size)
         if self.compensation.by == "none":
             return (columns, None), {}
-        if reduction.kept is not None:
-            left = statistics.take(reduction.inputs(units.size))
-        else:
+        if reduction.kept is None:
             with Undo() as trial:
                 carry_out(units.draft(reduction, None), self.model, trial)
                 left = self._observe(HiddenUnits(units.block), target, before)
-        affine = units.biased or (self.compensation.bias and units.size == 1)
+        affine = self._affine(units)
         if self.compensation.by == "bias":
             return (columns, _mean_gap(left.all, columns).float() if affine or units.size == 1 else None), {}
         fit = left.fit(columns, affine)

@@ -188,6 +188,7 @@ def observe(
     targets: Callable[[int, Run], Tensor],
     weights: Sequence[Tensor] | None,
     row_tokens: int,
+    affine: bool,
 ) -> UnitStatistics:
     """Sum up what units do in runs of their block, one a batch.
 
@@ -195,13 +196,15 @@ def observe(
         targets: what they would have to write in a run, given the number of the batch: (tokens, hidden).
         weights: per batch, (tokens): how much each counts; alike when None.
         row_tokens: of how many tokens of a batch to keep the activations, at least one.
+        affine: whether the regression is to have a bias.
     """
     sums: HeldOutSums | None = None
     rows = []
     for number, run in enumerate(runs):
-        sums = sums or HeldOutSums.empty(run.hidden.shape[1], run.written.shape[1], run.hidden.device)
+        target = targets(number, run)
+        sums = sums or HeldOutSums.like(run.hidden, target.to(run.written), affine)
         counts = None if weights is None else weights[number]
-        sums.update(run.hidden, targets(number, run), counts, held=is_held_out(number))
+        sums.update(run.hidden, target, counts, held=is_held_out(number))
         some = run.hidden if counts is None else run.hidden * counts[:, None].sqrt().to(run.hidden)
         rows.append(some_rows(some, row_tokens))
     assert sums is not None

@@ -70,12 +70,13 @@ def _curve(
                 lengths.append(float(run.after[run.real].float().square().sum(-1).median()))
             yield run
 
-    statistics = observe(runs(), lambda number, run: run.written, None, config.rows_of_a_batch(len(pairs)))
+    affine = units.biased or config.bias
+    statistics = observe(runs(), lambda number, run: run.written, None, config.rows_of_a_batch(len(pairs)), affine)
     total = len(units.writes)
-    energy = statistics.all.energy / statistics.all.count / (sum(lengths) / len(lengths))
+    energy = statistics.energy / (sum(lengths) / len(lengths))
     curve = {}
     for width in {1, *(max(1, total * step // _STEPS) for step in range(1, _STEPS + 1))}:
         reduction = REDUCTIONS.resolve(config.reduction_name)(config, units, statistics, width)
-        fit = statistics.take(reduction.inputs()).fit(reduction.columns(units.writes), units.biased or config.bias)
+        fit = statistics.take(reduction.inputs()).fit(reduction.columns(units.writes), affine)
         curve[width] = fit.error * energy
     return curve, after

@@ -67,7 +67,7 @@ class ExpertNarrowing:
         """The plan that leaves each expert `width` hidden units; its notes say how many tokens each has seen."""
         count, _, hidden = self.writes.shape
         kept, writes, tokens = [], [], []
-        for numbers in few_at_once(dict.fromkeys(range(count), 16 * self.width * (self.width + hidden))):
+        for numbers in few_at_once(dict.fromkeys(range(count), 8 * self.width * (self.width + hidden))):
             for number, statistics in zip(numbers, self._observe(runs, numbers), strict=True):
                 units, written = self._reduce(number, statistics, width)
                 kept.append(units)
@@ -93,7 +93,8 @@ class ExpertNarrowing:
     def _observe(self, runs: Runs, numbers: list[int]) -> list[UnitStatistics]:
         """What some experts do on the compressed model's streams."""
         _, width, hidden = self.writes.shape
-        sums = [HeldOutSums.empty(width, hidden, self.writes.device) for _ in numbers]
+        dtype = torch.promote_types(self.writes.dtype, torch.float32)
+        sums = [HeldOutSums.empty(width, hidden, self.writes.device, dtype) for _ in numbers]
         rows: list[list[Tensor]] = [[] for _ in numbers]
         row_tokens = self.config.rows_of_a_batch(len(runs))
         for batch, (runner, stream) in enumerate(runs):
@@ -103,7 +104,7 @@ class ExpertNarrowing:
                 activations = expert_hidden(self.experts, number, states[token])
                 if not bool(torch.isfinite(activations).all()):
                     raise CalibrationError(f"expert {number} of {self.name} has NaN or infinite activations")
-                written = activations.double() @ self.writes[number].double()
+                written = activations.to(dtype) @ self.writes[number].to(dtype)
                 sums[place].update(activations, written, weight.double().square(), held=is_held_out(batch))
                 rows[place].append(some_rows(activations * weight[:, None].to(activations), row_tokens))
         return [UnitStatistics(one.fitted, one.held, torch.cat(part)) for one, part in zip(sums, rows, strict=True)]

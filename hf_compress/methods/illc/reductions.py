@@ -24,7 +24,7 @@ REDUCTIONS: Registry[Callable[[ILLCConfig, Units, UnitStatistics, int], Reductio
 @REDUCTIONS.register("elimination")
 def _elimination(config: ILLCConfig, units: Units, statistics: UnitStatistics, count: int) -> Reduction:
     """One unit after another goes, each time the one that the rest can stand in for best."""
-    return Reduction(kept=eliminate(statistics.all, count, units.biased or config.bias, units.size))
+    return Reduction(kept=eliminate(statistics, count, units.biased or config.bias, units.size))
 
 
 @REDUCTIONS.register("average")
@@ -54,8 +54,7 @@ def _magnitude(config: ILLCConfig, units: Units, statistics: UnitStatistics, cou
 @REDUCTIONS.register("variance")
 def _variance(config: ILLCConfig, units: Units, statistics: UnitStatistics, count: int) -> Reduction:
     """Keep the units whose contribution varies most, Var(h_j) · |W_j|² (FLAP, arXiv 2312.11983, equation 5)."""
-    sums = statistics.all
-    variance = sums.gram.diagonal() / sums.count - (sums.x_sum / sums.count).square()
+    variance = statistics.all.variances
     return best(units, variance * units.writes.double().square().sum(dim=1).to(variance), count)
 
 

@@ -17,7 +17,6 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from hf_compress.anatomy.anatomy import Block
-from hf_compress.anatomy.parts import linear_widths
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.capture import hooked, inference, stream_tokens
 from hf_compress.calibration.data import Calibration
@@ -37,7 +36,7 @@ class LinearFit:
     """An affine map Ŷ = X·W + b in the place of an FFN.
 
     Attributes:
-        maps: W (hidden, hidden), or its two factors (hidden, rank) and (rank, hidden); float64.
+        maps: W (hidden, hidden), or its two factors (hidden, rank) and (rank, hidden).
         bias: b (hidden).
         r2: share of the variance of Y that it explains on held-out tokens; 1 for a linear FFN, below 0 where the mean
             would do better.
@@ -99,8 +98,7 @@ class _Sums:
         assert ffn.output is not None
         self.stack, self.name = block.stack, block.path
         self.reader, self.writer = block.module.get_submodule(ffn.inputs[0]), block.module.get_submodule(ffn.output)
-        hidden = linear_widths(self.reader)[0]
-        self.sums = HeldOutSums.empty(hidden, hidden)
+        self.sums: HeldOutSums | None = None
         self.residual = True
         self.lengths: list[float] = []  # of the stream: the median of each batch, squared
 
@@ -131,18 +129,20 @@ class _Sums:
                 f"the FFN of {self.name} reads or writes NaN or infinite activations on the calibration data; load the "
                 "model in float32 or bfloat16, or look for the sample that causes it"
             )
+        if self.sums is None:
+            self.sums = HeldOutSums.like(x, y, affine=True)
         self.sums.update(x, y, held=held_out)
         if real.any():
             self.lengths.append(float(stream[real].float().square().sum(-1).median()))
 
     def solve(self, penalty: float, rank: int | None) -> LinearFit:
         """Fitted without the held-out batches to be judged by them, then with them."""
+        assert self.sums is not None
         judged, bias = _affine(self.sums.fitted, penalty, rank)
         held = self.sums.held
         error = held.error(_product(judged), bias)
-        mean = held.y_sum / held.count
         energy = held.energy / held.count
-        variance = energy - float(mean @ mean)
+        variance = held.energy_about(held.y_mean) / held.count
         # Of an output that does not vary, rounding is all that could be explained.
         r2 = 1.0 if variance <= _CONSTANT * energy else 1 - error / variance
         length = sum(self.lengths) / len(self.lengths)
@@ -160,7 +160,7 @@ def _affine(sums: LeastSquares, penalty: float, rank: int | None) -> tuple[tuple
         return (weight,), bias
     directions = torch.linalg.eigh(weight.T @ sums.centred_gram @ weight).eigenvectors[:, -rank:]
     maps = (weight @ directions, directions.T)
-    return maps, sums.y_sum / sums.count - sums.mean @ _product(maps)
+    return maps, sums.y_mean - sums.mean @ _product(maps).double()
 
 
 def _rows(x: Tensor) -> int:

@@ -130,7 +130,8 @@ class Writers:
         multiplier = self.multiplier(runners[0], streams[0])
         if multiplier is None:
             return None
-        sums = HeldOutSums.empty(self.inputs, targets[0].shape[-1], targets[0].device)
+        dtype = torch.promote_types(targets[0].dtype, torch.float32)
+        sums = HeldOutSums.empty(self.inputs, targets[0].shape[-1], targets[0].device, dtype)
         for number, (runner, stream, target) in enumerate(zip(runners, streams, targets, strict=True)):
             features, missing = self._rows(runner, stream, target)
             sums.update(features, missing / multiplier, held=is_held_out(number))

@@ -1,0 +1,89 @@
+"""Symmetric matrices of the width of a layer: summed up once, factorised and inverted in their own memory."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+_COLUMNS = 512  # of a block: enough for full speed, and few enough that nearly half of the products are spared
+_UNITS = 8
+
+
+def add_products(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left^T right, known to be symmetric, to the upper triangle of `total`; `mirror` makes up the lower one.
+
+    Args:
+        total: [p, p]; of the lower triangle some entries change too, to no purpose.
+        left, right: [T, p], of its dtype.
+    """
+    for start in range(0, len(total), _COLUMNS):
+        stop = min(start + _COLUMNS, len(total))
+        total[:stop, start:stop].addmm_(left[:, :stop].T, right[:, start:stop])
+
+
+def mirror(total: Tensor) -> None:
+    """Copy the upper triangle to the lower one."""
+    for start in range(0, len(total), _COLUMNS):
+        stop = min(start + _COLUMNS, len(total))
+        own = total[start:stop, start:stop]
+        own.copy_(own.triu() + own.triu(1).T)
+        total[start:stop, :start] = total[:start, start:stop].T
+
+
+def cholesky(matrix: Tensor) -> Tensor | None:
+    """Its lower Cholesky factor, or None where it is not positive definite to working precision.
+
+    A feature that those before it explain but for a `share` has the square of its pivot at that share of its diagonal
+    entry, whatever its scale. Float64 asks for a share beyond all that rounding could have left, p times its unit.
+    Float32 asks for a few units: an error of c units in the entries of a system costs its solution c² units² / share
+    of the energy that it explains, hence no more than c² of such units, and c grows with no more than the root of p.
+
+    Args:
+        matrix: [p, p], symmetric; overwritten.
+    """
+    eps, size = torch.finfo(matrix.dtype).eps, len(matrix)
+    tolerance = (size if matrix.dtype == torch.float64 else _UNITS) * eps
+    diagonal = matrix.diagonal().clone()
+    columns = matrix.mT  # the same, laid out as LAPACK wants it: no copy is made
+    info = torch.empty((), dtype=torch.int32, device=matrix.device)
+    factor, failed = torch.linalg.cholesky_ex(columns, out=(columns, info))
+    # The negation is for NaN.
+    return factor if not failed and bool((factor.diagonal().square() > tolerance * diagonal).all()) else None
+
+
+def regular_cholesky(system: Callable[[], Tensor]) -> Tensor:
+    """The lower Cholesky factor of a positive semidefinite matrix, regularised as far as its dtype needs it.
+
+    Where it is not definite to working precision, each diagonal entry is raised by a share of its own, at first one
+    beyond what random rounding errors add up to: features stay what they are but for that share of their energy.
+
+    Args:
+        system: makes the matrix, [p, p], as often as it is tried; it is overwritten.
+
+    Raises:
+        ValueError: NaN or infinite entries.
+    """
+    matrix = system()
+    own = matrix.diagonal().clone()
+    mean = float(own.mean())
+    if not math.isfinite(mean):
+        raise ValueError("a Gram matrix has NaN or infinite entries: give rows of finite and smaller entries")
+    own[own <= 0] = mean if mean > 0 else 1.0
+    share = 8 * len(matrix) ** 0.5 * torch.finfo(matrix.dtype).eps
+    while (factor := cholesky(matrix)) is None:
+        matrix = system()
+        matrix.diagonal().add_(own, alpha=share)
+        share *= 8
+    return factor
+
+
+def solve(factor: Tensor, right: Tensor) -> Tensor:
+    """(L L^T)^-1 right, [p, q]. Unlike `torch.cholesky_solve`, without a copy of the factor."""
+    half = torch.linalg.solve_triangular(factor, right, upper=False)
+    return torch.linalg.solve_triangular(factor.mT, half, upper=True)
+
+
+def inverse(factor: Tensor) -> Tensor:
+    """(L L^T)^-1, [p, p], in the memory of the factor."""
+    return torch.cholesky_inverse(factor, out=factor)
