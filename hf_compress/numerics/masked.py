@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_DAMPING = 0.01  # of the mean diagonal: what weights are held to what they were by
+from hf_compress.numerics.factor import damped
+
 _STEPS = 64
 _CLOSE = 2e-3  # of the error that is left, what further steps may take off it
 _SLOWEST = 0.9  # of a step's gain, the next one's: more would be no series that comes to an end
@@ -17,8 +18,8 @@ _CHUNK = 2**20  # weights solved for at once: so many stay in the cache, and the
 def solve_masked(weight: Tensor, gram: Tensor, kept: Tensor) -> Tensor:
     """What the weights kept have to become to make up for the others, row by row.
 
-    min over V, 0 where not kept, of  tr (V − W) G (V − W)ᵀ + λ |V − W|²,  by conjugate gradients on many rows at once,
-    until the error is within 1% of the least.
+    min over V, 0 where not kept, of  tr (V − W) G (V − W)ᵀ + λ |V − W|²,  λ being 1% of the mean of G's diagonal, by
+    conjugate gradients on many rows at once, until the error is within 1% of the least.
 
     Args:
         weight: W, (outputs, inputs).
@@ -39,25 +40,13 @@ def solve_masked(weight: Tensor, gram: Tensor, kept: Tensor) -> Tensor:
             f"a weight {tuple(weight.shape)} needs a gram ({inputs}, {inputs}) and kept of its shape; got "
             f"{tuple(gram.shape)} and {tuple(kept.shape)}"
         )
-    system = _system(gram)
+    system = damped(gram)
     found = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
     rows = max(1, _CHUNK // inputs)
     for start in range(0, len(weight), rows):
         part = slice(start, start + rows)
         found[part] = _solved(weight[part].detach().float(), system, kept[part].float())
     return found
-
-
-def _system(gram: Tensor) -> Tensor:
-    """The damped Gram matrix over its mean diagonal, float32: so its unit does not matter."""
-    diagonal = gram.diagonal()
-    scale = diagonal.double().mean().clamp(min=torch.finfo(torch.float64).tiny)
-    system = torch.empty(gram.shape, dtype=torch.float32, device=gram.device)
-    torch.div(gram, scale, out=system)
-    if not bool(torch.isfinite(system.sum())):  # entries are no larger than the largest of the diagonal
-        raise ValueError("the gram matrix holds NaN or infinity: run the calibration in float32 or bfloat16")
-    system.diagonal().add_(_DAMPING)
-    return system
 
 
 def _solved(target: Tensor, system: Tensor, mask: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from hf_compress.methods.lrp.error_costs import error_costs
 from hf_compress.methods.lrp.fisher import energies
 from hf_compress.methods.lrp.linears import block_linears
 from hf_compress.modules.packed import MixedPrecisionLinear
-from hf_compress.numerics.rounding import unexplained
+from hf_compress.numerics.factor import Factor
 from tests.helpers.changes import Trace, forward
 from tests.helpers.linears import FLOATS, data_of, dense
 from tests.helpers.models import in_dtype, leftovers
@@ -267,7 +267,7 @@ def test_worth_is_a_product(name):
         for path, module in block_linears(Anatomy(model).stack()).items():
             x = seen[path][0]
             rows = x[batch.real] if batch.real is not None else x.flatten(0, -2)
-            inputs = unexplained(rows.double().T @ rows.double()) if compensated else rows.square().sum(dim=0)
+            inputs = Factor.of(rows.double().T @ rows.double()).unexplained if compensated else rows.square().sum(dim=0)
             expected = torch.outer(energy.of_outputs(path), inputs)
             assert costs[path].shape == linear_map(module).T.shape
             assert costs[path].dtype == torch.float32
