@@ -20,6 +20,7 @@ def damped(gram: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         ValueError: a gram that is not finite.
     """
     scaled = torch.empty(gram.shape, dtype=dtype, device=gram.device)
+    gram = gram.detach()
     torch.div(gram, scale_of(gram), out=scaled)
     if not bool(torch.isfinite(scaled.sum())):  # no entry exceeds the number of inputs, so no sum is too large
         raise ValueError("the gram matrix holds NaN or infinity: run the calibration in float32 or bfloat16")
@@ -61,6 +62,7 @@ class Factor:
         Raises:
             ValueError: a gram that is not finite, or no sum of x xᵀ.
         """
+        gram = gram.detach()
         silent = gram.diagonal() == 0
         upper, enough = _upper(gram, silent, torch.float32)
         if not enough:

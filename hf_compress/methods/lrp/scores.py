@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -145,14 +146,26 @@ def input_norms(
 
 @contextmanager
 def watch_rows(
-    stack: Stack, batch: Batch, modules: Mapping[str, nn.Module], consume: Callable[[str, Tensor], None]
+    stack: Stack,
+    batch: Batch,
+    modules: Mapping[str, nn.Module],
+    consume: Callable[[str, Tensor], None],
+    wanted: Callable[[str, Tensor], bool] | None = None,
 ) -> Iterator[None]:
-    """While a batch runs, `consume(path, rows)` with what each module reads at real tokens, (tokens, inputs)."""
+    """While a batch runs, `consume(path, rows)` with what each module reads at real tokens, (tokens, inputs).
+
+    Args:
+        wanted: given a path and the tensor that its module is handed, says whether it is to be consumed.
+    """
 
     with watch_routes(stack.blocks) as routes, watch_encoded(stack) as encoded:
 
         def keep(path: str) -> Callable[..., None]:
-            return lambda module, args: consume(path, real_rows(stack, batch, args[0], routes.get(module), encoded))
+            def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+                if wanted is None or wanted(path, args[0]):
+                    consume(path, real_rows(stack, batch, args[0], routes.get(module), encoded))
+
+            return before
 
         with hooked(module.register_forward_pre_hook(keep(path)) for path, module in modules.items()):
             yield
