@@ -250,6 +250,7 @@ def pack(
         raise ValueError("the weight holds NaN or infinity, or bits are no whole numbers: it cannot be packed")
     if bits.min() < 1 or bits.max() > MAX_BITS:
         raise ValueError(f"bits must be between 1 and {MAX_BITS}; got {int(bits.min())} to {int(bits.max())}")
+    bits = bits.to(weight.device)
     missing = filled(weight.shape[1], group_size) - weight.shape[1]
     packing = Packing.of((len(weight), weight.shape[1] + missing), bits.flatten(), group_size, symmetric)
     if gram is not None:

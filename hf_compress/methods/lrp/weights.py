@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from hf_compress.methods.lrp.config import BITS, MODULE_BITS, LRPConfig
 from hf_compress.methods.lrp.error_costs import error_costs
 from hf_compress.methods.lrp.experts import plan_separation
 from hf_compress.methods.lrp.grams import grams_of, in_parts, linears_of, sharing
-from hf_compress.methods.lrp.linears import changeable_linears, weights_of
+from hf_compress.methods.lrp.linears import Weights, changeable_linears
 from hf_compress.methods.lrp.masks import kept_weights
 from hf_compress.methods.lrp.module_bits import bits_of_modules, read_together
 from hf_compress.methods.lrp.precision import bits_of_groups, overhead
@@ -129,15 +130,14 @@ def _bits(
     kept: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """Bits of the groups of all linear maps; of pruned ones, of the groups of what is left."""
-    weights = weights_of(linears)
-    total = sum(weight.numel() for weight in weights.values())
+    total = sum(linear_map(linear).numel() for linear in linears.values())
     asked = config.bits if config.bits is not None else 8 * (config.target_bytes or 0) / total
+    weights = Weights(linears, kept)
+    shapes = [weights.shape(path) for path in linears]
+    stored = sum(map(math.prod, shapes))
+    padded = sum(outputs * filled(inputs, config.group_size) for outputs, inputs in shapes)
     if kept:  # a bit of every weight says whether it is there
-        left = sum(int(mask.sum()) for mask in kept.values())
-        asked = (asked - 1) * total / left
-        weights = {path: weight[kept[path]][None] for path, weight in weights.items()}
-    padded = sum(len(weight) * filled(weight.shape[1], config.group_size) for weight in weights.values())
-    stored = sum(weight.numel() for weight in weights.values())
+        asked = (asked - 1) * total / stored
     whole = config.per == "module"
     budget = asked * stored / padded - overhead(config)
     fewest = MODULE_BITS[0] if whole else BITS[0]
