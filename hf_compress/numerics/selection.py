@@ -49,8 +49,8 @@ def cut(parts: Sequence[Tensor], costs: Sequence[float], budget: float) -> tuple
         costs: of each number of a part.
 
     Returns:
-        The number at which it ends, −∞ where there is enough for all: all greater ones can be paid for, and not all that
-        are equal to it; and what is left for these.
+        The number at which it ends, −∞ where there is enough for all, and what is left then: all greater ones can be
+        paid for, and not all that are equal to it.
     """
     if sum(len(part) * cost for part, cost in zip(parts, costs, strict=True)) <= budget:
         return -torch.inf, budget
