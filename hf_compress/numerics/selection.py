@@ -31,10 +31,10 @@ def best_of_all(parts: Sequence[Tensor], count: int) -> list[Tensor]:
     least, left = cut([part.flatten() for part in parts], [1] * len(parts), count)
     masks = []
     for part in parts:
-        mask, equal = part > least, (part == least).flatten().nonzero()[: int(left)]
-        mask.view(-1)[equal[:, 0]] = True
+        mask, equal = (part > least).flatten(), (part == least).flatten().nonzero()[: int(left), 0]
+        mask[equal] = True
         left -= len(equal)
-        masks.append(mask)
+        masks.append(mask.view(part.shape))
     return masks
 
 

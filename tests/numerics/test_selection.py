@@ -34,7 +34,7 @@ def test_the_best_of_each_row(rows, length, levels):
 
 @pytest.mark.parametrize("levels", [0, 1, 3])
 def test_the_best_of_all_parts(levels):
-    parts = [numbers(3, 5, levels, 1), numbers(1, 40, levels, 2), numbers(8, 2, levels, 3)]
+    parts = [numbers(3, 5, levels, 1), numbers(1, 40, levels, 2).T, numbers(8, 2, levels, 3).T]
     joined = torch.cat([part.flatten() for part in parts])[None]
     for count in range(joined.shape[1] + 1):
         found = torch.cat([mask.flatten() for mask in best_of_all(parts, count)])[None]

@@ -15,7 +15,7 @@ def kept_weights(config: LRPConfig, scores: MutableMapping[str, Tensor]) -> dict
     """Masks of the weights that stay, bool (outputs, inputs), by the path of the linear map.
 
     Args:
-        scores: taken out one by one as the masks are made, so that no more of both than of one is in memory.
+        scores: taken out as the masks are made, so that there is never all of both in memory.
 
     Raises:
         ValueError: nothing of a linear map would be left, or its inputs do not come in groups of m.
@@ -24,6 +24,7 @@ def kept_weights(config: LRPConfig, scores: MutableMapping[str, Tensor]) -> dict
     make = _maker(config, share)
     if make is None:
         masks = _rows_across(scores, share) if config.granularity == "row" else _across(scores, share)
+        scores.clear()
     else:
         masks = {path: make(path, scores.pop(path)) for path in list(scores)}
     for path, mask in masks.items():
@@ -54,7 +55,7 @@ def _whole(rows: Tensor, values: Tensor) -> Tensor:
     return rows[:, None].expand_as(values)
 
 
-def _rows_across(scores: MutableMapping[str, Tensor], share: float) -> dict[str, Tensor]:
+def _rows_across(scores: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
     """Whole outputs by the sums of their scores, across the model."""
     kept = _across({path: values.sum(dim=1)[None] for path, values in scores.items()}, share)
     return {path: _whole(kept[path][0], values) for path, values in scores.items()}
