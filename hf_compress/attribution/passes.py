@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -29,6 +30,7 @@ from hf_compress.numerics.defaults import check_not_inference
 
 _LEAK = 1e-3  # of the outputs' size: what rounding may lose in float32
 _LEAK_HALF = 0.1
+_ROWS = 256  # of logits that are looked at together
 
 
 @dataclass
@@ -86,7 +88,7 @@ def logits_of(model: PreTrainedModel, batch: Batch, sources: Sources) -> Tensor:
         ) from error
     logits = sources.head if sources.head is not None else first_tensor(output)
     sources.head = None
-    if not bool(torch.isfinite(logits).all()):
+    if logits.numel() and not all(bool(torch.isfinite(end)) for end in logits.detach().aminmax()):
         raise CalibrationError(f"{type(model).__name__} gives NaN or infinite outputs on this data")
     return logits
 
@@ -122,13 +124,12 @@ def check_conserved(model: PreTrainedModel, batch: Batch, composite: str | Compo
         added = _added(model)
         for parameter in added:
             set_gradient(parameter, True, undo)
-        logits = logits_of(model, batch, sources).float()
-        mixture = torch.randn(logits.shape, dtype=torch.float32, generator=torch.Generator().manual_seed(0)).to(logits)
-        total = (logits * mixture).sum()
+        logits = logits_of(model, batch, sources)
+        mixture, total, size = _mixed(logits.detach())
         ends = [*sources.tensors.values(), *added]
-        found = sum(float((e.detach() * g).double().sum()) for e, g in zip(ends, _gradients(total, ends), strict=True))
-    size = float(logits.detach().double().norm())
-    leak = abs(found - float(total.detach())) / size if size else 0.0
+        slopes = _gradients(logits, ends, mixture)
+        found = sum(float((e.detach() * g).double().sum()) for e, g in zip(ends, slopes, strict=True))
+    leak = abs(found - total) / size if size else 0.0
     if leak > (_LEAK if next(model.parameters()).dtype in (torch.float32, torch.float64) else _LEAK_HALF):
         raise UnsupportedModelError(
             f"relevance is lost or made up on its way through {type(model).__name__} ({leak:.1%} of the outputs' "
@@ -137,12 +138,28 @@ def check_conserved(model: PreTrainedModel, batch: Batch, composite: str | Compo
         )
 
 
-def _gradients(value: Tensor, ends: list[Tensor]) -> list[Tensor]:
-    """The gradient of a scalar at each end; 0 at one that it does not hang on."""
+def _mixed(logits: Tensor) -> tuple[Tensor, float, float]:
+    """Weights of a random mixture of logits, of their shape and dtype; what it comes to; and the norm of the logits.
+
+    Some rows at a time, since the logits of words are many, and numbers that are exact enough twice as large.
+    """
+    generator = torch.Generator().manual_seed(0)
+    mixture = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    total = square = 0.0
+    width = logits.shape[-1]
+    for own, mix in zip(logits.reshape(-1, width).split(_ROWS), mixture.view(-1, width).split(_ROWS), strict=True):
+        mix.copy_(torch.randn(own.shape, dtype=torch.float32, generator=generator))
+        total += float((own.double() * mix.double()).sum())
+        square += float(own.double().square().sum())
+    return mixture, total, math.sqrt(square)
+
+
+def _gradients(value: Tensor, ends: list[Tensor], start: Tensor | None = None) -> list[Tensor]:
+    """The gradient of a scalar, or of the sum of value · start, at each end; 0 at one that it does not hang on."""
     if not ends or not value.requires_grad:
         raise UnsupportedModelError("found neither embeddings nor real-valued inputs that the outputs hang on")
     try:
-        gradients = torch.autograd.grad(value, ends, allow_unused=True)
+        gradients = torch.autograd.grad(value, ends, start, allow_unused=True)
     except AssertionError as error:  # reversible layers, which take their own backward pass for one of training
         raise UnsupportedModelError(f"the model has a backward pass of its own: {one_line(error)}") from error
     return [torch.zeros_like(end) if g is None else g for end, g in zip(ends, gradients, strict=True)]

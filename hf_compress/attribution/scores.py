@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -19,6 +19,8 @@ from hf_compress.attribution.watch import watch_inputs, watch_linears
 from hf_compress.calibration.data import Batch
 from hf_compress.calibration.routing import Route, watch_routes
 from hf_compress.errors import CalibrationError
+
+_CHUNK = 2**19  # weights whose sums are added to together
 
 
 @dataclass
@@ -77,8 +79,10 @@ class _Sums:
             parts = list(zip(given, gradient, strict=True))
             if given.shape[1] == 1:  # |g x| = |g| |x|, of all samples at once
                 parts = [(given[:, 0].abs(), gradient[:, 0].abs())]
-        for read, slope in parts:
-            _add(self.weights["absolute"], name, (slope.T @ read).abs_())
+        if name not in self.weights["absolute"]:
+            shape = gradient.shape[-1], given.shape[-1]
+            self.weights["absolute"][name] = torch.zeros(shape, dtype=torch.float32, device=given.device)
+        _add_sizes(self.weights["absolute"][name], parts)
 
     def take_units(self, name: str, given: Tensor, gradient: Tensor) -> None:
         found = (given.float() * gradient.float()).flatten(0, -2)
@@ -121,8 +125,10 @@ def relevance_sums(
             result.samples += batch.samples
     for kind, found in sums.weights.items():
         for name, linear in linears.items() if sums.wanted[kind] else ():
-            weight = linear_map(linear).T.detach().float()
-            products = found.setdefault(name, torch.zeros_like(weight))  # nothing goes through queries held fast
+            weight = linear_map(linear).T.detach()
+            if name not in found:  # nothing goes through queries held fast
+                found[name] = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+            products = found[name]
             products *= weight if kind == "signed" else weight.abs()
             _check(name, products)
     for found in sums.units.values():
@@ -131,6 +137,18 @@ def relevance_sums(
     result.signed, result.absolute = sums.weights["signed"], sums.weights["absolute"]
     result.signed_units, result.absolute_units = sums.units["signed"], sums.units["absolute"]
     return result
+
+
+def _add_sizes(total: Tensor, parts: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Add |gᵀ x| of every part (x, g), (tokens, …) each, to a sum (outputs, inputs) float32.
+
+    Some outputs at a time, so that their sum stays in the cache from part to part.
+    """
+    rows = max(1, _CHUNK // total.shape[1])
+    for start in range(0, len(total), rows):
+        own = total[start : start + rows]
+        for read, slope in parts:
+            own.add_((slope[:, start : start + rows].T @ read).abs_())
 
 
 def _add(table: dict[str, Tensor], name: str, value: Tensor) -> None:
@@ -142,5 +160,5 @@ def _add(table: dict[str, Tensor], name: str, value: Tensor) -> None:
 
 
 def _check(name: str, values: Tensor) -> None:
-    if not bool(torch.isfinite(values).all()):
+    if values.numel() and not all(bool(torch.isfinite(end)) for end in values.aminmax()):
         raise CalibrationError(f"the relevances of {name} hold NaN or infinity: load the model in float32 or bfloat16")

@@ -14,6 +14,8 @@ from hf_compress.calibration.data import Batch
 from hf_compress.calibration.decoder import has_decoder
 from hf_compress.errors import CalibrationError, UnsupportedModelError
 
+_ROWS = 256  # of logits that are turned into probabilities at once: those of words are many
+
 
 def first_tensor(output: Any) -> Tensor:
     """The logits, or else the first tensor of a model's output."""
@@ -93,22 +95,33 @@ def drawn_gradient(model: PreTrainedModel, output: Any, batch: Batch, generator:
     nothing counts (see `output_tokens`).
     """
     value = first_tensor(output).detach()
-    logits = value.float().reshape(-1, value.shape[-1])
-    if not bool(torch.isfinite(logits).all()):
+    rows = value.reshape(-1, value.shape[-1])
+    if not all(bool(torch.isfinite(part.abs().amax())) for part in rows.split(_ROWS) if part.numel()):
         raise CalibrationError(f"{type(model).__name__} gives NaN or infinite outputs on this data")
     problem = getattr(model.config, "problem_type", None)
-    classes = getattr(output, "logits", None) is not None and value.ndim in (2, 3) and logits.shape[-1] > 1
+    classes = getattr(output, "logits", None) is not None and value.ndim in (2, 3) and rows.shape[-1] > 1
     if not classes or problem == "regression":
-        start = torch.randn(logits.shape, dtype=torch.float32, generator=generator)
+        start = torch.randn(rows.shape, dtype=torch.float32, generator=generator).to(value)
     elif problem == "multi_label_classification":
-        probabilities = logits.sigmoid().cpu()
-        start = torch.bernoulli(probabilities, generator=generator) - probabilities
+        probabilities = rows.float().sigmoid().cpu()
+        start = (torch.bernoulli(probabilities, generator=generator) - probabilities).to(value)
     else:
-        probabilities = logits.softmax(dim=-1)
-        drawn = torch.multinomial(probabilities.cpu(), 1, generator=generator).to(logits.device)
-        start = probabilities.neg_().scatter_add_(1, drawn, torch.ones_like(drawn, dtype=probabilities.dtype))
-    start = start.view(value.shape).to(value)
-    return start * output_tokens(model, batch, start)[..., None] if start.ndim == 3 else start
+        chances = torch.rand(len(rows), 1, generator=generator).to(rows.device)
+        start = torch.empty_like(rows)
+        for logits, chance, out in zip(rows.split(_ROWS), chances.split(_ROWS), start.split(_ROWS), strict=True):
+            probabilities = logits.float().softmax(dim=-1)
+            drawn = class_at(probabilities, chance)
+            ones = torch.ones_like(drawn, dtype=probabilities.dtype)
+            out.copy_(probabilities.neg_().scatter_add_(1, drawn, ones))
+    start = start.view(value.shape)
+    return start.mul_(output_tokens(model, batch, start)[..., None]) if start.ndim == 3 else start
+
+
+def class_at(probabilities: Tensor, chances: Tensor) -> Tensor:
+    """The class, (rows, 1), at which the sum of probabilities (rows, classes) passes a number in [0, 1), (rows, 1)."""
+    sums = probabilities.cumsum(dim=-1)
+    found = torch.searchsorted(sums, chances * sums[:, -1:], right=True)  # their sum is 1 but for rounding
+    return found.clamp_(max=probabilities.shape[-1] - 1)
 
 
 def mean_loss(loss: float, weight: float) -> float:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hf_compress.numerics.factor import Factor
 from hf_compress.numerics.rounding import Grids, compensated
 
 MAX_BITS = 16
@@ -221,7 +222,7 @@ class MixedPrecisionLinear(PackedLinear):
 
 
 def pack(
-    weight: Tensor, bits: Tensor, group_size: int, symmetric: bool = True, gram: Tensor | None = None
+    weight: Tensor, bits: Tensor, group_size: int, symmetric: bool = True, gram: Tensor | Factor | None = None
 ) -> tuple[Packing, dict[str, Tensor]]:
     """Round a weight, group by group, and pack it.
 
@@ -230,8 +231,8 @@ def pack(
         bits: of every group, (outputs, groups of a row), 1 to 16.
         group_size: weights a group.
         symmetric: whether each group's range is laid evenly around 0, which needs no stored zeros.
-        gram: Σ x xᵀ of what the linear map reads, (inputs, inputs): then the rounding of each weight makes up for the
-            errors of those before it; to nearest without.
+        gram: Σ x xᵀ of what the linear map reads, (inputs, inputs), or its factor, where several maps read the same:
+            then the rounding of each weight makes up for the errors of those before it; to nearest without.
 
     Returns:
         The packing, and the buffers of a `MixedPrecisionLinear`: weight, bits, steps and, unless symmetric, zeros.
@@ -249,17 +250,17 @@ def pack(
         raise ValueError("the weight holds NaN or infinity, or bits are no whole numbers: it cannot be packed")
     if bits.min() < 1 or bits.max() > MAX_BITS:
         raise ValueError(f"bits must be between 1 and {MAX_BITS}; got {int(bits.min())} to {int(bits.max())}")
+    bits = bits.to(weight.device)
     missing = filled(weight.shape[1], group_size) - weight.shape[1]
-    weight = fill_rows(weight.detach().float(), group_size)
-    packing = Packing.of(weight.shape, bits.flatten(), group_size, symmetric)
+    packing = Packing.of((len(weight), weight.shape[1] + missing), bits.flatten(), group_size, symmetric)
     if gram is not None:
-        gram = functional.pad(gram, (0, missing, 0, missing))
         _, q, grids = compensated(weight, gram, bits=bits, group_size=group_size, symmetric=symmetric)
         assert q is not None
         assert grids is not None
-        q = q.reshape(packing.groups, group_size)
+        zeros = grids.zeros.view(len(weight), -1)[:, -1:].expand(-1, missing)
+        q = torch.cat([q, zeros], dim=1).view(packing.groups, group_size)
     else:
-        groups = weight.reshape(packing.groups, group_size)
+        groups = fill_rows(weight.detach().float(), group_size).reshape(packing.groups, group_size)
         grids = Grids.of(groups, bits.flatten().int(), symmetric)
         q = grids.round(groups)
     return packing, _packed(q, grids, bits.flatten().to(torch.uint8), packing)
@@ -267,19 +268,24 @@ def pack(
 
 def _packed(q: Tensor, grids: Grids, bits: Tensor, packing: Packing) -> dict[str, Tensor]:
     """The buffers of numbers q (groups, group_size) on grids."""
-    planes = [pack_bits((q[bits > plane] >> plane) & 1) for plane in range(len(packing.planes))]
-    tensors = {
-        "weight": torch.cat([plane.flatten() for plane in planes]).view(torch.int8),
-        "bits": bits,
-        "steps": grids.steps,
-    }
+    bytes_of = [(q >> shift).to(torch.uint8) for shift in range(0, len(packing.planes), 8)]
+    planes = []
+    for plane, count in enumerate(packing.planes):
+        part = bytes_of[plane // 8]
+        part = part if count == packing.groups else part[bits > plane]
+        planes.append(pack_bits((part >> plane % 8) & 1).flatten())
+    tensors = {"weight": torch.cat(planes).view(torch.int8), "bits": bits, "steps": grids.steps}
     return tensors if packing.symmetric else {**tensors, "zeros": grids.zeros.to(torch.uint8)}
 
 
 def pack_bits(ones: Tensor) -> Tensor:
-    """Bytes (n, m/8) of bits (n, m), the first bit lowest."""
-    shifts = torch.arange(8, device=ones.device)
-    return (ones.view(len(ones), -1, 8) << shifts).sum(-1).to(torch.uint8)
+    """Bytes (n, m/8) of bits (n, m) uint8, the first bit lowest.
+
+    Eight bytes of one bit each are taken for one number, x_0 + 2⁸ x_1 + …. Its product with Σ 2⁸ᵏ 2⁷⁻ᵏ has
+    x_0 + 2 x_1 + … in the eighth byte, and no carry comes there from those below.
+    """
+    eights = ones.contiguous().view(torch.int64)
+    return ((eights * 0x0102040810204080) >> 56).to(torch.uint8)
 
 
 def unpack_bits(packed: Tensor) -> Tensor:

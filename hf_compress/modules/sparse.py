@@ -91,7 +91,7 @@ class SparseLinear(PackedLinear):
 
 def pack_mask(mask: Tensor) -> Tensor:
     """Bytes of a bool mask, (ceil(size / 8)) uint8, row by row."""
-    flat = mask.flatten().int()
+    flat = mask.flatten().to(torch.uint8)
     return pack_bits(functional.pad(flat, (0, -len(flat) % 8))[None])[0]
 
 

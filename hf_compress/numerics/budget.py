@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hf_compress.numerics.selection import cut
+
+_GROUPS = 2**15  # looked at together, so that what is made of their errors takes little memory
 _STEPS = 20_000  # that a budget is cut into at most, so that the table of what is left stays small
 
 
 def spend_bits(errors: Tensor, choices: list[int], budget: float) -> Tensor:
     """The number of bits for each group that makes the sum of errors least, at so many bits a weight in the mean.
 
-    Bits are given where a further one takes away most. That is the best there is where errors fall ever more slowly.
-    Where they do not, several steps are taken as one, and the last group to get bits may be left without.
+    Bits are given where a further one takes away most, in float32, and of those that take away as much to the first
+    groups. That is the best there is where errors fall ever more slowly. Where they do not, several steps are taken as
+    one, and the last group to get bits may be left without.
 
     Args:
         errors: of each group at each choice, (groups, choices); groups of one size.
@@ -30,19 +35,24 @@ def spend_bits(errors: Tensor, choices: list[int], budget: float) -> Tensor:
         ValueError: a budget below the smallest choice.
     """
     _check(budget, choices)
-    groups = len(errors)
     widths = torch.tensor(choices, dtype=torch.float64, device=errors.device)
-    hull = _convex(errors.double(), widths)
-    gains = (hull[:, :-1] - hull[:, 1:]) / (widths[1:] - widths[:-1])  # falling, from left to right
-    costs = (widths[1:] - widths[:-1]).expand_as(gains)
-    order = gains.flatten().argsort(descending=True, stable=True)
-    spent = costs.flatten()[order].cumsum(0)
-    taken = torch.zeros(gains.numel(), dtype=torch.bool, device=errors.device)
-    taken[order[spent <= (budget - choices[0]) * groups + 1e-6]] = True
-    steps = taken.view_as(gains).long().cumprod(dim=1).sum(dim=1)
-    within = torch.arange(len(choices), device=errors.device) <= steps[:, None]
-    best = torch.where(within, errors.double(), torch.inf).argmin(dim=1)  # no bits that make it worse, or no better
-    return torch.tensor(choices, device=errors.device)[best]
+    gains = torch.empty(len(errors), len(choices) - 1, dtype=torch.float32, device=errors.device)
+    for part, own in zip(gains.split(_GROUPS), errors.split(_GROUPS), strict=True):
+        hull = _convex(own.double(), widths)
+        part.copy_((hull[:, :-1] - hull[:, 1:]) / widths.diff())  # falling, from left to right
+    costs = [after - before for before, after in pairwise(choices)]
+    least, left = cut(list(gains.unbind(1)), costs, (budget - choices[0]) * len(errors) + 1e-6)
+    found = torch.empty(len(errors), dtype=torch.int64, device=errors.device)
+    for out, part, own in zip(found.split(_GROUPS), gains.split(_GROUPS), errors.split(_GROUPS), strict=True):
+        taken, equal = part > least, (part == least).nonzero()
+        spent = widths.diff()[equal[:, 1]].cumsum(0)  # on those at which the budget ends, as far as it goes
+        taken[tuple(equal[spent <= left].T)] = True
+        left -= float(spent[-1]) if len(spent) else 0.0
+        steps = taken.long().cumprod(dim=1).sum(dim=1)
+        within = torch.arange(len(choices), device=errors.device) <= steps[:, None]
+        best = own.masked_fill(~within, torch.inf).argmin(dim=1)  # no bits that make it worse, or no better
+        out.copy_(widths[best])
+    return found
 
 
 def spread_bits(groups: int, choices: Sequence[int], budget: float) -> Tensor:

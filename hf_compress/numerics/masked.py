@@ -1,18 +1,25 @@
 """Least squares where each output may use some of the inputs alone."""
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 
-_DAMPING = 0.01  # of the mean diagonal: what weights are held to what they were by
+from hf_compress.numerics.factor import damped
+
 _STEPS = 64
-_CLOSE = 1e-9  # of the first residual, squared
+_CLOSE = 2e-3  # of the error that is left, what further steps may take off it
+_SLOWEST = 0.9  # of a step's gain, the next one's: more would be no series that comes to an end
+_TINY = torch.finfo(torch.float32).tiny
+_CHUNK = 2**20  # weights solved for at once: so many stay in the cache, and the four tensors for them are small
 
 
 @torch.no_grad()
 def solve_masked(weight: Tensor, gram: Tensor, kept: Tensor) -> Tensor:
     """What the weights kept have to become to make up for the others, row by row.
 
-    min over V, 0 where not kept, of  tr (V − W) G (V − W)ᵀ + λ |V − W|²,  by conjugate gradients on all rows at once.
+    min over V, 0 where not kept, of  tr (V − W) G (V − W)ᵀ + λ |V − W|²,  λ being 1% of the mean of G's diagonal, by
+    conjugate gradients on many rows at once, until the error is within 1% of the least.
 
     Args:
         weight: W, (outputs, inputs).
@@ -33,25 +40,46 @@ def solve_masked(weight: Tensor, gram: Tensor, kept: Tensor) -> Tensor:
             f"a weight {tuple(weight.shape)} needs a gram ({inputs}, {inputs}) and kept of its shape; got "
             f"{tuple(gram.shape)} and {tuple(kept.shape)}"
         )
-    if not bool(torch.isfinite(gram).all()):
-        raise ValueError("the gram matrix holds NaN or infinity: run the calibration in float32 or bfloat16")
-    scale = gram.diagonal().double().mean().clamp(min=torch.finfo(torch.float64).tiny)
-    system = (gram.double() / scale + _DAMPING * torch.eye(inputs, dtype=torch.float64, device=gram.device)).float()
-    mask, target = kept.float(), weight.detach().float()
+    system = damped(gram)
+    found = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+    rows = max(1, _CHUNK // inputs)
+    for start in range(0, len(weight), rows):
+        part = slice(start, start + rows)
+        found[part] = _solved(weight[part].detach().float(), system, kept[part].float())
+    return found
+
+
+def _solved(target: Tensor, system: Tensor, mask: Tensor) -> Tensor:
+    """Rows V of `solve_masked`, all float32.
+
+    Every step is told by how much it has made the error less, and the next ones make it less by ever smaller amounts,
+    about a geometric series: so it is known when those to come would take off too little. That is believed when it is
+    found twice, for where a few inputs stand out, a small gain comes before large ones.
+    """
     solution = target * mask
-    residual = ((target - solution) @ system) * mask
+    gap = target - solution  # the weights left out
+    image = gap @ system
+    error = float(torch.linalg.vecdot(gap, image).sum(dtype=torch.float64))
+    residual, direction = image.mul_(mask), gap
     inverse = 1 / system.diagonal()
-    ahead = residual * inverse
-    direction, size = ahead, (residual * ahead).sum(dim=1, keepdim=True)
-    enough = _CLOSE * size
+    torch.mul(residual, inverse, out=direction)
+    size = torch.linalg.vecdot(residual, direction)
+    image, before, last = torch.empty_like(residual), 0.0, False
     for _ in range(_STEPS):
-        image = (direction @ system) * mask
-        step = size / (direction * image).sum(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        solution = solution + step * direction
-        residual = residual - step * image
-        ahead = residual * inverse
-        new = (residual * ahead).sum(dim=1, keepdim=True)
-        if bool((new <= enough).all()):
+        torch.mm(direction, system, out=image)
+        image.mul_(mask)
+        step = size / torch.linalg.vecdot(direction, image).clamp(min=_TINY)
+        solution.addcmul_(direction, step[:, None])
+        residual.addcmul_(image, step[:, None], value=-1)
+        gain = float((step * size).sum(dtype=torch.float64))
+        error -= gain
+        rate = min(gain / before, _SLOWEST) if before else _SLOWEST
+        little = gain * rate <= _CLOSE * error * (1 - rate)
+        if little and last:
             break
-        direction, size = ahead + new / size.clamp(min=torch.finfo(torch.float32).tiny) * direction, new
+        before, last = gain, little
+        torch.mul(residual, inverse, out=image)
+        new = torch.linalg.vecdot(residual, image)
+        direction.mul_((new / size.clamp(min=_TINY))[:, None]).add_(image)
+        size = new
     return solution

@@ -3,6 +3,7 @@
 A group of neighbouring weights shares a grid, step · (q − zero) with q in 0 … 2ᵇ − 1. Weights of a linear map are
 rounded (or left out) column by column; each column's error is made up for by the columns that are still to come, as the
 inputs' Gram matrix says: E. Frantar et al., "GPTQ" (arXiv 2210.17323), algorithm 1, and "SparseGPT" (arXiv 2301.00774).
+What both do with the inverse of the Gram matrix is done here with a factor of itself (see `numerics.factor`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_DAMPING = 0.01  # of the mean diagonal, as in both papers
+from hf_compress.numerics.factor import Factor
+
+_WIDTH = 128  # columns of which errors are put off, where nothing is rounded in groups
 
 
 @dataclass(frozen=True)
@@ -36,18 +39,27 @@ class Grids:
         Raises:
             ValueError: weights so large that no step can be stored.
         """
+        return Grids.between(*limits(groups), bits, symmetric)
+
+    @staticmethod
+    def between(low: Tensor, high: Tensor, bits: Tensor, symmetric: bool) -> Grids:
+        """Grids that reach from `low` to `high`, as `limits` gives them, (groups) float32; bits (groups) int32.
+
+        Raises:
+            ValueError: weights so large that no step can be stored.
+        """
         top = (1 << bits) - 1
         if symmetric:
             zeros = 1 << (bits - 1)
-            reach = groups.abs().amax(1) / (zeros - 1).clamp(min=1)  # as far up as down, so that nothing is cut off
+            reach = torch.maximum(-low, high) / (zeros - 1).clamp(min=1)  # as far up as down: nothing is cut off
         else:
-            low, high = groups.amin(1).clamp(max=0), groups.amax(1).clamp(min=0)
             reach = (high - low) / top
         # The upper half of a float32 is a bfloat16; rounded up, so that the largest weight is still within reach.
         steps = ((reach.view(torch.int32) + 0xFFFF) >> 16).to(torch.int16)
         grids = Grids(steps, torch.zeros_like(top) if not symmetric else zeros, top)
         if not torch.isfinite(grids.step).all():
-            raise ValueError(f"the weight reaches {float(groups.abs().max()):.3g}, for which no step can be stored")
+            largest = float(torch.maximum(-low, high).max())
+            raise ValueError(f"the weight reaches {largest:.3g}, for which no step can be stored")
         if symmetric:
             return grids
         return Grids(steps, (-low / grids._safe).round().int().clamp(min=0).minimum(top), top)
@@ -59,22 +71,36 @@ class Grids:
 
     @property
     def _safe(self) -> Tensor:
-        return torch.where(self.step > 0, self.step, 1.0)
+        step = self.step
+        return torch.where(step > 0, step, 1.0)
 
     def round(self, weights: Tensor) -> Tensor:
         """The nearest q of weights (groups, any number), int32."""
-        values = (weights / self._safe[:, None]).round().int() + self.zeros[:, None]
-        return values.clamp(min=0).minimum(self.top[:, None])
+        return self._whole(weights).int() + self.zeros[:, None]
+
+    def nearest(self, weights: Tensor) -> Tensor:
+        """What the nearest q of weights (groups, any number) stand for, float32."""
+        return self._whole(weights).mul_(self.step[:, None])
 
     def value(self, q: Tensor) -> Tensor:
         """What q (groups, any number) stand for, float32."""
         return self.step[:, None] * (q - self.zeros[:, None])
 
+    def _whole(self, weights: Tensor) -> Tensor:
+        """The nearest q less the zero of weights (groups, any number), whole numbers in float32."""
+        low, high = -self.zeros[:, None].float(), (self.top - self.zeros)[:, None].float()
+        return (weights / self._safe[:, None]).round_().clamp_(low, high)
+
+
+def limits(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """The least and the largest weight of each group (groups, group_size), or 0, (groups) each."""
+    return groups.amin(1).clamp(max=0), groups.amax(1).clamp(min=0)
+
 
 @torch.no_grad()
 def compensated(
     weight: Tensor,
-    gram: Tensor,
+    gram: Tensor | Factor,
     kept: Tensor | None = None,
     bits: Tensor | None = None,
     group_size: int = 0,
@@ -84,9 +110,9 @@ def compensated(
 
     Args:
         weight: (outputs, inputs).
-        gram: Σ x xᵀ of the inputs, (inputs, inputs).
+        gram: Σ x xᵀ of the inputs, (inputs, inputs), or its factor, where several weights have one.
         kept: bool, (outputs, inputs); None for all.
-        bits: of each group, (outputs, inputs / group_size); None to round nothing.
+        bits: of each group, (outputs, inputs / group_size, rounded up); None to round nothing.
         group_size, symmetric: of the grids, where there are bits.
 
     Returns:
@@ -97,54 +123,64 @@ def compensated(
         ValueError: shapes that do not fit; numbers that are not finite.
     """
     outputs, inputs = weight.shape
-    if gram.shape != (inputs, inputs) or (kept is not None and kept.shape != weight.shape):
+    size = tuple(gram.upper.shape if isinstance(gram, Factor) else gram.shape)
+    if size != (inputs, inputs) or (kept is not None and kept.shape != weight.shape):
         raise ValueError(
             f"a weight {tuple(weight.shape)} needs a gram ({inputs}, {inputs}) and kept of its shape; got "
-            f"{tuple(gram.shape)}, {None if kept is None else tuple(kept.shape)}"
+            f"{size}, {None if kept is None else tuple(kept.shape)}"
         )
-    work = weight.detach().float().clone()
-    factor = _inverse_factor(gram).to(work)
-    width = group_size if bits is not None else min(128, inputs)
+    upper = (gram if isinstance(gram, Factor) else Factor.of(gram)).upper
+    # A row for each input, so that what one column of the weight needs lies in one piece.
+    work = weight.detach().T.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    errors = torch.empty_like(work)
+    width = group_size if bits is not None else min(_WIDTH, inputs)
     q = torch.zeros(weight.shape, dtype=torch.int32, device=weight.device) if bits is not None else None
     grids: list[Grids] = []
     for start in range(0, inputs, width):
-        end = min(start + width, inputs)
-        part, errors = work[:, start:end], torch.zeros_like(work[:, start:end])
-        if bits is not None:
-            of = part if kept is None else torch.where(kept[:, start:end], part, 0.0)
-            grids.append(Grids.of(of.contiguous(), bits[:, start // width].int(), symmetric))
-        for column in range(end - start):
-            old = part[:, column].clone()
-            if q is not None:
-                q[:, start + column] = grids[-1].round(old[:, None])[:, 0]
-                part[:, column] = grids[-1].value(q[:, start + column, None])[:, 0]
-            if kept is not None:
-                part[:, column] *= kept[:, start + column]
-            own = factor[start + column, start:end]
-            errors[:, column] = (old - part[:, column]) / own[column]
-            part[:, column + 1 :] -= torch.outer(errors[:, column], own[column + 1 :])
-        work[:, end:] -= errors @ factor[start:end, end:]
-    return work, q, _stacked(grids, outputs) if grids else None
+        part = slice(start, min(start + width, inputs))
+        shares = upper[: part.stop, part] / upper.diagonal()[part]
+        owed = shares[:start].T @ errors[:start]
+        own = None if kept is None else kept[:, part].T.float().contiguous()
+        if bits is not None:  # by what the columns would be if none of them were rounded, or left out
+            groups = work[part] + torch.linalg.solve_triangular(shares[start:].T, owed, upper=False)
+            groups = (groups if own is None else groups.mul_(own)).T.contiguous()
+            grids.append(Grids.of(groups, bits[:, start // width].int(), symmetric))
+        wanted = owed.add_(work[part])
+        whole = _round_columns(wanted, work[part], errors[part], shares[start:], own, grids[-1] if grids else None)
+        if q is not None:
+            q[:, part] = whole.T.int() + grids[-1].zeros[:, None]
+        work[part] = wanted
+    return work.T, q, _stacked(grids, outputs) if grids else None
 
 
-def unexplained(gram: Tensor) -> Tensor:
-    """What of each input's energy those after it cannot make up for, (inputs) float32.
+def _round_columns(
+    wanted: Tensor, old: Tensor, errors: Tensor, shares: Tensor, kept: Tensor | None, grids: Grids | None
+) -> Tensor:
+    """Round, or leave out, the columns of a block one by one.
 
-    An error e in the weight of input j costs e² times that, once `compensated` has gone on to the end.
+    Args:
+        wanted: what they had best be because of the errors before the block, (columns, outputs); written over by what
+            they become.
+        old: what they were.
+        errors: the difference of both, to be filled.
+        shares: R_ij / R_jj of the block, (columns, columns).
+
+    Returns:
+        q less the zero of the group, (columns, outputs) float32, where there are grids.
     """
-    left = 1 / _inverse_factor(gram).diagonal().square()
-    return torch.where(gram.diagonal() > 0, left, 0.0).float()
-
-
-def _inverse_factor(gram: Tensor) -> Tensor:
-    """The upper Cholesky factor of the inverse of a damped Gram matrix, float64."""
-    gram = gram.detach().double()
-    if not bool(torch.isfinite(gram).all()):
-        raise ValueError("the gram matrix holds NaN or infinity: run the calibration in float32 or bfloat16")
-    diagonal = gram.diagonal()
-    ridge = _DAMPING * diagonal.mean().clamp(min=torch.finfo(torch.float64).tiny)
-    damped = gram + torch.diag((diagonal == 0).to(gram) + ridge)  # an input that is always 0 is free
-    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+    whole = torch.empty_like(wanted) if grids is not None else wanted
+    if grids is not None:
+        step, safe, zeros = grids.step, grids._safe, grids.zeros.float()
+        low, high = -zeros, grids.top - zeros
+    for column, value in enumerate(wanted):
+        torch.addmv(value, errors[:column].T, shares[:column, column], out=value)
+        if grids is not None:
+            torch.div(value, safe, out=whole[column]).round_().clamp_(low, high)
+            torch.mul(whole[column], step, out=value)
+        if kept is not None:
+            value.mul_(kept[column])
+        torch.sub(old[column], value, out=errors[column])
+    return whole
 
 
 def _stacked(grids: list[Grids], outputs: int) -> Grids:

@@ -24,6 +24,7 @@ from hf_compress.modules.activation import Blend
 from hf_compress.modules.bottleneck import BOTTLENECK, Bottleneck
 from hf_compress.modules.packed import pack
 from hf_compress.modules.sparse import GROUP, pack_mask, pack_row
+from hf_compress.numerics.factor import Factor
 from hf_compress.plan.plan import Plan
 from hf_compress.rewrite.edits.attention import NarrowAttention
 from hf_compress.rewrite.edits.bottleneck import InsertBottleneck
@@ -254,7 +255,7 @@ def pack_linear(
     bits: Tensor,
     group_size: int,
     symmetric: bool = True,
-    gram: Tensor | None = None,
+    gram: Tensor | Factor | None = None,
 ) -> Plan:
     """Store the linear map at `path` in few bits.
 

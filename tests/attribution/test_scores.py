@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import hf_compress as hfc
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.parts import is_linear, linear_map
+from hf_compress.attribution import scores
 from hf_compress.attribution.passes import explaining, logits_of
 from hf_compress.attribution.scores import relevance_sums
 from hf_compress.attribution.targets import explained
@@ -322,3 +323,16 @@ def test_what_is_compressed_is_explained_as_a_dense_model_with_its_weights(setti
             dense.get_submodule(path).bias.data = module.bias.data
     found, expected = hfc.relevance(model, IDS), hfc.relevance(dense, IDS)
     torch.testing.assert_close(found.tokens, expected.tokens, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [1, 17, 2**19])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sizes_are_added_some_outputs_at_a_time(dtype, chunk, monkeypatch):
+    """To what is there, in float32, whatever the dtype of the products."""
+    generator = torch.Generator().manual_seed(0)
+    parts = [tuple(torch.randn(n, 5 + m, generator=generator).to(dtype) for m in (0, 4)) for n in (3, 1, 6)]
+    monkeypatch.setattr(scores, "_CHUNK", chunk)
+    total = torch.ones(9, 5)
+    scores._add_sizes(total, parts)
+    expected = 1 + sum(torch.einsum("to,ti->oi", g.double(), x.double()).abs() for x, g in parts)
+    torch.testing.assert_close(total.double(), expected, rtol=1e-5 if dtype == torch.float32 else 0.02, atol=1e-5)

@@ -13,7 +13,6 @@ from hf_compress.modules.sparse import SparseLinear
 from hf_compress.plan.plan import Plan
 from hf_compress.rewrite.apply import apply, carry_out
 from hf_compress.rewrite.builders import pack_linear, split_experts
-from tests.helpers import relevance
 from tests.helpers.round_trip import build
 
 IDS = torch.randint(4, 90, (32, 12), generator=torch.Generator().manual_seed(7))
@@ -23,7 +22,9 @@ FLOATS = torch.randn(40, 6, generator=torch.Generator().manual_seed(7))
 
 def dense(**fields):
     """Without biases, so that relevance is gradient times input."""
-    return relevance.dense(**{"num_labels": 3, "use_bias": False} | fields)
+    torch.manual_seed(0)
+    sizes = {"input_size": 6, "hidden_size": 8, "intermediate_size": 20, "num_hidden_layers": 3, "num_labels": 3}
+    return hfc.DenseForClassification(hfc.DenseConfig(**sizes | {"use_bias": False} | fields)).eval()
 
 
 def made(name):

@@ -149,7 +149,8 @@ def test_energies_are_those_of_single_texts_with_the_same_draws(side, seed):
     for batch in data:
         with torch.no_grad():
             logits = model(input_ids=batch.inputs["input_ids"], attention_mask=batch.inputs["attention_mask"]).logits
-        drawn = torch.multinomial(logits.float().flatten(0, 1).softmax(-1), 1, generator=generator)
+        sums = logits.float().flatten(0, 1).softmax(-1).cumsum(-1)
+        drawn = (sums > torch.rand(len(sums), 1, generator=generator) * sums[:, -1:]).int().argmax(-1)
         drawn = drawn.view(logits.shape[:2])
         for sample in range(batch.samples):
             inputs, there = next(texts), batch.inputs["attention_mask"][sample].bool()

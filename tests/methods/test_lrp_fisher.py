@@ -1,5 +1,8 @@
 """Bits by Fisher information: held against log-probabilities written out, and against the divergences they foretell."""
 
+from bisect import bisect_right
+from itertools import accumulate
+
 import pytest
 import torch
 from torch import nn
@@ -12,12 +15,12 @@ from hf_compress.api.compress import compress
 from hf_compress.calibration.data import Batch, Calibration, DataOptions
 from hf_compress.errors import CalibrationError, UnsupportedModelError
 from hf_compress.methods.base.context import CalibrationContext
-from hf_compress.methods.lrp import LRPConfig
+from hf_compress.methods.lrp import LRPConfig, fisher
 from hf_compress.methods.lrp.error_costs import error_costs
 from hf_compress.methods.lrp.fisher import energies
 from hf_compress.methods.lrp.linears import block_linears
 from hf_compress.modules.packed import MixedPrecisionLinear
-from hf_compress.numerics.rounding import unexplained
+from hf_compress.numerics.factor import Factor
 from tests.helpers.changes import Trace, forward
 from tests.helpers.linears import FLOATS, data_of, dense, made, stored
 from tests.helpers.models import in_dtype, leftovers, watching
@@ -71,7 +74,15 @@ def oracle(model, batch, distribution, seed):
 
 
 def categorical(value):
-    return Categorical(logits=value), lambda g: torch.multinomial(value.flatten(0, -2).softmax(-1), 1, generator=g)
+    """Of each row the first class with which probabilities come to more than a number drawn."""
+
+    def draw(generator):
+        rows = value.flatten(0, -2).softmax(-1).tolist()
+        chances = torch.rand(len(rows), 1, generator=generator)[:, 0].tolist()
+        sums = [list(accumulate(row)) for row in rows]
+        return torch.tensor([min(bisect_right(s, c), len(s) - 1) for s, c in zip(sums, chances, strict=True)])
+
+    return Categorical(logits=value), draw
 
 
 def bernoulli(value):
@@ -143,7 +154,7 @@ def test_energies_are_the_mean_over_all_outcomes(name):
 def test_batches_add_up_and_draw_anew(monkeypatch):
     """Also of texts one by one, without padding, or with it on the left; where the draw hangs on nothing but p."""
     model = build("Llama")
-    monkeypatch.setattr(torch, "multinomial", lambda p, *_, **__: (p.cumsum(-1) > 0.5).int().argmax(-1, keepdim=True))
+    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, 0.5))
     whole = found(model)
     alone = [Batch({"input_ids": ids[mask][None]}, mask[mask][None]) for ids, mask in zip(IDS, MASK, strict=True)]
     rolled = torch.stack([ids.roll(10 - int(mask.sum())) for ids, mask in zip(IDS, MASK, strict=True)])
@@ -166,7 +177,7 @@ def test_seeds():
 
 @pytest.mark.parametrize("name", ["Llama", "BERT"])
 def test_bfloat16_gives_float32(name, monkeypatch):
-    monkeypatch.setattr(torch, "multinomial", lambda p, *_, **__: torch.arange(len(p))[:, None] % p.shape[1])
+    monkeypatch.setattr(fisher, "class_at", lambda p, chances: torch.arange(len(p))[:, None] % p.shape[1])
     model = build(name)
     exact, rough = found(model), found(in_dtype(model, torch.bfloat16))
     for path, gradient in exact.gradients.items():
@@ -199,6 +210,24 @@ def test_maps_without_a_part_in_the_outputs():
         for name in ("never", "in_vain"):
             assert torch.equal(costs[f"layers.1.mlp.{name}"], torch.zeros(4, 8))
         assert costs["layers.1.mlp.mlp.up_proj"].any()
+
+
+def test_outputs_are_drawn_as_often_as_they_are_likely():
+    """None that has no chance, and the last one at the very end."""
+    chances = torch.arange(4000)[:, None] / 4000
+    probabilities = torch.tensor([0.0, 0.1, 0.2, 0.0, 0.7, 0.0])
+    counts = torch.bincount(fisher.class_at(probabilities.expand(4000, -1), chances)[:, 0], minlength=6)
+    torch.testing.assert_close(counts / 4000, probabilities, atol=1e-3, rtol=0)
+    almost = torch.full((6, 1), 1 - 2**-24)
+    assert fisher.class_at(torch.eye(6), almost)[:, 0].tolist() == list(range(6))
+
+
+def test_logits_are_taken_in_parts(monkeypatch):
+    model = build("Llama")
+    whole = found(model)
+    monkeypatch.setattr(fisher, "_ROWS", 3)
+    for path, gradient in found(model).gradients.items():
+        torch.testing.assert_close(gradient, whole.gradients[path])
 
 
 # --- the state of the model -------------------------------------------------------------------------------------------
@@ -261,7 +290,8 @@ def test_worth_is_a_product(name):
         costs = cost(model, compensated)
         for path, module in block_linears(Anatomy(model).stack()).items():
             rows = rows_of(seen[path][0], batch)
-            inputs = unexplained(rows.double().T @ rows.double()) if compensated else rows.square().sum(dim=0)
+            gram = rows.double().T @ rows.double()
+            inputs = Factor.of(gram).unexplained if compensated else rows.square().sum(dim=0)
             expected = torch.outer(energy.of_outputs(path), inputs)
             assert costs[path].shape == linear_map(module).T.shape
             assert costs[path].dtype == torch.float32

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from hf_compress.calibration.streams import start_pairs
 
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.parts import is_linear
@@ -11,7 +12,8 @@ from hf_compress.calibration.capture import forward, inference
 from hf_compress.calibration.data import DataOptions, prepare
 from hf_compress.methods.base import grams
 from hf_compress.methods.lrp import LRPConfig
-from hf_compress.methods.lrp.grams import in_parts
+from hf_compress.methods.lrp.grams import _ReadApart, _Shared, grams_of, in_parts, linears_of, sharing
+from hf_compress.methods.lrp.linears import block_linears
 from hf_compress.methods.lrp.scores import watch_rows
 from tests.helpers.tiny import tiny_model
 
@@ -70,3 +72,60 @@ def test_gram_matrices_in_parts(settings, monkeypatch):
     assert [len(part) for part in in_parts(linears)] == [3, 1], "queries, keys and values; what attention writes"
     for name, tensor in compress(tiny_model("mixtral"), LRPConfig(**settings), IDS).state_dict().items():
         assert torch.equal(tensor, whole[name])
+
+
+# --- Gram matrices of what several maps read -------------------------------------------------------------------------
+
+
+def grams_and_rows(model, onwards=False):
+    """Of the first block on three batches; the rows that each map read, and the streams afterwards."""
+    data, stack = prepare(IDS, model, None, DataOptions(batch_size=1)), Anatomy(model).stack()
+    maps, read = linears_of(stack, 0, block_linears(stack)), {}
+
+    def keep(path):
+        return lambda module, args: read.setdefault(path, []).append(args[0].flatten(0, -2))
+
+    with inference(model):
+        pairs = start_pairs(model, stack, data, data.tokens)
+        handles = [module.register_forward_pre_hook(keep(path)) for path, module in maps.items()]
+        grams = grams_of(stack, 0, maps, pairs, onwards)
+        for handle in handles:
+            handle.remove()
+        past = [pair.runner.run(0, pair.original) for pair in pairs]
+    return grams, read, pairs, past
+
+
+@pytest.mark.parametrize("onwards", [False, True])
+def test_maps_that_read_one_tensor_have_one_gram(onwards):
+    grams, read, pairs, past = grams_and_rows(tiny_model("llama"), onwards)
+    names = [[path.rpartition(".")[2] for path in paths] for paths in sharing(grams)]
+    assert names == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+    for path, gram in grams.items():
+        rows = torch.cat(read[path]).double()
+        torch.testing.assert_close(gram.double(), rows.T @ rows, rtol=1e-4, atol=1e-5)
+    for pair, after in zip(pairs, past, strict=True):
+        assert torch.equal(pair.compressed, after if onwards else pair.original)
+
+
+def test_maps_that_do_not_always_read_one_tensor_have_grams_of_their_own():
+    """Values read another tensor in every second batch, so that all grams are made once more, each alone."""
+    model, calls = tiny_model("llama"), []
+
+    def other(module, args):
+        calls.append(None)
+        return (2 * args[0],) if len(calls) % 2 == 0 else None
+
+    model.model.layers[0].self_attn.v_proj.register_forward_pre_hook(other)
+    grams, read, _, _ = grams_and_rows(model)
+    assert [len(paths) for paths in sharing(grams)] == [1] * 7
+    for path, gram in grams.items():
+        rows = torch.cat(read[path][-3:]).double()
+        torch.testing.assert_close(gram.double(), rows.T @ rows, rtol=1e-4, atol=1e-5)
+
+
+def test_a_map_that_runs_less_often_shares_nothing():
+    shared = _Shared()
+    one, two = torch.zeros(1), torch.zeros(1)  # two tensors that are alike
+    assert [shared.is_new("a", one), shared.is_new("b", one), shared.is_new("a", two)] == [True, False, True]
+    with pytest.raises(_ReadApart):
+        shared.checked()

@@ -3,11 +3,13 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hf_compress.numerics import budget as budget_module
 from hf_compress.numerics.budget import spend_bits, spread_bits
 
 CHOICES = (2, 3, 4, 5, 6, 8)
@@ -104,6 +106,46 @@ def test_enough_for_all_gives_all_and_the_fewest_gives_the_fewest(budget, bits):
 def test_a_budget_below_the_fewest_bits_is_refused():
     with pytest.raises(ValueError, match=r"1\.9 bits a weight are fewer than the fewest of a group, 2"):
         spend_bits(convex(3, CHOICES, 0), list(CHOICES), 1.9)
+
+
+def by_sorting(errors, choices, budget):
+    """All steps of all groups in the order of what they take away, until the budget ends."""
+    steps = []
+    for group, own in enumerate(errors.double().tolist()):
+        low = list(own)
+        for i in range(1, len(choices) - 1):
+            for a, b in itertools.product(range(i), range(i + 1, len(choices))):
+                share = (choices[i] - choices[a]) / (choices[b] - choices[a])
+                low[i] = min(low[i], own[a] * (1 - share) + own[b] * share)
+        for i in range(len(choices) - 1):
+            cost = choices[i + 1] - choices[i]
+            steps.append((-float(np.float32((low[i] - low[i + 1]) / cost)), group, i, cost))
+    left, reached = (budget - choices[0]) * len(errors) + 1e-6, [0] * len(errors)
+    for _, group, i, cost in sorted(steps):
+        left -= cost
+        if left < 0:
+            break
+        reached[group] += reached[group] == i
+    return [
+        choices[min(range(top + 1), key=own.__getitem__)] for own, top in zip(errors.tolist(), reached, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("part", [7, 1000])
+@pytest.mark.parametrize("kind", ["convex", "any", "alike", "none"])
+def test_bits_are_those_of_sorting_all_steps(kind, part, monkeypatch):
+    """Also where many steps take away as much, which the first groups then get; in parts, or all at once."""
+    monkeypatch.setattr(budget_module, "_GROUPS", part)
+    generator = torch.Generator().manual_seed(0)
+    errors = {
+        "convex": convex(60, CHOICES, 1).float(),
+        "any": torch.rand(60, len(CHOICES), generator=generator),
+        "alike": convex(60, CHOICES, 2).float() * 0 + torch.tensor([32.0, 16.0, 8.0, 4.0, 2.0, 1.0]),
+        "none": torch.zeros(60, len(CHOICES)),
+    }[kind]
+    errors[20:30] = errors[3]
+    for budget in (2.0, 2.3, 3.1, 4.25, 5.999, 7.7, 8.0):
+        assert spend_bits(errors, list(CHOICES), budget).tolist() == by_sorting(errors, CHOICES, budget)
 
 
 @given(st.integers(1, 60), st.floats(2, 9))

@@ -13,10 +13,10 @@ from hf_compress.calibration.sweep import advance, start_pairs, turns
 from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.lrp.config import LRPConfig
 from hf_compress.methods.lrp.fisher import energies
-from hf_compress.methods.lrp.grams import grams_of, in_parts, linears_of
+from hf_compress.methods.lrp.grams import grams_of, in_parts, linears_of, sharing
 from hf_compress.methods.lrp.precision import ErrorCosts
 from hf_compress.methods.lrp.scores import score, some_batches
-from hf_compress.numerics.rounding import unexplained
+from hf_compress.numerics.factor import Factor
 
 
 def error_costs(
@@ -74,7 +74,12 @@ def _unexplained(
     pairs = start_pairs(context.model, stack, context.calibration, config.tokens)
     found: dict[str, Tensor] = {}
     for index in turns(stack, range(len(stack)), "weighing inputs"):
-        for own in in_parts(linears_of(stack, index, linears)):
-            found |= {path: unexplained(gram) for path, gram in grams_of(stack, index, own, pairs).items()}
-        advance(pairs, index)
+        parts = list(in_parts(linears_of(stack, index, linears)))
+        for own in parts:
+            grams = grams_of(stack, index, own, pairs, onwards=own is parts[-1])
+            for paths in sharing(grams):
+                left = Factor.of(grams[paths[0]]).unexplained
+                found |= dict.fromkeys(paths, left)
+        if not parts:
+            advance(pairs, index)
     return found

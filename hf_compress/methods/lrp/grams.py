@@ -1,4 +1,4 @@
-"""What the linear maps of a block read, on the streams of pairs."""
+"""What the linear maps of a block read, on the streams of pairs: once for all that read the same."""
 
 from __future__ import annotations
 
@@ -25,14 +25,86 @@ def in_parts(linears: Mapping[str, nn.Module]) -> Iterator[dict[str, nn.Module]]
         yield {path: linears[path] for path in paths}
 
 
-def grams_of(stack: Stack, index: int, linears: Mapping[str, nn.Module], pairs: list[StreamPair]) -> dict[str, Tensor]:
-    """Σ x xᵀ over what each linear map of a block reads at real tokens, (inputs, inputs) float64."""
+def grams_of(
+    stack: Stack, index: int, linears: Mapping[str, nn.Module], pairs: list[StreamPair], onwards: bool = False
+) -> dict[str, Tensor]:
+    """Σ x xᵀ over what each linear map of a block reads at real tokens, (inputs, inputs).
+
+    Maps that are always handed one tensor, such as queries, keys and values, have one: the same tensor here.
+
+    Args:
+        onwards: whether the compressed streams are to be past the block afterwards.
+    """
+    try:
+        return _grams_of(stack, index, linears, pairs, onwards, _Shared())
+    except _ReadApart:
+        return _grams_of(stack, index, linears, pairs, onwards, None)
+
+
+def sharing(grams: Mapping[str, Tensor]) -> list[list[str]]:
+    """The paths of linear maps, those together that have one Gram matrix."""
+    together: dict[int, list[str]] = {}
+    for path, gram in grams.items():
+        together.setdefault(id(gram), []).append(path)
+    return list(together.values())
+
+
+def _grams_of(
+    stack: Stack,
+    index: int,
+    linears: Mapping[str, nn.Module],
+    pairs: list[StreamPair],
+    onwards: bool,
+    shared: _Shared | None,
+) -> dict[str, Tensor]:
     sums: dict[str, Moments] = {}
+    after: list[Tensor] = []
 
     def add(path: str, rows: Tensor) -> None:
         sums.setdefault(path, Moments(rows.shape[1], rows.device)).add(rows)
 
     for pair in pairs:
-        with watch_rows(stack, pair.runner.batch, linears, add):
-            pair.runner.run(index, pair.compressed)
-    return {path: moments.gram for path, moments in sums.items()}
+        wanted = None if shared is None else shared.is_new
+        with watch_rows(stack, pair.runner.batch, linears, add, wanted):
+            output = pair.runner.run(index, pair.compressed)
+        if onwards:
+            after.append(output)
+    for pair, output in zip(pairs, after, strict=False):
+        pair.compressed = output
+    first = {path: path for path in sums} if shared is None else shared.checked()
+    grams = {path: moments.gram for path, moments in sums.items()}
+    return {path: grams[one] for path, one in first.items()}
+
+
+class _ReadApart(Exception):
+    """Maps that were handed one tensor once are not always."""
+
+
+class _Shared:
+    """Which maps are handed the very same tensors, found as they run.
+
+    Attributes:
+        first: of each map, the first that was handed its tensor.
+    """
+
+    def __init__(self) -> None:
+        self.first: dict[str, str] = {}
+        self._calls: dict[str, int] = {}
+        self._last: tuple[str, Tensor] | None = None  # held, so that no other tensor gets its place
+
+    def is_new(self, path: str, given: Tensor) -> bool:
+        """Whether no other map has been handed this tensor before; raises _ReadApart if that is otherwise than once."""
+        if self._last is None or self._last[1] is not given:
+            self._last = (path, given)
+        first = self._last[0]
+        if self.first.setdefault(path, first) != first:
+            raise _ReadApart
+        self._calls[path] = self._calls.get(path, 0) + 1
+        return first == path
+
+    def checked(self) -> dict[str, str]:
+        """`first`; raises _ReadApart where a map did not run as often as the one it shares with."""
+        self._last = None
+        if any(self._calls[path] != self._calls[first] for path, first in self.first.items()):
+            raise _ReadApart
+        return self.first

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from hf_compress.rewrite.record import missing
 logger = logging.getLogger(__name__)
 _TOLERANCE = 0.05  # of what is written; half precision is far from it, and another map farther
 _BATCHES = 8  # to see what runs
+_ROWS = 256  # of what a map writes, evenly spread, that are held against the product
 
 
 def block_linears(stack: Stack) -> dict[str, nn.Module]:
@@ -83,8 +84,11 @@ def _is_plain(module: Any, args: tuple[Any, ...], output: Any) -> bool:
     weight = linear_map(module).float()
     if args[0].shape[-1] != len(weight) or output.shape != (*args[0].shape[:-1], weight.shape[1]):
         return False
-    expected = args[0].float() @ weight + (0 if module.bias is None else module.bias.float())
-    gap = float((output.float() - expected).norm())
+    given, gave = (rows.reshape(-1, rows.shape[-1]) for rows in (args[0], output))
+    some = slice(None, None, max(1, len(given) // _ROWS))
+    given, gave = given[some], gave[some]
+    expected = given.float() @ weight + (0 if module.bias is None else module.bias.float())
+    gap = float((gave.float() - expected).norm())
     return not gap > _TOLERANCE * float(expected.norm())  # NaN is found later, and told of in its own words
 
 
@@ -93,6 +97,29 @@ def some_batch(context: CalibrationContext) -> Batch:
     return Probe.of(context.model).batch if context.data is None else context.data.batches[0]
 
 
-def weights_of(linears: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Their weights, (outputs, inputs) float32."""
-    return {path: linear_map(module).T.detach().float() for path, module in linears.items()}
+class Weights(Mapping[str, Tensor]):
+    """The weights of linear maps by path, (outputs, inputs) float32: made when they are asked for, one at a time.
+
+    Args:
+        kept: of pruned maps, bool (outputs, inputs): then it is what is left of them, (1, kept).
+    """
+
+    def __init__(self, linears: Mapping[str, nn.Module], kept: Mapping[str, Tensor] | None = None) -> None:
+        self._linears, self._kept = linears, kept or {}
+
+    def __getitem__(self, path: str) -> Tensor:
+        weight = linear_map(self._linears[path]).T.detach().float()
+        return weight[self._kept[path]][None] if path in self._kept else weight
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._linears)
+
+    def __len__(self) -> int:
+        return len(self._linears)
+
+    def shape(self, path: str) -> tuple[int, int]:
+        """Outputs and inputs of a map, or 1 and how many weights are left of it."""
+        if path in self._kept:
+            return 1, int(self._kept[path].sum())
+        inputs, outputs = linear_map(self._linears[path]).shape
+        return outputs, inputs

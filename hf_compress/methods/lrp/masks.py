@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 
-import torch
 from torch import Tensor
 
 from hf_compress.methods.base.amounts import share_of
 from hf_compress.methods.lrp.config import LRPConfig
+from hf_compress.numerics.selection import best, best_of_all
 
 
-def kept_weights(config: LRPConfig, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def kept_weights(config: LRPConfig, scores: MutableMapping[str, Tensor]) -> dict[str, Tensor]:
     """Masks of the weights that stay, bool (outputs, inputs), by the path of the linear map.
+
+    Args:
+        scores: taken out as the masks are made, so that there is never all of both in memory.
 
     Raises:
         ValueError: nothing of a linear map would be left, or its inputs do not come in groups of m.
     """
-    if config.variant == "paper":
-        masks = {path: values > 0 for path, values in scores.items()}
-    elif config.granularity == "n:m":
-        masks = {path: _n_of_m(path, values, *config.pattern) for path, values in scores.items()}
-    elif config.granularity == "row":
-        masks = _rows(config, scores)
+    share = 1 - config.removed
+    make = _maker(config, share)
+    if make is None:
+        masks = _rows_across(scores, share) if config.granularity == "row" else _across(scores, share)
+        scores.clear()
     else:
-        masks = _single(config, scores)
+        masks = {path: make(path, scores.pop(path)) for path in list(scores)}
     for path, mask in masks.items():
         if not bool(mask.any()):
             raise ValueError(
@@ -34,44 +36,38 @@ def kept_weights(config: LRPConfig, scores: Mapping[str, Tensor]) -> dict[str, T
     return masks
 
 
-def _single(config: LRPConfig, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    share = 1 - config.removed
-    if config.scope == "row":
-        return {path: _best(values, share_of(values.shape[1], share)) for path, values in scores.items()}
-    if config.scope == "layer":
-        return {
-            path: _best(values.flatten()[None], share_of(values.numel(), share)).view_as(values)
-            for path, values in scores.items()
-        }
-    return _across(scores, share)
-
-
-def _rows(config: LRPConfig, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Whole outputs by the sums of their scores; within a layer, or across the model by the means of layers."""
-    sums = {path: values.sum(dim=1)[None] for path, values in scores.items()}
-    share = 1 - config.removed
+def _maker(config: LRPConfig, share: float) -> Callable[[str, Tensor], Tensor] | None:
+    """What makes a mask of a linear map's path and scores; None where all maps are compared."""
+    if config.variant == "paper":
+        return lambda path, values: values > 0
+    if config.granularity == "n:m":
+        return lambda path, values: _n_of_m(path, values, *config.pattern)
     if config.scope == "model":
-        kept = _across(sums, share)
-    else:
-        kept = {path: _best(values, share_of(values.shape[1], share)) for path, values in sums.items()}
-    return {path: kept[path][0][:, None].expand_as(values) for path, values in scores.items()}
+        return None
+    if config.granularity == "row":
+        return lambda path, values: _whole(best(values.sum(dim=1)[None], share_of(len(values), share))[0], values)
+    if config.scope == "row":
+        return lambda path, values: best(values, share_of(values.shape[1], share))
+    return lambda path, values: best(values.flatten()[None], share_of(values.numel(), share)).view_as(values)
+
+
+def _whole(rows: Tensor, values: Tensor) -> Tensor:
+    return rows[:, None].expand_as(values)
+
+
+def _rows_across(scores: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
+    """Whole outputs by the sums of their scores, across the model."""
+    kept = _across({path: values.sum(dim=1)[None] for path, values in scores.items()}, share)
+    return {path: _whole(kept[path][0], values) for path, values in scores.items()}
 
 
 def _across(scores: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
     """The best share of all scores together."""
-    joined = torch.cat([values.flatten() for values in scores.values()])
-    kept = _best(joined[None], share_of(len(joined), share))[0]
-    parts = kept.split([values.numel() for values in scores.values()])
-    return {path: part.view_as(values) for (path, values), part in zip(scores.items(), parts, strict=True)}
+    total = sum(values.numel() for values in scores.values())
+    return dict(zip(scores, best_of_all(list(scores.values()), share_of(total, share)), strict=True))
 
 
 def _n_of_m(path: str, values: Tensor, n: int, m: int) -> Tensor:
     if values.shape[1] % m:
         raise ValueError(f"{path} reads {values.shape[1]} inputs, which do not come in groups of {m}: change pattern=")
-    return _best(values.reshape(-1, m), n).view_as(values)
-
-
-def _best(values: Tensor, count: int) -> Tensor:
-    """A mask of the `count` best of each row; of equal ones, the first."""
-    order = values.argsort(dim=1, descending=True, stable=True)[:, :count]
-    return torch.zeros(values.shape, dtype=torch.bool, device=values.device).scatter_(1, order, True)
+    return best(values.reshape(-1, m), n).view_as(values)

@@ -37,7 +37,7 @@ def bits_of_modules(
     together: Iterable[Sequence[str]],
     budget: int,
 ) -> dict[str, Tensor]:
-    """Numbers of bits of all groups, (outputs, groups of a row), by the path of the linear map; one number in each map.
+    """Numbers of bits of all groups, (outputs, groups of a row) on the CPU, by path of the map; one number in each map.
 
     The sum of errors is the least of all that the budget allows (see `spend_on_items`).
 
@@ -47,7 +47,10 @@ def bits_of_modules(
         together: the maps that get the same number of bits, by their paths.
         budget: bits that all maps may take, with all that is stored, as many as at the fewest bits at least.
     """
-    errors = {path: errors_of_groups(config, MODULE_BITS, weights[path], cost(path)).cpu() for path in weights}
+    errors, outputs = {}, {}
+    for path, weight in weights.items():
+        errors[path] = errors_of_groups(config, MODULE_BITS, weight, cost(path)).cpu().double()
+        outputs[path] = len(weight)
     if config.allocation == "uniform":  # all groups alike, however hard they are to round
         mean = torch.cat(list(errors.values())).mean(dim=0, keepdim=True)
         errors = {path: mean.expand_as(own) for path, own in errors.items()}
@@ -58,6 +61,5 @@ def bits_of_modules(
     found: dict[str, Tensor] = {}
     for paths, choice in zip(items, spend_on_items(sums, sizes, budget), strict=True):
         for path in paths:
-            shape = (len(weights[path]), len(errors[path]) // len(weights[path]))
-            found[path] = torch.full(shape, MODULE_BITS[choice], device=weights[path].device)
+            found[path] = torch.full((outputs[path], len(errors[path]) // outputs[path]), MODULE_BITS[choice])
     return {path: found[path] for path in weights}

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from hf_compress.methods.lrp.config import LRPConfig
-from hf_compress.modules.packed import fill_rows
+from hf_compress.modules.packed import fill_rows, filled
 from hf_compress.numerics.budget import spend_bits, spread_bits
-from hf_compress.numerics.rounding import Grids
+from hf_compress.numerics.rounding import Grids, limits
 
 ErrorCosts = Callable[[str], Tensor]  # asked map by map, so that no two are in memory at once
 
 _STEP_BITS = 16
 _CLASS_BITS = 8  # a byte that says how many bits a group has
 _ZERO_BITS = 8
+_CHUNK = 2**17  # weights whose errors are looked at together, so that they stay in the cache
 
 
 def overhead(config: LRPConfig) -> float:
@@ -37,7 +39,7 @@ def bits_of_groups(
     cost: ErrorCosts,
     budget: float,
 ) -> dict[str, Tensor]:
-    """Numbers of bits of all groups, (outputs, groups of a row), by the path of the linear map.
+    """Numbers of bits of all groups, (outputs, groups of a row) on the CPU, by the path of the linear map.
 
     Args:
         choices: numbers of bits that there are, rising.
@@ -45,14 +47,22 @@ def bits_of_groups(
         cost: what a squared error of each weight costs, of the weight's shape, by path.
         budget: bits a weight that may be spent on the weights themselves, as many as the fewest at least.
     """
-    counts = [len(_groups(config, weight)) for weight in weights.values()]
     if config.allocation == "uniform":
-        found = spread_bits(sum(counts), choices, budget)
+        shapes = {path: _groups_in(config, weight) for path, weight in weights.items()}
+        found = spread_bits(sum(map(math.prod, shapes.values())), choices, budget)
     else:
-        errors = [errors_of_groups(config, choices, weight, cost(path)).cpu() for path, weight in weights.items()]
+        shapes, errors = {}, []
+        for path, weight in weights.items():
+            shapes[path] = _groups_in(config, weight)
+            errors.append(errors_of_groups(config, choices, weight, cost(path)).cpu())
         found = spend_bits(torch.cat(errors), list(choices), budget)
-    parts = zip(weights.items(), found.split(counts), strict=True)
-    return {path: part.to(weight.device).view(len(weight), -1) for (path, weight), part in parts}
+    parts = zip(shapes.items(), found.split([math.prod(shape) for shape in shapes.values()]), strict=True)
+    return {path: part.view(shape) for (path, shape), part in parts}
+
+
+def _groups_in(config: LRPConfig, weight: Tensor) -> tuple[int, int]:
+    """Outputs, and groups of a row."""
+    return len(weight), filled(weight.shape[1], config.group_size) // config.group_size
 
 
 def _groups(config: LRPConfig, weight: Tensor) -> Tensor:
@@ -61,10 +71,14 @@ def _groups(config: LRPConfig, weight: Tensor) -> Tensor:
 
 
 def errors_of_groups(config: LRPConfig, choices: tuple[int, ...], weight: Tensor, cost: Tensor) -> Tensor:
-    """What rounding to nearest costs each group at each choice, (groups, choices) float64."""
+    """What rounding to nearest costs each group at each choice, (groups, choices) float32."""
     groups, worths = _groups(config, weight), _groups(config, cost)
-    errors = []
-    for bits in choices:
-        grids = Grids.of(groups, groups.new_full((len(groups),), bits, dtype=torch.int32), config.is_symmetric(bits))
-        errors.append((worths * (grids.value(grids.round(groups)) - groups).square()).sum(dim=1).double())
-    return torch.stack(errors, dim=1)
+    errors = torch.empty(len(groups), len(choices), dtype=torch.float32, device=groups.device)
+    size = max(1, _CHUNK // config.group_size)
+    for own, worth, out in zip(groups.split(size), worths.split(size), errors.split(size), strict=True):
+        reach = limits(own)
+        for column, bits in enumerate(choices):
+            grids = Grids.between(*reach, torch.full_like(reach[0], bits, dtype=torch.int32), config.is_symmetric(bits))
+            gaps = grids.nearest(own).sub_(own).square_()
+            torch.linalg.vecdot(gaps, worth, out=out[:, column])
+    return errors

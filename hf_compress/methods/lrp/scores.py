@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from hf_compress.calibration.objective import speaks
 from hf_compress.calibration.routing import Route, watch_routes
 from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.lrp.config import LRPConfig
-from hf_compress.methods.lrp.linears import weights_of
+from hf_compress.methods.lrp.linears import Weights
 
 
 @dataclass
@@ -35,7 +36,7 @@ class Scores:
 
     Attributes:
         weights, units: by the path of the linear map.
-        slopes: E |R| / |w| of the weights, where the scores are made of them.
+        slopes: E |R| / |w| of the weights, where the scores are made of them and bits are given by them.
     """
 
     weights: dict[str, Tensor] = field(default_factory=dict)
@@ -65,7 +66,7 @@ def score(
     if config.scope != "model":
         for path, values in found.weights.items():
             if not bool(values.any()):
-                found.weights[path] = weights_of({path: linears[path]})[path].abs()
+                found.weights[path] = Weights(linears)[path].abs()
     return found
 
 
@@ -76,7 +77,7 @@ def _scores(
     writers: Mapping[str, nn.Module],
     name: str,
 ) -> Scores:
-    weights = weights_of(linears)
+    weights = Weights(linears)
     if name == "random":
         return _random(config.seed, weights, writers)
     if name == "magnitude":
@@ -91,8 +92,15 @@ def _scores(
     count = max(1, sums.samples)
     if name == "signed":
         return Scores(_over(sums.signed, count), _over(sums.signed_units, count))
-    slopes = _over(sums.slopes(weights), count)
-    tempered = {path: weight.abs() * slopes[path] ** config.temper for path, weight in weights.items()}
+    needed = config.quantizes and config.allocation == "relevance"
+    tempered: dict[str, Tensor] = {}
+    slopes: dict[str, Tensor] = {}
+    for path in weights:  # in place where nothing else needs it: these are as many numbers as the model has
+        size, slope = weights[path].abs(), sums.absolute.pop(path)
+        slope.div_(size.clamp(min=torch.finfo(torch.float32).tiny)).div_(count)
+        if needed:
+            slopes[path] = slope
+        tempered[path] = (slope**config.temper if needed else slope.pow_(config.temper)).mul_(size)
     return Scores(tempered, _over(sums.absolute_units, count), slopes)
 
 
@@ -145,14 +153,26 @@ def input_norms(
 
 @contextmanager
 def watch_rows(
-    stack: Stack, batch: Batch, modules: Mapping[str, nn.Module], consume: Callable[[str, Tensor], None]
+    stack: Stack,
+    batch: Batch,
+    modules: Mapping[str, nn.Module],
+    consume: Callable[[str, Tensor], None],
+    wanted: Callable[[str, Tensor], bool] | None = None,
 ) -> Iterator[None]:
-    """While a batch runs, `consume(path, rows)` with what each module reads at real tokens, (tokens, inputs)."""
+    """While a batch runs, `consume(path, rows)` with what each module reads at real tokens, (tokens, inputs).
+
+    Args:
+        wanted: given a path and the tensor that its module is handed, says whether it is to be consumed.
+    """
 
     with watch_routes(stack.blocks) as routes, watch_encoded(stack) as encoded:
 
         def keep(path: str) -> Callable[..., None]:
-            return lambda module, args: consume(path, real_rows(stack, batch, args[0], routes.get(module), encoded))
+            def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+                if wanted is None or wanted(path, args[0]):
+                    consume(path, real_rows(stack, batch, args[0], routes.get(module), encoded))
+
+            return before
 
         with hooked(module.register_forward_pre_hook(keep(path)) for path, module in modules.items()):
             yield
@@ -188,4 +208,5 @@ def _random(seed: int, weights: Mapping[str, Tensor], writers: Mapping[str, nn.M
 
 
 def _over(sums: dict[str, Tensor], count: int) -> dict[str, Tensor]:
-    return {path: total / count for path, total in sums.items()}
+    """The sums themselves, divided."""
+    return {path: total.div_(count) for path, total in sums.items()}

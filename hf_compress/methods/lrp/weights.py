@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,13 +17,14 @@ from hf_compress.methods.base.context import CalibrationContext, Drafts
 from hf_compress.methods.lrp.config import BITS, MODULE_BITS, LRPConfig
 from hf_compress.methods.lrp.error_costs import error_costs
 from hf_compress.methods.lrp.experts import separate_experts
-from hf_compress.methods.lrp.grams import grams_of, in_parts, linears_of
-from hf_compress.methods.lrp.linears import changeable_linears, weights_of
+from hf_compress.methods.lrp.grams import grams_of, in_parts, linears_of, sharing
+from hf_compress.methods.lrp.linears import Weights, changeable_linears
 from hf_compress.methods.lrp.masks import kept_weights
 from hf_compress.methods.lrp.module_bits import bits_of_modules, read_together
 from hf_compress.methods.lrp.precision import bits_of_groups, overhead
 from hf_compress.methods.lrp.scores import Scores, score
 from hf_compress.modules.packed import filled
+from hf_compress.numerics.factor import Factor
 from hf_compress.numerics.masked import solve_masked
 from hf_compress.plan.plan import Plan
 from hf_compress.rewrite.builders import pack_linear, sparsify_linear
@@ -58,8 +60,11 @@ def plan_weights(
             draft = Plan()
             for own in in_parts(linears_of(stack, index, linears)):
                 grams = grams_of(stack, index, own, pairs)
-                for path in own:
-                    draft += _draft(config, context, path, linears[path], grams.get(path), decisions)
+                for paths in [*sharing(grams), *([path] for path in own if path not in grams)]:
+                    known = _known(config, grams.get(paths[0]), bool(kept))
+                    for path in paths:
+                        grams.pop(path, None)  # as large as nothing else here
+                        draft += _draft(config, context, path, linears[path], known, decisions)
             drafts.add(draft)
             advance(pairs, index)
     return {"linears": _notes(linears, decisions)}
@@ -86,21 +91,27 @@ def _split(
     return {"split": list(config.split)}
 
 
+def _known(config: LRPConfig, gram: Tensor | None, prunes: bool) -> Tensor | Factor | None:
+    """What solving needs of the Gram matrix of maps that read the same; None where nothing is solved for."""
+    if gram is None or prunes:
+        return gram
+    return Factor.of(gram) if config.rounding == "compensated" else None
+
+
 def _draft(
     config: LRPConfig,
     context: CalibrationContext,
     path: str,
     linear: nn.Module,
-    gram: Tensor | None,
+    known: Tensor | Factor | None,
     decisions: _Decisions,
 ) -> Plan:
     kept, bits = decisions.kept.get(path), decisions.bits.get(path)
     if kept is None:
         assert bits is not None
-        own = gram if config.rounding == "compensated" else None
         even = config.is_symmetric(int(bits.max()))
-        return pack_linear(context.model, path, bits, config.group_size, even, own)
-    weight = None if gram is None else solve_masked(linear_map(linear).T, gram, kept)
+        return pack_linear(context.model, path, bits, config.group_size, even, known)
+    weight = solve_masked(linear_map(linear).T, known, kept) if isinstance(known, Tensor) else None
     row = None if bits is None else bits.flatten()
     return sparsify_linear(context.model, path, kept, weight, row, config.group_size, bool(config.symmetric))
 
@@ -114,15 +125,14 @@ def _bits(
     kept: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """Bits of the groups of all linear maps; of pruned ones, of the groups of what is left."""
-    weights = weights_of(linears)
-    total = sum(weight.numel() for weight in weights.values())
+    total = sum(linear_map(linear).numel() for linear in linears.values())
     asked = config.bits if config.bits is not None else 8 * (config.target_bytes or 0) / total
+    weights = Weights(linears, kept)
+    shapes = [weights.shape(path) for path in linears]
+    stored = sum(map(math.prod, shapes))
+    padded = sum(outputs * filled(inputs, config.group_size) for outputs, inputs in shapes)
     if kept:  # a bit of every weight says whether it is there
-        left = sum(int(mask.sum()) for mask in kept.values())
-        asked = (asked - 1) * total / left
-        weights = {path: weight[kept[path]][None] for path, weight in weights.items()}
-    padded = sum(len(weight) * filled(weight.shape[1], config.group_size) for weight in weights.values())
-    stored = sum(weight.numel() for weight in weights.values())
+        asked = (asked - 1) * total / stored
     whole = config.per == "module"
     budget = asked * stored / padded - overhead(config)
     fewest = MODULE_BITS[0] if whole else BITS[0]
