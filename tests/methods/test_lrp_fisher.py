@@ -12,10 +12,11 @@ from transformers import AutoModelForSequenceClassification
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.parts import is_linear, linear_map
 from hf_compress.api.compress import compress
+from hf_compress.calibration import objective
 from hf_compress.calibration.data import Batch, Calibration, DataOptions
 from hf_compress.errors import CalibrationError, UnsupportedModelError
 from hf_compress.methods.base.context import CalibrationContext
-from hf_compress.methods.lrp import LRPConfig, fisher
+from hf_compress.methods.lrp import LRPConfig
 from hf_compress.methods.lrp.error_costs import error_costs
 from hf_compress.methods.lrp.fisher import energies
 from hf_compress.methods.lrp.linears import block_linears
@@ -177,7 +178,7 @@ def test_seeds():
 
 @pytest.mark.parametrize("name", ["Llama", "BERT"])
 def test_bfloat16_gives_float32(name, monkeypatch):
-    monkeypatch.setattr(fisher, "class_at", lambda p, chances: torch.arange(len(p))[:, None] % p.shape[1])
+    monkeypatch.setattr(objective, "class_at", lambda p, chances: torch.arange(len(p))[:, None] % p.shape[1])
     model = build(name)
     exact, rough = found(model), found(in_dtype(model, torch.bfloat16))
     for path, gradient in exact.gradients.items():
@@ -216,16 +217,16 @@ def test_outputs_are_drawn_as_often_as_they_are_likely():
     """None that has no chance, and the last one at the very end."""
     chances = torch.arange(4000)[:, None] / 4000
     probabilities = torch.tensor([0.0, 0.1, 0.2, 0.0, 0.7, 0.0])
-    counts = torch.bincount(fisher.class_at(probabilities.expand(4000, -1), chances)[:, 0], minlength=6)
+    counts = torch.bincount(objective.class_at(probabilities.expand(4000, -1), chances)[:, 0], minlength=6)
     torch.testing.assert_close(counts / 4000, probabilities, atol=1e-3, rtol=0)
     almost = torch.full((6, 1), 1 - 2**-24)
-    assert fisher.class_at(torch.eye(6), almost)[:, 0].tolist() == list(range(6))
+    assert objective.class_at(torch.eye(6), almost)[:, 0].tolist() == list(range(6))
 
 
 def test_logits_are_taken_in_parts(monkeypatch):
     model = build("Llama")
     whole = found(model)
-    monkeypatch.setattr(fisher, "_ROWS", 3)
+    monkeypatch.setattr(objective, "_ROWS", 3)
     for path, gradient in found(model).gradients.items():
         torch.testing.assert_close(gradient, whole.gradients[path])
 
