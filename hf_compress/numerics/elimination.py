@@ -135,7 +135,10 @@ class _Elimination:
 
 
 def _one_by_one(inverse: Tensor, products: Tensor, size: int, count: int) -> Tensor:
-    """Of a few blocks, those to leave out one after another, [count]: by their part of G^-1 and of B B^T."""
+    """Of a few blocks, those to leave out one after another, [count]: by their part of G^-1 and of B B^T.
+
+    Both are overwritten.
+    """
     own = torch.arange(len(inverse) // size, device=inverse.device)
     one = torch.eye(size, dtype=inverse.dtype, device=inverse.device)
     gone = torch.zeros_like(own, dtype=torch.bool)
@@ -147,11 +150,11 @@ def _one_by_one(inverse: Tensor, products: Tensor, size: int, count: int) -> Ten
         gone[place] = True
         out = entries(place[None], size)
         row, shared = inverse[out], products[out]
-        taken = torch.linalg.solve(row[:, out], row)
-        inverse = inverse.addmm(row.T, taken, alpha=-1)
+        taken = row / row[:, out] if size == 1 else torch.linalg.solve(row[:, out], row)
+        inverse.addmm_(row.T, taken, alpha=-1)
         inverse[out[:, None], out] = one  # of what is gone, to be passed by
-        shared = shared.addmm(shared[:, out], taken, alpha=-0.5)
-        products = products.addmm(taken.T, shared, alpha=-1).addmm(shared.T, taken, alpha=-1)
+        shared.addmm_(shared[:, out], taken, alpha=-0.5)
+        products.addmm_(taken.T, shared, alpha=-1).addmm_(shared.T, taken, alpha=-1)
     return torch.stack(order)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+import torch
 from torch import Tensor, nn
 
 from hf_compress.anatomy.parts import linear_map
@@ -61,7 +62,8 @@ def _grams_of(
     after: list[Tensor] = []
 
     def add(path: str, rows: Tensor) -> None:
-        sums.setdefault(path, Moments(rows.shape[1], rows.device)).add(rows)
+        dtype = torch.promote_types(rows.dtype, torch.float32)  # enough for systems damped by a hundredth
+        sums.setdefault(path, Moments(rows.shape[1], rows.device, dtype)).add(rows)
 
     for pair in pairs:
         wanted = None if shared is None else shared.is_new
