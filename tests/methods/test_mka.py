@@ -17,6 +17,7 @@ from hf_compress.errors import CalibrationError
 from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.base.registry import plan_for
 from hf_compress.methods.mka import MKAConfig
+from hf_compress.methods.mka.choice import Chooser
 from hf_compress.methods.mka.writers import Writers
 from hf_compress.plan.edits import MergeBlocks, RemoveBlocks
 from hf_compress.plan.plan import Plan
@@ -161,6 +162,10 @@ def test_masked_tokens_have_no_say():
     assert torch.equal(first.weight, second.weight)
 
 
+def everywhere(stream):
+    return torch.ones(stream.shape[:2], dtype=torch.bool)
+
+
 @pytest.mark.parametrize(
     ("build", "model_type"),
     [(tiny_base_model, "bert"), (tiny_model, "olmo2"), (tiny_model, "gemma2"), (tiny_base_model, "dinov2")],
@@ -174,7 +179,7 @@ def test_a_block_that_does_not_add_its_projections_is_left(build, model_type):
     _, streams = recorded(runner)
     writers = Writers(model, stack, 1)
     assert writers.modules
-    assert writers.multiplier(runner, streams[1]) is None
+    assert writers.multiplier(streams[1], *writers.features(runner, streams[1]), everywhere(streams[1])) is None
     assert writers.fit([runner], [streams[1]], [streams[3]], [0.1]) is None
 
 
@@ -182,7 +187,9 @@ def test_a_block_that_does_not_add_its_projections_is_left(build, model_type):
 def test_the_multiplier_of_granite(value):
     model = with_multiplier(tiny_model("granite"), value)
     stack, runners, streams = runners_of(model)
-    assert Writers(model, stack, 2).multiplier(runners[0], streams[0][2]) == pytest.approx(value, rel=1e-4)
+    writers, stream = Writers(model, stack, 2), streams[0][2]
+    found = writers.multiplier(stream, *writers.features(runners[0], stream), everywhere(stream))
+    assert found == pytest.approx(value, rel=1e-4)
 
 
 def test_projections_that_do_not_run_are_left_alone():
@@ -244,6 +251,14 @@ def test_the_first_block_is_never_absorbed_even_if_it_does_nothing(model, count)
     assert 0 not in plan_of(model, calibration_of(model), num_merges=count).removed(LAYERS)
 
 
+@pytest.fixture
+def refit_is_kept(monkeypatch):
+    """Whatever it does to the loss: these tokens are random, so that tells nothing."""
+    losses = iter([1.0, 0.5])
+    monkeypatch.setattr(Chooser, "loss_without", lambda *_: next(losses))
+
+
+@pytest.mark.usefixtures("refit_is_kept")
 def test_only_output_projections_change(model):
     plan = plan_of(model, calibration_of(model, samples=120, batch_size=12), num_merges=1)
     assert plan.tensors
@@ -254,10 +269,10 @@ def test_only_output_projections_change(model):
 
 
 def choice_loss(model, plan, calibration, samples):
-    """Mean loss of the model that the plan gives, on the batches that candidates are compared on."""
+    """Mean loss of the model that the plan gives, on the batches to score: every third of the choice's."""
     smaller = copy.deepcopy(model)
     apply(plan, smaller)
-    return mean_loss_on(smaller, calibration.some(samples, least=3))
+    return mean_loss_on(smaller, calibration.some(samples, least=3)[2::3])
 
 
 def mean_loss_on(model, batches):
@@ -314,6 +329,7 @@ def test_a_block_that_does_nothing_costs_nothing(model):
     assert all(loss != pytest.approx(whole, rel=1e-6) for index, loss in losses.items() if index != "3")
 
 
+@pytest.mark.usefixtures("refit_is_kept")
 def test_solving_takes_away_error_on_data_that_was_not_seen(model):
     """The stream after the merged block is nearer to the original than without solving."""
     calibration = calibration_of(model, samples=120, batch_size=12)
@@ -374,7 +390,7 @@ def block_forwards(model, calibration, **options):
 def test_the_cost_depends_on_the_budgets_not_on_the_data(model):
     options = {"num_merges": 2, "choice_samples": 12, "refit_tokens": 240}
     costs = [block_forwards(model, calibration_of(model, samples=n), **options) for n in (24, 48, 96, 192)]
-    assert max(costs) < 1.3 * min(costs), "blocks already settled are not solved for, so the counts differ a little"
+    assert max(costs) < 1.5 * min(costs), "blocks already settled are not solved for, so the counts differ a little"
     more = block_forwards(model, calibration_of(model, samples=96), **options | {"choice_samples": 48})
     assert more > costs[0]
 

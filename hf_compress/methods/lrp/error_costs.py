@@ -18,6 +18,8 @@ from hf_compress.methods.lrp.precision import ErrorCosts
 from hf_compress.methods.lrp.scores import score, some_batches
 from hf_compress.numerics.factor import Factor
 
+_SHARE = 2
+
 
 def error_costs(
     config: LRPConfig,
@@ -70,8 +72,11 @@ def _full(linear: nn.Module, value: float) -> Tensor:
 def _unexplained(
     config: LRPConfig, context: CalibrationContext, stack: Stack, linears: Mapping[str, nn.Module]
 ) -> dict[str, Tensor]:
-    """Of the inputs of every linear map, block by block, so that there are never more Gram matrices than a block's."""
-    pairs = start_pairs(context.model, stack, context.calibration, config.tokens)
+    """Of the inputs of every linear map, block by block, so that there are never more Gram matrices than a block's.
+
+    To weigh inputs against each other, half of the tokens do that weights are solved from.
+    """
+    pairs = start_pairs(context.model, stack, context.calibration, config.tokens // _SHARE)
     found: dict[str, Tensor] = {}
     for index in turns(stack, range(len(stack)), "weighing inputs"):
         parts = list(in_parts(linears_of(stack, index, linears)))

@@ -19,13 +19,14 @@ from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.data import Batch
 from hf_compress.calibration.losses import LossSweep
 from hf_compress.calibration.sensitivity import estimated_costs
-from hf_compress.methods.base.choice import cheapest
+from hf_compress.methods.base.choice import VERIFIED, cheapest
 from hf_compress.methods.base.context import CalibrationContext, Drafts
 from hf_compress.methods.mka.writers import Writers
 
 # Penalty of the local fits, which are many and on little data: of so many tokens.
 LOCAL_PENALTY = 0.1
 LOCAL_TOKENS = 2048
+_FEW = 6  # candidates that are all tried
 
 
 class Chooser:
@@ -52,13 +53,15 @@ class Chooser:
         for sweep in self.sweeps:
             sweep.keep()
         candidates = list(range(1, len(self.stack)))
-        estimates = estimated_costs(self.scoring, candidates, self._errors)
+        few = len(candidates) <= _FEW  # then estimates would cost more than they spare
+        tried = len(candidates) if few else VERIFIED
+        estimates = dict.fromkeys(candidates, 0.0) if few else estimated_costs(self.scoring, candidates, self._errors)
         history: list[dict[str, Any]] = []
         touched: list[int] = []
         trial = Drafts(self.context.model, keeps_tensors=False)
         try:
             for _ in tqdm(range(count), desc="choosing blocks to merge", disable=None):
-                best, losses = cheapest(candidates, estimates, self._losses_after_absorbing, touched)
+                best, losses = cheapest(candidates, estimates, self._losses_after_absorbing, touched, tried)
                 history.append({"absorbed": best, "losses": {str(index): loss for index, loss in losses.items()}})
                 keeper = self._before(best)
                 with trial.hold(self.stack.blocks[keeper]):
@@ -73,12 +76,9 @@ class Chooser:
         return self.absorbed, history
 
     def loss_without(self, absorbed: Sequence[int]) -> float:
-        """Mean loss of the model as it is now, without the blocks `absorbed`, on all samples of the choice."""
-        total = 0.0
-        for sweep in self.sweeps:
-            sweep.go_on(0, absorbed)
-            total += sweep.loss() * len(sweep.runners)
-        return total / sum(len(sweep.runners) for sweep in self.sweeps)
+        """Mean loss of the model as it is now, without the blocks `absorbed`, on the batches to score."""
+        self.scoring.go_on(0, absorbed)
+        return self.scoring.loss()
 
     def _before(self, index: int) -> int:
         return max(i for i in range(index) if i not in self.absorbed)

@@ -7,7 +7,7 @@ the model. To give `target` instead, with a and h as they are, the change of [W_
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from hf_compress.numerics.row_ridge import solve_rows
 
 # Penalties tried, relative to the mean square of the inputs.
 PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+_FEW = 512  # tokens that tell the multiplier
 
 
 class Writers:
@@ -66,16 +67,17 @@ class Writers:
             rows.append(torch.stack([bias.detach().float() for bias in self.biases]).sum(dim=0)[None])
         return torch.cat(rows)
 
-    def multiplier(self, runner: BlockRunner, stream: Tensor) -> float | None:
-        """m, or None where the block does not add its projections' outputs to the stream (a norm comes after, say)."""
-        if not self.modules:
-            return None
-        output, features = self.features(runner, stream)
-        fits = features.shape[-1] == self.inputs and output.shape[-1] == self.weight().shape[-1]
-        if not fits:  # a projection did not run, or more than once, or not on the stream
-            return None
-        real = stream_tokens(runner.stack, runner.batch, stream)
-        added, written = (output - stream)[real].float(), features[real].float() @ self.weight()
+    def multiplier(self, stream: Tensor, output: Tensor, features: Tensor, real: Tensor) -> float | None:
+        """m, or None where the block does not add its projections' outputs to the stream (a norm comes after, say).
+
+        Args:
+            stream, output, features: of a batch, see `features`.
+            real: (samples, positions): its tokens that count; a few of them tell.
+        """
+        weight = self.weight() if self.modules else output[:0, 0]
+        if features.shape[-1] != self.inputs or output.shape[-1] != weight.shape[-1] or not self.modules:
+            return None  # a projection did not run, or more than once, or not on the stream
+        added, written = (output - stream)[real][:_FEW].float(), features[real][:_FEW].float() @ weight
         return checked_multiplier(((added * written).sum() / written.square().sum()).item(), added, written)
 
     def apply(self, change: Tensor, undo: Undo) -> None:
@@ -100,19 +102,27 @@ class Writers:
         Returns:
             As the weight of `fit`, float32; None where the block is not of the kind.
         """
-        multiplier = self.multiplier(runners[0], streams[0])
-        if multiplier is None:
+        found = list(self._rows(runners, streams, targets))
+        if not found:
             return None
-        found = [self._rows(*of_batch) for of_batch in zip(runners, streams, targets, strict=True)]
         features, missing = (torch.cat(rows) for rows in zip(*found, strict=True))
         every = max(1, len(features) // tokens)
-        return solve_rows(features[::every], missing[::every] / multiplier, penalty, self.widths)
+        return solve_rows(features[::every], missing[::every], penalty, self.widths)
 
-    def _rows(self, runner: BlockRunner, stream: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """The projections' inputs at the real tokens of a batch, and what the block's output lacks of the target."""
-        output, features = self.features(runner, stream)
-        real = stream_tokens(runner.stack, runner.batch, stream)
-        return features[real], (target - output)[real].float()
+    def _rows(
+        self, runners: Sequence[BlockRunner], streams: Sequence[Tensor], targets: Sequence[Tensor]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of each batch, the projections' inputs at real tokens, and what they would have to write besides, over m.
+
+        Nothing where the block is not of the kind.
+        """
+        multiplier: float | None = None
+        for runner, stream, target in zip(runners, streams, targets, strict=True):
+            output, features = self.features(runner, stream)
+            real = stream_tokens(runner.stack, runner.batch, stream)
+            if multiplier is None and (multiplier := self.multiplier(stream, output, features, real)) is None:
+                return
+            yield features[real], (target - output)[real].float() / multiplier
 
     def fit(
         self,
@@ -127,15 +137,11 @@ class Writers:
             The change, (inputs, width) with rows in the order of `features`, and what it leaves of the squared distance
             from the target on held-out tokens; None where it would not help there, or the block is not of the kind.
         """
-        multiplier = self.multiplier(runners[0], streams[0])
-        if multiplier is None:
-            return None
         dtype = torch.promote_types(targets[0].dtype, torch.float32)
         sums = HeldOutSums.empty(self.inputs, targets[0].shape[-1], targets[0].device, dtype)
-        for number, (runner, stream, target) in enumerate(zip(runners, streams, targets, strict=True)):
-            features, missing = self._rows(runner, stream, target)
-            sums.update(features, missing / multiplier, held=is_held_out(number))
-        if sums.fitted.energy + sums.held.energy == 0:  # the target is what the block gives already
+        for number, (features, missing) in enumerate(self._rows(runners, streams, targets)):
+            sums.update(features, missing, held=is_held_out(number))
+        if sums.fitted.energy + sums.held.energy == 0:  # the target is what the block gives already, or is out of reach
             return None
         fit = sums.fit(penalties=penalties, parts=self.widths)
         return fit if fit.error < 1 else None
