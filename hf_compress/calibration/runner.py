@@ -111,7 +111,7 @@ class BlockRunner:
     def run(self, index: int, stream: Tensor) -> Tensor:
         """What block `index` makes of `stream`."""
         if index not in self._calls:
-            self._come_to(index)
+            self.come_to(index)
         output = self.output(index, stream)
         after = stream_of_output(output)
         if beside := streams_beside(output, self._calls[index].kwargs, after):
@@ -130,6 +130,21 @@ class BlockRunner:
         args, kwargs = self._calls[index].on(stream)
         return self.stack.blocks[index](*args, **kwargs)
 
+    def handed(self, index: int) -> list[Tensor]:
+        """What block `index` is called with besides the stream, and a gradient comes to."""
+        found: dict[int, Tensor] = {}
+        call = self._calls[index]
+        left: list[Any] = [*call.args, *call.kwargs.values()]
+        while left:
+            value = left.pop()
+            if isinstance(value, Tensor) and value.requires_grad:
+                found[id(value)] = value
+            elif isinstance(value, (tuple, list)):
+                left += value
+            elif isinstance(value, dict):
+                left += value.values()
+        return list(found.values())
+
     def finish(self, stream: Tensor) -> Any:
         """The model's output when `stream` is what comes out of the last block. All blocks have to have run."""
         with replaced_forwards(self.stack, {index: self._handing(index, stream) for index in range(len(self.stack))}):
@@ -139,7 +154,7 @@ class BlockRunner:
         """A forward with which a block returns `stream` in the form of its own return value."""
         return lambda own, args, kwargs: with_stream(self._forms[index], stream)
 
-    def _come_to(self, index: int) -> None:
+    def come_to(self, index: int) -> None:
         """Let the forward go on as far as its call of block `index`."""
         if self._waiting is None:
             self.start()
