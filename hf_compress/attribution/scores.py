@@ -157,6 +157,8 @@ def relevance_sums_by_blocks(
     with inference(model):
         streams = Streams(model, stack, batches)
         streams.keep()
+    for runner in streams.runners:
+        runner.trace_handed()
     with explaining(model, composite) as sources, watch_routes(stack.blocks) as routes:
         descent = Descent(streams, partial(_explained_behind, sources, target))
         for index in descent.blocks("scoring by relevance"):

@@ -58,4 +58,6 @@ def gradient_before(runner: BlockRunner, index: int, stream: Tensor, behind: Ten
     given = stream.detach().requires_grad_()
     after = stream_of_output(runner.output(index, given.clone()))  # a block may write into what it is given
     torch.autograd.backward(after, behind)
+    for leaf in runner.handed(index):
+        leaf.grad = None
     return torch.zeros_like(given) if given.grad is None else given.grad

@@ -34,6 +34,8 @@ from hf_compress.modules.bottleneck import BOTTLENECK, squeezed
 # (the block's own forward, its arguments) -> what the block returns
 BlockForward = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
+_STATES = (2, 3)  # dimensions that they have; masks have more
+
 
 @contextmanager
 def replaced_forwards(stack: Stack, replacements: dict[int, BlockForward]) -> Iterator[None]:
@@ -129,6 +131,19 @@ class BlockRunner:
         """All that block `index`, which has run before, returns for `stream`, whatever that is."""
         args, kwargs = self._calls[index].on(stream)
         return self.stack.blocks[index](*args, **kwargs)
+
+    def trace_handed(self) -> None:
+        """Have gradients come to states that blocks are called with besides the stream, such as an encoder's."""
+        traced: dict[int, Tensor] = {}
+
+        def leaf(value: Any) -> Any:
+            if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim not in _STATES:
+                return value
+            return traced.setdefault(id(value), value.detach().requires_grad_())
+
+        for index, call in self._calls.items():
+            args, kwargs = tuple(map(leaf, call.args)), {name: leaf(value) for name, value in call.kwargs.items()}
+            self._calls[index] = _Call(args, kwargs, call.name)
 
     def handed(self, index: int) -> list[Tensor]:
         """What block `index` is called with besides the stream, and a gradient comes to."""
