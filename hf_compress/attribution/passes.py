@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,14 +15,18 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from hf_compress.anatomy.dispatch import is_offloaded
 from hf_compress.anatomy.parts import is_linear
+from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
 from hf_compress.attribution.attach import lrp_rules, normalises
 from hf_compress.attribution.composites import Composite, resolve
 from hf_compress.attribution.targets import Target, explained
-from hf_compress.calibration.capture import forward, hooked, inference
+from hf_compress.calibration.capture import forward, hooked, inference, stream_of_output
 from hf_compress.calibration.data import Batch
 from hf_compress.calibration.objective import first_tensor
+from hf_compress.calibration.runner import BlockRunner
+from hf_compress.calibration.sweep import resident_around, turns
 from hf_compress.errors import CalibrationError, UnsupportedModelError, one_line
 from hf_compress.modules.kernels import check_no_kernels
 from hf_compress.modules.packed import CompactLinear
@@ -44,6 +48,11 @@ class Sources:
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     head: Tensor | None = None
+
+    def begin(self, batch: Batch) -> None:
+        """Let go of those of an earlier pass."""
+        self.tensors.clear()
+        self.tensors |= {name: value for name, value in batch.inputs.items() if value.requires_grad}
 
 
 def check_open(model: Any) -> None:
@@ -75,11 +84,25 @@ def explaining(
 
 def logits_of(model: PreTrainedModel, batch: Batch, sources: Sources) -> Tensor:
     """A forward pass under `explaining`; fills the sources."""
-    sources.tensors.clear()
+    batch = _traced(batch)
+    return _logits(model, batch, sources, lambda: forward(model, batch))
+
+
+def logits_behind(runner: BlockRunner, stream: Tensor, sources: Sources) -> Tensor:
+    """The same from the stream behind the last block on, which it may write into."""
+    return _logits(runner.model, runner.batch, sources, lambda: runner.finish(stream))
+
+
+def _traced(batch: Batch) -> Batch:
+    """A batch whose real-valued inputs require a gradient."""
     inputs = {n: v.clone().requires_grad_() if v.is_floating_point() else v for n, v in batch.inputs.items()}
-    sources.tensors |= {n: v for n, v in inputs.items() if v.requires_grad}
+    return replace(batch, inputs=inputs)
+
+
+def _logits(model: PreTrainedModel, batch: Batch, sources: Sources, run: Callable[[], Any]) -> Tensor:
+    sources.begin(batch)
     try:
-        output = forward(model, replace(batch, inputs=inputs))
+        output = run()
     except RuntimeError as error:
         if "modified inplace" not in str(error):
             raise
@@ -100,19 +123,23 @@ def explain(model: PreTrainedModel, batch: Batch, sources: Sources, target: Targ
         What is explained of each sample, (samples), and the relevance at every source, of the source's shape.
     """
     values = explained(model, logits_of(model, batch, sources), batch, target)
-    gradients = _gradients(values.sum(), list(sources.tensors.values()))
+    slopes = gradients(values.sum(), list(sources.tensors.values()))
     relevances = {
-        name: (tensor * gradient).detach()
-        for (name, tensor), gradient in zip(sources.tensors.items(), gradients, strict=True)
+        name: (tensor * slope).detach() for (name, tensor), slope in zip(sources.tensors.items(), slopes, strict=True)
     }
     return values.detach(), relevances
 
 
-def check_conserved(model: PreTrainedModel, batch: Batch, composite: str | Composite = "attnlrp") -> None:
+def check_conserved(
+    model: PreTrainedModel, batch: Batch, composite: str | Composite = "attnlrp", stack: Stack | None = None
+) -> None:
     """Raise where the rules do not cover all that the model does; of a composite that does not conserve, never.
 
     With queries and keys held fast, every rule hands on all that it gets, and biases keep what is theirs. So the
     relevance of all sources and biases has to come to the outputs, of which a random mixture is explained.
+
+    Args:
+        stack: taken block by block where its blocks are offloaded; else the pass is one of the whole model.
 
     Raises:
         UnsupportedModelError: it does not.
@@ -120,15 +147,11 @@ def check_conserved(model: PreTrainedModel, batch: Batch, composite: str | Compo
     rules = resolve(composite)
     if not rules.conserves:
         return
-    with explaining(model, rules.without_scores()) as sources, Undo() as undo:
-        added = _added(model)
-        for parameter in added:
-            set_gradient(parameter, True, undo)
-        logits = logits_of(model, batch, sources)
-        mixture, total, size = _mixed(logits.detach())
-        ends = [*sources.tensors.values(), *added]
-        slopes = _gradients(logits, ends, mixture)
-        found = sum(float((e.detach() * g).double().sum()) for e, g in zip(ends, slopes, strict=True))
+    with explaining(model, rules.without_scores()) as sources:
+        if stack is not None and is_offloaded(stack.blocks):
+            found, total, size = _conserved_by_blocks(model, stack, batch, sources)
+        else:
+            found, total, size = _conserved(model, batch, sources)
     leak = abs(found - total) / size if size else 0.0
     if leak > (_LEAK if next(model.parameters()).dtype in (torch.float32, torch.float64) else _LEAK_HALF):
         raise UnsupportedModelError(
@@ -136,6 +159,68 @@ def check_conserved(model: PreTrainedModel, batch: Batch, composite: str | Compo
             "size): it has a part that there is no rule for, such as an attention of its own, a bottleneck, or an "
             "activation that is a function and no module"
         )
+
+
+def _conserved(model: PreTrainedModel, batch: Batch, sources: Sources) -> tuple[float, float, float]:
+    """What comes to sources and biases of a random mixture of logits; what that comes to; and the logits' norm."""
+    with _tracing(added := _added(model)):
+        logits = logits_of(model, batch, sources)
+        mixture, total, size = _mixed(logits.detach())
+        ends = [*sources.tensors.values(), *added]
+        return _relevance(ends, gradients(logits, ends, mixture)), total, size
+
+
+def _conserved_by_blocks(
+    model: PreTrainedModel, stack: Stack, batch: Batch, sources: Sources
+) -> tuple[float, float, float]:
+    """The same with one block in memory at a time, and with its graph.
+
+    What blocks are handed besides the stream (the encoder's, for instance) is taken back in the end, all at once.
+    """
+    runner = BlockRunner(model, stack, _traced(batch))
+    beside: dict[int, tuple[Tensor, Tensor]] = {}  # by the tensor's id: itself, and its gradient
+    with resident_around(model, stack), _tracing(outside := _added(model, stack.blocks)):
+        sources.begin(runner.batch)
+        streams = [runner.start()]
+        first = list(sources.tensors.values())
+        for index in turns(stack, range(len(stack)), "checking relevance"):
+            runner.come_to(index)  # with gradients of what blocks are handed, and none of the blocks'
+            with torch.no_grad():
+                streams.append(runner.run(index, streams[-1]))
+        given = streams.pop().detach().requires_grad_()
+        logits = logits_behind(runner, given.clone(), sources)
+        mixture, total, size = _mixed(logits.detach())
+        ends = [*sources.tensors.values(), *outside]
+        behind, *slopes = gradients(logits, [given, *ends], mixture)
+        found = _relevance(ends, slopes)
+        del logits, mixture, slopes
+        for index in turns(stack, reversed(range(len(stack))), "checking relevance"):
+            block = stack.blocks[index]
+            with _tracing(added := _added(block)):
+                given = streams[index].detach().requires_grad_()
+                after = stream_of_output(runner.output(index, given.clone()))
+                handed = runner.handed(index)
+                behind, *slopes = gradients(after, [given, *added, *handed], behind)
+            found += _relevance(added, slopes[: len(added)])
+            for tensor, slope in zip(handed, slopes[len(added) :], strict=True):
+                beside[id(tensor)] = tensor, slope + (beside[id(tensor)][1] if id(tensor) in beside else 0)
+        ends = [*first, *outside]
+        values, starts = zip((streams[0], behind), *beside.values(), strict=True)
+        found += _relevance(ends, gradients(values, ends, starts))
+    return found, total, size
+
+
+def _relevance(ends: Sequence[Tensor], slopes: Sequence[Tensor]) -> float:
+    return sum(float((end.detach() * slope).double().sum()) for end, slope in zip(ends, slopes, strict=True))
+
+
+@contextmanager
+def _tracing(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Let gradients be taken for some parameters meanwhile."""
+    with Undo() as undo:
+        for parameter in parameters:
+            set_gradient(parameter, True, undo)
+        yield
 
 
 def _mixed(logits: Tensor) -> tuple[Tensor, float, float]:
@@ -154,15 +239,18 @@ def _mixed(logits: Tensor) -> tuple[Tensor, float, float]:
     return mixture, total, math.sqrt(square)
 
 
-def _gradients(value: Tensor, ends: list[Tensor], start: Tensor | None = None) -> list[Tensor]:
+def gradients(
+    value: Tensor | Sequence[Tensor], ends: list[Tensor], start: Tensor | Sequence[Tensor] | None = None
+) -> list[Tensor]:
     """The gradient of a scalar, or of the sum of value · start, at each end; 0 at one that it does not hang on."""
-    if not ends or not value.requires_grad:
+    values = [value] if isinstance(value, Tensor) else value
+    if not ends or not any(one.requires_grad for one in values):
         raise UnsupportedModelError("found neither embeddings nor real-valued inputs that the outputs hang on")
     try:
-        gradients = torch.autograd.grad(value, ends, start, allow_unused=True)
+        found = torch.autograd.grad(values, ends, start, allow_unused=True)
     except AssertionError as error:  # reversible layers, which take their own backward pass for one of training
         raise UnsupportedModelError(f"the model has a backward pass of its own: {one_line(error)}") from error
-    return [torch.zeros_like(end) if g is None else g for end, g in zip(ends, gradients, strict=True)]
+    return [torch.zeros_like(end) if g is None else g for end, g in zip(ends, found, strict=True)]
 
 
 def word_embeddings(model: PreTrainedModel) -> nn.Module | None:
@@ -201,10 +289,16 @@ def _source_hooks(model: PreTrainedModel, sources: Sources) -> Iterator[Removabl
         yield head.register_forward_hook(keep)
 
 
-def _added(model: PreTrainedModel) -> list[Tensor]:
-    """Parameters that are added to something: biases, and tokens and positions that are no embedding's."""
+def _added(model: nn.Module, but: nn.Module | None = None) -> list[Tensor]:
+    """Parameters that are added to something: biases, and tokens and positions that are no embedding's.
+
+    Those of one part may be left out.
+    """
     found: dict[int, Tensor] = {}  # tied ones once
+    left_out = set() if but is None else set(but.modules())
     for module in model.modules():
+        if module in left_out:
+            continue
         scales = is_linear(module) or normalises(module) or isinstance(module, (_ConvNd, nn.Embedding, CompactLinear))
         for name, parameter in module._parameters.items():
             if parameter is None or (scales and name != "bias"):

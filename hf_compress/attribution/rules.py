@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import copy
+from dataclasses import replace
 from typing import Self
 
 import torch
@@ -104,7 +105,8 @@ class HeldScale(Rule):
         if given.shape == gave.shape:
             self.form = self.form or ScaledNorm.of(module, given.detach(), gave.detach())
             if self.form is not None:
-                return self.form.apply(given, gave)
+                own = module._parameters.get("bias")  # anew, since offloaded ones are read again and again
+                return replace(self.form, bias=own).apply(given, gave)
         raise UnsupportedModelError(
             f"{self.part} is no normalisation by one scale a token, so relevance has no rule for it"
         )

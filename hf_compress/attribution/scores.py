@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +13,17 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from hf_compress.anatomy.parts import linear_map
+from hf_compress.anatomy.stacks import Stack
 from hf_compress.attribution.composites import Composite
-from hf_compress.attribution.passes import check_conserved, explain, explaining
-from hf_compress.attribution.targets import Target
+from hf_compress.attribution.passes import Sources, check_conserved, explain, explaining, gradients, logits_behind
+from hf_compress.attribution.targets import Target, explained
 from hf_compress.attribution.watch import watch_inputs, watch_linears
+from hf_compress.calibration.capture import inference
 from hf_compress.calibration.data import Batch
+from hf_compress.calibration.descent import Descent
 from hf_compress.calibration.routing import Route, watch_routes
+from hf_compress.calibration.runner import BlockRunner
+from hf_compress.calibration.sweep import Streams
 from hf_compress.errors import CalibrationError
 
 _CHUNK = 2**19  # weights whose sums are added to together
@@ -110,7 +116,7 @@ def relevance_sums(
         CalibrationError: NaN or infinite relevances; no labels where the target is one.
     """
     sums = _Sums(linears, signed, absolute)
-    result = RelevanceSums()
+    samples = 0
     with ExitStack() as stack:
         sources = None
         for batch in tqdm(batches, desc="scoring by relevance", disable=None):
@@ -122,7 +128,63 @@ def relevance_sums(
                 stack.enter_context(watch_inputs(writers or {}, sums.take_units))
             sums.samples = batch.samples
             explain(model, batch, sources, target)
-            result.samples += batch.samples
+            samples += batch.samples
+    return _finished(sums, linears, samples)
+
+
+def relevance_sums_by_blocks(
+    model: PreTrainedModel,
+    stack: Stack,
+    batches: Iterable[Batch],
+    linears: Mapping[str, nn.Module],
+    writers: Mapping[str, nn.Module] | None = None,
+    target: Target = "label",
+    *,
+    signed: bool = False,
+    composite: str | Composite = "attnlrp",
+) -> Iterator[RelevanceSums]:
+    """Sums of relevances, or of their sizes, of the blocks of a stack, from the last to the first.
+
+    Each is in memory while its sums are given.
+
+    No more than that has to be: one block, its sums, its graph for one batch, and of every batch the streams.
+    """
+    batches = list(batches)
+    if not batches:
+        return
+    samples = sum(batch.samples for batch in batches)
+    check_conserved(model, batches[0], composite, stack)
+    with inference(model):
+        streams = Streams(model, stack, batches)
+        streams.keep()
+    for runner in streams.runners:
+        runner.trace_handed()
+    with explaining(model, composite) as sources, watch_routes(stack.blocks) as routes:
+        descent = Descent(streams, partial(_explained_behind, sources, target))
+        for index in descent.blocks("scoring by relevance"):
+            inside = set(stack.blocks[index].modules())
+            own, ends = (
+                {path: module for path, module in modules.items() if module in inside}
+                for modules in (linears, writers or {})
+            )
+            sums = _Sums(own, signed, not signed)
+            sums.routes = routes
+            with watch_linears(own, sums.take_weights), watch_inputs(ends, sums.take_units):
+                for number, batch in enumerate(batches):
+                    sums.samples = batch.samples
+                    descent.take_past(index, number)
+            yield _finished(sums, own, samples)
+
+
+def _explained_behind(sources: Sources, target: Target, runner: BlockRunner, stream: Tensor) -> Tensor:
+    """The gradient, behind the last block, of what is explained of a batch."""
+    given = stream.detach().requires_grad_()
+    logits = logits_behind(runner, given.clone(), sources)
+    return gradients(explained(runner.model, logits, runner.batch, target).sum(), [given])[0]
+
+
+def _finished(sums: _Sums, linears: Mapping[str, nn.Module], samples: int) -> RelevanceSums:
+    """Relevances, of products that are times the weights."""
     for kind, found in sums.weights.items():
         for name, linear in linears.items() if sums.wanted[kind] else ():
             weight = linear_map(linear).T.detach()
@@ -131,12 +193,16 @@ def relevance_sums(
             products = found[name]
             products *= weight if kind == "signed" else weight.abs()
             _check(name, products)
-    for found in sums.units.values():
-        for name, units in found.items():
-            _check(name, units)
-    result.signed, result.absolute = sums.weights["signed"], sums.weights["absolute"]
-    result.signed_units, result.absolute_units = sums.units["signed"], sums.units["absolute"]
-    return result
+    for units in sums.units.values():
+        for name, values in units.items():
+            _check(name, values)
+    return RelevanceSums(
+        signed=sums.weights["signed"],
+        absolute=sums.weights["absolute"],
+        signed_units=sums.units["signed"],
+        absolute_units=sums.units["absolute"],
+        samples=samples,
+    )
 
 
 def _add_sizes(total: Tensor, parts: Sequence[tuple[Tensor, Tensor]]) -> None:

@@ -6,7 +6,7 @@ l then has to run only from there on. All batches go past a block before they go
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -16,7 +16,7 @@ from hf_compress.calibration.capture import inference, stream_of_output
 from hf_compress.calibration.data import Batch
 from hf_compress.calibration.objective import batch_loss, first_tensor, mean_loss, speaks
 from hf_compress.calibration.runner import BlockRunner
-from hf_compress.calibration.sweep import StreamMemory, turns
+from hf_compress.calibration.sweep import Streams, turns
 
 _LEFT, _WHOLE = -1, -2  # streams of the model without the blocks that are left out, and with all of them
 
@@ -47,35 +47,17 @@ class Losses:
         return mean_loss(sum(sums), sum(weights))
 
 
-class LossSweep:
-    """Batches, and what changes of the model cost on them.
-
-    Attributes:
-        runners: of the batches.
-        streams: of each batch, before every block and behind the last, of the model as it was kept last.
-        skipped: the blocks that it was kept without.
-    """
+class LossSweep(Streams):
+    """Batches, and what changes of the model cost on them."""
 
     def __init__(self, model: PreTrainedModel, stack: Stack, batches: Iterable[Batch]) -> None:
-        self.model, self.stack, self.memory = model, stack, StreamMemory()
-        self.runners = [BlockRunner(model, stack, batch) for batch in batches]
-        self.streams: list[dict[int, Tensor]] = []
-        self.skipped: Collection[int] = ()
+        super().__init__(model, stack, batches)
         self._losses: Losses | None = None
 
     def keep(self) -> None:
         """Keep the streams of the model as it is. The first time, with nothing changed."""
-        self.streams = [{0: self._kept(number, runner.start())} for number, runner in enumerate(self.runners)]
-        self.go_on(0, ())
+        super().keep()
         self._losses = self._losses or Losses(self.runners, self.at(len(self.stack)))
-
-    def go_on(self, start: int, skipped: Collection[int]) -> None:
-        """Keep the streams behind block `start` on, which has changed, without the blocks `skipped`."""
-        self.skipped = skipped
-        for index in turns(self.stack, range(start, len(self.stack)), "reading streams"):
-            for number, (runner, streams) in enumerate(zip(self.runners, self.streams, strict=True)):
-                after = streams[index] if index in skipped else runner.run(index, streams[index])
-                streams[index + 1] = after if index in skipped else self._kept(number, after)
 
     def loss(self) -> float:
         """The mean loss of the model as it was kept last."""
@@ -85,14 +67,6 @@ class LossSweep:
         assert self._losses is not None, "the streams have not been kept"
         return self._losses.of(streams)
 
-    def at(self, index: int) -> list[Tensor]:
-        """The streams before a block, one a batch."""
-        return [streams[index] for streams in self.streams]
-
-    def run(self, index: int) -> list[Tensor]:
-        """What a block, which may have changed since, makes of the streams before it."""
-        return [runner.run(index, stream) for runner, stream in zip(self.runners, self.at(index), strict=True)]
-
     def loss_after(self, index: int, streams: Sequence[Tensor]) -> float:
         """The mean loss where `streams` come out of block `index`; the blocks after it are as they were kept."""
         streams = list(streams)
@@ -100,10 +74,6 @@ class LossSweep:
             if later not in self.skipped:
                 streams = [_through(r, later, stream) for r, stream in zip(self.runners, streams, strict=True)]
         return self._loss(streams)
-
-    def _kept(self, number: int, stream: Tensor) -> Tensor:
-        """Streams are kept at all blocks, so a batch counts as often."""
-        return self.memory.keep(number * (len(self.stack) + 1), stream)
 
 
 def losses_without(

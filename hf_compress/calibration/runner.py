@@ -34,6 +34,8 @@ from hf_compress.modules.bottleneck import BOTTLENECK, squeezed
 # (the block's own forward, its arguments) -> what the block returns
 BlockForward = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
+_STATES = (2, 3)  # dimensions that they have; masks have more
+
 
 @contextmanager
 def replaced_forwards(stack: Stack, replacements: dict[int, BlockForward]) -> Iterator[None]:
@@ -111,7 +113,7 @@ class BlockRunner:
     def run(self, index: int, stream: Tensor) -> Tensor:
         """What block `index` makes of `stream`."""
         if index not in self._calls:
-            self._come_to(index)
+            self.come_to(index)
         output = self.output(index, stream)
         after = stream_of_output(output)
         if beside := streams_beside(output, self._calls[index].kwargs, after):
@@ -130,6 +132,34 @@ class BlockRunner:
         args, kwargs = self._calls[index].on(stream)
         return self.stack.blocks[index](*args, **kwargs)
 
+    def trace_handed(self) -> None:
+        """Have gradients come to states that blocks are called with besides the stream, such as an encoder's."""
+        traced: dict[int, Tensor] = {}
+
+        def leaf(value: Any) -> Any:
+            if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim not in _STATES:
+                return value
+            return traced.setdefault(id(value), value.detach().requires_grad_())
+
+        for index, call in self._calls.items():
+            args, kwargs = tuple(map(leaf, call.args)), {name: leaf(value) for name, value in call.kwargs.items()}
+            self._calls[index] = _Call(args, kwargs, call.name)
+
+    def handed(self, index: int) -> list[Tensor]:
+        """What block `index` is called with besides the stream, and a gradient comes to."""
+        found: dict[int, Tensor] = {}
+        call = self._calls[index]
+        left: list[Any] = [*call.args, *call.kwargs.values()]
+        while left:
+            value = left.pop()
+            if isinstance(value, Tensor) and value.requires_grad:
+                found[id(value)] = value
+            elif isinstance(value, (tuple, list)):
+                left += value
+            elif isinstance(value, dict):
+                left += value.values()
+        return list(found.values())
+
     def finish(self, stream: Tensor) -> Any:
         """The model's output when `stream` is what comes out of the last block. All blocks have to have run."""
         with replaced_forwards(self.stack, {index: self._handing(index, stream) for index in range(len(self.stack))}):
@@ -139,7 +169,7 @@ class BlockRunner:
         """A forward with which a block returns `stream` in the form of its own return value."""
         return lambda own, args, kwargs: with_stream(self._forms[index], stream)
 
-    def _come_to(self, index: int) -> None:
+    def come_to(self, index: int) -> None:
         """Let the forward go on as far as its call of block `index`."""
         if self._waiting is None:
             self.start()

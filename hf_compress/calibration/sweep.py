@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -70,6 +70,18 @@ def turns(
             yield index
 
 
+@contextmanager
+def resident_around(model: PreTrainedModel, stack: Stack) -> Iterator[None]:
+    """Inside, what is not in the stack is in memory: embeddings, the head, the other side of an encoder-decoder."""
+    names = stack.path.split(".")
+    above = [model.get_submodule(".".join(names[:end])) for end in range(len(names))]
+    with ExitStack() as held:
+        for part in [child for module in above for child in module.children()]:
+            if part not in above and part is not stack.blocks:
+                held.enter_context(resident(part))
+        yield
+
+
 @dataclass
 class Passed:
     """What a block made of the stream of a batch, both (samples, positions, width); `number` counts batches."""
@@ -106,13 +118,57 @@ class Sweep:
                 for _ in self.past(index):
                     pass
 
-    def past(self, index: int) -> Iterator[Passed]:
-        """Take all batches past a block; what it made of each."""
+    def past(
+        self, index: int, watching: Callable[[Batch], AbstractContextManager[None]] | None = None
+    ) -> Iterator[Passed]:
+        """Take all batches past a block; what it made of each. While it runs, `watching(batch)` is entered."""
         for number, (runner, before) in enumerate(zip(self.runners, self._streams, strict=True)):
-            after = runner.run(index, before)
+            with nullcontext() if watching is None else watching(runner.batch):
+                after = runner.run(index, before)
             yield Passed(number, runner.batch, before, after)
             self._streams[number] = self.memory.keep(number, after)
         self._next = index + 1
+
+
+class Streams:
+    """Batches that went up through a model, and their streams at all blocks.
+
+    Attributes:
+        runners: of the batches.
+        streams: of each batch, before every block and behind the last, of the model as it was kept last.
+        skipped: the blocks that it was kept without.
+    """
+
+    def __init__(self, model: PreTrainedModel, stack: Stack, batches: Iterable[Batch]) -> None:
+        self.model, self.stack, self.memory = model, stack, StreamMemory()
+        self.runners = [BlockRunner(model, stack, batch) for batch in batches]
+        self.streams: list[dict[int, Tensor]] = []
+        self.skipped: Collection[int] = ()
+
+    def keep(self) -> None:
+        """Keep the streams of the model as it is. The first time, with nothing changed."""
+        self.streams = [{0: self._kept(number, runner.start())} for number, runner in enumerate(self.runners)]
+        self.go_on(0, ())
+
+    def go_on(self, start: int, skipped: Collection[int]) -> None:
+        """Keep the streams behind block `start` on, which has changed, without the blocks `skipped`."""
+        self.skipped = skipped
+        for index in turns(self.stack, range(start, len(self.stack)), "reading streams"):
+            for number, (runner, streams) in enumerate(zip(self.runners, self.streams, strict=True)):
+                after = streams[index] if index in skipped else runner.run(index, streams[index])
+                streams[index + 1] = after if index in skipped else self._kept(number, after)
+
+    def at(self, index: int) -> list[Tensor]:
+        """The streams before a block, one a batch."""
+        return [streams[index] for streams in self.streams]
+
+    def run(self, index: int) -> list[Tensor]:
+        """What a block, which may have changed since, makes of the streams before it."""
+        return [runner.run(index, stream) for runner, stream in zip(self.runners, self.at(index), strict=True)]
+
+    def _kept(self, number: int, stream: Tensor) -> Tensor:
+        """Streams are kept at all blocks, so a batch counts as often."""
+        return self.memory.keep(number * (len(self.stack) + 1), stream)
 
 
 @dataclass

@@ -20,7 +20,8 @@ from hf_compress.calibration.sweep import advance, start_pairs
 from hf_compress.errors import UnsupportedModelError
 from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.lrp.fisher import energies
-from hf_compress.methods.lrp.grams import grams_of, linears_of
+from hf_compress.methods.lrp.grams import grams_of
+from hf_compress.methods.lrp.linears import linears_of
 from hf_compress.methods.lrp.scores import input_norms, watch_rows
 from tests.helpers.linears import IDS
 from tests.helpers.mixtures import (

@@ -277,8 +277,8 @@ def cost(model, compensated=False, *batches, **settings):
     context, stack = CalibrationContext(model, Calibration(list(batches) or [batch_of(model)])), Anatomy(model).stack()
     config = LRPConfig(bits=5, rounding="compensated" if compensated else "nearest", **settings)
     linears = block_linears(stack)
-    costs = error_costs(config, context, stack, linears, slopes={}, kept={})
-    return {path: costs(path) for path in linears}
+    parts = error_costs(config, context, stack, linears, slopes={}, kept={})
+    return {path: costs(path) for paths, costs in parts for path in paths}
 
 
 @pytest.mark.parametrize("name", ["Llama", "GPT-2", "ViT", "Dense"])

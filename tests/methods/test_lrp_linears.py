@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from hf_compress.calibration.streams import start_pairs
 
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.parts import is_linear
@@ -10,10 +9,11 @@ from hf_compress.api.compress import compress
 from hf_compress.attribution.scores import _Sums
 from hf_compress.calibration.capture import forward, inference
 from hf_compress.calibration.data import DataOptions, prepare
+from hf_compress.calibration.sweep import start_pairs
 from hf_compress.methods.base import grams
 from hf_compress.methods.lrp import LRPConfig
-from hf_compress.methods.lrp.grams import _ReadApart, _Shared, grams_of, in_parts, linears_of, sharing
-from hf_compress.methods.lrp.linears import block_linears
+from hf_compress.methods.lrp.grams import _ReadApart, _Shared, grams_of, in_parts, sharing
+from hf_compress.methods.lrp.linears import block_linears, linears_of
 from hf_compress.methods.lrp.scores import watch_rows
 from tests.helpers.tiny import tiny_model
 

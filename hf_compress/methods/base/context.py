@@ -69,9 +69,13 @@ class Drafts:
 
     def rewrite(self, names: Iterable[str]) -> None:
         """Have the plan give parameters, by their names, the values that they have now; `undo` knows the old ones."""
-        if self.keeps_tensors:
-            tensors = {name: self.model.get_parameter(name).detach().clone() for name in names}
-            self.plan = self.plan.then(Plan((), tensors))
+        if not self.keeps_tensors:
+            return
+        tensors = {}
+        for name in names:
+            with resident(self.model.get_submodule(name.rpartition(".")[0])):
+                tensors[name] = self.model.get_parameter(name).detach().clone()
+        self.plan = self.plan.then(Plan((), tensors))
 
     def take_back(self) -> None:
         """Leave the model as it was before the first draft, and the plan empty."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,10 @@ from hf_compress.calibration.sweep import advance, start_pairs, turns
 from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.lrp.config import LRPConfig
 from hf_compress.methods.lrp.fisher import energies
-from hf_compress.methods.lrp.grams import grams_of, in_parts, linears_of, sharing
+from hf_compress.methods.lrp.grams import grams_of, in_parts, sharing
+from hf_compress.methods.lrp.linears import linears_of
 from hf_compress.methods.lrp.precision import ErrorCosts
-from hf_compress.methods.lrp.scores import score, some_batches
+from hf_compress.methods.lrp.scores import scored, some_batches
 from hf_compress.numerics.factor import Factor
 
 _SHARE = 2
@@ -29,8 +31,10 @@ def error_costs(
     *,
     slopes: Mapping[str, Tensor],
     kept: Mapping[str, Tensor],
-) -> ErrorCosts:
+) -> Iterator[tuple[Iterable[str], ErrorCosts]]:
     """What a squared error of each weight costs, (outputs, inputs), for the path of its linear map.
+
+    In parts: some paths, and what tells the costs of those, while their weights are in memory.
 
     By Fisher information, E g_i² of the output times the energy of the input, or, where the rounding is compensated,
     what of that later inputs cannot make up for. By relevance, (E |R| / |w|)²: R is w times the slope of the output
@@ -41,13 +45,23 @@ def error_costs(
         kept: bool, which weights stay, of pruned maps: then it is what errors of those cost, (1, kept), and their
             rounding is not compensated.
     """
+    if config.allocation == "relevance" and not slopes:
+        for part in scored(config, context, stack, linears, {}, "relevance"):
+            yield part.slopes, _of_kept(kept, partial(_squared, part.slopes))
+        return
     if config.allocation == "fisher":
         compensated = config.rounding == "compensated" and not kept
-        return _of_kept(kept, _fisher(config, context, stack, linears, compensated))
-    if config.allocation == "relevance":
-        known = slopes or score(config, context, linears, {}, "relevance").slopes
-        return _of_kept(kept, lambda path: known[path].square())
-    return _of_kept(kept, lambda path: _full(linears[path], 1.0))
+        cost = _fisher(config, context, stack, linears, compensated)
+    elif config.allocation == "relevance":
+        cost = partial(_squared, slopes)
+    else:
+        cost = partial(_full, linears, 1.0)
+    for index in turns(stack, range(len(stack)), "weighing errors"):
+        yield linears_of(stack, index, linears), _of_kept(kept, cost)
+
+
+def _squared(slopes: Mapping[str, Tensor], path: str) -> Tensor:
+    return slopes[path].square()
 
 
 def _of_kept(kept: Mapping[str, Tensor], cost: ErrorCosts) -> ErrorCosts:
@@ -60,12 +74,12 @@ def _fisher(
     found = energies(context.model, stack, some_batches(context, config.tokens), linears, config.seed)
     read = _unexplained(config, context, stack, linears) if compensated else found.read
     used = found.rows.keys() & read.keys()
-    return lambda path: torch.outer(found.of_outputs(path), read[path]) if path in used else _full(linears[path], 0.0)
+    return lambda path: torch.outer(found.of_outputs(path), read[path]) if path in used else _full(linears, 0.0, path)
 
 
-def _full(linear: nn.Module, value: float) -> Tensor:
+def _full(linears: Mapping[str, nn.Module], value: float, path: str) -> Tensor:
     """A number for each weight, (outputs, inputs), that takes no memory."""
-    weight = linear_map(linear).T
+    weight = linear_map(linears[path]).T
     return torch.tensor(value, dtype=torch.float32, device=weight.device).expand(weight.shape)
 
 

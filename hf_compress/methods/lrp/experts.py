@@ -36,16 +36,17 @@ def separate_experts(context: CalibrationContext, stack: Stack, drafts: Drafts) 
     with watch_arguments(experts) as calls:
         forward(model, some_batch(context))
     for path, module in experts.items():
-        try:
-            draft = split_experts(model, path)
-        except UnsupportedModelError as error:
-            logger.warning("tensors of three dimensions stay as they are: %s", error)
-            continue
-        given = calls[path][-1] if calls[path] else None
-        before = _written(module, given) if given else None
-        drafts.add(draft)
-        if before is not None and given:
-            _check_same(path, before, _written(model.get_submodule(path), given))
+        with drafts.hold(stack.blocks[int(path.removeprefix(f"{stack.path}.").partition(".")[0])]):
+            try:
+                draft = split_experts(model, path)
+            except UnsupportedModelError as error:
+                logger.warning("tensors of three dimensions stay as they are: %s", error)
+                continue
+            given = calls[path][-1] if calls[path] else None
+            before = _written(module, given) if given else None
+            drafts.add(draft)
+            if before is not None and given:
+                _check_same(path, before, _written(model.get_submodule(path), given))
 
 
 def _in_tensors(stack: Stack) -> list[str]:

@@ -19,14 +19,19 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from hf_compress.anatomy.dispatch import is_offloaded
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
 from hf_compress.attribution.passes import set_gradient
 from hf_compress.calibration.capture import forward, hooked, inference, watch_encoded
 from hf_compress.calibration.data import Batch
+from hf_compress.calibration.descent import Descent
 from hf_compress.calibration.objective import drawn_gradient, first_tensor
 from hf_compress.calibration.routing import watch_routes
+from hf_compress.calibration.runner import BlockRunner
+from hf_compress.calibration.sweep import Streams
 from hf_compress.errors import CalibrationError, UnsupportedModelError, one_line
+from hf_compress.methods.lrp.linears import linears_of
 from hf_compress.methods.lrp.scores import real_rows
 
 logger = logging.getLogger(__name__)
@@ -63,13 +68,11 @@ def energies(
     """
     found = Energies()
     generator = torch.Generator().manual_seed(seed)
-    with inference(model), torch.enable_grad(), Undo() as undo:
+    take = _block_by_block if is_offloaded(model) else _at_once
+    with inference(model), Undo() as undo:
         for parameter in model.parameters():
             set_gradient(parameter, False, undo)
-        for batch in tqdm(batches, desc="drawing outputs", disable=None):
-            with _watched(stack, batch, linears, found):
-                output = forward(model, batch)
-                _backward(first_tensor(output), drawn_gradient(model, output, batch, generator))
+        take(model, stack, batches, linears, generator, found)
     blind = [path for path, sums in found.gradients.items() if not bool(sums.any())]
     if len(blind) == len(found.gradients):
         raise _no_gradients("they are all 0")
@@ -81,6 +84,49 @@ def energies(
         if not bool(torch.isfinite(sums).all()):
             raise CalibrationError(f"gradients at {path} hold NaN or infinity: load the model in float32 or bfloat16")
     return found
+
+
+@torch.enable_grad()
+def _at_once(
+    model: PreTrainedModel,
+    stack: Stack,
+    batches: Sequence[Batch],
+    linears: Mapping[str, nn.Module],
+    generator: torch.Generator,
+    found: Energies,
+) -> None:
+    """In passes of the whole model."""
+    for batch in tqdm(batches, desc="drawing outputs", disable=None):
+        with _watched(stack, batch, linears, found):
+            output = forward(model, batch)
+            _backward(first_tensor(output), drawn_gradient(model, output, batch, generator))
+
+
+def _block_by_block(
+    model: PreTrainedModel,
+    stack: Stack,
+    batches: Sequence[Batch],
+    linears: Mapping[str, nn.Module],
+    generator: torch.Generator,
+    found: Energies,
+) -> None:
+    """The same with one block in memory at a time."""
+
+    @torch.enable_grad()
+    def drawn(runner: BlockRunner, stream: Tensor) -> Tensor:
+        given = stream.detach().requires_grad_()
+        output = runner.finish(given.clone())
+        _backward(first_tensor(output), drawn_gradient(model, output, runner.batch, generator))
+        return torch.zeros_like(given) if given.grad is None else given.grad
+
+    streams = Streams(model, stack, batches)
+    streams.keep()
+    descent = Descent(streams, drawn)
+    for index in descent.blocks("drawing outputs"):
+        own = linears_of(stack, index, linears)
+        for number, batch in enumerate(batches):
+            with _watched(stack, batch, own, found):
+                descent.take_past(index, number)
 
 
 @contextmanager

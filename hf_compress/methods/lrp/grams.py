@@ -15,11 +15,6 @@ from hf_compress.methods.lrp.scores import watch_rows
 from hf_compress.numerics.moments import Moments
 
 
-def linears_of(stack: Stack, index: int, linears: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Those of a block."""
-    return {path: module for path, module in linears.items() if path.startswith(f"{stack.path}.{index}.")}
-
-
 def in_parts(linears: Mapping[str, nn.Module]) -> Iterator[dict[str, nn.Module]]:
     """Linear maps in parts whose Gram matrices fit into memory together: experts are many."""
     for paths in few_at_once({path: 8 * len(linear_map(module)) ** 2 for path, module in linears.items()}):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_compress.anatomy.parts import is_linear, linear_map
+from hf_compress.anatomy.residency import resident
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.capture import forward, hooked, inference
 from hf_compress.calibration.data import Batch
@@ -31,6 +32,11 @@ def block_linears(stack: Stack) -> dict[str, nn.Module]:
         for path, module in block.named_modules()
         if is_linear(module)
     }
+
+
+def linears_of(stack: Stack, index: int, linears: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Those of a block, by their paths in the model."""
+    return {path: module for path, module in linears.items() if path.startswith(f"{stack.path}.{index}.")}
 
 
 def changeable_linears(context: CalibrationContext, stack: Stack) -> dict[str, nn.Module]:
@@ -81,13 +87,15 @@ def _kinds(context: CalibrationContext, linears: Mapping[str, nn.Module]) -> tup
 def _is_plain(module: Any, args: tuple[Any, ...], output: Any) -> bool:
     if not (isinstance(output, Tensor) and args and isinstance(args[0], Tensor)):
         return False
-    weight = linear_map(module).float()
+    with resident(module):
+        weight = linear_map(module).float()
+        bias = 0 if module.bias is None else module.bias.float()
     if args[0].shape[-1] != len(weight) or output.shape != (*args[0].shape[:-1], weight.shape[1]):
         return False
     given, gave = (rows.reshape(-1, rows.shape[-1]) for rows in (args[0], output))
     some = slice(None, None, max(1, len(given) // _ROWS))
     given, gave = given[some], gave[some]
-    expected = given.float() @ weight + (0 if module.bias is None else module.bias.float())
+    expected = given.float() @ weight + bias
     gap = float((gave.float() - expected).norm())
     return not gap > _TOLERANCE * float(expected.norm())  # NaN is found later, and told of in its own words
 

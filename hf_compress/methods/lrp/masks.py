@@ -36,6 +36,11 @@ def kept_weights(config: LRPConfig, scores: MutableMapping[str, Tensor]) -> dict
     return masks
 
 
+def compares_maps(config: LRPConfig) -> bool:
+    """Whether weights are compared across linear maps, so that no mask is made before all scores are there."""
+    return _maker(config, 1.0) is None
+
+
 def _maker(config: LRPConfig, share: float) -> Callable[[str, Tensor], Tensor] | None:
     """What makes a mask of a linear map's path and scores; None where all maps are compared."""
     if config.variant == "paper":

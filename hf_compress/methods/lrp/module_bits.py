@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from hf_compress.calibration.capture import forward, watch_arguments
 from hf_compress.calibration.data import Batch
 from hf_compress.methods.lrp.config import MODULE_BITS, LRPConfig
-from hf_compress.methods.lrp.precision import ErrorCosts, errors_of_groups, stored_bits
+from hf_compress.methods.lrp.linears import Weights
+from hf_compress.methods.lrp.precision import CostParts, all_errors, stored_bits
 from hf_compress.numerics.budget import spend_on_items
 
 
@@ -32,8 +33,8 @@ def read_together(model: PreTrainedModel, batch: Batch, linears: Mapping[str, nn
 
 def bits_of_modules(
     config: LRPConfig,
-    weights: Mapping[str, Tensor],
-    cost: ErrorCosts,
+    weights: Weights,
+    costs: CostParts,
     together: Iterable[Sequence[str]],
     budget: int,
 ) -> dict[str, Tensor]:
@@ -42,15 +43,14 @@ def bits_of_modules(
     The sum of errors is the least of all that the budget allows (see `spend_on_items`).
 
     Args:
-        weights: (outputs, inputs) float32.
-        cost: what a squared error of each weight costs, of the weight's shape, by path.
+        weights: of the linear maps.
+        costs: paths, and what a squared error of each weight costs, of the weight's shape, by path.
         together: the maps that get the same number of bits, by their paths.
         budget: bits that all maps may take, with all that is stored, as many as at the fewest bits at least.
     """
-    errors, outputs = {}, {}
-    for path, weight in weights.items():
-        errors[path] = errors_of_groups(config, MODULE_BITS, weight, cost(path)).cpu().double()
-        outputs[path] = len(weight)
+    unsorted = all_errors(config, MODULE_BITS, weights, costs)
+    errors = {path: unsorted.pop(path).double() for path in weights}
+    outputs = {path: weights.shape(path)[0] for path in weights}
     if config.allocation == "uniform":  # all groups alike, however hard they are to round
         mean = torch.cat(list(errors.values())).mean(dim=0, keepdim=True)
         errors = {path: mean.expand_as(own) for path, own in errors.items()}

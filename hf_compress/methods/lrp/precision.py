@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
 from hf_compress.methods.lrp.config import LRPConfig
+from hf_compress.methods.lrp.linears import Weights
 from hf_compress.modules.packed import fill_rows, filled
 from hf_compress.numerics.budget import spend_bits, spread_bits
 from hf_compress.numerics.rounding import Grids, limits
 
 ErrorCosts = Callable[[str], Tensor]  # asked map by map, so that no two are in memory at once
+CostParts = Iterable[tuple[Iterable[str], ErrorCosts]]  # of some maps, whose weights are in memory meanwhile
 
 _STEP_BITS = 16
 _CLASS_BITS = 8  # a byte that says how many bits a group has
@@ -35,34 +37,40 @@ def stored_bits(config: LRPConfig, bits: int) -> int:
 def bits_of_groups(
     config: LRPConfig,
     choices: tuple[int, ...],
-    weights: Mapping[str, Tensor],
-    cost: ErrorCosts,
+    weights: Weights,
+    costs: CostParts,
     budget: float,
 ) -> dict[str, Tensor]:
     """Numbers of bits of all groups, (outputs, groups of a row) on the CPU, by the path of the linear map.
 
     Args:
         choices: numbers of bits that there are, rising.
-        weights: (outputs, inputs) float32.
-        cost: what a squared error of each weight costs, of the weight's shape, by path.
+        weights: of the linear maps.
+        costs: paths, and what a squared error of each weight costs, of the weight's shape, by path.
         budget: bits a weight that may be spent on the weights themselves, as many as the fewest at least.
     """
+    shapes = {path: _groups_in(config, *weights.shape(path)) for path in weights}
     if config.allocation == "uniform":
-        shapes = {path: _groups_in(config, weight) for path, weight in weights.items()}
         found = spread_bits(sum(map(math.prod, shapes.values())), choices, budget)
     else:
-        shapes, errors = {}, []
-        for path, weight in weights.items():
-            shapes[path] = _groups_in(config, weight)
-            errors.append(errors_of_groups(config, choices, weight, cost(path)).cpu())
-        found = spend_bits(torch.cat(errors), list(choices), budget)
+        errors = all_errors(config, choices, weights, costs)
+        found = spend_bits(torch.cat([errors.pop(path) for path in weights]), list(choices), budget)
     parts = zip(shapes.items(), found.split([math.prod(shape) for shape in shapes.values()]), strict=True)
     return {path: part.view(shape) for (path, shape), part in parts}
 
 
-def _groups_in(config: LRPConfig, weight: Tensor) -> tuple[int, int]:
+def all_errors(config: LRPConfig, choices: tuple[int, ...], weights: Weights, costs: CostParts) -> dict[str, Tensor]:
+    """`errors_of_groups` of linear maps, by their paths, on the CPU."""
+    return {
+        path: errors_of_groups(config, choices, weights[path], cost(path)).cpu()
+        for paths, cost in costs
+        for path in paths
+    }
+
+
+def _groups_in(config: LRPConfig, outputs: int, inputs: int) -> tuple[int, int]:
     """Outputs, and groups of a row."""
-    return len(weight), filled(weight.shape[1], config.group_size) // config.group_size
+    return outputs, filled(inputs, config.group_size) // config.group_size
 
 
 def _groups(config: LRPConfig, weight: Tensor) -> Tensor:

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_compress.anatomy.dispatch import computing_device, is_offloaded
 from hf_compress.anatomy.parts import linear_map
 from hf_compress.anatomy.stacks import Stack
-from hf_compress.attribution.scores import RelevanceSums, relevance_sums
+from hf_compress.attribution.scores import RelevanceSums, relevance_sums, relevance_sums_by_blocks
 from hf_compress.calibration.capture import (
-    forward,
     hooked,
     inference,
     real_tokens,
@@ -25,9 +26,10 @@ from hf_compress.calibration.capture import (
 from hf_compress.calibration.data import Batch
 from hf_compress.calibration.objective import speaks
 from hf_compress.calibration.routing import Route, watch_routes
+from hf_compress.calibration.sweep import Sweep, turns
 from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.lrp.config import LRPConfig
-from hf_compress.methods.lrp.linears import Weights
+from hf_compress.methods.lrp.linears import Weights, linears_of
 
 
 @dataclass
@@ -50,83 +52,102 @@ def some_batches(context: CalibrationContext, tokens: int) -> Sequence[Batch]:
     return data.about(tokens, data.tokens or data.samples, rounded=round)
 
 
-def score(
+def scored(
     config: LRPConfig,
     context: CalibrationContext,
+    stack: Stack,
     linears: Mapping[str, nn.Module],
     writers: Mapping[str, nn.Module],
     name: str,
-) -> Scores:
-    """The scores called `name` of the weights of `linears` and of what `writers` read.
+) -> Iterator[Scores]:
+    """The scores called `name` of the weights of `linears` and of what `writers` read, in parts.
+
+    The weights that a part is of are in memory while it is given: those of a block, or of a model in memory all.
 
     Of a linear map that they tell nothing of, such as that of an expert which no token was given to, they are the
     weights' sizes; but 0 where weights are compared across maps.
     """
-    found = _scores(config, context, linears, writers, name)
-    if config.scope != "model":
-        for path, values in found.weights.items():
-            if not bool(values.any()):
-                found.weights[path] = Weights(linears)[path].abs()
-    return found
+    for found in _scored(config, context, stack, linears, writers, name):
+        if config.scope != "model":
+            for path, values in found.weights.items():
+                if not bool(values.any()):
+                    found.weights[path] = Weights(linears)[path].abs()
+        yield found
 
 
-def _scores(
+def _scored(
     config: LRPConfig,
     context: CalibrationContext,
+    stack: Stack,
     linears: Mapping[str, nn.Module],
     writers: Mapping[str, nn.Module],
     name: str,
-) -> Scores:
-    weights = Weights(linears)
-    if name == "random":
-        return _random(config.seed, weights, writers)
-    if name == "magnitude":
-        sizes = {path: linear_map(module).detach().float().norm(dim=1) for path, module in writers.items()}
-        return Scores({path: weight.abs() for path, weight in weights.items()}, sizes)
-    batches = some_batches(context, config.tokens)
+) -> Iterator[Scores]:
+    if name in ("relevance", "signed"):
+        yield from _by_relevance(config, context, stack, linears, writers, signed=name == "signed")
+        return
+    norms: dict[str, Tensor] = {}
     if name == "wanda":
-        norms = input_norms(context, batches, {**linears, **writers}, context.stack(config.stack))
-        sizes = {p: linear_map(m).detach().float().norm(dim=1) * norms[p] for p, m in writers.items()}
-        return Scores({path: weight.abs() * norms[path] for path, weight in weights.items()}, sizes)
-    sums = relevances(config, context, batches, linears, writers, signed=name == "signed")
-    count = max(1, sums.samples)
-    if name == "signed":
-        return Scores(_over(sums.signed, count), _over(sums.signed_units, count))
+        norms = input_norms(context, some_batches(context, config.tokens), {**linears, **writers}, stack)
+    generator = torch.Generator().manual_seed(config.seed)
+    for index in turns(stack, range(len(stack)), "scoring"):
+        own = linears_of(stack, index, linears)
+        ends = linears_of(stack, index, writers)
+        if name == "random":
+            yield _random(generator, Weights(own), ends)
+            continue
+        sizes = {path: linear_map(module).detach().float().norm(dim=1) for path, module in ends.items()}
+        weights = {path: weight.abs() for path, weight in Weights(own).items()}
+        if norms:
+            sizes = {path: size * norms[path] for path, size in sizes.items()}
+            weights = {path: weight.mul_(norms[path]) for path, weight in weights.items()}
+        yield Scores(weights, sizes)
+
+
+def _by_relevance(
+    config: LRPConfig,
+    context: CalibrationContext,
+    stack: Stack,
+    linears: Mapping[str, nn.Module],
+    writers: Mapping[str, nn.Module],
+    signed: bool,
+) -> Iterator[Scores]:
     needed = config.quantizes and config.allocation == "relevance"
-    tempered: dict[str, Tensor] = {}
-    slopes: dict[str, Tensor] = {}
-    for path in weights:  # in place where nothing else needs it: these are as many numbers as the model has
-        size, slope = weights[path].abs(), sums.absolute.pop(path)
-        slope.div_(size.clamp(min=torch.finfo(torch.float32).tiny)).div_(count)
-        if needed:
-            slopes[path] = slope
-        tempered[path] = (slope**config.temper if needed else slope.pow_(config.temper)).mul_(size)
-    return Scores(tempered, _over(sums.absolute_units, count), slopes)
+    for sums in relevances(config, context, stack, linears, writers, signed):
+        count = max(1, sums.samples)
+        if signed:
+            yield Scores(_over(sums.signed, count), _over(sums.signed_units, count))
+            continue
+        tempered: dict[str, Tensor] = {}
+        slopes: dict[str, Tensor] = {}
+        for path in list(sums.absolute):  # in place where nothing else needs it: as many numbers as weights
+            size, slope = Weights(linears)[path].abs(), sums.absolute.pop(path)
+            slope.div_(size.clamp(min=torch.finfo(torch.float32).tiny)).div_(count)
+            if needed:
+                slopes[path] = slope
+            tempered[path] = (slope**config.temper if needed else slope.pow_(config.temper)).mul_(size)
+        yield Scores(tempered, _over(sums.absolute_units, count), slopes)
 
 
 def relevances(
     config: LRPConfig,
     context: CalibrationContext,
-    batches: Sequence[Batch],
+    stack: Stack,
     linears: Mapping[str, nn.Module],
     writers: Mapping[str, nn.Module],
     signed: bool,
-) -> RelevanceSums:
-    """Sums of relevances, or of their sizes, as the config says what is explained."""
-    target = config.target
+) -> Iterator[RelevanceSums]:
+    """Sums of relevances, or of their sizes, as the config says what is explained; of offloaded blocks one by one."""
+    batches = some_batches(context, config.tokens)
+    target: Any = config.target
     if target == "auto":
         known = any(batch.labels is not None or speaks(context.model, batch) for batch in batches)
         target = "label" if known else "predicted"
-    return relevance_sums(
-        context.model,
-        batches,
-        linears,
-        writers,
-        target,  # type: ignore[arg-type]  # the config has checked it
-        signed=signed,
-        absolute=not signed,
-        composite=config.composite,
-    )
+    wanted: Any = {"signed": signed, "composite": config.composite}
+    if is_offloaded(stack.blocks):
+        yield from relevance_sums_by_blocks(context.model, stack, batches, linears, writers, target, **wanted)
+    else:
+        yield relevance_sums(context.model, batches, linears, writers, target, absolute=not signed, **wanted)
 
 
 def input_norms(
@@ -144,10 +165,13 @@ def input_norms(
         counts[path] = counts.get(path, 0) + len(rows)
 
     with inference(context.model):
-        for batch in batches:
-            with watch_rows(stack, batch, modules, add):
-                forward(context.model, batch)
-    unread = {path: torch.zeros(len(map_ := linear_map(m)), device=map_.device) for path, m in modules.items()}
+        sweep = Sweep(context.model, stack, batches)
+        for index in sweep.blocks("reading activations"):
+            own = linears_of(stack, index, modules)
+            for _ in sweep.past(index, partial(watch_rows, stack, modules=own, consume=add)):
+                pass
+    device = computing_device(context.model)
+    unread = {path: torch.zeros(len(linear_map(m)), device=device) for path, m in modules.items()}
     return unread | {path: (total / max(1, counts[path])).sqrt() for path, total in sums.items()}
 
 
@@ -199,8 +223,7 @@ def real_rows(
     return rows[real if route is None else real[route.tokens]]
 
 
-def _random(seed: int, weights: Mapping[str, Tensor], writers: Mapping[str, nn.Module]) -> Scores:
-    generator = torch.Generator().manual_seed(seed)
+def _random(generator: torch.Generator, weights: Weights, writers: Mapping[str, nn.Module]) -> Scores:
     return Scores(
         {path: torch.rand(weight.shape, generator=generator).to(weight.device) for path, weight in weights.items()},
         {path: torch.rand(linear_map(module).shape[0], generator=generator) for path, module in writers.items()},

@@ -14,7 +14,7 @@ from hf_compress.methods.base.context import CalibrationContext, Drafts
 from hf_compress.methods.base.narrowing import Compensation, Narrowing
 from hf_compress.methods.base.units import BlockUnits, Reduction, UnitStatistics, best
 from hf_compress.methods.lrp.config import LRPConfig
-from hf_compress.methods.lrp.scores import score
+from hf_compress.methods.lrp.scores import scored
 from hf_compress.plan.edits import RemoveBlocks
 from hf_compress.plan.plan import Plan
 from hf_compress.rewrite.builders import heads_of
@@ -35,7 +35,10 @@ def plan_units(config: LRPConfig, context: CalibrationContext, stack: Stack, dra
     """
     writers = _writers(config, context, stack)
     with context.step("score units"):
-        scores = score(config, context, {}, {name: module for _, name, module in writers}, config.score_name).units
+        scores: dict[str, Tensor] = {}
+        ends = {name: module for _, name, module in writers}
+        for part in scored(config, context, stack, {}, ends, config.score_name):
+            scores |= part.units
     if config.granularity == "block":
         return _without_blocks(config, stack, writers, scores)
     counts = _counts(config, context, stack, writers, scores)

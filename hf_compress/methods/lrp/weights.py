@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_compress.anatomy.dispatch import is_offloaded
 from hf_compress.anatomy.parts import linear_map
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.sweep import advance, start_pairs, turns
@@ -17,12 +18,12 @@ from hf_compress.methods.base.context import CalibrationContext, Drafts
 from hf_compress.methods.lrp.config import BITS, MODULE_BITS, LRPConfig
 from hf_compress.methods.lrp.error_costs import error_costs
 from hf_compress.methods.lrp.experts import separate_experts
-from hf_compress.methods.lrp.grams import grams_of, in_parts, linears_of, sharing
-from hf_compress.methods.lrp.linears import Weights, changeable_linears
-from hf_compress.methods.lrp.masks import kept_weights
+from hf_compress.methods.lrp.grams import grams_of, in_parts, sharing
+from hf_compress.methods.lrp.linears import Weights, changeable_linears, linears_of
+from hf_compress.methods.lrp.masks import compares_maps, kept_weights
 from hf_compress.methods.lrp.module_bits import bits_of_modules, read_together
 from hf_compress.methods.lrp.precision import bits_of_groups, overhead
-from hf_compress.methods.lrp.scores import Scores, score
+from hf_compress.methods.lrp.scores import scored
 from hf_compress.modules.packed import filled
 from hf_compress.numerics.factor import Factor
 from hf_compress.numerics.masked import solve_masked
@@ -46,12 +47,12 @@ def plan_weights(
         separate_experts(context, stack, drafts)
     linears = changeable_linears(context, stack)
     if config.split is not None:
-        return _split(config, context, linears, drafts)
+        return _split(config, context, stack, linears, drafts)
     with context.step("score weights"):
-        scores = score(config, context, linears, {}, config.score_name) if prunes else Scores()
-        kept = kept_weights(config, scores.weights) if prunes else {}
+        kept, slopes = _kept(config, context, stack, linears) if prunes else ({}, {})
     with context.step("allocate bits"):
-        bits = _bits(config, context, stack, linears, scores.slopes, kept) if config.quantizes else {}
+        bits = _bits(config, context, stack, linears, slopes, kept) if config.quantizes else {}
+    slopes.clear()
     decisions = _Decisions(kept, bits)
     with context.step("solve weights"):
         solves = config.solves if prunes else config.rounding == "compensated"
@@ -70,24 +71,48 @@ def plan_weights(
     return {"linears": _notes(linears, decisions)}
 
 
+def _kept(
+    config: LRPConfig, context: CalibrationContext, stack: Stack, linears: Mapping[str, nn.Module]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Masks of the weights that stay; and the slopes that their scores are made of, where all of it is in memory."""
+    kept: dict[str, Tensor] = {}
+    slopes: dict[str, Tensor] = {}
+    everything: dict[str, Tensor] = {}
+    for part in scored(config, context, stack, linears, {}, config.score_name):
+        if compares_maps(config):
+            everything |= part.weights
+        else:
+            kept |= kept_weights(config, part.weights)
+        if not is_offloaded(stack.blocks):
+            slopes |= part.slopes
+    if everything:
+        kept = kept_weights(config, {path: everything.pop(path) for path in linears})
+    return kept, slopes
+
+
 def _split(
-    config: LRPConfig, context: CalibrationContext, linears: Mapping[str, nn.Module], drafts: Drafts
+    config: LRPConfig, context: CalibrationContext, stack: Stack, linears: Mapping[str, nn.Module], drafts: Drafts
 ) -> dict[str, Any]:
     """The paper's mixed precision: of each layer's weights the half above the median in more bits, one by one."""
     assert config.split is not None
+    halves: dict[str, Tensor] = {}
     with context.step("score weights"):
-        scores = score(config, context, linears, {}, config.score_name).weights
-    plan = Plan()
-    for path, values in scores.items():
-        upper = values > values.median()
-        count = int(upper.sum())
-        if not 0 < count < values.numel():
-            raise ValueError(f"the scores of {path} have no median to split them by: too few of them differ")
-        groups = [filled(part, config.group_size) // config.group_size for part in (count, values.numel() - count)]
-        bits = torch.repeat_interleave(torch.tensor(config.split), torch.tensor(groups))
-        even = config.is_symmetric(config.split[0]) or config.split[0] > 8  # zeros are stored in a byte
-        plan += sparsify_linear(context.model, path, upper, None, bits, config.group_size, even, rest=True)
-    drafts.add(plan)
+        for part in scored(config, context, stack, linears, {}, config.score_name):
+            for path in list(part.weights):
+                values = part.weights.pop(path)
+                halves[path] = values > values.median()
+    even = config.is_symmetric(config.split[0]) or config.split[0] > 8  # zeros are stored in a byte
+    for index in turns(stack, range(len(stack)), "splitting", drafts.hold):
+        draft = Plan()
+        for path in linears_of(stack, index, linears):
+            upper = halves.pop(path)
+            count = int(upper.sum())
+            if not 0 < count < upper.numel():
+                raise ValueError(f"the scores of {path} have no median to split them by: too few of them differ")
+            groups = [filled(part, config.group_size) // config.group_size for part in (count, upper.numel() - count)]
+            bits = torch.repeat_interleave(torch.tensor(config.split), torch.tensor(groups))
+            draft += sparsify_linear(context.model, path, upper, None, bits, config.group_size, even, rest=True)
+        drafts.add(draft)
     return {"split": list(config.split)}
 
 
@@ -143,11 +168,11 @@ def _bits(
             f"of groups of {config.group_size} are stored and rows filled up to whole groups: ask for more, or change "
             "group_size="
         )
-    cost = error_costs(config, context, stack, linears, slopes=slopes, kept=kept)
+    costs = error_costs(config, context, stack, linears, slopes=slopes, kept=kept)
     if whole:
         together = read_together(context.model, context.calibration.batches[0], linears)
-        return bits_of_modules(config, weights, cost, together, int(asked * stored + 1e-6))
-    return bits_of_groups(config, BITS, weights, cost, budget)
+        return bits_of_modules(config, weights, costs, together, int(asked * stored + 1e-6))
+    return bits_of_groups(config, BITS, weights, costs, budget)
 
 
 def _notes(linears: Mapping[str, nn.Module], decisions: _Decisions) -> list[dict[str, Any]]:

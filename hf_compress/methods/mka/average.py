@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from hf_compress.anatomy.kinds import block_kind
+from hf_compress.anatomy.residency import resident
 from hf_compress.anatomy.stacks import Stack
-from hf_compress.anatomy.undo import Undo
-from hf_compress.methods.base.context import CalibrationContext
+from hf_compress.methods.base.context import CalibrationContext, Drafts
 from hf_compress.methods.mka.config import MKAConfig
 from hf_compress.methods.mka.similarity import block_similarity
 from hf_compress.plan.edits import MergeBlocks
@@ -34,34 +34,40 @@ def plan_by_averaging(config: MKAConfig, context: CalibrationContext) -> Plan:
     groups = [[index] for index in range(len(stack))]  # of the blocks that became one, in the model's own numbering
     merges: list[dict[str, Any]] = []
     matrix: Tensor | None = None
-    with context.trial() as undo:
-        while len(merges) < most:
-            pairs = _like_neighbours(stack)
-            if not pairs and merges and not bounded:
-                break
-            if not pairs:
-                raise ValueError(
-                    f"no two neighbouring blocks of the {len(stack)} in {stack.path} are of one kind: nothing can be "
-                    "merged; ask for fewer merges, or leave blocks out instead (DropBlocksConfig)"
+    with context.drafts() as drafts:
+        with context.trial() as undo:  # of the blocks that are gone, which the plan takes out by itself
+            while len(merges) < most:
+                pairs = _like_neighbours(stack)
+                if not pairs and merges and not bounded:
+                    break
+                if not pairs:
+                    raise ValueError(
+                        f"no two neighbouring blocks of the {len(stack)} in {stack.path} are of one kind: nothing can "
+                        "be merged; ask for fewer merges, or leave blocks out instead (DropBlocksConfig)"
+                    )
+                if matrix is None or config.iterative:
+                    with context.step("measure similarity"):
+                        matrix = block_similarity(config, context.model, stack, context.calibration)
+                    if not merges:
+                        first = matrix.clone()
+                pair = _most_similar(stack, pairs, matrix)
+                similarity = matrix[pair, pair + 1].item()
+                if config.threshold is not None and similarity < config.threshold:
+                    break
+                alpha = min(1.0, max(0.0, similarity)) if config.alpha is None else config.alpha
+                merges.append({"blocks": groups[pair] + groups[pair + 1], "similarity": similarity, "alpha": alpha})
+                _fuse(drafts, stack, pair, alpha)
+                remove_blocks(context.model, stack, [pair + 1], undo)
+                groups[pair] += groups.pop(pair + 1)
+                matrix = _without(matrix, pair)
+        for group in groups:
+            if len(group) > 1:
+                drafts.rewrite(
+                    f"{stack.path}.{group[0]}.{name}" for name, _ in stack.blocks[group[0]].named_parameters()
                 )
-            if matrix is None or config.iterative:
-                with context.step("measure similarity"):
-                    matrix = block_similarity(config, context.model, stack, context.calibration)
-                if not merges:
-                    first = matrix.clone()
-            pair = _most_similar(stack, pairs, matrix)
-            similarity = matrix[pair, pair + 1].item()
-            if config.threshold is not None and similarity < config.threshold:
-                break
-            alpha = min(1.0, max(0.0, similarity)) if config.alpha is None else config.alpha
-            merges.append({"blocks": groups[pair] + groups[pair + 1], "similarity": similarity, "alpha": alpha})
-            _fuse(context, stack, pair, alpha, undo)
-            groups[pair] += groups.pop(pair + 1)
-            matrix = _without(matrix, pair)
-        tensors = _tensors(stack, groups)
     return Plan(
         tuple(MergeBlocks(stack.path, group[0], tuple(group[1:])) for group in groups if len(group) > 1),
-        tensors,
+        drafts.plan.tensors,
         {"similarity": first.tolist(), "merges": merges},
     )
 
@@ -77,12 +83,14 @@ def _most_similar(stack: Stack, pairs: list[int], matrix: Tensor) -> int:
     return max(pairs, key=lambda index: matrix[index, index + 1].item())
 
 
-def _fuse(context: CalibrationContext, stack: Stack, pair: int, alpha: float, undo: Undo) -> None:
-    """Turn block `pair` into alpha * itself + (1 - alpha) * the next, parameter by parameter, and take the next out."""
-    later = dict(stack.blocks[pair + 1].named_parameters())
-    for name, parameter in stack.blocks[pair].named_parameters():
-        undo.write(parameter, alpha * parameter.detach().double() + (1 - alpha) * later[name].detach().double())
-    remove_blocks(context.model, stack, [pair + 1], undo)
+def _fuse(drafts: Drafts, stack: Stack, pair: int, alpha: float) -> None:
+    """Turn block `pair` into alpha * itself + (1 - alpha) * the next, parameter by parameter."""
+    earlier, later = stack.blocks[pair], stack.blocks[pair + 1]
+    with drafts.hold(earlier), resident(later):
+        others = dict(later.named_parameters())
+        for name, parameter in earlier.named_parameters():
+            fused = alpha * parameter.detach().double() + (1 - alpha) * others[name].detach().double()
+            drafts.undo.write(parameter, fused)
 
 
 def _without(matrix: Tensor, pair: int) -> Tensor:
@@ -94,13 +102,3 @@ def _without(matrix: Tensor, pair: int) -> Tensor:
     matrix[pair, :], matrix[:, pair] = row, row
     keep = [index for index in range(size) if index != pair + 1]
     return matrix[keep][:, keep]
-
-
-def _tensors(stack: Stack, groups: list[list[int]]) -> dict[str, Tensor]:
-    """Copies of the fused blocks' parameters, by the names of the blocks whose places they take."""
-    return {
-        f"{stack.path}.{group[0]}.{name}": parameter.detach().clone()
-        for block, group in zip(stack.blocks, groups, strict=True)
-        if len(group) > 1
-        for name, parameter in block.named_parameters()
-    }

@@ -1,0 +1,136 @@
+"""Every method on models whose weights are on the disk: what it makes of them is what it makes of them in memory."""
+
+import copy
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+)
+
+import hf_compress as hfc
+from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.dispatch import without_values
+from tests.helpers.disk import in_memory, offloaded
+from tests.helpers.models import leftovers
+from tests.helpers.tiny import randomise, tiny_model, tiny_of, tiny_seq2seq_model
+
+IDS = torch.randint(4, 90, (24, 9), generator=torch.Generator().manual_seed(3))
+MASK = (torch.arange(9) < torch.tensor([9, 6, 8] * 8)[:, None]).long()
+BITS = {"bits": 4.75, "group_size": 16}
+SETTINGS = {
+    "merge": hfc.MKAConfig(num_merges=2),
+    "merge, paper": hfc.MKAConfig(num_merges=2, variant="paper"),
+    "merge, paper, measured once": hfc.MKAConfig(num_merges=2, variant="paper", iterative=False),
+    "drop": hfc.DropBlocksConfig(num_blocks=2),
+    "drop by loss": hfc.DropBlocksConfig(num_blocks=2, criterion="perplexity"),
+    "clusters": hfc.ILLCConfig(ratio=0.25),
+    "clusters of heads": hfc.ILLCConfig(head_gamma=0.5),
+    "clusters, paper": hfc.ILLCConfig(gamma=0.75, variant="paper"),
+    "collapse": hfc.LayerCollapseConfig(num_layers=2),
+    "collapse by loss": hfc.LayerCollapseConfig(num_layers=1, criterion="loss"),
+    "features": hfc.AdaptiveCompressConfig(layers=[1, 3], ratio=0.5),
+    "bits": hfc.LRPConfig(**BITS),
+    "bits by relevance": hfc.LRPConfig(**BITS, allocation="relevance"),
+    "bits by error": hfc.LRPConfig(**BITS, allocation="error", rounding="nearest"),
+    "bits for all alike": hfc.LRPConfig(**BITS, allocation="uniform"),
+    "bits of modules": hfc.LRPConfig(bits=6.5, group_size=16, per="module"),
+    "weights": hfc.LRPConfig(sparsity=0.5),
+    "weights across maps": hfc.LRPConfig(sparsity=0.5, scope="model"),
+    "weights by Wanda": hfc.LRPConfig(sparsity=0.5, score="wanda", scope="row"),
+    "weights by size": hfc.LRPConfig(granularity="n:m", score="magnitude", compensation="none"),
+    "weights by chance": hfc.LRPConfig(sparsity=0.5, score="random"),
+    "rows across maps": hfc.LRPConfig(sparsity=0.25, granularity="row", scope="model", score="signed"),
+    "weights and bits": hfc.LRPConfig(sparsity=0.25, **BITS),
+    "weights and bits by relevance": hfc.LRPConfig(sparsity=0.25, **BITS, allocation="relevance"),
+    "weights, paper": hfc.LRPConfig(variant="paper"),
+    "halves, paper": hfc.LRPConfig(variant="paper", prune=False, split=(8, 4), group_size=16),
+    "neurons": hfc.LRPConfig(sparsity=0.25, granularity="neuron"),
+    "heads and bits": hfc.LRPConfig(sparsity=0.5, granularity="head", scope="layer", **BITS),
+    "blocks": hfc.LRPConfig(sparsity=0.25, granularity="block", score="wanda"),
+}
+
+
+def llama(blocks=4):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=96, num_hidden_layers=blocks, max_position_embeddings=32, **sizes)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    randomise(model, 1)
+    return model
+
+
+def saved(model, folder):
+    """The tensors of a saved model, by name, and its config."""
+    hfc.save(model, folder)
+    tensors = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(file)
+    config = json.loads((folder / "config.json").read_text())
+    return tensors, config
+
+
+def hooks_of(model):
+    """What `leftovers` finds, but for the forwards that accelerate puts on every module."""
+    return [found for found in leftovers(model) if found.startswith("hooks")]
+
+
+def assert_same(plain, model, config, data, folder):
+    """Compress a model in memory and one like it on the disk, save both, and compare all that was saved."""
+    before = {name: tensor.detach().clone() for name, tensor in plain.state_dict().items()}
+    held = set(in_memory(model))
+    options = hfc.DataOptions(batch_size=4)
+    hfc.compress(plain, config, copy.copy(data), options=options)
+    hfc.compress(model, config, copy.copy(data), options=options)
+    assert without_values(model) == []
+    assert hooks_of(model) == hooks_of(plain)
+    assert {name for name in in_memory(model) if name in before} <= held
+    expected, there = saved(plain, folder / "in memory")
+    found, here = saved(model, folder / "from disk")
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+    assert here == there
+    assert expected.keys() != before.keys() or any(not torch.equal(expected[n], before[n]) for n in before)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_what_is_made_of_it_is_what_is_made_of_it_in_memory(name, tmp_path):
+    plain = llama()
+    model = offloaded(plain, tmp_path)
+    data = IDS[:, :6] if name.startswith("drop") else {"input_ids": IDS, "attention_mask": MASK}
+    assert_same(plain, model, SETTINGS[name], data, tmp_path)
+    assert in_memory(model) == []
+
+
+FAMILIES = {
+    "tied": lambda: tiny_model("gpt2"),
+    "experts": lambda: tiny_model("mixtral"),
+    "norms around": lambda: tiny_model("gemma2"),
+    "encoder": lambda: tiny_of(AutoModelForSequenceClassification, "bert", 0),
+    "images": lambda: tiny_of(AutoModelForImageClassification, "vit", 0),
+    "positions in attention": lambda: tiny_seq2seq_model("t5"),
+    "encoder and decoder": lambda: tiny_seq2seq_model("bart"),
+}
+OF_FAMILIES = {
+    "bits": {"bits": 5.5, "group_size": 16},
+    "relevance": {"sparsity": 0.5},
+    "relevance, cp": {"sparsity": 0.5, "composite": "cp", "score": "signed", "compensation": "none"},
+}
+
+
+@pytest.mark.parametrize("settings", OF_FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_relevance_of_other_families(family, settings, tmp_path):
+    """Those with biases, tied weights, experts in tensors, and blocks that are handed more than the stream."""
+    plain = FAMILIES[family]()
+    model = offloaded(plain, tmp_path)
+    images = torch.randn(12, 3, 16, 16, generator=torch.Generator().manual_seed(7))
+    data = {"pixel_values": images} if family == "images" else {"input_ids": IDS % 60 + 4, "attention_mask": MASK}
+    for stack in Anatomy(plain).stacks:
+        config = hfc.LRPConfig(**OF_FAMILIES[settings], stack=stack.path)
+        assert_same(plain, model, config, data, tmp_path / stack.path)
