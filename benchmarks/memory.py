@@ -5,9 +5,9 @@
     python benchmarks/memory.py --only ILLC
 
 Checkpoints like Llama's with random weights in bfloat16 (hidden 1,024, FFN 2,816) are written to a temporary folder.
-Each cell is a process of its own, which loads one with every block on the disk, compresses it and saves the result. What
-is told is the peak of its anonymous memory, sampled all the time, beyond what it had before it loaded the model. Mapped
-files are not counted: the system drops them when it needs the room.
+Each cell is a process of its own, which loads one with every block on the disk, compresses it and saves the result.
+What is told is the peak of its anonymous memory, sampled all the time, beyond what it had before it loaded the model.
+Mapped files are not counted: the system drops them when it needs the room.
 """
 
 from __future__ import annotations
