@@ -292,7 +292,7 @@ def _source_hooks(model: PreTrainedModel, sources: Sources) -> Iterator[Removabl
 def _added(model: nn.Module, but: nn.Module | None = None) -> list[Tensor]:
     """Parameters that are added to something: biases, and tokens and positions that are no embedding's.
 
-    Those of one part may be left out.
+    Of those in memory, without those of one part.
     """
     found: dict[int, Tensor] = {}  # tied ones once
     left_out = set() if but is None else set(but.modules())
@@ -301,7 +301,7 @@ def _added(model: nn.Module, but: nn.Module | None = None) -> list[Tensor]:
             continue
         scales = is_linear(module) or normalises(module) or isinstance(module, (_ConvNd, nn.Embedding, CompactLinear))
         for name, parameter in module._parameters.items():
-            if parameter is None or (scales and name != "bias"):
+            if parameter is None or parameter.is_meta or (scales and name != "bias"):
                 continue
             if parameter.ndim == 1 or parameter.shape[0] == 1:
                 found[id(parameter)] = parameter

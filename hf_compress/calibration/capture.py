@@ -80,8 +80,8 @@ def forward(model: PreTrainedModel, batch: Batch) -> Any:
             inputs[name] = value.to(device, torch.long if value.dtype == torch.int32 else value.dtype)
     if has_decoder(model) and "decoder_input_ids" not in inputs:
         inputs["decoder_input_ids"] = default_input(model, inputs)
-    if "use_cache" in inspect.signature(model.forward).parameters:
-        inputs["use_cache"] = False
+    if not {"use_cache", "past_key_values"}.isdisjoint(inspect.signature(model.forward).parameters):
+        inputs["use_cache"] = False  # some hand it on without naming it
     try:
         return model(**inputs)
     except StopForward:

@@ -31,10 +31,13 @@ class Descent:
         streams: of batches, kept.
         end: what is taken back: given a batch and its stream behind the last block, from which it has `finish` go on,
             the gradient at that stream.
+        through_first: whether gradients come to the stream before the first block, as to embeddings that require any.
     """
 
-    def __init__(self, streams: Streams, end: Callable[[BlockRunner, Tensor], Tensor]) -> None:
-        self.streams = streams
+    def __init__(
+        self, streams: Streams, end: Callable[[BlockRunner, Tensor], Tensor], through_first: bool = True
+    ) -> None:
+        self.streams, self._through_first = streams, through_first
         with resident_around(streams.model, streams.stack):
             last = streams.at(len(streams.stack))
             self._gradients = [end(runner, stream) for runner, stream in zip(streams.runners, last, strict=True)]
@@ -46,18 +49,20 @@ class Descent:
     def take_past(self, index: int, number: int) -> None:
         """Take the gradient of a batch past a block."""
         runner, stream = self.streams.runners[number], self.streams.at(index)[number]
-        self._gradients[number] = gradient_before(runner, index, stream, self._gradients[number])
+        needed = index > 0 or self._through_first
+        self._gradients[number] = gradient_before(runner, index, stream, self._gradients[number], needed)
 
 
 @torch.enable_grad()
-def gradient_before(runner: BlockRunner, index: int, stream: Tensor, behind: Tensor) -> Tensor:
-    """The gradient before a block, of what has the gradient `behind` behind it.
+def gradient_before(runner: BlockRunner, index: int, stream: Tensor, behind: Tensor, needed: bool = True) -> Tensor:
+    """The gradient before a block, of what has the gradient `behind` behind it; 0 where it is not needed.
 
     All gradients in the block are taken, those too which do not come to the stream.
     """
-    given = stream.detach().requires_grad_()
+    given = stream.detach().requires_grad_(needed)
     after = stream_of_output(runner.output(index, given.clone()))  # a block may write into what it is given
-    torch.autograd.backward(after, behind)
+    if after.requires_grad:
+        torch.autograd.backward(after, behind)
     for leaf in runner.handed(index):
         leaf.grad = None
     return torch.zeros_like(given) if given.grad is None else given.grad

@@ -95,6 +95,11 @@ def pack_mask(mask: Tensor) -> Tensor:
     return pack_bits(functional.pad(flat, (0, -len(flat) % 8))[None])[0]
 
 
+def unpack_mask(packed: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse of `pack_mask`, of a shape."""
+    return unpack_bits(packed[None])[0, : shape.numel()].bool().view(shape)
+
+
 def row_length(kept: int, others: int, group_size: int) -> int:
     """Values in a row that holds two kinds of weights, each in whole groups."""
     return filled(kept, group_size) + filled(others, group_size)

@@ -259,6 +259,17 @@ def test_a_decoder_s_start_token_does_not_count():
     assert stream_tokens(Anatomy(opt).stack(), batch, stream).tolist() == real.tolist()
 
 
+@pytest.mark.parametrize("build", [lambda: tiny_model("granitemoe"), lambda: tiny_seq2seq_model("switch_transformers")])
+def test_a_forward_that_names_no_cache_has_none(build):
+    """A block that ran again would else read the tokens of its first time, too."""
+    model = build()
+    stack = Anatomy(model).stacks[-1]
+    with inference(model):
+        runner = BlockRunner(model, stack, Batch(tiny_inputs(model), None))
+        stream = runner.start()
+        assert torch.equal(runner.run(0, stream), runner.run(0, stream))
+
+
 def test_a_bottleneck_is_part_of_its_block():
     model = tiny_model("llama")
     stack, inputs = Anatomy(model).stack(), tiny_inputs(model)

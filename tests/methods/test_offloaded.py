@@ -16,8 +16,9 @@ from transformers import (
 import hf_compress as hfc
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.dispatch import without_values
-from tests.helpers.disk import in_memory, offloaded
+from tests.helpers.disk import counted_reads, in_memory, offloaded
 from tests.helpers.models import leftovers
+from tests.helpers.offloaded import every_second_block
 from tests.helpers.tiny import randomise, tiny_model, tiny_of, tiny_seq2seq_model
 
 IDS = torch.randint(4, 90, (24, 9), generator=torch.Generator().manual_seed(3))
@@ -105,6 +106,26 @@ def test_what_is_made_of_it_is_what_is_made_of_it_in_memory(name, tmp_path):
     data = IDS[:, :6] if name.startswith("drop") else {"input_ids": IDS, "attention_mask": MASK}
     assert_same(plain, model, SETTINGS[name], data, tmp_path)
     assert in_memory(model) == []
+
+
+@pytest.mark.parametrize("name", ["merge, paper", "bits", "weights", "rows across maps"])
+def test_only_some_blocks_are_on_the_disk(name, tmp_path):
+    plain = llama()
+    model = offloaded(plain, tmp_path, every_second_block(plain))
+    assert_same(plain, model, SETTINGS[name], IDS, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["merge, paper", "bits", "weights", "weights by Wanda", "halves, paper", "neurons"])
+def test_blocks_are_read_once_for_all_batches(name, tmp_path):
+    """However many batches there are."""
+    reads = []
+    for size in (3, 12):
+        model = offloaded(llama(), tmp_path / str(size))
+        with counted_reads() as counts:
+            hfc.compress(model, SETTINGS[name], IDS, options=hfc.DataOptions(batch_size=size))
+        reads.append({path: count for path, count in counts.items() if "layers." in path})
+    assert reads[0] == reads[1]
+    assert len(reads[0]) >= 36
 
 
 FAMILIES = {

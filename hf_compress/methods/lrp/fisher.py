@@ -121,7 +121,7 @@ def _block_by_block(
 
     streams = Streams(model, stack, batches)
     streams.keep()
-    descent = Descent(streams, drawn)
+    descent = Descent(streams, drawn, through_first=False)
     for index in descent.blocks("drawing outputs"):
         own = linears_of(stack, index, linears)
         for number, batch in enumerate(batches):

@@ -114,6 +114,7 @@ class Weights(Mapping[str, Tensor]):
 
     def __init__(self, linears: Mapping[str, nn.Module], kept: Mapping[str, Tensor] | None = None) -> None:
         self._linears, self._kept = linears, kept or {}
+        self._left = {path: int(mask.sum()) for path, mask in self._kept.items()}
 
     def __getitem__(self, path: str) -> Tensor:
         weight = linear_map(self._linears[path]).T.detach().float()
@@ -127,7 +128,7 @@ class Weights(Mapping[str, Tensor]):
 
     def shape(self, path: str) -> tuple[int, int]:
         """Outputs and inputs of a map, or 1 and how many weights are left of it."""
-        if path in self._kept:
-            return 1, int(self._kept[path].sum())
+        if path in self._left:
+            return 1, self._left[path]
         inputs, outputs = linear_map(self._linears[path]).shape
         return outputs, inputs

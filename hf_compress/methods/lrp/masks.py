@@ -2,13 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 
+import torch
 from torch import Tensor
 
 from hf_compress.methods.base.amounts import share_of
 from hf_compress.methods.lrp.config import LRPConfig
+from hf_compress.modules.sparse import pack_mask, unpack_mask
 from hf_compress.numerics.selection import best, best_of_all
+
+
+class Masks(Mapping[str, Tensor]):
+    """Masks by the path of their linear map, bool (outputs, inputs), in a bit a weight until they are asked for."""
+
+    def __init__(self) -> None:
+        self._packed: dict[str, tuple[Tensor, torch.Size]] = {}
+
+    def add(self, masks: MutableMapping[str, Tensor]) -> None:
+        """Pack masks, which are taken out."""
+        for path in list(masks):
+            mask = masks.pop(path)
+            self._packed[path] = pack_mask(mask), mask.shape
+
+    def __getitem__(self, path: str) -> Tensor:
+        return unpack_mask(*self._packed[path])
+
+    def __contains__(self, path: object) -> bool:
+        return path in self._packed
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._packed)
+
+    def __len__(self) -> int:
+        return len(self._packed)
 
 
 def kept_weights(config: LRPConfig, scores: MutableMapping[str, Tensor]) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from hf_compress.methods.lrp.error_costs import error_costs
 from hf_compress.methods.lrp.experts import separate_experts
 from hf_compress.methods.lrp.grams import grams_of, in_parts, sharing
 from hf_compress.methods.lrp.linears import Weights, changeable_linears, linears_of
-from hf_compress.methods.lrp.masks import compares_maps, kept_weights
+from hf_compress.methods.lrp.masks import Masks, compares_maps, kept_weights
 from hf_compress.methods.lrp.module_bits import bits_of_modules, read_together
 from hf_compress.methods.lrp.precision import bits_of_groups, overhead
 from hf_compress.methods.lrp.scores import scored
@@ -35,7 +35,7 @@ from hf_compress.rewrite.builders import pack_linear, sparsify_linear
 class _Decisions:
     """What becomes of each linear map, by its path: which weights stay, and how many bits the groups get."""
 
-    kept: dict[str, Tensor]
+    kept: Mapping[str, Tensor]
     bits: dict[str, Tensor]
 
 
@@ -49,7 +49,7 @@ def plan_weights(
     if config.split is not None:
         return _split(config, context, stack, linears, drafts)
     with context.step("score weights"):
-        kept, slopes = _kept(config, context, stack, linears) if prunes else ({}, {})
+        kept, slopes = _kept(config, context, stack, linears) if prunes else (Masks(), {})
     with context.step("allocate bits"):
         bits = _bits(config, context, stack, linears, slopes, kept) if config.quantizes else {}
     slopes.clear()
@@ -73,20 +73,20 @@ def plan_weights(
 
 def _kept(
     config: LRPConfig, context: CalibrationContext, stack: Stack, linears: Mapping[str, nn.Module]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+) -> tuple[Masks, dict[str, Tensor]]:
     """Masks of the weights that stay; and the slopes that their scores are made of, where all of it is in memory."""
-    kept: dict[str, Tensor] = {}
+    kept = Masks()
     slopes: dict[str, Tensor] = {}
     everything: dict[str, Tensor] = {}
     for part in scored(config, context, stack, linears, {}, config.score_name):
         if compares_maps(config):
             everything |= part.weights
         else:
-            kept |= kept_weights(config, part.weights)
+            kept.add(kept_weights(config, part.weights))
         if not is_offloaded(stack.blocks):
             slopes |= part.slopes
     if everything:
-        kept = kept_weights(config, {path: everything.pop(path) for path in linears})
+        kept.add(kept_weights(config, {path: everything.pop(path) for path in linears}))
     return kept, slopes
 
 
@@ -95,17 +95,17 @@ def _split(
 ) -> dict[str, Any]:
     """The paper's mixed precision: of each layer's weights the half above the median in more bits, one by one."""
     assert config.split is not None
-    halves: dict[str, Tensor] = {}
+    halves = Masks()
     with context.step("score weights"):
         for part in scored(config, context, stack, linears, {}, config.score_name):
             for path in list(part.weights):
                 values = part.weights.pop(path)
-                halves[path] = values > values.median()
+                halves.add({path: values > values.median()})
     even = config.is_symmetric(config.split[0]) or config.split[0] > 8  # zeros are stored in a byte
     for index in turns(stack, range(len(stack)), "splitting", drafts.hold):
         draft = Plan()
         for path in linears_of(stack, index, linears):
-            upper = halves.pop(path)
+            upper = halves[path]
             count = int(upper.sum())
             if not 0 < count < upper.numel():
                 raise ValueError(f"the scores of {path} have no median to split them by: too few of them differ")
