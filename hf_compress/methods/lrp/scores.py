@@ -120,9 +120,7 @@ def _by_relevance(
             continue
         tempered: dict[str, Tensor] = {}
         slopes: dict[str, Tensor] = {}
-        for path in [
-            path for path in linears if path in sums.absolute
-        ]:  # in place where nothing else needs it: as many numbers as weights
+        for path in [path for path in linears if path in sums.absolute]:  # in place where nothing else needs it
             size, slope = Weights(linears)[path].abs(), sums.absolute.pop(path)
             slope.div_(size.clamp(min=torch.finfo(torch.float32).tiny)).div_(count)
             if needed:
