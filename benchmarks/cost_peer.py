@@ -6,13 +6,12 @@
 Prints time over one plain pass, and the MiB that the largest resident set grew by beyond that of the plain pass.
 """
 
+import argparse
 from pathlib import Path
 from time import perf_counter
 
 import torch
 from datasets import Dataset
-from llmcompressor import oneshot
-from llmcompressor.modifiers.quantization import GPTQModifier
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 SAMPLES, POSITIONS, VOCABULARY, BATCH = 32, 256, 32_000, 8  # as in cost.py
@@ -25,6 +24,10 @@ def resident() -> float:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    from llmcompressor import oneshot  # in an environment of its own
+    from llmcompressor.modifiers.quantization import GPTQModifier
+
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=VOCABULARY,

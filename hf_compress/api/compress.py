@@ -59,12 +59,14 @@ def compress(
     context = CalibrationContext(model, data, {"prepare calibration data": perf_counter() - start} if data else {})
     history, before = history_of(model), model_size(model)
     with Change(model) as change:
-        with context.step("apply and check"):
-            probe = Probe.of(model, data.batches[0] if data else None)
+        start = perf_counter()
+        probe = Probe.of(model, data.batches[0] if data else None)
+        probing = perf_counter() - start
         context.change = change
         plan = _plan(config, context)
         with context.step("apply and check"):
             change.finish(plan, probe)
+        context.seconds["apply and check"] += probing
     add_stage(model, stage_of(config, plan, context, before, model_size(model)), history)
     return model
 

@@ -54,6 +54,8 @@ class Probe:
             try:
                 with inference(model):
                     forward(model, batch)
+            except (torch.OutOfMemoryError, MemoryError):
+                raise
             except Exception as error:
                 failure = error
                 continue

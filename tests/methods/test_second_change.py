@@ -79,7 +79,7 @@ def test_no_other_cause_is_blamed_on_it():
     [
         ("xglm", hfc.ILLCConfig(head_gamma=0.5), r"model\.layers\.0\.self_attn does not run \(RuntimeError: shape"),
         ("xglm", hfc.LRPConfig(sparsity=0.5, granularity="head"), r"model\.layers\.0\.self_attn does not run"),
-        ("mpt", hfc.LayerCollapseConfig(ratio=0.5, rank=2), r"transformer\.blocks\.\d does not run \(TypeError"),
+        ("mpt", hfc.LayerCollapseConfig(num_layers=4, rank=2), r"transformer\.blocks\.\d does not run \(TypeError"),
         ("mllama", hfc.ILLCConfig(gamma=0.5), r"model\.layers\.\d does not run on the calibration data"),
     ],
     ids=lambda value: value if value in ("xglm", "mpt", "mllama") else "",
