@@ -16,7 +16,7 @@ from hf_compress.calibration.capture import inference, stream_of_output
 from hf_compress.calibration.data import Batch
 from hf_compress.calibration.objective import batch_loss, first_tensor, mean_loss, speaks
 from hf_compress.calibration.runner import BlockRunner
-from hf_compress.calibration.sweep import Streams, turns
+from hf_compress.calibration.sweep import StreamMemory, Streams, turns
 
 _LEFT, _WHOLE = -1, -2  # streams of the model without the blocks that are left out, and with all of them
 
@@ -91,7 +91,7 @@ def losses_without(
         Candidate -> mean loss (see `batch_loss`) over `batches`.
     """
     with inference(model):
-        runners = [BlockRunner(model, stack, batch) for batch in batches]
+        runners, memory = [BlockRunner(model, stack, batch) for batch in batches], StreamMemory()
         lanes = {_LEFT: [runner.start() for runner in runners]}
         if skipped and not all(speaks(model, runner.batch) for runner in runners):
             lanes[_WHOLE] = list(lanes[_LEFT])
@@ -104,7 +104,8 @@ def losses_without(
                     runner.run(index, lanes[_LEFT][number])
                 for lane in passing:
                     past = _through if lane >= 0 else BlockRunner.run
-                    lanes[lane][number] = past(runner, index, lanes[lane][number])
+                    after = past(runner, index, lanes[lane][number])
+                    lanes[lane][number] = memory.keep(number * len(lanes), after)
         losses = Losses(runners, lanes.get(_WHOLE, lanes[_LEFT]))
         return {candidate: losses.of(lanes[candidate]) for candidate in candidates}
 

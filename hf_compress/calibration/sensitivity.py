@@ -94,7 +94,7 @@ def _at_the_end(runner: BlockRunner, stream: Tensor, generator: torch.Generator)
 
 
 def _before(runner: BlockRunner, index: int, stream: Tensor, behind: Tensor) -> Tensor:
-    """The gradient before a block, of what has the gradient `behind` behind it."""
+    """The gradient before a block, of what has the gradient `behind` behind it; none is taken of weights."""
     with torch.enable_grad():
         given = stream.detach().requires_grad_()
         after = stream_of_output(runner.output(index, given.clone()))  # a block may write into what it is given
