@@ -165,10 +165,9 @@ def analyze(
     """Look at a model's blocks. The model is left as it was.
 
     One pass over the data reads the streams. Another measures how linear the FFNs are, those that can be linear maps:
-    for each it adds up Gram matrices (hidden, hidden) in float64 on the CPU, 4 · hidden² operations a token, and
-    solves two systems of that size. Their memory is 32 · hidden² bytes an FFN; FFNs that do not fit into 4 GiB together
-    take further passes. With the model on the CPU too, it takes about one and a half plain forward passes; with a wide
-    model on a GPU it is by far the longer part.
+    for each in turn it adds up Gram matrices (hidden, hidden) on the CPU, 4 · hidden² operations a token, and solves
+    two systems of that size. With the model on the CPU too, it takes about one and a half plain forward passes; with a
+    wide model on a GPU it is by far the longer part.
 
     Args:
         model: any Transformers model whose blocks can be found.

@@ -68,7 +68,7 @@ def block_statistics(
 ) -> BlockStatistics:
     """Pooled outputs and influence of every block of `stack`, from one pass over the data, block by block.
 
-    Memory grows with the samples by their pooled states alone: samples x width x 4 bytes a block.
+    A stream a batch is kept (`span` of them), and the samples' pooled states: samples x width x 4 bytes a block.
 
     Raises:
         CalibrationError: a block's activations are not finite; the message names it.
