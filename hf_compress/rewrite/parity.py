@@ -158,7 +158,8 @@ def module_differences(
             if theirs is None and unset is not None and path not in unset:
                 continue
             if not path.startswith(stacks) and isinstance(value, list) and isinstance(theirs, list):
-                value = [kind for kind in value if kind in theirs]
+                value = _in_order([kind for kind in value if kind in theirs])
+                theirs = _in_order(theirs)
             if _listed(theirs) != _listed(value) and value == value:
                 yield f"{path}.{name} would be {theirs!r} instead of {value!r}"
 
@@ -171,6 +172,12 @@ def _is_setting(value: Any) -> bool:
 def _listed(value: Any) -> Any:
     """A tuple as the list that it is in config.json."""
     return list(value) if isinstance(value, tuple) else value
+
+
+def _in_order(kinds: list[Any]) -> list[Any]:
+    """Names of kinds in one order: a module that lists each once may have put them into a set, which has none."""
+    named = all(isinstance(kind, str) for kind in kinds) and len(set(kinds)) == len(kinds)
+    return sorted(kinds) if named else kinds
 
 
 def _class(module: nn.Module | None) -> str:

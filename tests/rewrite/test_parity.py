@@ -6,7 +6,7 @@ from torch import nn
 
 from hf_compress.calibration.data import Batch
 from hf_compress.errors import ParityError, UnsupportedModelError
-from hf_compress.rewrite.parity import check_parity, rebuild
+from hf_compress.rewrite.parity import check_parity, module_differences, rebuild
 from hf_compress.rewrite.probe import Probe, outputs_on, same_outputs, same_tensor
 from tests.helpers.offloaded import dispatched, every_second_block
 from tests.helpers.tiny import tiny_base_model, tiny_inputs, tiny_model, tiny_vision_language_model
@@ -71,6 +71,14 @@ def test_a_buffer_that_is_on_the_disk_too_is_no_difference(tmp_path, model_type)
     model = tiny_model(model_type)
     model.save_pretrained(tmp_path)
     check(type(model).from_pretrained(tmp_path, device_map={"": "disk"}, offload_buffers=True))
+
+
+@pytest.mark.parametrize(("theirs", "same"), [(["b", "a"], True), (["b", "a", "a"], False), ([2, 1], False)])
+def test_outside_of_the_blocks_kinds_have_no_order_and_sizes_have(theirs, same):
+    here, there = tiny_model("gemma3_text"), tiny_model("gemma3_text")
+    here.model.rotary_emb.layer_types = sorted(theirs)
+    there.model.rotary_emb.layer_types = theirs
+    assert (not list(module_differences(here, there))) == same
 
 
 def wrong_layer_index(model):
