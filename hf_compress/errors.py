@@ -31,6 +31,14 @@ class OffloadError(ValueError):
     """Weights of an offloaded model cannot be read, or changed ones stored; the message names the file."""
 
 
+class WorkdirError(ValueError):
+    """A folder for what a run has finished is another run's, or cannot be written; the message says what differs."""
+
+
+class MemoryBudgetError(ValueError):
+    """What the work needs at least is more than it may take; the message says how much that is."""
+
+
 def one_line(error: BaseException) -> str:
     """The class of an error and the beginning of what it says, for messages of ours that pass it on."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

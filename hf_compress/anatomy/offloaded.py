@@ -42,6 +42,12 @@ def stored(model: nn.Module, name: str) -> Tensor:
     raise UnsupportedModelError(f"{name} is on the meta device, and no hook of accelerate's knows its values")
 
 
+def values_of(model: nn.Module) -> Iterator[Tensor]:
+    """The values of all parameters, in the order of their names in the model, wherever they are."""
+    for name, parameter in model.named_parameters():
+        yield stored(model, name) if parameter.is_meta else parameter
+
+
 def _on_cpu(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """The same tensors, left on the CPU where they would be read right to the device that computes."""
     if isinstance(weights, PrefixedDataset):

@@ -44,7 +44,7 @@ class Store:
         first: dict[int, str] = {}
         index = {name: _entry(path, first.setdefault(id(tensor), name), tensor) for name, tensor in tensors.items()}
         try:
-            write_tensors(path, {name: _alone(tensors[name]) for name in first.values()}, {})
+            write_tensors(path, {name: tensors[name] for name in first.values()}, {})
         except OSError as error:
             raise OffloadError(f"changed weights cannot be written to {path}: {one_line(error)}") from error
         return StoredWeights(self, path, index)
@@ -65,12 +65,6 @@ class StoredWeights(OffloadedWeightsLoader):
 
 def _entry(path: Path, name: str, tensor: Tensor) -> dict[str, str]:
     return {"safetensors_file": str(path), "weight_name": name, "dtype": str(tensor.dtype).removeprefix("torch.")}
-
-
-def _alone(tensor: Tensor) -> Tensor:
-    """A tensor that shares no memory with others, which safetensors refuses."""
-    tensor = tensor.detach()
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def keep_changes_in(model: nn.Module, folder: str | Path) -> Store:

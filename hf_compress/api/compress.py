@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
 
@@ -11,9 +13,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_compress.anatomy.adapters import check_no_adapters
 from hf_compress.anatomy.dispatch import check_readable, is_dispatched, retie
 from hf_compress.anatomy.residency import check_finite
+from hf_compress.api.identity import identity_of
+from hf_compress.calibration.compute import Compute
 from hf_compress.calibration.data import Calibration, DataOptions, prepare
 from hf_compress.errors import UnsupportedModelError
 from hf_compress.methods.base.context import CalibrationContext
+from hf_compress.methods.base.journal import Journal
 from hf_compress.methods.base.registry import plan_for
 from hf_compress.methods.base.settings import CompressionConfig
 from hf_compress.modules.kernels import check_no_kernels
@@ -32,6 +37,7 @@ def compress(
     calibration: Any = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     options: DataOptions | None = None,
+    compute: Compute | None = None,
 ) -> PreTrainedModel:
     """Make `model` smaller by the method of `config`. **Changes the model it is given**, and returns it.
 
@@ -43,6 +49,7 @@ def compress(
             or pixel values; see `hf_compress.calibration.data.prepare`. Some methods need none.
         tokenizer: the model's own; needed for texts.
         options: batch size, maximum length, and text column of the calibration data.
+        compute: where it is done and within how much memory, and a folder from which a run that was killed goes on.
 
     Returns:
         `model`, smaller, with its history as its `compression_report`: a `CompressionReport` of this change and of all
@@ -58,7 +65,7 @@ def compress(
     data = _prepare(calibration, model, tokenizer, options)
     context = CalibrationContext(model, data, {"prepare calibration data": perf_counter() - start} if data else {})
     history, before = history_of(model), model_size(model)
-    with Change(model) as change:
+    with _computing(compute or Compute(), config, context), Change(model) as change:
         start = perf_counter()
         probe = Probe.of(model, data.batches[0] if data else None)
         probing = perf_counter() - start
@@ -78,10 +85,23 @@ def make_plan(
     calibration: Any = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     options: DataOptions | None = None,
+    compute: Compute | None = None,
 ) -> Plan:
     """What `compress` would do to `model`, without doing it. Arguments and errors are those of `compress`."""
     _check_arguments(model, config)
-    return _plan(config, CalibrationContext(model, _prepare(calibration, model, tokenizer, options)))
+    context = CalibrationContext(model, _prepare(calibration, model, tokenizer, options))
+    with _computing(compute or Compute(), config, context):
+        return _plan(config, context)
+
+
+@contextmanager
+def _computing(compute: Compute, config: CompressionConfig, context: CalibrationContext) -> Iterator[None]:
+    """Inside, work is done as `compute` says, and its results are kept where that says."""
+    if compute.folder is not None:
+        with context.step("look for an earlier run"):
+            context.journal = Journal(compute.folder, identity_of(context.model, config, context.data))
+    with compute.applied(context.model):
+        yield
 
 
 def _plan(config: CompressionConfig, context: CalibrationContext) -> Plan:

@@ -14,9 +14,10 @@ from transformers import PreTrainedModel
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.capture import inference, stream_of_output
 from hf_compress.calibration.data import Batch
+from hf_compress.calibration.memory import working_memory
 from hf_compress.calibration.objective import batch_loss, first_tensor, mean_loss, speaks
 from hf_compress.calibration.runner import BlockRunner
-from hf_compress.calibration.sweep import StreamMemory, Streams, turns
+from hf_compress.calibration.sweep import Streams, turns
 
 _LEFT, _WHOLE = -1, -2  # streams of the model without the blocks that are left out, and with all of them
 
@@ -91,7 +92,7 @@ def losses_without(
         Candidate -> mean loss (see `batch_loss`) over `batches`.
     """
     with inference(model):
-        runners, memory = [BlockRunner(model, stack, batch) for batch in batches], StreamMemory()
+        runners, memory = [BlockRunner(model, stack, batch) for batch in batches], working_memory()
         lanes = {_LEFT: [runner.start() for runner in runners]}
         if skipped and not all(speaks(model, runner.batch) for runner in runners):
             lanes[_WHOLE] = list(lanes[_LEFT])

@@ -6,14 +6,10 @@ is kept, or two where the original model's and the compressed one's go up side b
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -21,41 +17,8 @@ from transformers import PreTrainedModel
 from hf_compress.anatomy.residency import resident
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.data import Batch, Calibration
+from hf_compress.calibration.memory import WorkingMemory, working_memory
 from hf_compress.calibration.runner import BlockRunner
-
-_BUDGET = 4 * 2**30
-_COPIES = 3  # of a stream, at most: two that are kept, and the one that the model's forward began with
-
-
-@dataclass(frozen=True)
-class StreamMemory:
-    """Where the streams of batches are: in memory up to a budget, in mapped files beyond.
-
-    Attributes:
-        budget: bytes of all streams in memory.
-        folder: where the files go, which have no name as soon as they are made; the system's for temporary files when
-            None.
-    """
-
-    budget: int = _BUDGET
-    folder: Path | None = None
-
-    def keep(self, number: int, stream: Tensor) -> Tensor:
-        """The same tensor, which lies in a file where streams like it of the batches up to `number` take too much.
-
-        Raises:
-            OSError: the file cannot be made.
-        """
-        if stream.device.type != "cpu" or (number + 1) * _COPIES * stream.nbytes <= self.budget:
-            return stream
-        handle, name = tempfile.mkstemp(prefix="hf_compress-stream-", dir=self.folder)
-        os.close(handle)
-        try:
-            mapped = torch.from_file(name, shared=True, size=stream.numel(), dtype=stream.dtype).view(stream.shape)
-        finally:
-            os.unlink(name)  # what is mapped stays until nothing refers to it
-        stream.data = mapped.copy_(stream)
-        return stream
 
 
 def turns(
@@ -101,9 +64,9 @@ class Sweep:
     """
 
     def __init__(
-        self, model: PreTrainedModel, stack: Stack, batches: Iterable[Batch], memory: StreamMemory | None = None
+        self, model: PreTrainedModel, stack: Stack, batches: Iterable[Batch], memory: WorkingMemory | None = None
     ) -> None:
-        self.stack, self.memory = stack, memory or StreamMemory()
+        self.stack, self.memory = stack, memory or working_memory()
         self.runners = [BlockRunner(model, stack, batch) for batch in batches]
         self._streams: list[Tensor] = []
         self._next = 0
@@ -140,7 +103,7 @@ class Streams:
     """
 
     def __init__(self, model: PreTrainedModel, stack: Stack, batches: Iterable[Batch]) -> None:
-        self.model, self.stack, self.memory = model, stack, StreamMemory()
+        self.model, self.stack, self.memory = model, stack, working_memory()
         self.runners = [BlockRunner(model, stack, batch) for batch in batches]
         self.streams: list[dict[int, Tensor]] = []
         self.skipped: Collection[int] = ()
@@ -186,7 +149,7 @@ class StreamPair:
     runner: BlockRunner
     original: Tensor
     compressed: Tensor
-    memory: StreamMemory = field(default_factory=StreamMemory)
+    memory: WorkingMemory = field(default_factory=working_memory)
 
     def take_original(self, index: int) -> Tensor:
         """Take the original stream past a block; what it was before."""
@@ -209,10 +172,10 @@ class StreamPair:
 
 
 def start_pairs(
-    model: PreTrainedModel, stack: Stack, calibration: Calibration, tokens: int, memory: StreamMemory | None = None
+    model: PreTrainedModel, stack: Stack, calibration: Calibration, tokens: int, memory: WorkingMemory | None = None
 ) -> list[StreamPair]:
     """Before the first block, as many batches as hold about `tokens` tokens, spread over the data, at least four."""
-    memory, pairs = memory or StreamMemory(), []
+    memory, pairs = memory or working_memory(), []
     for number, batch in enumerate(calibration.about(tokens, calibration.tokens, least=4)):
         runner = BlockRunner(model, stack, batch)
         stream = memory.keep(number, runner.start())

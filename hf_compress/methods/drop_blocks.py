@@ -51,7 +51,7 @@ def plan_removals(config: DropBlocksConfig, context: CalibrationContext) -> Plan
     stack = context.stack(config.stack)
     count = _count(config, stack)
     with context.step(f"choose by {config.criterion}"):
-        removed, notes = _choose(config, context, stack, count)
+        removed, notes = context.journal.facts("choice", lambda: _choose(config, context, stack, count))
     return Plan((RemoveBlocks(stack.path, tuple(removed)),), notes={"criterion": config.criterion, **notes})
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Any) -> None
     It is on the disk, not only on its way there, before it has its name. What fails leaves nothing behind.
     """
     partial = path.with_suffix(".partial")
-    own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    own: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        own[name] = _alone(tensor.detach().cpu().contiguous(), seen)
+        seen.add(own[name].data_ptr())
     try:
         save_file(own, partial, metadata={"hf_compress": json.dumps(facts)})
         with partial.open("rb") as file:
@@ -35,3 +39,9 @@ def read_tensors(path: Path) -> tuple[Any, dict[str, Tensor]]:
     with safe_open(path, framework="pt") as file:
         facts = json.loads((file.metadata() or {}).get("hf_compress", "{}"))
         return facts, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
+
+
+def _alone(tensor: Tensor, seen: Collection[int]) -> Tensor:
+    """A tensor that shares no memory with others, or with those at addresses that were seen: safetensors refuses."""
+    shares = tensor.untyped_storage().nbytes() != tensor.nbytes or tensor.data_ptr() in seen
+    return tensor.clone() if shares else tensor

@@ -9,7 +9,9 @@ import torch
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.calibration.capture import forward, inference, watch_blocks
 from hf_compress.calibration.data import DataOptions, prepare
-from hf_compress.calibration.sweep import StreamMemory, Sweep, start_pairs
+from hf_compress.calibration.memory import WorkingMemory
+from hf_compress.calibration.sweep import Sweep, start_pairs
+from hf_compress.errors import WorkdirError
 from tests.helpers.models import leftovers
 from tests.helpers.tiny import tiny_model, tiny_seq2seq_model
 
@@ -41,7 +43,7 @@ def test_all_batches_go_past_a_block_and_then_past_the_next(build, budget):
     expected = streams_of(model, stack, data)
     order = []
     with inference(model):
-        sweep = Sweep(model, stack, data, StreamMemory(budget))
+        sweep = Sweep(model, stack, data, WorkingMemory(budget))
         for index in sweep.blocks("test"):
             for passed in sweep.past(index):
                 order.append((passed.number, index))
@@ -77,7 +79,7 @@ def mapped_bytes():
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="tells what is mapped on Linux alone")
 def test_streams_beyond_the_budget_lie_in_files_that_go_with_them(tmp_path):
-    memory, kept = StreamMemory(budget=3 * 2 * 40_000, folder=tmp_path), []
+    memory, kept = WorkingMemory(streams=3 * 2 * 40_000, folder=tmp_path), []
     for number in range(5):
         stream = torch.full((10, 1000), float(number))
         assert memory.keep(number, stream) is stream
@@ -91,8 +93,8 @@ def test_streams_beyond_the_budget_lie_in_files_that_go_with_them(tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_to_is_told_of(tmp_path):
-    with pytest.raises(OSError, match="missing"):
-        StreamMemory(0, tmp_path / "missing").keep(0, torch.ones(3))
+    with pytest.raises(WorkdirError, match="missing has no room"):
+        WorkingMemory(0, folder=tmp_path / "missing").keep(0, torch.ones(3))
 
 
 def test_pairs_are_one_until_a_block_changes():

@@ -9,8 +9,8 @@ from hf_compress.api.compress import compress
 from hf_compress.attribution.scores import _Sums
 from hf_compress.calibration.capture import forward, inference
 from hf_compress.calibration.data import DataOptions, prepare
+from hf_compress.calibration.memory import WorkingMemory, working_within
 from hf_compress.calibration.sweep import start_pairs
-from hf_compress.methods.base import grams
 from hf_compress.methods.lrp import LRPConfig
 from hf_compress.methods.lrp.grams import _ReadApart, _Shared, grams_of, in_parts, sharing
 from hf_compress.methods.lrp.linears import block_linears, linears_of
@@ -65,12 +65,13 @@ def test_relevances_are_summed_over_the_tokens_of_a_sample_first():
 
 
 @pytest.mark.parametrize("settings", [{"bits": 5, "group_size": 16}, {"sparsity": 0.5}])
-def test_gram_matrices_in_parts(settings, monkeypatch):
+def test_gram_matrices_in_parts(settings):
     whole = compress(tiny_model("mixtral"), LRPConfig(**settings), IDS).state_dict()
-    monkeypatch.setattr(grams, "_MEMORY", 3 * 8 * 64**2)
     linears = {path: m for path, m in tiny_model("mixtral").named_modules() if is_linear(m) and "layers.0" in path}
-    assert [len(part) for part in in_parts(linears)] == [3, 1], "queries, keys and values; what attention writes"
-    for name, tensor in compress(tiny_model("mixtral"), LRPConfig(**settings), IDS).state_dict().items():
+    with working_within(WorkingMemory(sums=3 * 8 * 64**2)):
+        assert [len(part) for part in in_parts(linears)] == [3, 1], "queries, keys and values; what attention writes"
+        in_parts_too = compress(tiny_model("mixtral"), LRPConfig(**settings), IDS).state_dict()
+    for name, tensor in in_parts_too.items():
         assert torch.equal(tensor, whole[name])
 
 

@@ -16,5 +16,9 @@ def plan_bottlenecks(config: AdaptiveCompressConfig, context: CalibrationContext
             "set mode='splice'"
         )
     with context.step("fit bottlenecks"):
-        (fitted,) = fit_all(context.model, [config], context.calibration)
-    return fitted.plan(context.model)
+        return context.journal.plan("bottlenecks", lambda: _fitted(config, context))
+
+
+def _fitted(config: AdaptiveCompressConfig, context: CalibrationContext) -> Plan:
+    (found,) = fit_all(context.model, [config], context.calibration, context.journal.folder)
+    return found.plan(context.model)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from hashlib import sha256
+from collections.abc import Sequence
 from pathlib import Path
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_compress.anatomy.offloaded import values_of
 from hf_compress.calibration.data import Calibration
 from hf_compress.methods.adaptive_compress.config import AdaptiveCompressConfig
 from hf_compress.methods.adaptive_compress.learner_run import LearnerRun, everywhere
+from hf_compress.numerics.fingerprint import fingerprint
 from hf_compress.numerics.tensor_file import read_tensors, write_tensors
 
 _FILE = "fitting.safetensors"
@@ -46,8 +46,8 @@ class Progress:
             return
         self.identity = {
             "configs": json.loads(json.dumps([config.to_dict() for config in configs])),
-            "data": _known_by(tensor for batch in data for tensor in batch.inputs.values()),
-            "model": _known_by(parameter.flatten()[:_LOOKED_AT] for parameter in model.parameters()),
+            "data": fingerprint(tensor for batch in data for tensor in batch.inputs.values()),
+            "model": fingerprint(values.flatten()[:_LOOKED_AT] for values in values_of(model)),
             "processes": everywhere()[1],
         }
         if self.path.is_file():
@@ -73,12 +73,3 @@ class Progress:
             prefix = f"{key}."
             run.restore({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
             run.curve, run.stopped = whole["runs"][key]["curve"], whole["runs"][key]["stopped"]
-
-
-def _known_by(tensors: Iterable[Tensor]) -> str:
-    """A hash of values and shapes."""
-    found = sha256()
-    for tensor in tensors:
-        found.update(f"{tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().double().contiguous().numpy().tobytes())
-    return found.hexdigest()

@@ -20,6 +20,7 @@ from hf_compress.anatomy.state import accept
 from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.data import Calibration
 from hf_compress.errors import CalibrationError, PlanError, UnsupportedModelError, one_line
+from hf_compress.methods.base.journal import Journal
 from hf_compress.plan.plan import Plan
 from hf_compress.rewrite.apply import Change, change_modules
 from hf_compress.rewrite.record import unsealed
@@ -33,12 +34,14 @@ class Drafts:
         keeps_tensors: whether the plan has the drafts' tensors.
         plan: all drafts as one.
         undo: takes them back.
+        journal: keeps those that are finished.
     """
 
     model: PreTrainedModel
     keeps_tensors: bool
     plan: Plan = field(default_factory=Plan)
     undo: Undo = field(default_factory=Undo)
+    journal: Journal = field(default_factory=Journal)
 
     @contextmanager
     def hold(self, module: nn.Module) -> Iterator[None]:
@@ -100,12 +103,14 @@ class CalibrationContext:
         data: calibration data, or None.
         seconds: how long each stage of planning took.
         change: of the model, where what the method carries out on it is to stay; None where it is to make a plan.
+        journal: keeps results that took time, so that a run which is repeated goes on behind them.
     """
 
     model: PreTrainedModel
     data: Calibration | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     change: Change | None = None
+    journal: Journal = field(default_factory=Journal)
 
     @property
     def anatomy(self) -> Anatomy:
@@ -134,7 +139,7 @@ class CalibrationContext:
         In the end the model is as it was, and their plan has the tensors. In a change that is to stay, they stay, and
         the plan has none, so that no tensor is held twice. After an error they are taken back either way.
         """
-        drafts = Drafts(self.model, keeps_tensors=self.change is None)
+        drafts = Drafts(self.model, keeps_tensors=self.change is None, journal=self.journal)
         unsealed(Plan(), self.model, drafts.undo)  # now, and not in the turn of a block
         accept(drafts.undo.changed)
         try:

@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Mapping
 from typing import TypeVar
 
-_MEMORY = 4 * 2**30  # for the sums of one pass over the data
+from hf_compress.calibration.memory import working_memory
+
 _Key = TypeVar("_Key", bound=Hashable)
 
 
 def few_at_once(sizes: Mapping[_Key, int]) -> Iterator[list[_Key]]:
-    """What sums are made for, by the bytes that each takes, in parts that fit into 4 GiB; one alone always does."""
+    """What sums are made for, by the bytes that each takes, in parts that fit into memory; one alone always does."""
+    most = working_memory().sums
     part: list[_Key] = []
-    left = _MEMORY
+    left = most
     for key, size in sizes.items():
         if part and size > left:
             yield part
-            part, left = [], _MEMORY
+            part, left = [], most
         part.append(key)
         left -= size
     if part:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -27,6 +28,7 @@ from hf_compress.calibration.capture import stream_tokens, watch_module
 from hf_compress.calibration.runner import BlockRunner
 from hf_compress.calibration.sweep import StreamPair, advance, turns
 from hf_compress.methods.base.context import Drafts
+from hf_compress.methods.base.journal import Journal
 from hf_compress.methods.base.units import (
     AttentionHeads,
     BlockUnits,
@@ -95,14 +97,16 @@ class Narrowing:
                 for pair in self.pairs:
                     pair.take_both(index)
                 continue
-            for count, draft in self._narrowed(index, heads.get(index), widths.get(index)):
+            for count, draft in self._narrowed(index, heads.get(index), widths.get(index), drafts.journal):
                 drafts.add(replace(draft, notes={}))
                 notes.append({"block": index, "width": count, **draft.notes})
             if self.compensation.iterative:
                 advance(self.pairs, index)
         return notes
 
-    def _narrowed(self, index: int, heads: int | None, width: int | None) -> Iterator[tuple[int, Plan]]:
+    def _narrowed(
+        self, index: int, heads: int | None, width: int | None, journal: Journal
+    ) -> Iterator[tuple[int, Plan]]:
         """For each part of a block that is to be narrowed, how many units stay and the plan, to be carried out at once.
 
         The original stream goes past the block.
@@ -118,11 +122,11 @@ class Narrowing:
             parts.append((HiddenUnits(block), width))
         targets = self._targets(index, [units for units, _ in parts])
         for (units, count), target in zip(parts, targets, strict=True):
-            yield count, self._plan(units, count, target, before)
+            yield count, journal.plan(f"narrow {units.name}", partial(self._plan, units, count, target, before))
         if width is not None and experts:
             assert self.experts is not None
             runs = [(pair.runner, stream) for pair, stream in zip(self.pairs, self._below(before), strict=True)]
-            yield width, self.experts(index, width, runs)
+            yield width, journal.plan(f"narrow the experts of {block.path}", partial(self.experts, index, width, runs))
 
     def _below(self, before: list[Tensor]) -> list[Tensor]:
         """The streams that a block is to see: of the compressed blocks below, or of the original ones."""

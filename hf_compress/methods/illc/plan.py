@@ -49,7 +49,10 @@ def plan_narrower(config: ILLCConfig, context: CalibrationContext) -> Plan:
             weights = _similarities(config, pairs)
         if config.allocation == "adaptive" and widths:
             with context.step("allocate widths"):
-                widths = adaptive_widths(config, context, stack, pairs, widths)
+                found = context.journal.facts(
+                    "widths", lambda: list(adaptive_widths(config, context, stack, pairs, widths).items())
+                )
+                widths = dict(found)
         with context.step("narrow blocks"):
             narrowing = Narrowing(
                 context.model,

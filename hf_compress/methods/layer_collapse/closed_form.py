@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from tqdm import tqdm
@@ -36,24 +37,36 @@ def plan_closed_form(config: LayerCollapseConfig, context: CalibrationContext) -
     stack = context.stack(config.stack)
     left = collapsible(context, stack, config.rank)
     count = len(left) if config.target_r2 is not None else count_of(config, len(left))
-    steps = []
+    steps: list[dict[str, Any]] = []
     with inference(context.model), context.drafts() as drafts:
         some = context.calibration.some(config.choice_samples) if config.criterion == "loss" else []
         tried = LossSweep(context.model, stack, some)
-        for _ in tqdm(range(count), desc="collapsing FFNs", disable=None):
-            with context.step("fit the FFNs"):
-                fits = fit_ffns(context.model, stack, context.calibration, left, config.penalty, config.rank)
-            able = [index for index in left if config.target_r2 is None or fits[index].r2 >= config.target_r2]
-            if not able:
+        for number in tqdm(range(count), desc="collapsing FFNs", disable=None):
+            draft = context.journal.plan(f"collapse {number}", partial(_next, config, context, stack, left, tried))
+            if not draft.edits:
                 break
-            with context.step("choose"):
-                best, costs = _choose(config.criterion, {index: fits[index] for index in able}, tried)
-            drafts.add(fits[best].draft(Block(context.model, stack, best)))
-            left = [index for index in left if index != best]
-            steps.append(_step(best, fits, costs))
+            drafts.add(replace(draft, notes={}))
+            left = [index for index in left if index != draft.notes["block"]]
+            steps.append(draft.notes)
     if not steps:
-        raise ValueError(f"no FFN has R² of at least {config.target_r2}: {_r2(fits)}; lower target_r2")
+        raise ValueError(f"no FFN has R² of at least {config.target_r2}: {_r2(draft.notes['r2'])}; lower target_r2")
     return replace(drafts.plan, notes={"criterion": config.criterion, "collapsed": steps})
+
+
+def _next(
+    config: LayerCollapseConfig, context: CalibrationContext, stack: Stack, left: list[int], tried: LossSweep
+) -> Plan:
+    """The plan for the next FFN of those that are left, with what led to it as notes; without edits where none will."""
+    with context.step("fit the FFNs"):
+        fits = fit_ffns(context.model, stack, context.calibration, left, config.penalty, config.rank)
+    r2 = {str(index): fit.r2 for index, fit in fits.items()}
+    able = [index for index in left if config.target_r2 is None or fits[index].r2 >= config.target_r2]
+    if not able:
+        return Plan(notes={"r2": r2})
+    with context.step("choose"):
+        best, costs = _choose(config.criterion, {index: fits[index] for index in able}, tried)
+    notes = {"block": best, "r2": r2, "cost": {str(index): cost for index, cost in costs.items()}}
+    return replace(fits[best].draft(Block(context.model, stack, best)), notes=notes)
 
 
 def collapsible(context: CalibrationContext, stack: Stack, rank: int | None) -> list[int]:
@@ -114,13 +127,5 @@ def _losses(fits: dict[int, LinearFit], tried: LossSweep) -> dict[int, float]:
     return losses
 
 
-def _step(best: int, fits: dict[int, LinearFit], costs: dict[int, float]) -> dict[str, Any]:
-    return {
-        "block": best,
-        "r2": {str(index): fit.r2 for index, fit in fits.items()},
-        "cost": {str(index): cost for index, cost in costs.items()},
-    }
-
-
-def _r2(fits: dict[int, LinearFit]) -> str:
-    return ", ".join(f"block {index} {fit.r2:.3f}" for index, fit in sorted(fits.items()))
+def _r2(found: dict[str, float]) -> str:
+    return ", ".join(f"block {index} {r2:.3f}" for index, r2 in found.items())

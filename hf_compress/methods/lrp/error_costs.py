@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from hf_compress.anatomy.parts import linear_map
 from hf_compress.anatomy.stacks import Stack
-from hf_compress.calibration.sweep import advance, start_pairs, turns
+from hf_compress.calibration.sweep import StreamPair, advance, start_pairs, turns
 from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.lrp.config import LRPConfig
-from hf_compress.methods.lrp.fisher import energies
+from hf_compress.methods.lrp.fisher import Energies, energies
 from hf_compress.methods.lrp.grams import grams_of, in_parts, sharing
 from hf_compress.methods.lrp.linears import linears_of
 from hf_compress.methods.lrp.precision import ErrorCosts
@@ -71,7 +71,9 @@ def _of_kept(kept: Mapping[str, Tensor], cost: ErrorCosts) -> ErrorCosts:
 def _fisher(
     config: LRPConfig, context: CalibrationContext, stack: Stack, linears: Mapping[str, nn.Module], compensated: bool
 ) -> ErrorCosts:
-    found = energies(context.model, stack, some_batches(context, config.tokens), linears, config.seed)
+    batches = some_batches(context, config.tokens)
+    drawn = partial(energies, context.model, stack, batches, linears, config.seed)
+    found = Energies.of(context.journal.tensors("energies", lambda: drawn().state()))
     read = _unexplained(config, context, stack, linears) if compensated else found.read
     used = found.rows.keys() & read.keys()
     return lambda path: torch.outer(found.of_outputs(path), read[path]) if path in used else _full(linears, 0.0, path)
@@ -93,12 +95,24 @@ def _unexplained(
     pairs = start_pairs(context.model, stack, context.calibration, config.tokens // _SHARE)
     found: dict[str, Tensor] = {}
     for index in turns(stack, range(len(stack)), "weighing inputs"):
-        parts = list(in_parts(linears_of(stack, index, linears)))
-        for own in parts:
-            grams = grams_of(stack, index, own, pairs, onwards=own is parts[-1])
-            for paths in sharing(grams):
-                left = Factor.of(grams[paths[0]]).unexplained
-                found |= dict.fromkeys(paths, left)
-        if not parts:
+        name = f"unexplained inputs of block {index}"
+        if context.journal.has(name):
             advance(pairs, index)
+        own = linears_of(stack, index, linears)
+        found |= context.journal.tensors(name, partial(_unexplained_of, stack, index, own, pairs))
+    return found
+
+
+def _unexplained_of(
+    stack: Stack, index: int, linears: Mapping[str, nn.Module], pairs: list[StreamPair]
+) -> dict[str, Tensor]:
+    """The same of the linear maps of one block; the streams are past it then."""
+    found: dict[str, Tensor] = {}
+    parts = list(in_parts(linears))
+    for own in parts:
+        grams = grams_of(stack, index, own, pairs, onwards=own is parts[-1])
+        for paths in sharing(grams):
+            found |= dict.fromkeys(paths, Factor.of(grams[paths[0]]).unexplained)
+    if not parts:
+        advance(pairs, index)
     return found

@@ -52,6 +52,21 @@ class Energies:
     gradients: dict[str, Tensor] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
 
+    def state(self) -> dict[str, Tensor]:
+        """All of it as tensors."""
+        rows = {path: torch.tensor(count) for path, count in self.rows.items()}
+        tables = {"read": self.read, "gradients": self.gradients, "rows": rows}
+        return {f"{name}/{path}": tensor for name, table in tables.items() for path, tensor in table.items()}
+
+    @staticmethod
+    def of(state: Mapping[str, Tensor]) -> Energies:
+        """The inverse of `state`."""
+        found = Energies()
+        for key, tensor in state.items():
+            name, path = key.split("/", 1)
+            getattr(found, name)[path] = int(tensor) if name == "rows" else tensor
+        return found
+
     def of_outputs(self, path: str) -> Tensor:
         """E g_i², (outputs)."""
         return self.gradients[path] / max(1, self.rows[path])

@@ -35,10 +35,7 @@ def plan_units(config: LRPConfig, context: CalibrationContext, stack: Stack, dra
     """
     writers = _writers(config, context, stack)
     with context.step("score units"):
-        scores: dict[str, Tensor] = {}
-        ends = {name: module for _, name, module in writers}
-        for part in scored(config, context, stack, {}, ends, config.score_name):
-            scores |= part.units
+        scores = context.journal.tensors("scores", lambda: _scores(config, context, stack, writers))
     if config.granularity == "block":
         return _without_blocks(config, stack, writers, scores)
     counts = _counts(config, context, stack, writers, scores)
@@ -53,6 +50,15 @@ def plan_units(config: LRPConfig, context: CalibrationContext, stack: Stack, dra
         compensation = Compensation("ridge" if config.solves else "none")
         narrowing = Narrowing(context.model, stack, pairs, choose, compensation)
         return Plan(notes={"blocks": narrowing.run(heads, widths, drafts)})
+
+
+def _scores(config: LRPConfig, context: CalibrationContext, stack: Stack, writers: list[_Writer]) -> dict[str, Tensor]:
+    """Of the units that each projection reads, by its path."""
+    ends = {name: module for _, name, module in writers}
+    found: dict[str, Tensor] = {}
+    for part in scored(config, context, stack, {}, ends, config.score_name):
+        found |= part.units
+    return found
 
 
 def _writers(config: LRPConfig, context: CalibrationContext, stack: Stack) -> list[_Writer]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from hf_compress.anatomy.dispatch import is_offloaded
 from hf_compress.anatomy.parts import linear_map
 from hf_compress.anatomy.stacks import Stack
-from hf_compress.calibration.sweep import advance, start_pairs, turns
+from hf_compress.calibration.sweep import StreamPair, advance, start_pairs, turns
 from hf_compress.methods.base.context import CalibrationContext, Drafts
 from hf_compress.methods.lrp.config import BITS, MODULE_BITS, LRPConfig
 from hf_compress.methods.lrp.error_costs import error_costs
@@ -51,24 +52,40 @@ def plan_weights(
     with context.step("score weights"):
         kept, slopes = _kept(config, context, stack, linears) if prunes else (Masks(), {})
     with context.step("allocate bits"):
-        bits = _bits(config, context, stack, linears, slopes, kept) if config.quantizes else {}
+        bits: dict[str, Tensor] = {}
+        if config.quantizes:
+            bits = context.journal.tensors("bits", lambda: _bits(config, context, stack, linears, slopes, kept))
     slopes.clear()
     decisions = _Decisions(kept, bits)
     with context.step("solve weights"):
         solves = config.solves if prunes else config.rounding == "compensated"
         pairs = start_pairs(context.model, stack, context.calibration, config.tokens) if solves else []
         for index in turns(stack, range(len(stack)), "solving blocks", drafts.hold):
-            draft = Plan()
-            for own in in_parts(linears_of(stack, index, linears)):
-                grams = grams_of(stack, index, own, pairs)
-                for paths in [*sharing(grams), *([path] for path in own if path not in grams)]:
-                    known = _known(config, grams.get(paths[0]), bool(kept))
-                    for path in paths:
-                        grams.pop(path, None)  # as large as nothing else here
-                        draft += _draft(config, context, path, linears[path], known, decisions)
-            drafts.add(draft)
+            solve = partial(_solved, config, context, stack, index, linears, pairs, decisions)
+            drafts.add(context.journal.plan(f"solve block {index}", solve))
             advance(pairs, index)
     return {"linears": _notes(linears, decisions)}
+
+
+def _solved(
+    config: LRPConfig,
+    context: CalibrationContext,
+    stack: Stack,
+    index: int,
+    linears: Mapping[str, nn.Module],
+    pairs: list[StreamPair],
+    decisions: _Decisions,
+) -> Plan:
+    """The plan for the linear maps of one block, which is in memory."""
+    draft = Plan()
+    for own in in_parts(linears_of(stack, index, linears)):
+        grams = grams_of(stack, index, own, pairs)
+        for paths in [*sharing(grams), *([path] for path in own if path not in grams)]:
+            known = _known(config, grams.get(paths[0]), bool(decisions.kept))
+            for path in paths:
+                grams.pop(path, None)  # as large as nothing else here
+                draft += _draft(config, context, path, linears[path], known, decisions)
+    return draft
 
 
 def _kept(

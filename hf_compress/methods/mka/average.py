@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ def plan_by_averaging(config: MKAConfig, context: CalibrationContext) -> Plan:
                     )
                 if matrix is None or config.iterative:
                     with context.step("measure similarity"):
-                        matrix = block_similarity(config, context.model, stack, context.calibration)
+                        matrix = _measured(config, context, stack, len(merges))
                     if not merges:
                         first = matrix.clone()
                 pair = _most_similar(stack, pairs, matrix)
@@ -70,6 +71,12 @@ def plan_by_averaging(config: MKAConfig, context: CalibrationContext) -> Plan:
         drafts.plan.tensors,
         {"similarity": first.tolist(), "merges": merges},
     )
+
+
+def _measured(config: MKAConfig, context: CalibrationContext, stack: Stack, merges: int) -> Tensor:
+    """The similarities of all blocks that are left after so many merges."""
+    measure = partial(block_similarity, config, context.model, stack, context.calibration)
+    return context.journal.tensors(f"similarity after {merges} merges", lambda: {"all": measure()})["all"]
 
 
 def _like_neighbours(stack: Stack) -> list[int]:

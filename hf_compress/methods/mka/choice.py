@@ -8,6 +8,7 @@ its loss on other samples, and so are those that the last choice has touched.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -50,18 +51,30 @@ class Chooser:
 
         The first block has none before it to absorb it, and is never a candidate.
         """
+        found = self.context.journal.facts("choices", lambda: self._choices(count))
+        self.absorbed = found["absorbed"]
+        if not self.scoring.streams:  # of a run that has chosen before
+            self.scoring.keep()
+        return self.absorbed, found["history"]
+
+    def _choices(self, count: int) -> dict[str, Any]:
+        journal = self.context.journal
         for sweep in self.sweeps:
             sweep.keep()
         candidates = list(range(1, len(self.stack)))
         few = len(candidates) <= _FEW  # then estimates would cost more than they spare
         tried = len(candidates) if few else VERIFIED
-        estimates = dict.fromkeys(candidates, 0.0) if few else estimated_costs(self.scoring, candidates, self._errors)
+        estimates = dict.fromkeys(candidates, 0.0)
+        if not few:
+            weighed = journal.facts("estimates", lambda: list(self._estimates(candidates).items()))
+            estimates = dict(weighed)
         history: list[dict[str, Any]] = []
         touched: list[int] = []
         trial = Drafts(self.context.model, keeps_tensors=False)
         try:
-            for _ in tqdm(range(count), desc="choosing blocks to merge", disable=None):
-                best, losses = cheapest(candidates, estimates, self._losses_after_absorbing, touched, tried)
+            for number in tqdm(range(count), desc="choosing blocks to merge", disable=None):
+                attempt = partial(cheapest, candidates, estimates, self._losses_after_absorbing, touched, tried)
+                best, losses = journal.facts(f"choice {number}", attempt)
                 history.append({"absorbed": best, "losses": {str(index): loss for index, loss in losses.items()}})
                 keeper = self._before(best)
                 with trial.hold(self.stack.blocks[keeper]):
@@ -73,7 +86,10 @@ class Chooser:
                     sweep.go_on(keeper, self.absorbed)
         finally:
             trial.undo_all()
-        return self.absorbed, history
+        return {"absorbed": self.absorbed, "history": history}
+
+    def _estimates(self, candidates: Sequence[int]) -> dict[int, float]:
+        return estimated_costs(self.scoring, candidates, self._errors)
 
     def loss_without(self, absorbed: Sequence[int]) -> float:
         """Mean loss of the model as it is now, without the blocks `absorbed`, on the batches to score."""

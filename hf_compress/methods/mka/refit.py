@@ -107,10 +107,16 @@ def _fit(
 ) -> dict[str, Any]:
     """Solve for one block's projections and write them; how far from the target they end, and the penalty."""
     writers = Writers(context.model, stack, index)
-    streams, targets = [w.compressed for w in pairs], [w.original for w in pairs]
-    fit = writers.fit([w.runner for w in pairs], streams, targets)
-    if fit is None:
-        return {"error": 1.0, "penalty": None}
-    writers.apply(fit.weight, drafts.undo)
-    drafts.rewrite(f"{stack.path}.{index}.{name}" for name, _ in stack.blocks[index].named_parameters())
-    return {"error": fit.error, "penalty": fit.penalty}
+
+    def solved() -> Plan:
+        streams, targets = [w.compressed for w in pairs], [w.original for w in pairs]
+        fit = writers.fit([w.runner for w in pairs], streams, targets)
+        if fit is None:
+            return Plan(notes={"error": 1.0, "penalty": None})
+        return Plan((), {"change": fit.weight}, {"error": fit.error, "penalty": fit.penalty})
+
+    found = drafts.journal.plan(f"solve block {index}", solved)
+    if found.tensors:
+        writers.apply(found.tensors["change"], drafts.undo)
+        drafts.rewrite(f"{stack.path}.{index}.{name}" for name, _ in stack.blocks[index].named_parameters())
+    return found.notes

@@ -2,7 +2,8 @@
 
 import pytest
 
-from hf_compress.methods.base import grams
+from hf_compress.calibration.memory import WorkingMemory, working_within
+from hf_compress.methods.base.grams import few_at_once
 
 
 @pytest.mark.parametrize(
@@ -14,6 +15,6 @@ from hf_compress.methods.base import grams
         ([1, 11, 12, 1, 9, 1], [[0], [1], [2], [3, 4], [5]]),
     ],
 )
-def test_parts_fit_into_memory(sizes, parts, monkeypatch):
-    monkeypatch.setattr(grams, "_MEMORY", 10)
-    assert list(grams.few_at_once(dict(enumerate(sizes)))) == parts
+def test_parts_fit_into_memory(sizes, parts):
+    with working_within(WorkingMemory(sums=10)):
+        assert list(few_at_once(dict(enumerate(sizes)))) == parts

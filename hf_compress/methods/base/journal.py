@@ -1,0 +1,122 @@
+"""What a run has finished, in a folder: one that was killed is begun again, and goes on behind it.
+
+A method asks for each of its results by a name. What is in the folder already is read, and what is not is worked out
+and written. So a run that is repeated does all that it did before, but what took the time; and as what it goes on with
+is the same to the bit, so is where it ends.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import Tensor
+
+from hf_compress.errors import WorkdirError, one_line
+from hf_compress.numerics.tensor_file import read_tensors, write_tensors
+from hf_compress.plan.plan import PLAN_VERSION, Plan
+from hf_compress.rewrite.edits import edits_from_list
+
+IDENTITY = "run.safetensors"  # what a run is known by, as facts of a file without tensors
+_RESULTS = "results"
+
+Result = tuple[dict[str, Tensor], Any]  # tensors, and JSON values
+
+
+class Journal:
+    """Keeps results by their names; none where it has no folder.
+
+    Args:
+        folder: made where it is missing.
+        identity: what the run is known by, JSON values: its model, settings, data and versions.
+
+    Raises:
+        WorkdirError: the folder is another run's, or holds something else; or it cannot be written.
+    """
+
+    def __init__(self, folder: Path | None = None, identity: Mapping[str, Any] | None = None) -> None:
+        self.folder = folder
+        self._asked: set[str] = set()
+        if folder is not None:
+            _open(folder, json.loads(json.dumps(identity or {})))
+
+    def has(self, name: str) -> bool:
+        """Whether a result is there from an earlier run."""
+        return self.folder is not None and self._path(self.folder, name).exists()
+
+    def plan(self, name: str, make: Callable[[], Plan]) -> Plan:
+        """A plan, tensors and notes included."""
+
+        def pack() -> Result:
+            plan = make()
+            return plan.tensors, {"edits": plan.to_list(), "notes": plan.notes}
+
+        if self.folder is None:
+            return make()
+        tensors, facts = self._result(name, pack)
+        return Plan(edits_from_list(PLAN_VERSION, facts["edits"]), tensors, facts["notes"])
+
+    def tensors(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Tensors by names."""
+        return self._result(name, lambda: (make(), None))[0]
+
+    def facts(self, name: str, make: Callable[[], Any]) -> Any:
+        """JSON values."""
+        return self._result(name, lambda: ({}, make()))[1]
+
+    @staticmethod
+    def _path(folder: Path, name: str) -> Path:
+        return folder / _RESULTS / f"{re.sub('[^0-9A-Za-z_.]+', '-', name)}.safetensors"
+
+    def _result(self, name: str, make: Callable[[], Result]) -> Result:
+        if self.folder is None:
+            return make()
+        assert name not in self._asked, f"two results are called {name!r}"
+        self._asked.add(name)
+        path = self._path(self.folder, name)
+        if path.exists():
+            return _read(path)
+        tensors, facts = make()
+        try:
+            write_tensors(path, tensors, facts)
+        except (OSError, SafetensorError) as error:
+            raise WorkdirError(
+                f"{path} cannot be written ({one_line(error)}): make room, and start the run again; it goes on from "
+                "what is there"
+            ) from error
+        return _read(path)  # in either case the same
+
+
+def _read(path: Path) -> Result:
+    try:
+        facts, tensors = read_tensors(path)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise WorkdirError(f"{path} cannot be read ({one_line(error)}): delete it, and it is made again") from error
+    return tensors, facts
+
+
+def _open(folder: Path, identity: dict[str, Any]) -> None:
+    """Make the folder of a run, or see that it is of this one."""
+    path = folder / IDENTITY
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            if left := sorted(one.name for one in folder.iterdir() if not one.name.endswith(".partial")):
+                raise WorkdirError(f"{folder} holds {left[0]}, and is no folder of a run: give an empty one, or a new")
+            write_tensors(path, {}, identity)
+        (folder / _RESULTS).mkdir(exist_ok=True)
+    except OSError as error:
+        raise WorkdirError(f"{folder} cannot be written ({one_line(error)}): give another workdir=") from error
+    _, before = _read(path)
+    if other := [name for name in {**before, **identity} if before.get(name) != identity.get(name)]:
+        told = "; ".join(f"{name} was {_short(before.get(name))} and is {_short(identity.get(name))}" for name in other)
+        raise WorkdirError(f"{folder} is of another run: {told}. Give another folder, or delete this one")
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 300 else f"{text[:300]}…"
