@@ -60,7 +60,7 @@ def compress(
         ValueError, TypeError: bad settings, data, or model; each message names the value, the expectation, the remedy.
             In every case, on interruption too, the model is as it was.
     """
-    _check_arguments(model, config)
+    check_arguments(model, config)
     start = perf_counter()
     data = _prepare(calibration, model, tokenizer, options)
     context = CalibrationContext(model, data, {"prepare calibration data": perf_counter() - start} if data else {})
@@ -88,7 +88,7 @@ def make_plan(
     compute: Compute | None = None,
 ) -> Plan:
     """What `compress` would do to `model`, without doing it. Arguments and errors are those of `compress`."""
-    _check_arguments(model, config)
+    check_arguments(model, config)
     context = CalibrationContext(model, _prepare(calibration, model, tokenizer, options))
     with _computing(compute or Compute(), config, context):
         return _plan(config, context)
@@ -115,7 +115,8 @@ def _prepare(
     return None if data is None else prepare(data, model, tokenizer, options)
 
 
-def _check_arguments(model: Any, config: Any) -> None:
+def check_arguments(model: Any, config: Any) -> None:
+    """Raise unless these are a model that can be compressed, and a method's settings."""
     check_model(model)
     if not isinstance(config, CompressionConfig):
         raise TypeError(f"config must be a method's settings, such as MKAConfig(ratio=0.25); got {config!r}")

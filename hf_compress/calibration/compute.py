@@ -90,7 +90,7 @@ class Compute:
 
     def _make_folders(self, folder: Path, model: PreTrainedModel) -> None:
         """Folders for streams and for changed weights, without what runs that were killed have left there."""
-        needed = sum(_bytes(block) for stack in Anatomy(model).stacks for block in stack.blocks)
+        needed = sum(bytes_of(block) for stack in Anatomy(model).stacks for block in stack.blocks)
         if is_offloaded(model):
             needed *= 2  # what is finished is kept as well as what the model reads
         own = f"{gethostname()}-{os.getpid()}"
@@ -137,10 +137,11 @@ def least_memory(model: PreTrainedModel) -> tuple[int, int, int]:
     others = [part for part in model.modules() if id(part) not in inside]
     widths = [linear_widths(part)[0] for block in blocks for part in block.modules() if is_linear(part)]
     around = max((_own_bytes(part) for part in others), default=0)
-    return max(map(_bytes, blocks)), around, _SQUARES * 4 * max(widths, default=0) ** 2
+    return max(map(bytes_of, blocks)), around, _SQUARES * 4 * max(widths, default=0) ** 2
 
 
-def _bytes(module: nn.Module) -> int:
+def bytes_of(module: nn.Module) -> int:
+    """Of all parameters, wherever they are."""
     return sum(parameter.nbytes for parameter in module.parameters())
 
 

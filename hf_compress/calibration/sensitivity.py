@@ -24,7 +24,7 @@ from hf_compress.calibration.objective import drawn_gradient, first_tensor
 from hf_compress.calibration.runner import BlockRunner
 from hf_compress.calibration.sweep import turns
 
-_TOKENS = 8192
+COST_TOKENS = 8192
 
 
 def estimated_costs(
@@ -62,7 +62,7 @@ def costs_without(model: PreTrainedModel, stack: Stack, data: Calibration) -> di
     From batches that hold about 8,192 tokens, spread over the data.
     """
     with inference(model):
-        sweep = LossSweep(model, stack, data.about(_TOKENS, data.tokens or data.samples, least=2))
+        sweep = LossSweep(model, stack, data.about(COST_TOKENS, data.tokens or data.samples, least=2))
         sweep.keep()
 
         def error(index: int) -> list[Tensor]:

@@ -21,6 +21,7 @@ from hf_compress.cli.output import (
     quiet_libraries,
 )
 from hf_compress.cli.settings import config_from
+from hf_compress.cli.work import WorkFolder, compute_on
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -47,7 +48,20 @@ def compress(  # noqa: PLR0913 (each of them is an option of the command)
     text_column: TextColumn = None,
     dtype: Dtype = "auto",
     device: Device = None,
-    dry_run: Annotated[bool, typer.Option(help="Show the plan and the sizes; write nothing.")] = False,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Such as 6GiB: what may be taken on the device that computes. The model stays on the disk then, or, "
+            "with another device than cpu, in the CPU's memory; blocks come one by one.",
+            show_default=False,
+        ),
+    ] = None,
+    workdir: Annotated[
+        Path | None, typer.Option(help="Keeps what is finished until the end.", show_default="OUTPUT.partial")
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from what a run that was killed has left there.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Say what it would take: time, memory, disk. Do nothing.")] = False,
+    plan: Annotated[bool, typer.Option(help="Show the plan and the sizes; write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace the output directory, if it exists.")] = False,
     portable: Annotated[bool, typer.Option(help="For trust_remote_code=True where the plugin is needed.")] = False,
     seed: Annotated[int, typer.Option(help="Of whatever is random.", min=0, max=2**32 - 1)] = 0,
@@ -62,39 +76,55 @@ def compress(  # noqa: PLR0913 (each of them is an option of the command)
 
     config = config_from(method, recipe, ratio, num, settings, seed)
     options = DataOptions(batch_size, max_length, text_column)
-    if output is None and not dry_run:
-        raise ValueError("say where the model goes: --output DIR, or --dry-run to see what would be done")
+    if output is None and not (dry_run or plan):
+        raise ValueError("say where the model goes: --output DIR; or --plan or --dry-run to see what would be done")
     if output is not None:
         check_target(output, overwrite)  # before any work is done
+    looks = output is None or dry_run or plan
+    work = WorkFolder.of(None if looks else output, workdir, resume)
     quiet_libraries()
     texts = load_texts(calibration, text_column, samples) if calibration else None
-    small, tokenizer = _compress(model, config, texts, options, dtype, device, seed)
     out = console()
-    _show(out, small.compression_report)
-    if output is None or dry_run:
-        out.print("Dry run: the smaller model was made in memory and checked; nothing was written.")
-        return
-    _save(small, output, tokenizer, out, overwrite=overwrite, portable=portable)
+    with work.opened() as folder:
+        compute = compute_on(device, max_memory, work.path)
+        given, tokenizer = _loaded(model, dtype, device, max_memory, folder, texts is not None, seed)
+        if dry_run:
+            _tell(out, given, config, texts, tokenizer, options, compute)
+            return
+        small = _compressed(given, config, texts, tokenizer, options, compute)
+        _show(out, small.compression_report)
+        if looks or output is None:
+            out.print("The smaller model was made in memory and checked; nothing was written.")
+            return
+        _save(small, output, tokenizer, out, overwrite=overwrite, portable=portable)
+    work.delete()
 
 
-def _compress(
-    name: str,
-    config: CompressionConfig,
-    texts: list[str] | None,
-    options: Any,
-    dtype: str,
-    device: str | None,
-    seed: int,
+def _loaded(
+    name: str, dtype: str, device: str | None, max_memory: str | None, folder: Path, texts: bool, seed: int
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """The model, in memory or on the disk, and its tokenizer."""
     from accelerate.utils import set_seed  # Transformers' own comes with its Trainer, PEFT and bitsandbytes
 
-    from hf_compress.api.compress import compress
     from hf_compress.cli.loading import load_model, load_tokenizer
 
     set_seed(seed)
-    model = load_model(name, dtype, device)
-    tokenizer = load_tokenizer(name, needed=texts is not None)
-    return compress(model, config, texts, tokenizer, options), tokenizer
+    place = device if max_memory is None else "disk" if device in (None, "cpu") else "cpu"
+    return load_model(name, dtype, place, folder), load_tokenizer(name, needed=texts)
+
+
+def _compressed(model: PreTrainedModel, config: CompressionConfig, *given: Any) -> PreTrainedModel:
+    from hf_compress.api.compress import compress
+
+    return compress(model, config, *given)
+
+
+def _tell(out: Console, model: PreTrainedModel, config: CompressionConfig, *given: Any) -> None:
+    """Say what a run would take."""
+    from hf_compress.api.estimate import estimate
+
+    out.print(str(estimate(model, config, *given)), markup=False, soft_wrap=True)
+    out.print("Dry run: nothing was done.")
 
 
 def _show(out: Console, report: Any) -> None:

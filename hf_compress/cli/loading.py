@@ -11,8 +11,14 @@ if TYPE_CHECKING:
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def load_model(name: str, dtype: str = "auto", device: str | None = None) -> PreTrainedModel:
+def load_model(
+    name: str, dtype: str = "auto", device: str | None = None, offload_folder: Path | None = None
+) -> PreTrainedModel:
     """The model in a directory or on the Hub, with the head that it was saved with.
+
+    Args:
+        device: where it goes; "disk" to leave it there and read it when it runs.
+        offload_folder: where weights go then that the disk has in another form than they are used in.
 
     Raises:
         ValueError: an unknown dtype.
@@ -26,7 +32,7 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None) -> Pre
         raise ValueError(f"--dtype must be one of {', '.join(_DTYPES)}; got {dtype!r}")
     check_folder(name)
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return load_saved(name, dtype=dtype, device_map={"": place})
+    return load_saved(name, dtype=dtype, device_map={"": place}, offload_folder=offload_folder)
 
 
 def check_folder(name: str) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.losses import losses_without
-from hf_compress.calibration.sensitivity import costs_without
+from hf_compress.calibration.sensitivity import COST_TOKENS, costs_without
 from hf_compress.calibration.statistics import block_statistics
 from hf_compress.checks import setting
 from hf_compress.methods.base.amounts import AMOUNT
@@ -17,6 +17,7 @@ from hf_compress.methods.base.choice import cheapest
 from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.base.registry import Method, register
 from hf_compress.methods.base.settings import CompressionConfig
+from hf_compress.methods.base.work import BACKWARD, Work, share_of_tokens
 from hf_compress.plan.edits import RemoveBlocks
 from hf_compress.plan.plan import Plan
 
@@ -60,7 +61,18 @@ def single_removals(config: DropBlocksConfig, context: CalibrationContext) -> li
     return [replace(config, ratio=None, num_blocks=1)] * _count(config, context.stack(config.stack))
 
 
-register(DropBlocksConfig, Method(plan_removals, steps=single_removals))
+def work_of(config: DropBlocksConfig, context: CalibrationContext) -> Work:
+    """A pass to look at the blocks; by loss, gradients once and the few candidates of every choice."""
+    stack = context.stack(config.stack)
+    if config.criterion in ("last", "random"):
+        return Work(rewrites=False)
+    if config.criterion != "perplexity":
+        return Work(1, sweeps=1, rewrites=False)
+    count, weighed = _count(config, stack), share_of_tokens(context, COST_TOKENS).of_all
+    return Work(count * (1 + _TRIED / 2) + weighed * (1 + BACKWARD), sweeps=2 + count, rewrites=False)
+
+
+register(DropBlocksConfig, Method(plan_removals, steps=single_removals, work=work_of))
 
 
 def _count(config: DropBlocksConfig, stack: Stack) -> int:

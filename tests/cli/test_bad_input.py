@@ -44,7 +44,7 @@ def test_numbers(command, option, value, home):
         return
     if command == "compress":
         amount = () if option in ("--ratio", "--num") else ("--num", "1")
-        arguments = ("--method", "drop_blocks", "--set", "criterion=random", "--dry-run", *amount)
+        arguments = ("--method", "drop_blocks", "--set", "criterion=random", "--plan", *amount)
     else:
         arguments = ()
     assert option in refused(home, command, *REQUIRED.get(command, ()), *arguments, option, value)
@@ -111,7 +111,7 @@ def test_broken_models(kind, home, tmp_path):
     folder = shutil.copytree(home / "model", tmp_path / "broken")
     change(folder)
     texts = ("--calibration", "HOME/texts.jsonl")
-    for arguments in (("compress", str(folder), *DROP, *texts, "--dry-run"), ("analyze", str(folder), *texts)):
+    for arguments in (("compress", str(folder), *DROP, *texts, "--plan"), ("analyze", str(folder), *texts)):
         line = refused(home, *arguments)
         assert message in line
         assert str(folder) in line
@@ -121,7 +121,7 @@ def test_broken_models(kind, home, tmp_path):
 @pytest.mark.parametrize("command", ["compress", "analyze", "evaluate", "info", "verify", "push"])
 @pytest.mark.parametrize("name", ["HOME/nowhere", "HOME/an empty folder", "HOME/a file", "no such name"])
 def test_no_models(command, name, home):
-    more = {"compress": (*DROP, "--dry-run"), "analyze": ("--calibration", "HOME/texts.jsonl"), "push": ("me/small",)}
+    more = {"compress": (*DROP, "--plan"), "analyze": ("--calibration", "HOME/texts.jsonl"), "push": ("me/small",)}
     assert name in refused(home, command, name, *more.get(command, ()))
 
 
@@ -146,7 +146,7 @@ def test_texts_that_are_none(name, home, tmp_path):
     path.write_bytes(content)
     model = "HOME/model"
     for arguments in (
-        ("compress", model, *DROP, "--dry-run", "--calibration", str(path)),
+        ("compress", model, *DROP, "--plan", "--calibration", str(path)),
         ("analyze", model, "--calibration", str(path)),
         ("evaluate", model, "--texts", str(path)),
     ):
@@ -157,7 +157,7 @@ def test_texts_that_are_none(name, home, tmp_path):
 
 @pytest.mark.parametrize("source", ["HOME/nowhere.jsonl", "HOME/an empty folder", "a:b:c:d", "no such name"])
 def test_texts_that_are_not_there(source, home):
-    assert source in refused(home, "compress", "HOME/model", *DROP, "--dry-run", "--calibration", source)
+    assert source in refused(home, "compress", "HOME/model", *DROP, "--plan", "--calibration", source)
     assert source in refused(home, "analyze", "HOME/model", "--calibration", source)
     assert source in refused(home, "evaluate", "HOME/model", "--texts", source)
 
@@ -202,7 +202,7 @@ def test_places_that_cannot_be_written_are_told_before_any_work(output, home, mo
 )
 def test_recipes(recipe, message, home, tmp_path):
     (tmp_path / "recipe.yaml").write_bytes(recipe)
-    line = refused(home, "compress", "HOME/model", "--dry-run", "--recipe", str(tmp_path / "recipe.yaml"))
+    line = refused(home, "compress", "HOME/model", "--plan", "--recipe", str(tmp_path / "recipe.yaml"))
     assert message in line
 
 
@@ -215,7 +215,7 @@ def test_recipes(recipe, message, home, tmp_path):
             "leave --revision z out, or --pull-request",
         ),
         (("push", "HOME/model", "me/x", "--message", ""), "--message is empty"),
-        (("compress", "any", "--ratio", "0.5"), "--output DIR, or --dry-run"),
+        (("compress", "any", "--ratio", "0.5"), "--output DIR; or --plan or --dry-run"),
         (("analyze", "HOME/model", "--calibration", "HOME/texts.jsonl", "--similarity", "zzz"), "--similarity must be"),
         (("evaluate", "HOME/model", "--include-path", "HOME/a file", "--tasks", "zzz"), "--include-path"),
     ],

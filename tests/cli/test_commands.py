@@ -70,10 +70,10 @@ def test_compress_saves_a_model_that_plain_transformers_loads(model_folder, text
     assert [path.name for path in tmp_path.iterdir()] == ["small"]
 
 
-def test_dry_run_shows_plan_and_sizes_and_writes_nothing(model_folder, text_file, tmp_path):
+def test_plan_shows_edits_and_sizes_and_writes_nothing(model_folder, text_file, tmp_path):
     output, before = tmp_path / "small", sorted(Path(model_folder).iterdir())
     arguments = ("--method", "drop_blocks", "--num", "2", "--calibration", text_file, "--output", output)
-    shown = done("compress", model_folder, *arguments, "--dry-run")
+    shown = done("compress", model_folder, *arguments, "--plan")
     dense = tiny_llama(6)
     left = dense.num_parameters() - 2 * sum(p.numel() for p in dense.model.layers[0].parameters())
     for part in ("RemoveBlocks", f"{dense.num_parameters():,}", f"{left:,}", f"{4 * left:,}", "nothing was written"):
@@ -82,8 +82,65 @@ def test_dry_run_shows_plan_and_sizes_and_writes_nothing(model_folder, text_file
     assert sorted(Path(model_folder).iterdir()) == before
 
 
+@pytest.mark.parametrize("method", ["mka", "illc", "lrp", "layer_collapse", "adaptive_compress", "drop_blocks"])
+def test_dry_run_says_what_it_would_take_and_does_nothing(method, model_folder, text_file, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_compress.api.compress.plan_for", None)
+    arguments = ("--method", method, "--ratio", "0.5", "--calibration", text_file, "--output", tmp_path / "small")
+    told = done("compress", model_folder, *arguments, "--dry-run")
+    assert re.search(r"time: about \d+\.\d s, for \d+\.\d passes over the data", told)
+    assert "memory: about" in told
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_was_killed_goes_on_only_when_asked(model_folder, text_file, tmp_path, monkeypatch):
+    output, left = tmp_path / "small", tmp_path / "small.partial"
+    command = ("compress", model_folder, "--method", "illc", "--ratio", "0.5", "--calibration", text_file)
+    command = (*command, "--max-memory", "1GiB", "--output", output)
+    with monkeypatch.context() as patched:
+        patched.setattr("hf_compress.storage.save.save", interrupted)
+        result = run(*command)
+    assert result.exit_code == 130
+    assert f"What is finished is kept in {left}: the same" in " ".join(result.stderr.split())
+    assert "delete it" in refused(*command)
+    assert "settings was" in refused(*command, "--set", "seed=1", "--resume")
+    solved = len(list((left / "results").iterdir()))
+    with monkeypatch.context() as patched:
+        patched.setattr("hf_compress.methods.base.narrowing.Narrowing._plan", interrupted)
+        done(*command, "--resume")
+    assert solved == 6
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
+    assert (
+        AutoModelForCausalLM.from_pretrained(output).config.intermediate_size < tiny_llama(6).config.intermediate_size
+    )
+
+
+def interrupted(*_, **__):
+    raise KeyboardInterrupt
+
+
+def test_a_budget_leaves_the_model_on_the_disk_and_the_result_the_same(model_folder, text_file, tmp_path):
+    command = (
+        "compress",
+        model_folder,
+        "--method",
+        "lrp",
+        "--set",
+        "bits=6",
+        "--set",
+        "group_size=16",
+        "--calibration",
+        text_file,
+    )
+    done(*command, "--output", tmp_path / "one")
+    done(*command, "--output", tmp_path / "two", "--max-memory", "1GiB", "--workdir", tmp_path / "work")
+    names = [path.name for path in (tmp_path / "one").glob("*.safetensors")]
+    assert [(tmp_path / "one" / n).read_bytes() for n in names] == [(tmp_path / "two" / n).read_bytes() for n in names]
+    assert "takes about" in refused(*command, "--output", tmp_path / "three", "--max-memory", "1KB")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+
+
 def test_a_method_without_data_needs_no_calibration(model_folder):
-    assert "left out: 3–5" in done("compress", model_folder, *LAST, "--ratio", "0.5", "--dry-run")
+    assert "left out: 3–5" in done("compress", model_folder, *LAST, "--ratio", "0.5", "--plan")
 
 
 def test_an_output_that_exists_is_refused_at_once_and_replaced_on_request(model_folder, tmp_path):
@@ -97,7 +154,7 @@ def test_an_output_that_exists_is_refused_at_once_and_replaced_on_request(model_
 
 
 def test_the_seed_is_the_method_s(model_folder):
-    arguments = ("--method", "drop_blocks", "--num", "2", "--set", "criterion=random", "--dry-run")
+    arguments = ("--method", "drop_blocks", "--num", "2", "--set", "criterion=random", "--plan")
     outputs = [done("compress", model_folder, *arguments, "--seed", seed) for seed in "0012"]
     runs = [re.findall("left out: ([0-9, –]+)", output)[0] for output in outputs]
     assert runs[0] == runs[1]
@@ -108,7 +165,7 @@ def test_no_command_imports_what_only_training_needs(model_folder, text_file):
     """PEFT comes with Transformers' Trainer, and bitsandbytes with PEFT; it warns of what nobody has asked for."""
     compress = ("compress", model_folder, "--method", "drop_blocks", "--num", "1", "--calibration", text_file)
     lines = [
-        (*compress, "--dry-run"),
+        (*compress, "--plan"),
         ("analyze", model_folder, "--calibration", text_file),
         ("evaluate", model_folder, "--texts", text_file),
         ("info", model_folder),
@@ -186,11 +243,11 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, message, model_folder,
 
 
 def test_debug_shows_where_an_error_comes_from(model_folder):
-    result = run("--debug", "compress", model_folder, "--ratio", "1.5", "--dry-run")
+    result = run("--debug", "compress", model_folder, "--ratio", "1.5", "--plan")
     assert isinstance(result.exception, ValueError)
 
 
-def test_an_interruption_exits_with_130_and_leaves_nothing(model_folder, text_file, tmp_path, monkeypatch):
+def test_an_interruption_exits_with_130_and_leaves_nothing_half_written(model_folder, text_file, tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
@@ -199,7 +256,7 @@ def test_an_interruption_exits_with_130_and_leaves_nothing(model_folder, text_fi
     result = run("compress", model_folder, *arguments)
     assert result.exit_code == 130
     assert "Interrupted" in result.stderr
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"], "by which --resume goes on"
 
 
 # --- looking ----------------------------------------------------------------------------------------------------------

@@ -3,8 +3,9 @@
 from hf_compress.methods.adaptive_compress.config import AdaptiveCompressConfig
 from hf_compress.methods.adaptive_compress.plan import plan_bottlenecks
 from hf_compress.methods.adaptive_compress.training import Joint
+from hf_compress.methods.adaptive_compress.work import work_of
 from hf_compress.methods.base.registry import Method, register
 
-register(AdaptiveCompressConfig, Method(plan_bottlenecks, Joint))
+register(AdaptiveCompressConfig, Method(plan_bottlenecks, Joint, work=work_of))
 
 __all__ = ["AdaptiveCompressConfig"]

@@ -23,6 +23,7 @@ from hf_compress.rewrite.edits import edits_from_list
 
 IDENTITY = "run.safetensors"  # what a run is known by, as facts of a file without tensors
 _RESULTS = "results"
+_OWN = (_RESULTS, "streams", "changed", "offloaded")  # folders that a run makes in its own
 
 Result = tuple[dict[str, Tensor], Any]  # tensors, and JSON values
 
@@ -105,8 +106,9 @@ def _open(folder: Path, identity: dict[str, Any]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            if left := sorted(one.name for one in folder.iterdir() if not one.name.endswith(".partial")):
-                raise WorkdirError(f"{folder} holds {left[0]}, and is no folder of a run: give an empty one, or a new")
+            others = (one.name for one in folder.iterdir() if one.name not in _OWN and one.suffix != ".partial")
+            if left := min(others, default=""):
+                raise WorkdirError(f"{folder} holds {left}, and is no folder of a run: give an empty one, or a new")
             write_tensors(path, {}, identity)
         (folder / _RESULTS).mkdir(exist_ok=True)
     except OSError as error:

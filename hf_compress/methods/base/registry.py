@@ -9,6 +9,7 @@ from typing import Any
 from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.base.schedule import TrainingSchedule
 from hf_compress.methods.base.settings import CompressionConfig
+from hf_compress.methods.base.work import Work
 from hf_compress.plan.plan import Plan
 
 
@@ -24,11 +25,13 @@ class Method:
         plan: decides what to do to the model of a context; the model is left as it was.
         schedule: what to do while a model is trained, for one run; when None, compress first, then heal.
         steps: settings that, planned and applied one after another, come to the same amount: for training in between.
+        work: how much there is to do, for an estimate; None where nobody has counted.
     """
 
     plan: Callable[[Any, CalibrationContext], Plan]
     schedule: Callable[[Any], TrainingSchedule] | None = None
     steps: Callable[[Any, CalibrationContext], list[CompressionConfig]] = _no_steps
+    work: Callable[[Any, CalibrationContext], Work] | None = None
 
 
 _METHODS: dict[type[CompressionConfig], Method] = {}
@@ -59,6 +62,12 @@ def schedule_for(config: CompressionConfig) -> TrainingSchedule:
 def steps_for(config: CompressionConfig, context: CalibrationContext) -> list[CompressionConfig]:
     """Settings that, applied one after another, come to the same amount; ValueError where there are none."""
     return _method(config).steps(config, context)
+
+
+def work_for(config: CompressionConfig, context: CalibrationContext) -> Work | None:
+    """How much there is to do with the model of a context; None where nobody has counted."""
+    count = _method(config).work
+    return None if count is None else count(config, context)
 
 
 class CompressFirst(TrainingSchedule):

@@ -3,7 +3,8 @@
 from hf_compress.methods.base.registry import Method, register
 from hf_compress.methods.illc.config import ILLCConfig
 from hf_compress.methods.illc.plan import plan_narrower
+from hf_compress.methods.illc.work import work_of
 
-register(ILLCConfig, Method(plan_narrower))
+register(ILLCConfig, Method(plan_narrower, work=work_of))
 
 __all__ = ["ILLCConfig"]

@@ -3,7 +3,8 @@
 from hf_compress.methods.base.registry import Method, register
 from hf_compress.methods.layer_collapse.config import LayerCollapseConfig
 from hf_compress.methods.layer_collapse.plan import plan_collapses, single_collapses, training_schedule
+from hf_compress.methods.layer_collapse.work import work_of
 
-register(LayerCollapseConfig, Method(plan_collapses, training_schedule, single_collapses))
+register(LayerCollapseConfig, Method(plan_collapses, training_schedule, single_collapses, work_of))
 
 __all__ = ["LayerCollapseConfig"]

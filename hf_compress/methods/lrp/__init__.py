@@ -3,7 +3,8 @@
 from hf_compress.methods.base.registry import Method, register
 from hf_compress.methods.lrp.config import LRPConfig
 from hf_compress.methods.lrp.plan import plan_by_relevance
+from hf_compress.methods.lrp.work import work_of
 
-register(LRPConfig, Method(plan_by_relevance))
+register(LRPConfig, Method(plan_by_relevance, work=work_of))
 
 __all__ = ["LRPConfig"]

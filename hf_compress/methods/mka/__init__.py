@@ -3,7 +3,8 @@
 from hf_compress.methods.base.registry import Method, register
 from hf_compress.methods.mka.config import MKAConfig
 from hf_compress.methods.mka.plan import plan_merges, single_merges
+from hf_compress.methods.mka.work import work_of
 
-register(MKAConfig, Method(plan_merges, steps=single_merges))
+register(MKAConfig, Method(plan_merges, steps=single_merges, work=work_of))
 
 __all__ = ["MKAConfig"]

@@ -27,7 +27,7 @@ from hf_compress.methods.mka.writers import Writers
 # Penalty of the local fits, which are many and on little data: of so many tokens.
 LOCAL_PENALTY = 0.1
 LOCAL_TOKENS = 4096
-_FEW = 6  # candidates that are all tried
+FEW = 6  # candidates that are all tried
 
 
 class Chooser:
@@ -62,7 +62,7 @@ class Chooser:
         for sweep in self.sweeps:
             sweep.keep()
         candidates = list(range(1, len(self.stack)))
-        few = len(candidates) <= _FEW  # then estimates would cost more than they spare
+        few = len(candidates) <= FEW  # then estimates would cost more than they spare
         tried = len(candidates) if few else VERIFIED
         estimates = dict.fromkeys(candidates, 0.0)
         if not few:

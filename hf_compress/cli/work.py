@@ -1,0 +1,76 @@
+"""Where a command keeps what it has finished, and what it may take."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from hf_compress.cli.output import errors
+
+if TYPE_CHECKING:
+    from hf_compress.calibration.compute import Compute
+
+
+@dataclass(frozen=True)
+class WorkFolder:
+    """A folder that keeps what a run has finished, until the model is saved.
+
+    Attributes:
+        path: None where nothing is kept.
+    """
+
+    path: Path | None
+
+    @staticmethod
+    def of(output: Path | None, workdir: Path | None, resume: bool) -> WorkFolder:
+        """The one that was named, or else that beside the output.
+
+        Raises:
+            FileExistsError: an earlier run has left something there, and nobody said that this one goes on from it.
+        """
+        path = workdir or (None if output is None else output.with_name(f"{output.name}.partial"))
+        if path is not None and not resume and path.is_dir() and any(path.iterdir()):
+            raise FileExistsError(
+                f"{path} has what an earlier run has finished: give --resume to go on from there, or delete it"
+            )
+        return WorkFolder(path)
+
+    @contextmanager
+    def opened(self) -> Iterator[Path]:
+        """Inside, there is a folder for weights that the disk has in another form than they are used in.
+
+        An interruption is told how to go on; a folder in which nothing was finished goes with a failure.
+        """
+        try:
+            if self.path is not None:
+                yield self.path / "offloaded"
+                return
+            with TemporaryDirectory(prefix="hf_compress-") as folder:
+                yield Path(folder)
+        except KeyboardInterrupt:
+            if self.path is not None and self.path.is_dir():
+                told = f"\nWhat is finished is kept in {self.path}: the same command with --resume goes on."
+                errors().print(told, soft_wrap=True)
+            raise
+        except Exception:
+            if self.path is not None and not any((self.path / "results").glob("*")):
+                self.delete()
+            raise
+
+    def delete(self) -> None:
+        """Delete it; what was kept is in the model that was saved."""
+        if self.path is not None:
+            shutil.rmtree(self.path, ignore_errors=True)
+
+
+def compute_on(device: str | None, max_memory: str | None, workdir: Path | None) -> Compute:
+    """How a model is computed that is loaded in memory, or on the disk where a budget is given."""
+    from hf_compress.calibration.compute import Compute
+
+    elsewhere = device if max_memory is not None and device not in (None, "cpu") else None
+    return Compute(elsewhere, max_memory, workdir)

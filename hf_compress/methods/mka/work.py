@@ -1,0 +1,48 @@
+"""What MKA has to do."""
+
+from __future__ import annotations
+
+from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.parts import linear_widths
+from hf_compress.methods.base.choice import VERIFIED
+from hf_compress.methods.base.context import CalibrationContext
+from hf_compress.methods.base.work import (
+    BACKWARD,
+    Work,
+    factor,
+    gram,
+    hidden_of,
+    share_of_samples,
+    share_of_tokens,
+    solve,
+)
+from hf_compress.methods.mka.choice import FEW, LOCAL_TOKENS
+from hf_compress.methods.mka.config import MKAConfig
+
+_FITS = 4  # factorisations of a fit
+_MIXTURES = 64  # right sides that a penalty is chosen by
+
+
+def work_of(config: MKAConfig, context: CalibrationContext) -> Work:
+    """Of the paper a pass for each merge; else the choice, and streams past every block with a fit for each."""
+    stack = context.stack(config.stack)
+    blocks = len(stack)
+    merges = config.amount.of_blocks(blocks) if config.amount is not None else blocks - 1
+    if config.variant == "paper":
+        sweeps = merges if config.iterative else 1
+        return Work(passes=sweeps, sweeps=sweeps)
+    hidden = hidden_of(stack)
+    parts = Anatomy(context.model).parts(stack, 0)
+    inputs = sum(linear_widths(stack.blocks[0].get_submodule(path))[0] for path in parts.writers)
+    few = blocks - 1 <= FEW
+    fits = (1 if few else 2) * (blocks - 1) + merges * (3 if not few else blocks)
+    tried = merges * (blocks if few else VERIFIED + 2)
+    choice = share_of_samples(context, config.choice_samples)
+    local = min(LOCAL_TOKENS, 2 * choice.tokens // 3)
+    passes = choice.of_all * (1 + merges / 2 + tried / 6 + fits / blocks / 2 + (0 if few else BACKWARD / 3))
+    one = solve(local, inputs) / 2 + factor(local) + solve(local, hidden)
+    data = share_of_tokens(context, config.refit_tokens)
+    kept = blocks - merges
+    fit = gram(inputs, data.tokens) + inputs * hidden * data.tokens
+    fit += _FITS * (factor(inputs) + solve(inputs, _MIXTURES)) + 2 * solve(inputs, hidden)
+    return Work(passes + 3 * data.of_all, fits * one + kept * fit, sweeps=3 + 2 * merges)
