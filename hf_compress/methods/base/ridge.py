@@ -13,7 +13,7 @@ from hf_compress.numerics.ridge import LeastSquares, Ridge, Solver
 
 HELD_OUT = 4
 PENALTIES = (1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 3.0)  # worth trying, relative to the mean variance of the inputs
-_CAUTIOUS = (0.1,)  # where there is nothing to choose a penalty by
+CAUTIOUS = (0.1,)  # where there is nothing to choose a penalty by
 _T = TypeVar("_T")
 _NARROW = 1024  # inputs: what a factorisation costs up to there is nothing to speak of
 _MIXTURES = 64  # of the outputs, that a penalty is chosen by
@@ -139,7 +139,7 @@ class HeldOutSums:
             raise ValueError("penalties is empty; expected at least one, e.g. 1e-3")
         if self.fitted.count == 0 or self.held.count == 0:
             everything = self.all
-            penalty, error = HeldOutSums(everything, everything)._choose(_CAUTIOUS, prior, affine, parts)
+            penalty, error = HeldOutSums(everything, everything)._choose(CAUTIOUS, prior, affine, parts)
         else:
             penalty, error = self._choose(penalties, prior, affine, parts)
             everything = self.all
