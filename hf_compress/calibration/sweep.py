@@ -6,14 +6,11 @@ is kept, or two where the original model's and the compressed one's go up side b
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -22,6 +19,7 @@ from hf_compress.anatomy.residency import resident
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.data import Batch, Calibration
 from hf_compress.calibration.runner import BlockRunner
+from hf_compress.numerics.aside import give_back, mapped
 
 _BUDGET = 4 * 2**30
 _COPIES = 3  # of a stream, at most: two that are kept, and the one that the model's forward began with
@@ -48,13 +46,7 @@ class StreamMemory:
         """
         if stream.device.type != "cpu" or (number + 1) * _COPIES * stream.nbytes <= self.budget:
             return stream
-        handle, name = tempfile.mkstemp(prefix="hf_compress-stream-", dir=self.folder)
-        os.close(handle)
-        try:
-            mapped = torch.from_file(name, shared=True, size=stream.numel(), dtype=stream.dtype).view(stream.shape)
-        finally:
-            os.unlink(name)  # what is mapped stays until nothing refers to it
-        stream.data = mapped.copy_(stream)
+        stream.data = mapped(stream.nbytes, self.folder).view(stream.dtype).view(stream.shape).copy_(stream)
         return stream
 
 
@@ -64,10 +56,14 @@ def turns(
     description: str,
     hold: Callable[[nn.Module], AbstractContextManager[None]] = resident,
 ) -> Iterator[int]:
-    """Blocks of a stack, each held in memory while it is its turn; by `hold`, where they are to be changed."""
+    """Blocks of a stack, each held in memory while it is its turn; by `hold`, where they are to be changed.
+
+    What was freed meanwhile goes back to the system: elsewhere its peak would grow with every block.
+    """
     for index in tqdm(list(blocks), desc=description, disable=None):
         with hold(stack.blocks[index]):
             yield index
+        give_back()
 
 
 @contextmanager
@@ -131,7 +127,7 @@ class Sweep:
 
 
 class Streams:
-    """Batches that went up through a model, and their streams at all blocks.
+    """Batches that went up through a model, and their streams at all blocks: in files, for those are many.
 
     Attributes:
         runners: of the batches.
@@ -140,14 +136,14 @@ class Streams:
     """
 
     def __init__(self, model: PreTrainedModel, stack: Stack, batches: Iterable[Batch]) -> None:
-        self.model, self.stack, self.memory = model, stack, StreamMemory()
+        self.model, self.stack, self.memory = model, stack, StreamMemory(budget=0)
         self.runners = [BlockRunner(model, stack, batch) for batch in batches]
         self.streams: list[dict[int, Tensor]] = []
         self.skipped: Collection[int] = ()
 
     def keep(self) -> None:
         """Keep the streams of the model as it is. The first time, with nothing changed."""
-        self.streams = [{0: self._kept(number, runner.start())} for number, runner in enumerate(self.runners)]
+        self.streams = [{0: self.memory.keep(number, r.start())} for number, r in enumerate(self.runners)]
         self.go_on(0, ())
 
     def go_on(self, start: int, skipped: Collection[int]) -> None:
@@ -156,7 +152,7 @@ class Streams:
         for index in turns(self.stack, range(start, len(self.stack)), "reading streams"):
             for number, (runner, streams) in enumerate(zip(self.runners, self.streams, strict=True)):
                 after = streams[index] if index in skipped else runner.run(index, streams[index])
-                streams[index + 1] = after if index in skipped else self._kept(number, after)
+                streams[index + 1] = after if index in skipped else self.memory.keep(number, after)
 
     def at(self, index: int) -> list[Tensor]:
         """The streams before a block, one a batch."""
@@ -165,10 +161,6 @@ class Streams:
     def run(self, index: int) -> list[Tensor]:
         """What a block, which may have changed since, makes of the streams before it."""
         return [runner.run(index, stream) for runner, stream in zip(self.runners, self.at(index), strict=True)]
-
-    def _kept(self, number: int, stream: Tensor) -> Tensor:
-        """Streams are kept at all blocks, so a batch counts as often."""
-        return self.memory.keep(number * (len(self.stack) + 1), stream)
 
 
 @dataclass
