@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from hf_compress.anatomy.residency import resident
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.data import Batch, Calibration
-from hf_compress.calibration.runner import BlockRunner
+from hf_compress.calibration.runner import BlockRunner, stopped_by_errors
 from hf_compress.numerics.aside import give_back, mapped
 
 _BUDGET = 4 * 2**30
@@ -143,8 +143,9 @@ class Streams:
 
     def keep(self) -> None:
         """Keep the streams of the model as it is. The first time, with nothing changed."""
-        self.streams = [{0: self.memory.keep(number, r.start())} for number, r in enumerate(self.runners)]
-        self.go_on(0, ())
+        with stopped_by_errors(self.runners):
+            self.streams = [{0: self.memory.keep(number, r.start())} for number, r in enumerate(self.runners)]
+            self.go_on(0, ())
 
     def go_on(self, start: int, skipped: Collection[int]) -> None:
         """Keep the streams behind block `start` on, which has changed, without the blocks `skipped`."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 import torch
 from torch import Tensor, nn
 
@@ -34,10 +36,10 @@ def plan_units(config: LRPConfig, context: CalibrationContext, stack: Stack, dra
         ValueError: nothing would be left of a block.
     """
     writers = _writers(config, context, stack)
-    with context.step("score units"):
-        scores: dict[str, Tensor] = {}
-        ends = {name: module for _, name, module in writers}
-        for part in scored(config, context, stack, {}, ends, config.score_name):
+    ends = {name: module for _, name, module in writers}
+    scores: dict[str, Tensor] = {}
+    with context.step("score units"), closing(scored(config, context, stack, {}, ends, config.score_name)) as parts:
+        for part in parts:
             scores |= part.units
     if config.granularity == "block":
         return _without_blocks(config, stack, writers, scores)
