@@ -1,13 +1,14 @@
-"""Memory of compress() and save() on models that lie on the disk, against the number of their blocks.
+"""Memory of compress() and save(): of models on the disk against the number of their blocks, and of models in memory.
 
-    python benchmarks/memory.py             # 8 and 24 blocks
-    python benchmarks/memory.py --full      # and 72
+    python benchmarks/memory.py             # 8 and 24 blocks on the disk, 6 and 12 in memory
+    python benchmarks/memory.py --full      # and 72 on the disk
     python benchmarks/memory.py --only ILLC
 
-Checkpoints like Llama's with random weights in bfloat16 (hidden 1,024, FFN 2,816) are written to a temporary folder.
-Each cell is a process of its own, which loads one with every block on the disk, compresses it and saves the result.
-What is told is the peak of its anonymous memory, sampled all the time, beyond what it had before it loaded the model.
-Mapped files are not counted: the system drops them when it needs the room.
+Checkpoints like Llama's with random weights in bfloat16 are written to a temporary folder: hidden 1,024 and FFN 2,816
+for the first table, 896 and 4,864 for the second. Each cell is a process of its own, which loads one, compresses it and
+saves the result. What is told is the peak of its anonymous memory, sampled all the time, beyond what it had before it
+loaded the model, with every block on the disk; or after that, with all of it in memory. Mapped files are not counted:
+the system drops them when it needs the room.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import subprocess
 import sys
 import tempfile
 import threading
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from common import write_result
@@ -34,32 +37,64 @@ from hf_compress import (
     compress,
     save,
 )
+from hf_compress.storage.save import own_memory
 
-HIDDEN, FFN, VOCABULARY, SAMPLES, POSITIONS = 1024, 2816, 8000, 16, 128
-TOKENS = {"tokens": SAMPLES * POSITIONS}
-CASES: dict[str, CompressionConfig] = {
-    "DropBlocks, block influence": DropBlocksConfig(num_blocks=2),
-    "DropBlocks, perplexity": DropBlocksConfig(num_blocks=2, criterion="perplexity"),
-    "MKA, 2 merges": MKAConfig(num_merges=2, choice_samples=SAMPLES),
-    "MKA, paper, 2 merges": MKAConfig(num_merges=2, variant="paper"),
-    "ILLC, ratio 0.25": ILLCConfig(ratio=0.25, **TOKENS),  # type: ignore[arg-type]
-    "LayerCollapse, 2 FFNs": LayerCollapseConfig(num_layers=2),
-    "LRP, 4.25 bits": LRPConfig(bits=4.25, **TOKENS),  # type: ignore[arg-type]
-    "LRP, half sparse": LRPConfig(sparsity=0.5, **TOKENS),  # type: ignore[arg-type]
-}
+VOCABULARY = 8000
 
 
-def write_checkpoint(folder: Path, blocks: int) -> None:
+@dataclass(frozen=True)
+class Case:
+    """Sizes of models and data."""
+
+    hidden: int
+    ffn: int
+    groups: int  # key and value heads
+    samples: int
+    positions: int
+
+    @property
+    def block(self) -> float:
+        """MiB of a block."""
+        attention = 2 * self.hidden * (self.hidden + 64 * self.groups)
+        return 2 * (3 * self.hidden * self.ffn + attention) / 2**20
+
+    @property
+    def rest(self) -> float:
+        """MiB of embeddings and head."""
+        return 2 * 2 * VOCABULARY * self.hidden / 2**20
+
+
+CASES = {"disk": Case(1024, 2816, 4, 16, 128), "memory": Case(896, 4864, 2, 32, 256)}
+
+
+def settings(case: Case) -> dict[str, CompressionConfig]:
+    """What is measured, by name."""
+    tokens: Any = {"tokens": case.samples * case.positions}
+    return {
+        "DropBlocks, block influence": DropBlocksConfig(num_blocks=2),
+        "DropBlocks, perplexity": DropBlocksConfig(num_blocks=2, criterion="perplexity"),
+        "MKA, 2 merges": MKAConfig(num_merges=2, choice_samples=case.samples),
+        "MKA, paper, 2 merges": MKAConfig(num_merges=2, variant="paper"),
+        "ILLC, ratio 0.25": ILLCConfig(ratio=0.25, **tokens),
+        "LayerCollapse, 2 FFNs": LayerCollapseConfig(num_layers=2),
+        "LRP, 4.25 bits": LRPConfig(bits=4.25, **tokens),
+        "LRP, half sparse": LRPConfig(sparsity=0.5, **tokens),
+        "LRP, half sparse across the model": LRPConfig(sparsity=0.5, scope="model", **tokens),
+        "LRP, half sparse by size": LRPConfig(sparsity=0.5, score="magnitude", compensation="none"),
+    }
+
+
+def write_checkpoint(folder: Path, case: Case, blocks: int) -> None:
     """In shards of one block or so."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        intermediate_size=FFN,
+        hidden_size=case.hidden,
+        intermediate_size=case.ffn,
         num_hidden_layers=blocks,
-        num_attention_heads=16,
-        num_key_value_heads=4,
-        max_position_embeddings=POSITIONS,
+        num_attention_heads=case.hidden // 64,
+        num_key_value_heads=case.groups,
+        max_position_embeddings=case.positions,
     )
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder, max_shard_size="64MB")
 
@@ -71,76 +106,99 @@ def anonymous() -> float:
 
 
 class Peak(threading.Thread):
-    """The largest `anonymous()` of a hundred samples a second."""
+    """The largest `anonymous()` of two hundred samples a second or so."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.most, self.ended = anonymous(), threading.Event()
 
     def run(self) -> None:
-        while not self.ended.wait(0.01):
+        while not self.ended.wait(0.004):
             self.most = max(self.most, anonymous())
 
 
-def child(name: str, folder: Path) -> None:
-    """Compress a checkpoint and save it; prints the peaks of both beyond what there was before loading, in MiB."""
-    windows = torch.randint(3, VOCABULARY, (SAMPLES, POSITIONS), generator=torch.Generator().manual_seed(1))
+def child(name: str, kind: str, folder: Path) -> None:
+    """Compress a checkpoint and save it; prints the peaks of both beyond what there was before, in MiB."""
+    case = CASES[kind]
+    seeded = torch.Generator().manual_seed(1)
+    windows = torch.randint(3, VOCABULARY, (case.samples, case.positions), generator=seeded)
     torch.ones(64, 64) @ torch.ones(64, 64)  # what is set up once
-    before, peak = anonymous(), Peak()
-    peak.start()
-    blocks = LlamaConfig.from_pretrained(folder).num_hidden_layers
-    rest = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
-    places = rest | {f"model.layers.{index}": "disk" for index in range(blocks)}
+    before = anonymous()
     with tempfile.TemporaryDirectory() as scratch:
-        model = AutoModelForCausalLM.from_pretrained(folder, device_map=places, offload_folder=scratch)
-        compress(model, CASES[name], windows)
+        peak = Peak()
+        if kind == "disk":
+            peak.start()
+            blocks = LlamaConfig.from_pretrained(folder).num_hidden_layers
+            rest = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+            places = rest | {f"model.layers.{index}": "disk" for index in range(blocks)}
+            model = AutoModelForCausalLM.from_pretrained(folder, device_map=places, offload_folder=scratch)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(folder)
+            own_memory(model)  # instead of mapped files
+            before = anonymous()
+            peak.start()
+        compress(model, settings(case)[name], windows)
         compressed = peak.most - before
         save(model, Path(scratch) / "smaller")
     peak.ended.set()
     print(compressed, peak.most - before)
 
 
-def measured(name: str, folder: Path) -> tuple[float, float]:
-    command = [sys.executable, __file__, "--child", name, str(folder)]
+def measured(name: str, kind: str, folder: Path) -> tuple[float, float]:
+    command = [sys.executable, __file__, "--child", name, kind, str(folder)]
     words = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
     return float(words[-2]), float(words[-1])
+
+
+def table(kind: str, depths: list[int], only: list[str] | None) -> tuple[str, dict[str, list[tuple[float, float]]]]:
+    """Measure models of so many blocks; the table, and the figures in MiB."""
+    case = CASES[kind]
+    names = [name for name in settings(case) if not only or name.startswith(tuple(only))]
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    with tempfile.TemporaryDirectory() as folder:
+        for depth in depths:
+            write_checkpoint(Path(folder) / str(depth), case, depth)
+            for name in tqdm(names, desc=f"{depth} blocks, {kind}"):
+                found[name].append(measured(name, kind, Path(folder) / str(depth)))
+    sizes = [depth * case.block + case.rest for depth in depths]
+    what, units, form = {
+        "disk": ("with every block on the disk, beyond the start, MiB", [1.0] * len(sizes), "{:.0f}"),
+        "memory": ("of models in memory, beyond the model, times its size", sizes, "{:.2f}"),
+    }[kind]
+    cells = [f"{depth} blocks ({size:.0f} MiB)" for depth, size in zip(depths, sizes, strict=True)]
+    lines = [
+        f"Peak anonymous memory {what}. A block has {case.block:.0f} MiB, embeddings and head {case.rest:.0f}; "
+        f"{case.samples} × {case.positions} tokens.\n",
+        "| compress() with | " + " | ".join(f"{cell} | and save()" for cell in cells) + " |",
+        "|---" * (2 * len(depths) + 1) + "|",
+    ]
+    for name, row in found.items():
+        told = [form.format(peak / unit) for pair, unit in zip(row, units, strict=True) for peak in pair]
+        lines.append(f"| {name} | {' | '.join(told)} |")
+    return "\n".join(lines), found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="72 blocks as well")
+    parser.add_argument("--disk", nargs="*", type=int, help="other numbers of blocks, on the disk")
+    parser.add_argument("--memory", nargs="*", type=int, help="and in memory")
     parser.add_argument("--only", nargs="+", help="beginnings of the names of the rows")
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        child(args.child[0], Path(args.child[1]))
+        child(args.child[0], args.child[1], Path(args.child[2]))
         return
-    depths = [8, 24, 72] if args.full else [8, 24]
-    names = [name for name in CASES if not args.only or name.startswith(tuple(args.only))]
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
-    with tempfile.TemporaryDirectory() as folder:
-        for depth in depths:
-            write_checkpoint(Path(folder) / str(depth), depth)
-            for name in tqdm(names, desc=f"{depth} blocks"):
-                found[name].append(measured(name, Path(folder) / str(depth)))
-    block = 2 * (3 * HIDDEN * FFN + 2 * HIDDEN * HIDDEN * 5 // 4) / 2**20
-    rest = 2 * 2 * VOCABULARY * HIDDEN / 2**20
-    lines = [
-        f"Peak anonymous memory beyond the start, MiB. A block has {block:.0f} MiB, embeddings and head {rest:.0f}; "
-        f"{SAMPLES} × {POSITIONS} tokens.\n",
-        "| compress() with | "
-        + " | ".join(f"{depth} blocks ({depth * block + rest:.0f})" for depth in depths)
-        + " | save |",
-        "|---" * (len(depths) + 2) + "|",
-    ]
-    for name, row in found.items():
-        cells = " | ".join(f"{compressed:.0f}" for compressed, _ in row)
-        lines.append(f"| {name} | {cells} | {max(saved for _, saved in row):.0f} |")
-    text = "\n".join(lines)
-    if args.only:
+    depths = {
+        "disk": args.disk if args.disk is not None else [8, 24, 72] if args.full else [8, 24],
+        "memory": args.memory if args.memory is not None else [6, 12],
+    }
+    tables = {kind: table(kind, own, args.only) for kind, own in depths.items() if own}
+    text = "\n\n".join(text for text, _ in tables.values())
+    if args.only or args.disk is not None or args.memory is not None:
         print(text)
     else:
-        write_result("memory", text, found)
+        write_result("memory", text, {kind: found for kind, (_, found) in tables.items()})
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -18,6 +19,9 @@ from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.data import Calibration, DataOptions, prepare
 from tests.helpers.language import WORDS, tiny_llama, word_tokenizer, words
+
+settings.register_profile("any machine", deadline=None)  # a busy one is slow now and then
+settings.load_profile("any machine")
 
 LENGTHS = (9, 3, 12, 5, 7, 12, 4, 10, 6, 11, 8, 5)
 

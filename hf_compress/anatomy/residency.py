@@ -24,6 +24,7 @@ from hf_compress.anatomy.dispatch import Place, aligning_hook, loading_hook, own
 from hf_compress.anatomy.store import inherit_store, store_of
 from hf_compress.anatomy.undo import Undo, writes
 from hf_compress.errors import OffloadError, one_line
+from hf_compress.numerics.aside import in_own_pages
 from hf_compress.numerics.finite import all_finite
 
 
@@ -274,7 +275,7 @@ def _read(hook: AlignDevicesHook, name: str, away: Tensor) -> Tensor:
         raise OffloadError(f"{full} cannot be read from {file}: {one_line(error)}") from error
     if value.shape != away.shape:
         raise OffloadError(f"{full} is {tuple(value.shape)} in {file}, where {tuple(away.shape)} was expected")
-    here = value.to(device, away.dtype, copy=device.type == "cpu")
+    here = in_own_pages(value.to(device, away.dtype)) if device.type == "cpu" else value.to(device, away.dtype)
     return nn.Parameter(here, away.requires_grad) if isinstance(away, nn.Parameter) else here
 
 

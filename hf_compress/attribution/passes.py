@@ -15,7 +15,6 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from hf_compress.anatomy.dispatch import is_offloaded
 from hf_compress.anatomy.parts import is_linear
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
@@ -24,8 +23,9 @@ from hf_compress.attribution.composites import Composite, resolve
 from hf_compress.attribution.targets import Target, explained
 from hf_compress.calibration.capture import forward, hooked, inference, stream_of_output
 from hf_compress.calibration.data import Batch
+from hf_compress.calibration.memory import working_memory
 from hf_compress.calibration.objective import first_tensor
-from hf_compress.calibration.runner import BlockRunner
+from hf_compress.calibration.runner import BlockRunner, stopped_by_errors
 from hf_compress.calibration.sweep import resident_around, turns
 from hf_compress.errors import CalibrationError, UnsupportedModelError, one_line
 from hf_compress.modules.kernels import check_no_kernels
@@ -139,7 +139,7 @@ def check_conserved(
     relevance of all sources and biases has to come to the outputs, of which a random mixture is explained.
 
     Args:
-        stack: taken block by block where its blocks are offloaded; else the pass is one of the whole model.
+        stack: taken block by block; when None, the pass is one of the whole model.
 
     Raises:
         UnsupportedModelError: it does not.
@@ -148,7 +148,7 @@ def check_conserved(
     if not rules.conserves:
         return
     with explaining(model, rules.without_scores()) as sources:
-        if stack is not None and is_offloaded(stack.blocks):
+        if stack is not None:
             found, total, size = _conserved_by_blocks(model, stack, batch, sources)
         else:
             found, total, size = _conserved(model, batch, sources)
@@ -177,16 +177,20 @@ def _conserved_by_blocks(
 
     What blocks are handed besides the stream (the encoder's, for instance) is taken back in the end, all at once.
     """
-    runner = BlockRunner(model, stack, _traced(batch))
+    runner, memory = BlockRunner(model, stack, _traced(batch)), replace(working_memory(), streams=0)
     beside: dict[int, tuple[Tensor, Tensor]] = {}  # by the tensor's id: itself, and its gradient
-    with resident_around(model, stack), _tracing(outside := _added(model, stack.blocks)):
+    with (
+        stopped_by_errors([runner]),
+        resident_around(model, stack),
+        _tracing(outside := _added(model, stack.blocks)),
+    ):
         sources.begin(runner.batch)
         streams = [runner.start()]
         first = list(sources.tensors.values())
         for index in turns(stack, range(len(stack)), "checking relevance"):
             runner.come_to(index)  # with gradients of what blocks are handed, and none of the blocks'
             with torch.no_grad():
-                streams.append(runner.run(index, streams[-1]))
+                streams.append(memory.keep(0, runner.run(index, streams[-1])))
         given = streams.pop().detach().requires_grad_()
         logits = logits_behind(runner, given.clone(), sources)
         mixture, total, size = _mixed(logits.detach())

@@ -14,6 +14,10 @@ from torch import Tensor
 from hf_compress.calibration.capture import stream_of_output
 from hf_compress.calibration.runner import BlockRunner
 from hf_compress.calibration.sweep import Streams, resident_around, turns
+from hf_compress.errors import CalibrationError, UnsupportedModelError
+
+# What is raised where blocks do not run alone; in memory all of the model may, at once, and says better what it is.
+NOT_BY_BLOCKS = (UnsupportedModelError, CalibrationError, RuntimeError, AssertionError)
 
 
 class Descent:

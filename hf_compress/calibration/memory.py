@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,10 +9,10 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from hf_compress.errors import WorkdirError, one_line
+from hf_compress.numerics.aside import mapped
 
 _GIB = 2**30
 _COPIES = 3  # of a stream, at most: two that are kept, and the one that the model's forward began with
@@ -47,22 +46,13 @@ class WorkingMemory:
 
     def _mapped(self, like: Tensor) -> Tensor:
         """A tensor in a file."""
-        folder = self.folder or Path(tempfile.gettempdir())
         try:
-            handle, name = tempfile.mkstemp(prefix="hf_compress-stream-", dir=folder)
-            try:
-                if hasattr(os, "posix_fallocate"):  # or a full disk would end the process when it is written to
-                    os.posix_fallocate(handle, 0, like.nbytes)
-                mapped = torch.from_file(name, shared=True, size=like.numel(), dtype=like.dtype)
-            finally:
-                os.close(handle)
-                os.unlink(name)  # what is mapped stays until nothing refers to it
+            return mapped(like.nbytes, self.folder).view(like.dtype).view(like.shape)
         except OSError as error:
             raise WorkdirError(
-                f"{folder} has no room for a stream of {like.nbytes:,} bytes ({one_line(error)}): make some, or give "
-                "another folder (workdir=)"
+                f"{self.folder or tempfile.gettempdir()} has no room for a stream of {like.nbytes:,} bytes "
+                f"({one_line(error)}): make some, or give another folder (workdir=)"
             ) from error
-        return mapped.view(like.shape)
 
 
 _current: ContextVar[WorkingMemory] = ContextVar("working_memory")

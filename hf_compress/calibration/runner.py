@@ -7,7 +7,7 @@ block's arguments are there from then on: to run it on another stream takes no m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import copy_context
 from functools import partial
@@ -61,6 +61,17 @@ def _wrapped(own: Callable[..., Any], new: BlockForward) -> Callable[..., Any]:
         return new(own, args, kwargs)
 
     return forward
+
+
+@contextmanager
+def stopped_by_errors(runners: Iterable[BlockRunner]) -> Iterator[None]:
+    """Have forwards that wait be ended by an error."""
+    try:
+        yield
+    except BaseException:
+        for runner in runners:
+            runner.stop()
+        raise
 
 
 class _Call(NamedTuple):
@@ -175,6 +186,12 @@ class BlockRunner:
             self.start()
         while self._reached < index:
             self._next()
+
+    def stop(self) -> None:
+        """End a forward that still waits: collected as garbage, it would put modes back that are others by then."""
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None:
+            waiting.throw()
 
     def _next(self) -> Tensor:
         """Let the forward go on from one block's call to that of the next; the stream that it comes with."""

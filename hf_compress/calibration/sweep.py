@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -18,7 +18,8 @@ from hf_compress.anatomy.residency import resident
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.data import Batch, Calibration
 from hf_compress.calibration.memory import WorkingMemory, working_memory
-from hf_compress.calibration.runner import BlockRunner
+from hf_compress.calibration.runner import BlockRunner, stopped_by_errors
+from hf_compress.numerics.aside import give_back
 
 
 def turns(
@@ -27,10 +28,14 @@ def turns(
     description: str,
     hold: Callable[[nn.Module], AbstractContextManager[None]] = resident,
 ) -> Iterator[int]:
-    """Blocks of a stack, each held in memory while it is its turn; by `hold`, where they are to be changed."""
+    """Blocks of a stack, each held in memory while it is its turn; by `hold`, where they are to be changed.
+
+    What was freed meanwhile goes back to the system: elsewhere its peak would grow with every block.
+    """
     for index in tqdm(list(blocks), desc=description, disable=None):
         with hold(stack.blocks[index]):
             yield index
+        give_back()
 
 
 @contextmanager
@@ -94,7 +99,7 @@ class Sweep:
 
 
 class Streams:
-    """Batches that went up through a model, and their streams at all blocks.
+    """Batches that went up through a model, and their streams at all blocks: in files, for those are many.
 
     Attributes:
         runners: of the batches.
@@ -103,15 +108,16 @@ class Streams:
     """
 
     def __init__(self, model: PreTrainedModel, stack: Stack, batches: Iterable[Batch]) -> None:
-        self.model, self.stack, self.memory = model, stack, working_memory()
+        self.model, self.stack, self.memory = model, stack, replace(working_memory(), streams=0)
         self.runners = [BlockRunner(model, stack, batch) for batch in batches]
         self.streams: list[dict[int, Tensor]] = []
         self.skipped: Collection[int] = ()
 
     def keep(self) -> None:
         """Keep the streams of the model as it is. The first time, with nothing changed."""
-        self.streams = [{0: self._kept(number, runner.start())} for number, runner in enumerate(self.runners)]
-        self.go_on(0, ())
+        with stopped_by_errors(self.runners):
+            self.streams = [{0: self.memory.keep(number, r.start())} for number, r in enumerate(self.runners)]
+            self.go_on(0, ())
 
     def go_on(self, start: int, skipped: Collection[int]) -> None:
         """Keep the streams behind block `start` on, which has changed, without the blocks `skipped`."""
@@ -119,7 +125,7 @@ class Streams:
         for index in turns(self.stack, range(start, len(self.stack)), "reading streams"):
             for number, (runner, streams) in enumerate(zip(self.runners, self.streams, strict=True)):
                 after = streams[index] if index in skipped else runner.run(index, streams[index])
-                streams[index + 1] = after if index in skipped else self._kept(number, after)
+                streams[index + 1] = after if index in skipped else self.memory.keep(number, after)
 
     def at(self, index: int) -> list[Tensor]:
         """The streams before a block, one a batch."""
@@ -128,10 +134,6 @@ class Streams:
     def run(self, index: int) -> list[Tensor]:
         """What a block, which may have changed since, makes of the streams before it."""
         return [runner.run(index, stream) for runner, stream in zip(self.runners, self.at(index), strict=True)]
-
-    def _kept(self, number: int, stream: Tensor) -> Tensor:
-        """Streams are kept at all blocks, so a batch counts as often."""
-        return self.memory.keep(number * (len(self.stack) + 1), stream)
 
 
 @dataclass

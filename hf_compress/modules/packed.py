@@ -159,7 +159,7 @@ class PackedLinear(CompactLinear):
         packing = self.packing
         self._check_stored(packing.payload)
         table = unpack_bits(torch.arange(256, device=self.weight.device).to(torch.uint8)[:, None])
-        wide = table.to(torch.uint8).view(torch.int64)[:, 0]
+        wide = table.view(torch.int64)[:, 0]
         values = torch.zeros(packing.groups, packing.group_size // 8, dtype=torch.int64, device=self.weight.device)
         packed = self.weight.view(torch.uint8)
         for plane in planes:
@@ -289,6 +289,6 @@ def pack_bits(ones: Tensor) -> Tensor:
 
 
 def unpack_bits(packed: Tensor) -> Tensor:
-    """The inverse of `pack_bits`, int32."""
+    """The inverse of `pack_bits`, uint8."""
     shifts = torch.arange(8, device=packed.device, dtype=torch.uint8)
-    return ((packed[..., None] >> shifts) & 1).flatten(1).int()
+    return ((packed[..., None] >> shifts) & 1).flatten(1)

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from hf_compress.modules.packed import PackedLinear, Packing, fill_rows, filled, pack, pack_bits, unpack_bits
 
+_PIECE = 2**18  # weights; their places take sixteen bytes each
 GROUP = 64  # values in a row of their own that share a grid
 
 
@@ -87,6 +88,12 @@ class SparseLinear(PackedLinear):
     def extra_repr(self) -> str:
         share = self.kept / (self.in_features * self.out_features)
         return f"in_features={self.in_features}, out_features={self.out_features}, ones={share:.1%}, rest={self.rest}"
+
+
+def at_ones(values: Tensor, mask: Tensor) -> Tensor:
+    """The values at the ones of a mask of their shape, (ones), row by row; some rows at a time."""
+    rows = max(1, _PIECE // max(1, mask.shape[1]))
+    return torch.cat([own[ones] for own, ones in zip(values.split(rows), mask.split(rows), strict=True)])
 
 
 def pack_mask(mask: Tensor) -> Tensor:

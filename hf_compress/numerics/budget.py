@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hf_compress.numerics.aside import Aside
 from hf_compress.numerics.selection import cut
 
 _GROUPS = 2**15  # looked at together, so that what is made of their errors takes little memory
 _STEPS = 20_000  # that a budget is cut into at most, so that the table of what is left stays small
 
 
-def spend_bits(errors: Tensor, choices: list[int], budget: float) -> Tensor:
+def spend_bits(errors: Tensor, choices: list[int], budget: float, aside: Aside | None = None) -> Tensor:
     """The number of bits for each group that makes the sum of errors least, at so many bits a weight in the mean.
 
     Bits are given where a further one takes away most, in float32, and of those that take away as much to the first
@@ -27,22 +29,24 @@ def spend_bits(errors: Tensor, choices: list[int], budget: float) -> Tensor:
         errors: of each group at each choice, (groups, choices); groups of one size.
         choices: numbers of bits, rising.
         budget: bits a weight.
+        aside: where what is as large as the errors goes, which may lie there themselves; in memory when None.
 
     Returns:
-        (groups) int64, entries of `choices`.
+        (groups) uint8, entries of `choices`; aside.
 
     Raises:
         ValueError: a budget below the smallest choice.
     """
     _check(budget, choices)
+    empty = partial(torch.empty, device=errors.device) if aside is None else aside.empty
     widths = torch.tensor(choices, dtype=torch.float64, device=errors.device)
-    gains = torch.empty(len(errors), len(choices) - 1, dtype=torch.float32, device=errors.device)
+    gains = empty((len(errors), len(choices) - 1), dtype=torch.float32)
     for part, own in zip(gains.split(_GROUPS), errors.split(_GROUPS), strict=True):
         hull = _convex(own.double(), widths)
         part.copy_((hull[:, :-1] - hull[:, 1:]) / widths.diff())  # falling, from left to right
     costs = [after - before for before, after in pairwise(choices)]
     least, left = cut(list(gains.unbind(1)), costs, (budget - choices[0]) * len(errors) + 1e-6)
-    found = torch.empty(len(errors), dtype=torch.int64, device=errors.device)
+    found = empty((len(errors),), dtype=torch.uint8)
     for out, part, own in zip(found.split(_GROUPS), gains.split(_GROUPS), errors.split(_GROUPS), strict=True):
         taken, equal = part > least, (part == least).nonzero()
         spent = widths.diff()[equal[:, 1]].cumsum(0)  # on those at which the budget ends, as far as it goes
@@ -55,15 +59,16 @@ def spend_bits(errors: Tensor, choices: list[int], budget: float) -> Tensor:
     return found
 
 
-def spread_bits(groups: int, choices: Sequence[int], budget: float) -> Tensor:
+def spread_bits(groups: int, choices: Sequence[int], budget: float, aside: Aside | None = None) -> Tensor:
     """The same number of bits for all groups; where the budget lies between two, more for some, evenly spread.
 
     Args:
         choices: numbers of bits, rising.
         budget: bits a weight in the mean.
+        aside: as of `spend_bits`.
 
     Returns:
-        (groups) int64, entries of `choices`.
+        (groups) uint8, entries of `choices`; aside.
 
     Raises:
         ValueError: a budget below the smallest choice.
@@ -72,8 +77,11 @@ def spread_bits(groups: int, choices: Sequence[int], budget: float) -> Tensor:
     low = max(bits for bits in choices if bits <= budget)
     high = min((bits for bits in choices if bits > budget), default=low + 1)
     more = math.floor(groups * (budget - low) / (high - low) + 1e-6) if low < choices[-1] else 0
-    places = torch.arange(groups + 1) * more // groups  # how many of the groups before each have more
-    return torch.where(places.diff() > 0, high, low)
+    found = (torch.empty if aside is None else aside.empty)((groups,), dtype=torch.uint8)
+    for start, out in zip(range(0, groups, _GROUPS), found.split(_GROUPS), strict=True):
+        places = torch.arange(start, start + len(out) + 1) * more // groups  # how many groups before each have more
+        out.copy_(torch.where(places.diff() > 0, high, low))
+    return found
 
 
 def _check(budget: float, choices: Sequence[int]) -> None:

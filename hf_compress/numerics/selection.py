@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 _HALF = 16  # bits of a float32 that are counted at a time
+_PIECE = 2**20  # numbers that are looked at together, so that what is made of them takes little memory
 
 
 def best(values: Tensor, count: int) -> Tensor:
     """A mask of the `count` best of each row, (rows, any number), of equal ones the first."""
+    if len(values) == 1:
+        return next(best_of_all([values], count))
+    rows = values.split(max(1, _PIECE // max(1, values.shape[1])))
+    return torch.cat([_best_of_rows(some, count) for some in rows])
+
+
+def _best_of_rows(values: Tensor, count: int) -> Tensor:
     length = values.shape[1]
     if not 0 < count < length:
         return torch.full(values.shape, count > 0, dtype=torch.bool, device=values.device)
@@ -26,23 +34,21 @@ def best(values: Tensor, count: int) -> Tensor:
     return mask
 
 
-def best_of_all(parts: Sequence[Tensor], count: int) -> list[Tensor]:
-    """Masks of the `count` best of all parts together, of their shapes; of equal ones, the first."""
+def best_of_all(parts: Sequence[Tensor], count: int) -> Iterator[Tensor]:
+    """Masks of the `count` best of all parts together, of their shapes, one at a time; of equal ones, the first."""
     least, left = cut([part.flatten() for part in parts], [1] * len(parts), count)
-    masks = []
     for part in parts:
         mask, equal = (part > least).flatten(), (part == least).flatten().nonzero()[: int(left), 0]
         mask[equal] = True
         left -= len(equal)
-        masks.append(mask.view(part.shape))
-    return masks
+        yield mask.view(part.shape)
 
 
 def cut(parts: Sequence[Tensor], costs: Sequence[float], budget: float) -> tuple[float, float]:
     """Where a budget ends that goes to the best of all parts first.
 
     Counts are made of the upper halves of the numbers, and then of the lower halves of those that share the upper half
-    at which the budget ends: two looks at each number, with a copy of one part at a time.
+    at which the budget ends: two looks at each number, with copies of a million at a time. Parts may lie in files.
 
     Args:
         parts: (any number) float32 each, finite.
@@ -57,8 +63,9 @@ def cut(parts: Sequence[Tensor], costs: Sequence[float], budget: float) -> tuple
     left, upper = budget, 0
     for half in range(2):
         counts = torch.zeros(1 << _HALF, dtype=torch.float64)
-        for part, cost in zip(parts, costs, strict=True):
-            ranks = _ranks(part)
+        pieces = ((piece, cost) for part, cost in zip(parts, costs, strict=True) for piece in part.split(_PIECE))
+        for piece, cost in pieces:
+            ranks = _ranks(piece)
             if half:
                 ranks = ranks[ranks >> _HALF == upper].bitwise_and_((1 << _HALF) - 1)
             else:

@@ -6,8 +6,6 @@ there. That is no difference between two models.
 
 from __future__ import annotations
 
-import mmap
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -18,9 +16,9 @@ from torch.utils.hooks import RemovableHandle
 from hf_compress.anatomy.offloaded import align_hooks
 from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.capture import hooked
+from hf_compress.numerics.aside import in_own_pages
 
 _ALIGNMENT = 64  # bytes; of PyTorch's own memory
-_PRIVATE = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
 
 
 @contextmanager
@@ -69,14 +67,8 @@ def _strays(module: nn.Module, device: torch.device | None) -> Iterator[tuple[st
 
 def _copy(parameter: nn.Parameter, device: torch.device | None) -> nn.Parameter:
     to_cpu = (device or parameter.device).type == "cpu"
-    tensor = _in_own_pages(parameter.detach().cpu()) if to_cpu else parameter.detach().to(device, copy=True)
+    tensor = in_own_pages(parameter.detach().cpu()) if to_cpu else parameter.detach().to(device, copy=True)
     return nn.Parameter(tensor, requires_grad=False)
-
-
-def _in_own_pages(tensor: Tensor) -> Tensor:
-    """A copy in pages that go back to the system with it; many a freed copy from the C library's heap stays there."""
-    pages = mmap.mmap(-1, tensor.nbytes, **_PRIVATE)
-    return torch.frombuffer(pages, dtype=tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
 class _Aligned(Mapping[str, Tensor]):
@@ -87,7 +79,7 @@ class _Aligned(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = self._tensors[name]
-        return _in_own_pages(tensor) if tensor.data_ptr() % _ALIGNMENT else tensor
+        return in_own_pages(tensor) if tensor.data_ptr() % _ALIGNMENT else tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)

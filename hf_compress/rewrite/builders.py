@@ -23,7 +23,7 @@ from hf_compress.errors import UnsupportedModelError
 from hf_compress.modules.activation import Blend
 from hf_compress.modules.bottleneck import BOTTLENECK, Bottleneck
 from hf_compress.modules.packed import pack
-from hf_compress.modules.sparse import GROUP, pack_mask, pack_row
+from hf_compress.modules.sparse import GROUP, at_ones, pack_mask, pack_row
 from hf_compress.numerics.factor import Factor
 from hf_compress.plan.plan import Plan
 from hf_compress.rewrite.edits.attention import NarrowAttention
@@ -292,7 +292,7 @@ def sparsify_linear(
     module = model.get_submodule(path)
     weight = linear_map(module).T if weight is None else weight
     ones = mask.to(weight.device)
-    parts = [weight.detach()[ones], *([weight.detach()[~ones]] if rest else [])]
+    parts = [at_ones(weight.detach(), which) for which in ([ones, ~ones] if rest else [ones])]
     tensors = {"mask": pack_mask(mask)}
     planes: tuple[int, ...] = ()
     if bits is None:

@@ -13,9 +13,11 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from hf_compress.anatomy.dispatch import computing_device
-from hf_compress.calibration.capture import forward, inference
+from hf_compress.anatomy.stacks import find_stacks
+from hf_compress.calibration.capture import forward, hooked, inference
 from hf_compress.calibration.data import Batch, prepare, special_ids
 from hf_compress.errors import UnsupportedModelError, one_line
+from hf_compress.numerics.aside import give_back
 
 _NEW_TOKENS = 3
 _SAMPLES, _LEAST, _POSITIONS = 8, 2, 256  # of a probe: samples at most and at least, and about as many tokens
@@ -129,10 +131,22 @@ def outputs_on(model: PreTrainedModel, probe: Probe) -> Outputs:
     return outputs
 
 
+@contextmanager
+def _running(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, a model runs the same every time, and gives back what each block has freed."""
+    try:
+        blocks = [block for stack in find_stacks(model) for block in stack.blocks]
+    except UnsupportedModelError:  # to be saved, it needs none
+        blocks = []
+    given_back = hooked(block.register_forward_hook(lambda *_: give_back()) for block in blocks)
+    with inference(model), torch.random.fork_rng(), given_back:
+        torch.manual_seed(0)
+        yield
+
+
 def named_outputs(model: PreTrainedModel, batch: Batch) -> Outputs:
     """Every tensor of the model's output on a batch, by its name: "logits", or "hidden_states.3" of a tuple."""
-    with inference(model), torch.random.fork_rng():
-        torch.manual_seed(0)
+    with _running(model):
         return dict(_tensors(forward(model, batch)))
 
 
@@ -153,8 +167,7 @@ def _generate(model: PreTrainedModel, batch: Batch) -> Tensor:
         name: value.to(device, torch.long if not value.is_floating_point() else model.dtype)
         for name, value in batch.inputs.items()
     }
-    with inference(model), torch.random.fork_rng(), quiet():
-        torch.manual_seed(0)
+    with _running(model), quiet():
         generator: Any = model
         return generator.generate(
             **inputs,

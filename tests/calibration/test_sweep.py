@@ -12,6 +12,7 @@ from hf_compress.calibration.data import DataOptions, prepare
 from hf_compress.calibration.memory import WorkingMemory
 from hf_compress.calibration.sweep import Sweep, start_pairs
 from hf_compress.errors import WorkdirError
+from tests.helpers.disk import mapped_bytes
 from tests.helpers.models import leftovers
 from tests.helpers.tiny import tiny_model, tiny_seq2seq_model
 
@@ -68,13 +69,6 @@ def test_blocks_that_nobody_looks_at_are_passed_by():
                 for passed in sweep.past(index):
                     assert torch.equal(passed.after, expected[passed.number, 2][1])
     assert ran == [index for index in range(3) for _ in data]
-
-
-def mapped_bytes():
-    """Of this process's memory, what lies in files of streams."""
-    with open("/proc/self/maps") as maps:
-        lines = [line.split() for line in maps if "hf_compress-stream-" in line]
-    return sum(int(end, 16) - int(start, 16) for start, end in (line[0].split("-") for line in lines))
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="tells what is mapped on Linux alone")

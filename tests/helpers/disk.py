@@ -57,3 +57,10 @@ def counted_reads() -> Iterator[Counter[str]]:
         yield reads
     finally:
         OffloadedWeightsLoader.__getitem__ = read
+
+
+def mapped_bytes():
+    """Of this process's memory, what lies in files without names."""
+    with open("/proc/self/maps") as maps:
+        lines = [line.split() for line in maps if "hf_compress-" in line]
+    return sum(int(end, 16) - int(start, 16) for start, end in (line[0].split("-") for line in lines))

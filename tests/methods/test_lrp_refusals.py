@@ -37,7 +37,7 @@ def refused(model, error, message, data=None, **settings):
         (
             "Llama",
             {"granularity": "n:m", "pattern": (2, 5)},
-            r"model\.layers\.0\.self_attn\.q_proj reads 32 inputs, .* groups of 5: change pattern=",
+            r"model\.layers\.3\.self_attn\.q_proj reads 32 inputs, .* groups of 5: change pattern=",
         ),
         ("Llama", {"granularity": "block", "sparsity": 0.95}, "takes 4 of 4 blocks and leaves none"),
         (

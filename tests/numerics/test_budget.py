@@ -70,7 +70,7 @@ def test_errors_of_any_shape_stay_within_the_budget(seed):
     errors, choices = torch.rand(30, len(CHOICES), generator=generator), list(CHOICES)
     for budget in (2.0, 2.9, 4.0, 6.3, 8.0):
         found = spend_bits(errors, choices, budget)
-        assert (found.dtype, found.shape) == (torch.int64, (30,))
+        assert (found.dtype, found.shape) == (torch.uint8, (30,))
         assert int(found.sum()) <= 30 * budget + 1e-6
         assert set(found.tolist()) <= set(choices)
 

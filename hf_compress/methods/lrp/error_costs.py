@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from functools import partial
 
 import torch
@@ -18,6 +18,8 @@ from hf_compress.methods.lrp.grams import grams_of, in_parts, sharing
 from hf_compress.methods.lrp.linears import linears_of
 from hf_compress.methods.lrp.precision import ErrorCosts
 from hf_compress.methods.lrp.scores import scored, some_batches
+from hf_compress.modules.sparse import at_ones
+from hf_compress.numerics.aside import Aside
 from hf_compress.numerics.factor import Factor
 
 _SHARE = 2
@@ -31,10 +33,11 @@ def error_costs(
     *,
     slopes: Mapping[str, Tensor],
     kept: Mapping[str, Tensor],
-) -> Iterator[tuple[Iterable[str], ErrorCosts]]:
+    aside: Aside,
+) -> Generator[tuple[Iterable[str], ErrorCosts]]:
     """What a squared error of each weight costs, (outputs, inputs), for the path of its linear map.
 
-    In parts: some paths, and what tells the costs of those, while their weights are in memory.
+    In parts: some paths, and what tells the costs of those, while their weights are in memory. To be closed, as scores.
 
     By Fisher information, E g_i² of the output times the energy of the input, or, where the rounding is compensated,
     what of that later inputs cannot make up for. By relevance, (E |R| / |w|)²: R is w times the slope of the output
@@ -44,39 +47,52 @@ def error_costs(
         slopes: E |R| / |w|, where they are known from the scores.
         kept: bool, which weights stay, of pruned maps: then it is what errors of those cost, (1, kept), and their
             rounding is not compensated.
+        aside: where what is known of all maps goes.
     """
     if config.allocation == "relevance" and not slopes:
         for part in scored(config, context, stack, linears, {}, "relevance"):
-            yield part.slopes, _of_kept(kept, partial(_squared, part.slopes))
+            yield part.slopes, _of_kept(kept, partial(_squared, linears, part.slopes))
         return
     if config.allocation == "fisher":
         compensated = config.rounding == "compensated" and not kept
-        cost = _fisher(config, context, stack, linears, compensated)
+        cost = _fisher(config, context, stack, linears, compensated, aside)
     elif config.allocation == "relevance":
-        cost = partial(_squared, slopes)
+        cost = partial(_squared, linears, slopes)
     else:
         cost = partial(_full, linears, 1.0)
     for index in turns(stack, range(len(stack)), "weighing errors"):
         yield linears_of(stack, index, linears), _of_kept(kept, cost)
 
 
-def _squared(slopes: Mapping[str, Tensor], path: str) -> Tensor:
-    return slopes[path].square()
+def _squared(linears: Mapping[str, nn.Module], slopes: Mapping[str, Tensor], path: str) -> Tensor:
+    return slopes[path].to(linear_map(linears[path]).device).square()
 
 
 def _of_kept(kept: Mapping[str, Tensor], cost: ErrorCosts) -> ErrorCosts:
-    return lambda path: cost(path)[kept[path]][None] if path in kept else cost(path)
+    return lambda path: at_ones(cost(path), kept[path])[None] if path in kept else cost(path)
 
 
 def _fisher(
-    config: LRPConfig, context: CalibrationContext, stack: Stack, linears: Mapping[str, nn.Module], compensated: bool
+    config: LRPConfig,
+    context: CalibrationContext,
+    stack: Stack,
+    linears: Mapping[str, nn.Module],
+    compensated: bool,
+    aside: Aside,
 ) -> ErrorCosts:
     batches = some_batches(context, config.tokens)
-    drawn = partial(energies, context.model, stack, batches, linears, config.seed)
+    drawn = partial(energies, context.model, stack, batches, linears, config.seed, aside)
     found = Energies.of(context.journal.tensors("energies", lambda: drawn().state()))
-    read = _unexplained(config, context, stack, linears) if compensated else found.read
+    read = _unexplained(config, context, stack, linears, aside) if compensated else found.read
     used = found.rows.keys() & read.keys()
-    return lambda path: torch.outer(found.of_outputs(path), read[path]) if path in used else _full(linears, 0.0, path)
+
+    def cost(path: str) -> Tensor:
+        if path not in used:
+            return _full(linears, 0.0, path)
+        device = linear_map(linears[path]).device
+        return torch.outer(found.of_outputs(path).to(device), read[path].to(device))
+
+    return cost
 
 
 def _full(linears: Mapping[str, nn.Module], value: float, path: str) -> Tensor:
@@ -86,7 +102,7 @@ def _full(linears: Mapping[str, nn.Module], value: float, path: str) -> Tensor:
 
 
 def _unexplained(
-    config: LRPConfig, context: CalibrationContext, stack: Stack, linears: Mapping[str, nn.Module]
+    config: LRPConfig, context: CalibrationContext, stack: Stack, linears: Mapping[str, nn.Module], aside: Aside
 ) -> dict[str, Tensor]:
     """Of the inputs of every linear map, block by block, so that there are never more Gram matrices than a block's.
 
@@ -99,12 +115,12 @@ def _unexplained(
         if context.journal.has(name):
             advance(pairs, index)
         own = linears_of(stack, index, linears)
-        found |= context.journal.tensors(name, partial(_unexplained_of, stack, index, own, pairs))
+        found |= context.journal.tensors(name, partial(_unexplained_of, stack, index, own, pairs, aside))
     return found
 
 
 def _unexplained_of(
-    stack: Stack, index: int, linears: Mapping[str, nn.Module], pairs: list[StreamPair]
+    stack: Stack, index: int, linears: Mapping[str, nn.Module], pairs: list[StreamPair], aside: Aside
 ) -> dict[str, Tensor]:
     """The same of the linear maps of one block; the streams are past it then."""
     found: dict[str, Tensor] = {}
@@ -112,7 +128,8 @@ def _unexplained_of(
     for own in parts:
         grams = grams_of(stack, index, own, pairs, onwards=own is parts[-1])
         for paths in sharing(grams):
-            found |= dict.fromkeys(paths, Factor.of(grams[paths[0]]).unexplained)
+            found |= dict.fromkeys(paths, aside.put(Factor.of(grams[paths[0]]).unexplained))
+        del grams
     if not parts:
         advance(pairs, index)
     return found

@@ -25,7 +25,7 @@ from hf_compress.anatomy.undo import Undo
 from hf_compress.attribution.passes import set_gradient
 from hf_compress.calibration.capture import forward, hooked, inference, watch_encoded
 from hf_compress.calibration.data import Batch
-from hf_compress.calibration.descent import Descent
+from hf_compress.calibration.descent import NOT_BY_BLOCKS, Descent
 from hf_compress.calibration.objective import drawn_gradient, first_tensor
 from hf_compress.calibration.routing import watch_routes
 from hf_compress.calibration.runner import BlockRunner
@@ -33,6 +33,7 @@ from hf_compress.calibration.sweep import Streams
 from hf_compress.errors import CalibrationError, UnsupportedModelError, one_line
 from hf_compress.methods.lrp.linears import linears_of
 from hf_compress.methods.lrp.scores import real_rows
+from hf_compress.numerics.aside import Aside
 
 logger = logging.getLogger(__name__)
 
@@ -73,21 +74,35 @@ class Energies:
 
 
 def energies(
-    model: PreTrainedModel, stack: Stack, batches: Sequence[Batch], linears: Mapping[str, nn.Module], seed: int
+    model: PreTrainedModel,
+    stack: Stack,
+    batches: Sequence[Batch],
+    linears: Mapping[str, nn.Module],
+    seed: int,
+    aside: Aside | None = None,
 ) -> Energies:
-    """Energies of inputs and of gradients of drawn outputs, in a forward and a backward pass a batch.
+    """Energies of inputs and of gradients of drawn outputs, in two forward passes and a backward pass a batch.
+
+    Args:
+        aside: where they go; each as its block has been passed.
 
     Raises:
         UnsupportedModelError: no gradients come through the model.
         CalibrationError: NaN or infinite outputs or gradients.
     """
-    found = Energies()
-    generator = torch.Generator().manual_seed(seed)
-    take = _block_by_block if is_offloaded(model) else _at_once
     with inference(model), Undo() as undo:
         for parameter in model.parameters():
             set_gradient(parameter, False, undo)
-        take(model, stack, batches, linears, generator, found)
+        try:
+            found, generator = Energies(), torch.Generator().manual_seed(seed)
+            _block_by_block(model, stack, batches, linears, generator, found, aside or Aside())
+        except torch.OutOfMemoryError:
+            raise
+        except NOT_BY_BLOCKS:
+            if is_offloaded(model):
+                raise
+            found, generator = Energies(), torch.Generator().manual_seed(seed)
+            _at_once(model, stack, batches, linears, generator, found)
     blind = [path for path, sums in found.gradients.items() if not bool(sums.any())]
     if len(blind) == len(found.gradients):
         raise _no_gradients("they are all 0")
@@ -124,8 +139,9 @@ def _block_by_block(
     linears: Mapping[str, nn.Module],
     generator: torch.Generator,
     found: Energies,
+    aside: Aside,
 ) -> None:
-    """The same with one block in memory at a time."""
+    """The same with one block at a time in memory, or its graph."""
 
     @torch.enable_grad()
     def drawn(runner: BlockRunner, stream: Tensor) -> Tensor:
@@ -142,6 +158,8 @@ def _block_by_block(
         for number, batch in enumerate(batches):
             with _watched(stack, batch, own, found):
                 descent.take_past(index, number)
+        for table in (found.read, found.gradients):
+            table |= {path: aside.put(table[path]) for path in own if path in table}
 
 
 @contextmanager

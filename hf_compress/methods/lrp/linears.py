@@ -15,6 +15,8 @@ from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.capture import forward, hooked, inference
 from hf_compress.calibration.data import Batch
 from hf_compress.methods.base.context import CalibrationContext
+from hf_compress.modules.sparse import at_ones
+from hf_compress.numerics.aside import give_back
 from hf_compress.rewrite.probe import Probe
 from hf_compress.rewrite.record import missing
 
@@ -73,7 +75,11 @@ def _kinds(context: CalibrationContext, linears: Mapping[str, nn.Module]) -> tup
     other: set[str] = set()
 
     def watch(path: str) -> Callable[..., None]:
-        return lambda module, args, output: (plain if _is_plain(module, args, output) else other).add(path)
+        def look(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            (plain if _is_plain(module, args, output) else other).add(path)
+            give_back()
+
+        return look
 
     batches = [some_batch(context)] if context.data is None else context.data.spread(min(_BATCHES, len(context.data)))
     with inference(context.model), hooked(m.register_forward_hook(watch(path)) for path, m in linears.items()):
@@ -118,7 +124,7 @@ class Weights(Mapping[str, Tensor]):
 
     def __getitem__(self, path: str) -> Tensor:
         weight = linear_map(self._linears[path]).T.detach().float()
-        return weight[self._kept[path]][None] if path in self._kept else weight
+        return at_ones(weight, self._kept[path])[None] if path in self._kept else weight
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._linears)

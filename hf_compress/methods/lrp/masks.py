@@ -2,31 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from hf_compress.anatomy.dispatch import computing_device
 from hf_compress.methods.base.amounts import share_of
 from hf_compress.methods.lrp.config import LRPConfig
 from hf_compress.modules.sparse import pack_mask, unpack_mask
+from hf_compress.numerics.aside import Aside
 from hf_compress.numerics.selection import best, best_of_all
 
 
 class Masks(Mapping[str, Tensor]):
-    """Masks by the path of their linear map, bool (outputs, inputs), in a bit a weight until they are asked for."""
+    """Masks by the path of their linear map, bool (outputs, inputs); put aside, in a bit a weight, until asked for."""
 
-    def __init__(self) -> None:
-        self._packed: dict[str, tuple[Tensor, torch.Size]] = {}
+    def __init__(self, aside: Aside) -> None:
+        self._aside = aside
+        self._packed: dict[str, tuple[Tensor, torch.Size, torch.device]] = {}
 
-    def add(self, masks: MutableMapping[str, Tensor]) -> None:
-        """Pack masks, which are taken out."""
-        for path in list(masks):
-            mask = masks.pop(path)
-            self._packed[path] = pack_mask(mask), mask.shape
+    def add(self, path: str, mask: Tensor) -> None:
+        """Put a mask aside."""
+        self._packed[path] = self._aside.put(pack_mask(mask)), mask.shape, mask.device
+
+    def state(self) -> dict[str, Tensor]:
+        """The packed masks, by their shapes and paths."""
+        return {f"{'x'.join(map(str, shape))}/{path}": packed for path, (packed, shape, _) in self._packed.items()}
+
+    @staticmethod
+    def of(state: Mapping[str, Tensor], linears: Mapping[str, nn.Module], aside: Aside) -> Masks:
+        """The inverse of `state`; masks come where the linear maps are."""
+        found = Masks(aside)
+        for name, packed in state.items():
+            sizes, path = name.split("/", 1)
+            found._packed[path] = packed, torch.Size(map(int, sizes.split("x"))), computing_device(linears[path])
+        return found
 
     def __getitem__(self, path: str) -> Tensor:
-        return unpack_mask(*self._packed[path])
+        packed, shape, device = self._packed[path]
+        return unpack_mask(packed.to(device), shape)
 
     def __contains__(self, path: object) -> bool:
         return path in self._packed
@@ -38,34 +53,35 @@ class Masks(Mapping[str, Tensor]):
         return len(self._packed)
 
 
-def kept_weights(config: LRPConfig, scores: MutableMapping[str, Tensor]) -> dict[str, Tensor]:
-    """Masks of the weights that stay, bool (outputs, inputs), by the path of the linear map.
+def kept_weights(
+    config: LRPConfig, linears: Mapping[str, nn.Module], scores: Iterable[MutableMapping[str, Tensor]], aside: Aside
+) -> Masks:
+    """Masks of the weights that stay, by the path of the linear map.
 
     Args:
-        scores: taken out as the masks are made, so that there is never all of both in memory.
+        linears: all that there are scores of.
+        scores: of some of them at a time, which are taken out as the masks are made.
+        aside: where masks go, and scores too, as long as those of other maps are needed as well.
 
     Raises:
         ValueError: nothing of a linear map would be left, or its inputs do not come in groups of m.
     """
     share = 1 - config.removed
     make = _maker(config, share)
+    found = ((path, part.pop(path)) for part in scores for path in list(part))
     if make is None:
-        masks = _rows_across(scores, share) if config.granularity == "row" else _across(scores, share)
-        scores.clear()
+        masks = _across(config, linears, found, share)
     else:
-        masks = {path: make(path, scores.pop(path)) for path in list(scores)}
-    for path, mask in masks.items():
+        masks = ((path, make(path, values)) for path, values in found)
+    kept = Masks(aside)
+    for path, mask in masks:
         if not bool(mask.any()):
             raise ValueError(
                 f"no weight of {path} would be left: lower sparsity, or compare within layers (scope=); the paper's "
                 "variant takes another target= or other data"
             )
-    return masks
-
-
-def compares_maps(config: LRPConfig) -> bool:
-    """Whether weights are compared across linear maps, so that no mask is made before all scores are there."""
-    return _maker(config, 1.0) is None
+        kept.add(path, mask)
+    return kept
 
 
 def _maker(config: LRPConfig, share: float) -> Callable[[str, Tensor], Tensor] | None:
@@ -87,16 +103,19 @@ def _whole(rows: Tensor, values: Tensor) -> Tensor:
     return rows[:, None].expand_as(values)
 
 
-def _rows_across(scores: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
-    """Whole outputs by the sums of their scores, across the model."""
-    kept = _across({path: values.sum(dim=1)[None] for path, values in scores.items()}, share)
-    return {path: _whole(kept[path][0], values) for path, values in scores.items()}
-
-
-def _across(scores: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
-    """The best share of all scores together."""
-    total = sum(values.numel() for values in scores.values())
-    return dict(zip(scores, best_of_all(list(scores.values()), share_of(total, share)), strict=True))
+def _across(
+    config: LRPConfig, linears: Mapping[str, nn.Module], scores: Iterable[tuple[str, Tensor]], share: float
+) -> Iterator[tuple[str, Tensor]]:
+    """The best share of all weights together; or of all outputs, by the sums of their scores."""
+    rows, aside = config.granularity == "row", Aside()
+    compared, shapes, devices = {}, {}, {}
+    for path, values in scores:
+        shapes[path], devices[path] = values.shape, values.device
+        compared[path] = aside.put(values.sum(dim=1, keepdim=True) if rows else values)
+    parts = [compared.pop(path) for path in linears]
+    total = sum(part.numel() for part in parts)
+    for path, mask in zip(linears, best_of_all(parts, share_of(total, share)), strict=True):
+        yield path, mask.expand(shapes[path]).to(devices[path])
 
 
 def _n_of_m(path: str, values: Tensor, n: int, m: int) -> Tensor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_compress.calibration.capture import forward, watch_arguments
+from hf_compress.calibration.capture import forward, hooked
 from hf_compress.calibration.data import Batch
 from hf_compress.methods.lrp.config import MODULE_BITS, LRPConfig
 from hf_compress.methods.lrp.linears import Weights
@@ -22,12 +23,26 @@ def read_together(model: PreTrainedModel, batch: Batch, linears: Mapping[str, nn
     So queries, keys and values are one, and gate and up: vLLM computes each of these in one product, for which it takes
     the number of bits of the first (its `compressed_tensors/utils.py`, `_match_fused_layer`).
     """
-    with watch_arguments(linears) as given:  # all kept until then, so that no tensor gets the place of another
+    first: dict[str, str] = {}  # of each, the first in its module that read its tensor
+    reading: dict[str, Tensor] = {}  # the maps of one module, which are held so that no tensor gets another's place
+
+    def watch(path: str) -> Callable[..., None]:
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            own, given = path.rpartition(".")[0], next(iter((*args, *kwargs.values())))
+            for other in [other for other in reading if other.rpartition(".")[0] != own]:
+                del reading[other]
+            reading.pop(path, None)
+            first[path] = next((other for other, tensor in reading.items() if tensor is given), path)
+            reading[path] = given
+
+        return note
+
+    hooks = (module.register_forward_pre_hook(watch(path), with_kwargs=True) for path, module in linears.items())
+    with hooked(hooks):
         forward(model, batch)
-    together: dict[tuple[str, int], list[str]] = {}
-    for path, calls in given.items():
-        key = (path.rpartition(".")[0], id(calls[-1][0])) if calls else (path, 0)
-        together.setdefault(key, []).append(path)
+    together: dict[str, list[str]] = {}
+    for path in linears:
+        together.setdefault(first.get(path, path), []).append(path)
     return list(together.values())
 
 
@@ -38,7 +53,7 @@ def bits_of_modules(
     together: Iterable[Sequence[str]],
     budget: int,
 ) -> dict[str, Tensor]:
-    """Numbers of bits of all groups, (outputs, groups of a row) on the CPU, by path of the map; one number in each map.
+    """Numbers of bits of all groups, (outputs, groups of a row) uint8, by path of the map; one number in each map.
 
     The sum of errors is the least of all that the budget allows (see `spend_on_items`).
 
@@ -48,18 +63,20 @@ def bits_of_modules(
         together: the maps that get the same number of bits, by their paths.
         budget: bits that all maps may take, with all that is stored, as many as at the fewest bits at least.
     """
-    unsorted = all_errors(config, MODULE_BITS, weights, costs)
-    errors = {path: unsorted.pop(path).double() for path in weights}
-    outputs = {path: weights.shape(path)[0] for path in weights}
+    errors, groups = {}, {}
+    for path, own in all_errors(config, MODULE_BITS, weights, costs):
+        errors[path], groups[path] = own.double().sum(dim=0).cpu(), len(own)
     if config.allocation == "uniform":  # all groups alike, however hard they are to round
-        mean = torch.cat(list(errors.values())).mean(dim=0, keepdim=True)
-        errors = {path: mean.expand_as(own) for path, own in errors.items()}
+        mean = torch.stack(list(errors.values())).sum(dim=0) / sum(groups.values())
+        errors = {path: mean * count for path, count in groups.items()}
     items = [list(paths) for paths in together]
-    sums = torch.stack([torch.stack([errors[path].sum(dim=0) for path in paths]).sum(dim=0) for paths in items])
-    counts = [sum(len(errors[path]) for path in paths) for paths in items]
+    sums = torch.stack([torch.stack([errors[path] for path in paths]).sum(dim=0) for paths in items])
+    counts = [sum(groups[path] for path in paths) for paths in items]
     sizes = [[count * stored_bits(config, bits) for bits in MODULE_BITS] for count in counts]
     found: dict[str, Tensor] = {}
     for paths, choice in zip(items, spend_on_items(sums, sizes, budget), strict=True):
         for path in paths:
-            found[path] = torch.full((outputs[path], len(errors[path]) // outputs[path]), MODULE_BITS[choice])
+            outputs = weights.shape(path)[0]
+            bits = torch.tensor(MODULE_BITS[choice], dtype=torch.uint8)
+            found[path] = bits.expand(outputs, groups[path] // outputs)
     return {path: found[path] for path in weights}

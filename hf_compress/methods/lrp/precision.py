@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from hf_compress.methods.lrp.config import LRPConfig
 from hf_compress.methods.lrp.linears import Weights
 from hf_compress.modules.packed import fill_rows, filled
+from hf_compress.numerics.aside import Aside
 from hf_compress.numerics.budget import spend_bits, spread_bits
 from hf_compress.numerics.rounding import Grids, limits
 
@@ -40,32 +41,38 @@ def bits_of_groups(
     weights: Weights,
     costs: CostParts,
     budget: float,
+    aside: Aside,
 ) -> dict[str, Tensor]:
-    """Numbers of bits of all groups, (outputs, groups of a row) on the CPU, by the path of the linear map.
+    """Numbers of bits of all groups, (outputs, groups of a row) uint8, by the path of the linear map; put aside.
 
     Args:
         choices: numbers of bits that there are, rising.
         weights: of the linear maps.
         costs: paths, and what a squared error of each weight costs, of the weight's shape, by path.
         budget: bits a weight that may be spent on the weights themselves, as many as the fewest at least.
+        aside: where all that there is of each group goes.
     """
     shapes = {path: _groups_in(config, *weights.shape(path)) for path in weights}
+    counts = [math.prod(shape) for shape in shapes.values()]
     if config.allocation == "uniform":
-        found = spread_bits(sum(map(math.prod, shapes.values())), choices, budget)
+        found = spread_bits(sum(counts), choices, budget, aside)
     else:
-        errors = all_errors(config, choices, weights, costs)
-        found = spend_bits(torch.cat([errors.pop(path) for path in weights]), list(choices), budget)
-    parts = zip(shapes.items(), found.split([math.prod(shape) for shape in shapes.values()]), strict=True)
+        errors = Aside().empty((sum(counts), len(choices)), torch.float32)
+        own = dict(zip(weights, errors.split(counts), strict=True))
+        for path, values in all_errors(config, choices, weights, costs):
+            own[path].copy_(values)
+        found = spend_bits(errors, list(choices), budget, aside)
+    parts = zip(shapes.items(), found.split(counts), strict=True)
     return {path: part.view(shape) for (path, shape), part in parts}
 
 
-def all_errors(config: LRPConfig, choices: tuple[int, ...], weights: Weights, costs: CostParts) -> dict[str, Tensor]:
-    """`errors_of_groups` of linear maps, by their paths, on the CPU."""
-    return {
-        path: errors_of_groups(config, choices, weights[path], cost(path)).cpu()
-        for paths, cost in costs
-        for path in paths
-    }
+def all_errors(
+    config: LRPConfig, choices: tuple[int, ...], weights: Weights, costs: CostParts
+) -> Iterator[tuple[str, Tensor]]:
+    """`errors_of_groups` of linear maps, with their paths, one map at a time."""
+    for paths, cost in costs:
+        for path in paths:
+            yield path, errors_of_groups(config, choices, weights[path], cost(path))
 
 
 def _groups_in(config: LRPConfig, outputs: int, inputs: int) -> tuple[int, int]:

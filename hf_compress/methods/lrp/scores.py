@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,6 +24,7 @@ from hf_compress.calibration.capture import (
     watch_encoded,
 )
 from hf_compress.calibration.data import Batch
+from hf_compress.calibration.descent import NOT_BY_BLOCKS
 from hf_compress.calibration.objective import speaks
 from hf_compress.calibration.routing import Route, watch_routes
 from hf_compress.calibration.sweep import Sweep, turns
@@ -59,10 +60,11 @@ def scored(
     linears: Mapping[str, nn.Module],
     writers: Mapping[str, nn.Module],
     name: str,
-) -> Iterator[Scores]:
+) -> Generator[Scores]:
     """The scores called `name` of the weights of `linears` and of what `writers` read, in parts.
 
-    The weights that a part is of are in memory while it is given: those of a block, or of a model in memory all.
+    The weights that a part is of are in memory while it is given. That is a block, or, of a model that does not run
+    block by block, all. To be closed: meanwhile the rules of relevance may be on the model.
 
     Of a linear map that they tell nothing of, such as that of an expert which no token was given to, they are the
     weights' sizes; but 0 where weights are compared across maps.
@@ -97,11 +99,11 @@ def _scored(
             yield _random(generator, Weights(own), ends)
             continue
         sizes = {path: linear_map(module).detach().float().norm(dim=1) for path, module in ends.items()}
-        weights = {path: weight.abs() for path, weight in Weights(own).items()}
         if norms:
             sizes = {path: size * norms[path] for path, size in sizes.items()}
-            weights = {path: weight.mul_(norms[path]) for path, weight in weights.items()}
-        yield Scores(weights, sizes)
+        yield Scores(units=sizes)
+        for path, weight in Weights(own).items():
+            yield Scores({path: weight.abs().mul_(norms[path]) if norms else weight.abs()})
 
 
 def _by_relevance(
@@ -137,17 +139,27 @@ def relevances(
     writers: Mapping[str, nn.Module],
     signed: bool,
 ) -> Iterator[RelevanceSums]:
-    """Sums of relevances, or of their sizes, as the config says what is explained; of offloaded blocks one by one."""
+    """Sums of relevances, or of their sizes, as the config says what is explained; of one block at a time."""
     batches = some_batches(context, config.tokens)
     target: Any = config.target
     if target == "auto":
         known = any(batch.labels is not None or speaks(context.model, batch) for batch in batches)
         target = "label" if known else "predicted"
     wanted: Any = {"signed": signed, "composite": config.composite}
-    if is_offloaded(stack.blocks):
-        yield from relevance_sums_by_blocks(context.model, stack, batches, linears, writers, target, **wanted)
-    else:
+    parts = relevance_sums_by_blocks(context.model, stack, batches, linears, writers, target, **wanted)
+    try:
+        first = next(parts, None)
+    except torch.OutOfMemoryError:
+        raise
+    except NOT_BY_BLOCKS:
+        if is_offloaded(stack.blocks):
+            raise
         yield relevance_sums(context.model, batches, linears, writers, target, absolute=not signed, **wanted)
+        return
+    if first is not None:
+        yield first
+        del first
+    yield from parts
 
 
 def input_norms(
@@ -231,5 +243,5 @@ def _random(generator: torch.Generator, weights: Weights, writers: Mapping[str, 
 
 
 def _over(sums: dict[str, Tensor], count: int) -> dict[str, Tensor]:
-    """The sums themselves, divided."""
-    return {path: total.div_(count) for path, total in sums.items()}
+    """The sums themselves, divided; taken out."""
+    return {path: sums.pop(path).div_(count) for path in list(sums)}

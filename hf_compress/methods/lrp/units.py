@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 import torch
 from torch import Tensor, nn
 
@@ -56,8 +58,9 @@ def _scores(config: LRPConfig, context: CalibrationContext, stack: Stack, writer
     """Of the units that each projection reads, by its path."""
     ends = {name: module for _, name, module in writers}
     found: dict[str, Tensor] = {}
-    for part in scored(config, context, stack, {}, ends, config.score_name):
-        found |= part.units
+    with closing(scored(config, context, stack, {}, ends, config.score_name)) as parts:
+        for part in parts:
+            found |= part.units
     return found
 
 

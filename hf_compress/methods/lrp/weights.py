@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_compress.anatomy.dispatch import is_offloaded
 from hf_compress.anatomy.parts import linear_map
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.sweep import StreamPair, advance, start_pairs, turns
@@ -21,11 +21,12 @@ from hf_compress.methods.lrp.error_costs import error_costs
 from hf_compress.methods.lrp.experts import separate_experts
 from hf_compress.methods.lrp.grams import grams_of, in_parts, sharing
 from hf_compress.methods.lrp.linears import Weights, changeable_linears, linears_of
-from hf_compress.methods.lrp.masks import Masks, compares_maps, kept_weights
+from hf_compress.methods.lrp.masks import Masks, kept_weights
 from hf_compress.methods.lrp.module_bits import bits_of_modules, read_together
 from hf_compress.methods.lrp.precision import bits_of_groups, overhead
 from hf_compress.methods.lrp.scores import scored
 from hf_compress.modules.packed import filled
+from hf_compress.numerics.aside import Aside
 from hf_compress.numerics.factor import Factor
 from hf_compress.numerics.masked import solve_masked
 from hf_compress.plan.plan import Plan
@@ -49,12 +50,17 @@ def plan_weights(
     linears = changeable_linears(context, stack)
     if config.split is not None:
         return _split(config, context, stack, linears, drafts)
+    aside, slopes = Aside(), dict[str, Tensor]()
+    kept: Mapping[str, Tensor] = {}
     with context.step("score weights"):
-        kept, slopes = _kept(config, context, stack, linears) if prunes else (Masks(), {})
+        if prunes:
+            find = partial(_masks, config, context, stack, linears, slopes, aside)
+            kept = Masks.of(context.journal.tensors("masks", find), linears, aside)
     with context.step("allocate bits"):
         bits: dict[str, Tensor] = {}
         if config.quantizes:
-            bits = context.journal.tensors("bits", lambda: _bits(config, context, stack, linears, slopes, kept))
+            spend = partial(_bits, config, context, stack, linears, slopes, kept, aside)
+            bits = context.journal.tensors("bits", spend)
     slopes.clear()
     decisions = _Decisions(kept, bits)
     with context.step("solve weights"):
@@ -88,23 +94,31 @@ def _solved(
     return draft
 
 
-def _kept(
-    config: LRPConfig, context: CalibrationContext, stack: Stack, linears: Mapping[str, nn.Module]
-) -> tuple[Masks, dict[str, Tensor]]:
-    """Masks of the weights that stay; and the slopes that their scores are made of, where all of it is in memory."""
-    kept = Masks()
-    slopes: dict[str, Tensor] = {}
-    everything: dict[str, Tensor] = {}
+def _masks(
+    config: LRPConfig,
+    context: CalibrationContext,
+    stack: Stack,
+    linears: Mapping[str, nn.Module],
+    slopes: dict[str, Tensor],
+    aside: Aside,
+) -> dict[str, Tensor]:
+    """The state of the masks of the weights that stay."""
+    with closing(_scores(config, context, stack, linears, slopes)) as scores:
+        return kept_weights(config, linears, scores, aside).state()
+
+
+def _scores(
+    config: LRPConfig,
+    context: CalibrationContext,
+    stack: Stack,
+    linears: Mapping[str, nn.Module],
+    slopes: dict[str, Tensor],
+) -> Generator[dict[str, Tensor]]:
+    """Scores of weights, in parts; the slopes that they are made of, where bits are given by them, are put aside."""
+    aside = Aside()
     for part in scored(config, context, stack, linears, {}, config.score_name):
-        if compares_maps(config):
-            everything |= part.weights
-        else:
-            kept.add(kept_weights(config, part.weights))
-        if not is_offloaded(stack.blocks):
-            slopes |= part.slopes
-    if everything:
-        kept.add(kept_weights(config, {path: everything.pop(path) for path in linears}))
-    return kept, slopes
+        slopes |= {path: aside.put(part.slopes.pop(path)) for path in list(part.slopes)}
+        yield part.weights
 
 
 def _split(
@@ -112,12 +126,12 @@ def _split(
 ) -> dict[str, Any]:
     """The paper's mixed precision: of each layer's weights the half above the median in more bits, one by one."""
     assert config.split is not None
-    halves = Masks()
-    with context.step("score weights"):
-        for part in scored(config, context, stack, linears, {}, config.score_name):
+    halves, scores = Masks(Aside()), scored(config, context, stack, linears, {}, config.score_name)
+    with context.step("score weights"), closing(scores):
+        for part in scores:
             for path in list(part.weights):
                 values = part.weights.pop(path)
-                halves.add({path: values > values.median()})
+                halves.add(path, values > values.median())
     even = config.is_symmetric(config.split[0]) or config.split[0] > 8  # zeros are stored in a byte
     for index in turns(stack, range(len(stack)), "splitting", drafts.hold):
         draft = Plan()
@@ -148,7 +162,8 @@ def _draft(
     known: Tensor | Factor | None,
     decisions: _Decisions,
 ) -> Plan:
-    kept, bits = decisions.kept.get(path), decisions.bits.get(path)
+    kept = decisions.kept.get(path)
+    bits = decisions.bits[path].long() if path in decisions.bits else None
     if kept is None:
         assert bits is not None
         even = config.is_symmetric(int(bits.max()))
@@ -165,6 +180,7 @@ def _bits(
     linears: Mapping[str, nn.Module],
     slopes: Mapping[str, Tensor],
     kept: Mapping[str, Tensor],
+    aside: Aside,
 ) -> dict[str, Tensor]:
     """Bits of the groups of all linear maps; of pruned ones, of the groups of what is left."""
     total = sum(linear_map(linear).numel() for linear in linears.values())
@@ -185,11 +201,11 @@ def _bits(
             f"of groups of {config.group_size} are stored and rows filled up to whole groups: ask for more, or change "
             "group_size="
         )
-    costs = error_costs(config, context, stack, linears, slopes=slopes, kept=kept)
-    if whole:
-        together = read_together(context.model, context.calibration.batches[0], linears)
-        return bits_of_modules(config, weights, costs, together, int(asked * stored + 1e-6))
-    return bits_of_groups(config, BITS, weights, costs, budget)
+    with closing(error_costs(config, context, stack, linears, slopes=slopes, kept=kept, aside=aside)) as costs:
+        if whole:
+            together = read_together(context.model, context.calibration.batches[0], linears)
+            return bits_of_modules(config, weights, costs, together, int(asked * stored + 1e-6))
+        return bits_of_groups(config, BITS, weights, costs, budget, aside)
 
 
 def _notes(linears: Mapping[str, nn.Module], decisions: _Decisions) -> list[dict[str, Any]]:
