@@ -36,6 +36,7 @@ _PUBLIC = {
     "MKAConfig": "hf_compress.methods.mka",
     "ManifestError": "hf_compress.storage.manifest",
     "OffloadError": "hf_compress.errors",
+    "ProcessesError": "hf_compress.errors",
     "ParityError": "hf_compress.errors",
     "Plan": "hf_compress.plan.plan",
     "PlanError": "hf_compress.errors",

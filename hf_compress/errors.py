@@ -31,6 +31,10 @@ class OffloadError(ValueError):
     """Weights of an offloaded model cannot be read, or changed ones stored; the message names the file."""
 
 
+class ProcessesError(RuntimeError):
+    """Processes that share work cannot go on: one has failed, has ended, or has another model, settings or data."""
+
+
 def one_line(error: BaseException) -> str:
     """The class of an error and the beginning of what it says, for messages of ours that pass it on."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
