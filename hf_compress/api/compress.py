@@ -12,7 +12,8 @@ from hf_compress.anatomy.adapters import check_no_adapters
 from hf_compress.anatomy.dispatch import check_readable, is_dispatched, retie
 from hf_compress.anatomy.residency import check_finite
 from hf_compress.calibration.data import Calibration, DataOptions, prepare
-from hf_compress.errors import UnsupportedModelError
+from hf_compress.calibration.processes import agree, digest, digest_of_values, here, sharing
+from hf_compress.errors import CalibrationError, UnsupportedModelError
 from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.base.registry import plan_for
 from hf_compress.methods.base.settings import CompressionConfig
@@ -25,6 +26,7 @@ from hf_compress.rewrite.apply import Change
 from hf_compress.rewrite.probe import Probe
 
 
+@sharing()
 @torch_defaults()
 def compress(
     model: PreTrainedModel,
@@ -34,6 +36,8 @@ def compress(
     options: DataOptions | None = None,
 ) -> PreTrainedModel:
     """Make `model` smaller by the method of `config`. **Changes the model it is given**, and returns it.
+
+    Where torch.distributed has several processes, all of them have to call it alike; they share the work.
 
     Args:
         model: any Transformers model whose blocks can be found; not quantized. On one device, or dispatched by
@@ -52,10 +56,12 @@ def compress(
     Raises:
         ValueError, TypeError: bad settings, data, or model; each message names the value, the expectation, the remedy.
             In every case, on interruption too, the model is as it was.
+        ProcessesError: of several processes one has failed, has ended, or has another model, settings or data.
     """
     _check_arguments(model, config)
     start = perf_counter()
     data = _prepare(calibration, model, tokenizer, options)
+    _check_alike(model, config, data)
     context = CalibrationContext(model, data, {"prepare calibration data": perf_counter() - start} if data else {})
     history, before = history_of(model), model_size(model)
     with Change(model) as change:
@@ -66,11 +72,13 @@ def compress(
         plan = _plan(config, context)
         with context.step("apply and check"):
             change.finish(plan, probe)
+        agree(compressed_model=lambda: digest_of_values(model))
         context.seconds["apply and check"] += probing
     add_stage(model, stage_of(config, plan, context, before, model_size(model)), history)
     return model
 
 
+@sharing()
 @torch_defaults()
 def make_plan(
     model: PreTrainedModel,
@@ -81,7 +89,9 @@ def make_plan(
 ) -> Plan:
     """What `compress` would do to `model`, without doing it. Arguments and errors are those of `compress`."""
     _check_arguments(model, config)
-    return _plan(config, CalibrationContext(model, _prepare(calibration, model, tokenizer, options)))
+    data = _prepare(calibration, model, tokenizer, options)
+    _check_alike(model, config, data)
+    return _plan(config, CalibrationContext(model, data))
 
 
 def _plan(config: CompressionConfig, context: CalibrationContext) -> Plan:
@@ -93,6 +103,21 @@ def _prepare(
     data: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, options: DataOptions | None
 ) -> Calibration | None:
     return None if data is None else prepare(data, model, tokenizer, options)
+
+
+def _check_alike(model: PreTrainedModel, config: CompressionConfig, data: Calibration | None) -> None:
+    """Raise where several processes are not to do the same, or have too few batches to share."""
+
+    def known_data() -> str:
+        given = [(*batch.inputs.values(), batch.real, batch.labels, batch.targets) for batch in data or ()]
+        return digest(tensor for batch in given for tensor in batch if tensor is not None)
+
+    agree(settings=lambda: repr(config), calibration_data=known_data, model=lambda: digest_of_values(model))
+    if data is not None and len(data) < here()[1]:
+        raise CalibrationError(
+            f"{len(data)} batches are too few for {here()[1]} processes to share: give at least as many batches as "
+            "processes, by more data or a smaller batch_size"
+        )
 
 
 def _check_arguments(model: Any, config: Any) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hf_compress.anatomy.parts import linear_map
 from hf_compress.anatomy.stacks import Stack
+from hf_compress.calibration.processes import spread
 from hf_compress.calibration.sweep import advance, start_pairs, turns
 from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.lrp.config import LRPConfig
@@ -96,8 +97,9 @@ def _unexplained(
         parts = list(in_parts(linears_of(stack, index, linears)))
         for own in parts:
             grams = grams_of(stack, index, own, pairs, onwards=own is parts[-1])
-            for paths in sharing(grams):
-                left = Factor.of(grams[paths[0]]).unexplained
+            together = sharing(grams)
+            factors = spread([grams[paths[0]] for paths in together], lambda gram: Factor.of(gram).unexplained)
+            for paths, left in zip(together, factors, strict=True):
                 found |= dict.fromkeys(paths, left)
         if not parts:
             advance(pairs, index)

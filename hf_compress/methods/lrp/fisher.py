@@ -26,7 +26,8 @@ from hf_compress.attribution.passes import set_gradient
 from hf_compress.calibration.capture import forward, hooked, inference, watch_encoded
 from hf_compress.calibration.data import Batch
 from hf_compress.calibration.descent import Descent
-from hf_compress.calibration.objective import drawn_gradient, first_tensor
+from hf_compress.calibration.objective import drawn_gradient, draws, first_tensor
+from hf_compress.calibration.processes import own, summed_by_name
 from hf_compress.calibration.routing import watch_routes
 from hf_compress.calibration.runner import BlockRunner
 from hf_compress.calibration.sweep import Streams
@@ -52,6 +53,13 @@ class Energies:
     gradients: dict[str, Tensor] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
 
+    def reduce(self) -> None:
+        """Make these the sums over the batches of all processes."""
+        rows = {path: torch.tensor(count) for path, count in self.rows.items()}
+        for table in (self.read, self.gradients, rows):
+            summed_by_name(table)
+        self.rows = {path: int(count) for path, count in rows.items()}
+
     def of_outputs(self, path: str) -> Tensor:
         """E g_i², (outputs)."""
         return self.gradients[path] / max(1, self.rows[path])
@@ -60,19 +68,19 @@ class Energies:
 def energies(
     model: PreTrainedModel, stack: Stack, batches: Sequence[Batch], linears: Mapping[str, nn.Module], seed: int
 ) -> Energies:
-    """Energies of inputs and of gradients of drawn outputs, in a forward and a backward pass a batch.
+    """Energies of inputs and of gradients of drawn outputs, in a forward and a backward pass a batch of all processes.
 
     Raises:
         UnsupportedModelError: no gradients come through the model.
         CalibrationError: NaN or infinite outputs or gradients.
     """
     found = Energies()
-    generator = torch.Generator().manual_seed(seed)
     take = _block_by_block if is_offloaded(model) else _at_once
     with inference(model), Undo() as undo:
         for parameter in model.parameters():
             set_gradient(parameter, False, undo)
-        take(model, stack, batches, linears, generator, found)
+        take(model, stack, batches, linears, seed, found)
+    found.reduce()
     blind = [path for path, sums in found.gradients.items() if not bool(sums.any())]
     if len(blind) == len(found.gradients):
         raise _no_gradients("they are all 0")
@@ -92,14 +100,14 @@ def _at_once(
     stack: Stack,
     batches: Sequence[Batch],
     linears: Mapping[str, nn.Module],
-    generator: torch.Generator,
+    seed: int,
     found: Energies,
 ) -> None:
     """In passes of the whole model."""
-    for batch in tqdm(batches, desc="drawing outputs", disable=None):
+    for number, batch in tqdm(own(batches), desc="drawing outputs", disable=None):
         with _watched(stack, batch, linears, found):
             output = forward(model, batch)
-            _backward(first_tensor(output), drawn_gradient(model, output, batch, generator))
+            _backward(first_tensor(output), drawn_gradient(model, output, batch, draws(seed, number)))
 
 
 def _block_by_block(
@@ -107,7 +115,7 @@ def _block_by_block(
     stack: Stack,
     batches: Sequence[Batch],
     linears: Mapping[str, nn.Module],
-    generator: torch.Generator,
+    seed: int,
     found: Energies,
 ) -> None:
     """The same with one block in memory at a time."""
@@ -116,17 +124,19 @@ def _block_by_block(
     def drawn(runner: BlockRunner, stream: Tensor) -> Tensor:
         given = stream.detach().requires_grad_()
         output = runner.finish(given.clone())
+        generator = draws(seed, numbers[runner])
         _backward(first_tensor(output), drawn_gradient(model, output, runner.batch, generator))
         return torch.zeros_like(given) if given.grad is None else given.grad
 
     streams = Streams(model, stack, batches)
+    numbers = dict(zip(streams.runners, streams.numbers, strict=True))
     streams.keep()
     descent = Descent(streams, drawn, through_first=False)
     for index in descent.blocks("drawing outputs"):
-        own = linears_of(stack, index, linears)
-        for number, batch in enumerate(batches):
-            with _watched(stack, batch, own, found):
-                descent.take_past(index, number)
+        inner = linears_of(stack, index, linears)
+        for place, runner in enumerate(streams.runners):
+            with _watched(stack, runner.batch, inner, found):
+                descent.take_past(index, place)
 
 
 @contextmanager

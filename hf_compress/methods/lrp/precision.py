@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from hf_compress.calibration.processes import from_one
 from hf_compress.methods.lrp.config import LRPConfig
 from hf_compress.methods.lrp.linears import Weights
 from hf_compress.modules.packed import fill_rows, filled
@@ -54,7 +55,7 @@ def bits_of_groups(
         found = spread_bits(sum(map(math.prod, shapes.values())), choices, budget)
     else:
         errors = all_errors(config, choices, weights, costs)
-        found = spend_bits(torch.cat([errors.pop(path) for path in weights]), list(choices), budget)
+        found = from_one(lambda: spend_bits(torch.cat([errors.pop(path) for path in weights]), list(choices), budget))
     parts = zip(shapes.items(), found.split([math.prod(shape) for shape in shapes.values()]), strict=True)
     return {path: part.view(shape) for (path, shape), part in parts}
 

@@ -108,7 +108,7 @@ def _fit(
     """Solve for one block's projections and write them; how far from the target they end, and the penalty."""
     writers = Writers(context.model, stack, index)
     streams, targets = [w.compressed for w in pairs], [w.original for w in pairs]
-    fit = writers.fit([w.runner for w in pairs], streams, targets)
+    fit = writers.fit([w.runner for w in pairs], streams, targets, numbers=[w.number for w in pairs])
     if fit is None:
         return {"error": 1.0, "penalty": None}
     writers.apply(fit.weight, drafts.undo)
