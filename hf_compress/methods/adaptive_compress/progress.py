@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from hashlib import sha256
+from collections.abc import Sequence
 from pathlib import Path
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_compress.calibration.data import Calibration
+from hf_compress.calibration.processes import digest, here
 from hf_compress.methods.adaptive_compress.config import AdaptiveCompressConfig
-from hf_compress.methods.adaptive_compress.learner_run import LearnerRun, everywhere
+from hf_compress.methods.adaptive_compress.learner_run import LearnerRun
 from hf_compress.numerics.tensor_file import read_tensors, write_tensors
 
 _FILE = "fitting.safetensors"
@@ -46,9 +45,9 @@ class Progress:
             return
         self.identity = {
             "configs": json.loads(json.dumps([config.to_dict() for config in configs])),
-            "data": _known_by(tensor for batch in data for tensor in batch.inputs.values()),
-            "model": _known_by(parameter.flatten()[:_LOOKED_AT] for parameter in model.parameters()),
-            "processes": everywhere()[1],
+            "data": digest(tensor for batch in data for tensor in batch.inputs.values()),
+            "model": digest(parameter.flatten()[:_LOOKED_AT] for parameter in model.parameters()),
+            "processes": here()[1],
         }
         if self.path.is_file():
             self._read(self.path)
@@ -56,7 +55,7 @@ class Progress:
     def batch_done(self, done: int) -> None:
         """Note that so many batches are done; from time to time, and in one process, on disk."""
         self.done = done
-        if self.path is None or done % self.every or everywhere()[0]:
+        if self.path is None or done % self.every or here()[0]:
             return
         tensors = {f"{key}.{name}": tensor for key, run in self.runs.items() for name, tensor in run.state().items()}
         facts = {key: {"curve": run.curve, "stopped": run.stopped} for key, run in self.runs.items()}
@@ -73,12 +72,3 @@ class Progress:
             prefix = f"{key}."
             run.restore({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
             run.curve, run.stopped = whole["runs"][key]["curve"], whole["runs"][key]["stopped"]
-
-
-def _known_by(tensors: Iterable[Tensor]) -> str:
-    """A hash of values and shapes."""
-    found = sha256()
-    for tensor in tensors:
-        found.update(f"{tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().double().contiguous().numpy().tobytes())
-    return found.hexdigest()
