@@ -14,9 +14,10 @@ import io
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import wraps
+from functools import partial, wraps
 from hashlib import sha256
 from typing import Any, ParamSpec, TypeVar
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,7 @@ from hf_compress.errors import ProcessesError, one_line
 P = ParamSpec("P")
 T = TypeVar("T")
 Item = TypeVar("Item")
+_FAILED = -1
 _SMALL = 2**18  # entries: tensors with fewer go together, since every exchange has its own delay
 
 
@@ -58,23 +60,30 @@ class _Group:
             ) from error
         self.whole = True
 
-    def meet(self, failure: BaseException | None = None) -> None:
-        """Wait for the others, and tell them of an error; ProcessesError where another process has one."""
-        told = torch.zeros(self.world, dtype=torch.int32, device=self.device)
-        told[self.rank] = failure is not None
+    def meet(self, what: str, failure: BaseException | None = None) -> None:
+        """Wait for the others, and tell them what comes next, or of an error.
+
+        Raises:
+            ProcessesError: another process has an error, or something else comes next there.
+        """
+        codes = torch.zeros(self.world, dtype=torch.int64, device=self.device)
+        codes[self.rank] = crc32(what.encode()) if failure is None else _FAILED
+        message = ["" if failure is None else one_line(failure)]
         with self.exchange():
-            dist.all_reduce(told)
-            failed = told.nonzero().flatten().tolist()
-            if not failed:
-                return
-            message = [one_line(failure) if failure is not None else ""]
-            dist.broadcast_object_list(message, failed[0], device=self.device)
-        if failure is None:
-            raise ProcessesError(f"process {failed[0]} of {self.world} has failed: {message[0]}")
+            dist.all_reduce(codes)
+            found = codes.tolist()
+            if _FAILED in found:
+                dist.broadcast_object_list(message, found.index(_FAILED), device=self.device)
+        if failure is None and _FAILED in found:
+            raise ProcessesError(f"process {found.index(_FAILED)} of {self.world} has failed: {message[0]}")
+        if failure is None and len(set(found)) > 1:
+            raise ProcessesError(
+                f"process {self.rank} of {self.world} has come to {what}, and others to something else"
+            )
 
     def all(self, value: Any) -> list[Any]:
         """Small values of all processes."""
-        self.meet()
+        self.meet("values of all")
         values: list[Any] = [None] * self.world
         with self.exchange():
             dist.all_gather_object(values, value)
@@ -93,26 +102,26 @@ class _Group:
         with self.exchange():
             told = [packed]
             dist.broadcast_object_list(told, source, device=self.device)
-            found = _Unpickler(io.BytesIO(told[0]), self._device_like)
-            if self.rank == source:
-                for tensor in tensors:
-                    self._send_bytes(tensor, source)
-                return value
-            value = found.load()
-            for tensor in found.tensors:
-                self._send_bytes(tensor, source)
+            if self.rank != source:
+                found = _Unpickler(io.BytesIO(told[0]), self.device_like)
+                value, tensors = found.load(), found.tensors
+            for tensor in tensors:
+                self.broadcast(tensor, source)
         return value
 
-    def _send_bytes(self, tensor: Tensor, source: int) -> None:
-        if not tensor.numel():
-            return
-        flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-        moved = flat.to(self.device)
-        dist.broadcast(moved, source)
-        if self.rank != source and moved is not flat:
-            flat.copy_(moved)
+    def broadcast(self, tensor: Tensor, source: int) -> None:
+        """Give a tensor the values that it has in one process."""
+        self.move(tensor, lambda moved: dist.broadcast(moved, source), written=self.rank != source)
 
-    def _device_like(self, kind: str) -> torch.device:
+    def move(self, tensor: Tensor, exchange: Callable[[Tensor], object], written: bool) -> None:
+        """Have an exchange read the bytes of a tensor, of any dtype, or write them."""
+        if tensor.numel():
+            moved = tensor.detach().contiguous().reshape(-1).view(torch.uint8).to(self.device)
+            exchange(moved)
+            if written and moved.data_ptr() != tensor.data_ptr():
+                tensor.detach().copy_(moved.view(tensor.dtype).view(tensor.shape))
+
+    def device_like(self, kind: str) -> torch.device:
         return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
 
 
@@ -135,7 +144,7 @@ def sharing() -> Iterator[None]:
     _GROUP, _OPEN = group, True
     try:
         yield
-        group.meet()
+        group.meet("the end")
     except ProcessesError:
         raise
     except BaseException as error:
@@ -148,7 +157,7 @@ def sharing() -> Iterator[None]:
 
 def _tell(group: _Group, error: BaseException) -> None:
     try:
-        group.meet(error)
+        group.meet("", error)
     except ProcessesError as gone:  # the others learn of it when this process ends
         error.add_note(str(gone))
 
@@ -193,7 +202,7 @@ def summed(tensors: Iterable[Tensor]) -> None:
     if _GROUP is None:
         return
     group, small = _GROUP, dict[tuple[torch.dtype, torch.device], list[Tensor]]()
-    group.meet()
+    group.meet("sums")
     with group.exchange():
         for tensor in tensors:
             if tensor.numel() < _SMALL:
@@ -225,7 +234,7 @@ def summed_by_name(table: dict[str, Tensor]) -> None:
         known = other | known
     for name, (shape, dtype, kind) in known.items():
         if name not in table:
-            table[name] = torch.zeros(shape, dtype=dtype, device=_GROUP._device_like(kind))
+            table[name] = torch.zeros(shape, dtype=dtype, device=_GROUP.device_like(kind))
     summed(table[name] for name in known)
 
 
@@ -237,7 +246,7 @@ def from_one(make: Callable[[], T], rank: int = 0) -> T:
     if _GROUP.rank == rank:
         with _alone():
             made = make()
-    _GROUP.meet()
+    _GROUP.meet(f"what process {rank} makes")
     return _GROUP.send(made, rank)  # type: ignore[no-any-return]
 
 
@@ -292,14 +301,10 @@ def take_values_of_first(model: torch.nn.Module) -> None:
     """Give a model, in all processes, the values that it has in the first, as DDP does when a training begins."""
     if _GROUP is None:
         return
-    group = _GROUP
-    group.meet()
-    with group.exchange():
-        for tensor in filter(Tensor.numel, [*model.parameters(), *model.buffers()]):
-            flat = tensor.detach().to(group.device).contiguous()
-            dist.broadcast(flat.view(torch.uint8) if flat.ndim else flat, 0)
-            if flat.data_ptr() != tensor.data_ptr():
-                tensor.detach().copy_(flat)
+    _GROUP.meet("the first one's values")
+    with _GROUP.exchange():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            _GROUP.broadcast(tensor, 0)
 
 
 def gathered(parts: Mapping[int, T]) -> list[T]:
@@ -317,22 +322,15 @@ def gathered_at(rank: int, parts: Mapping[int, Tensor]) -> list[Tensor]:
     if _GROUP is None:
         return gathered(parts)
     group, everything = _GROUP, dict(parts)
-    told = group.all({number: (part.shape, part.dtype, part.device.type) for number, part in parts.items()})
+    known = told({number: (part.shape, part.dtype, part.device.type) for number, part in parts.items()})
     with group.exchange():
-        for source, known in enumerate(told):
-            for number, (shape, dtype, kind) in known.items():
-                if source == rank or group.rank not in (source, rank):
-                    continue
+        for source in (source for source in range(group.world) if source != rank):
+            for number, (shape, dtype, kind) in known[source].items():
                 if group.rank == source:
-                    flat = parts[number].contiguous().reshape(-1).view(torch.uint8).to(group.device)
-                    dist.send(flat, rank)
-                    continue
-                everything[number] = torch.empty(shape, dtype=dtype, device=group._device_like(kind))
-                flat = everything[number].reshape(-1).view(torch.uint8)
-                moved = flat.to(group.device)
-                dist.recv(moved, source)
-                if moved is not flat:
-                    flat.copy_(moved)
+                    group.move(parts[number], lambda moved: dist.send(moved, rank), written=False)
+                elif group.rank == rank:
+                    everything[number] = torch.empty(shape, dtype=dtype, device=group.device_like(kind))
+                    group.move(everything[number], partial(dist.recv, src=source), written=True)
     return [everything[number] for number in sorted(everything)] if group.rank == rank else []
 
 
