@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from hf_compress.calibration.processes import from_one
+from hf_compress.calibration.processes import from_one, spread
 from hf_compress.methods.lrp.config import LRPConfig
 from hf_compress.methods.lrp.linears import Weights
 from hf_compress.modules.packed import fill_rows, filled
@@ -62,11 +63,16 @@ def bits_of_groups(
 
 def all_errors(config: LRPConfig, choices: tuple[int, ...], weights: Weights, costs: CostParts) -> dict[str, Tensor]:
     """`errors_of_groups` of linear maps, by their paths, on the CPU."""
-    return {
-        path: errors_of_groups(config, choices, weights[path], cost(path)).cpu()
-        for paths, cost in costs
-        for path in paths
-    }
+    found: dict[str, Tensor] = {}
+    for paths, cost in costs:
+        own = list(paths)
+        errors = spread(own, partial(_errors_of, config, choices, weights, cost))
+        found |= zip(own, errors, strict=True)
+    return found
+
+
+def _errors_of(config: LRPConfig, choices: tuple[int, ...], weights: Weights, cost: ErrorCosts, path: str) -> Tensor:
+    return errors_of_groups(config, choices, weights[path], cost(path)).cpu()
 
 
 def _groups_in(config: LRPConfig, outputs: int, inputs: int) -> tuple[int, int]:
