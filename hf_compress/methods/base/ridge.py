@@ -167,16 +167,13 @@ class HeldOutSums:
         penalties = PENALTIES if penalties is None else penalties
         if not penalties:
             raise ValueError("penalties is empty; expected at least one, e.g. 1e-3")
-        if self.fitted.count == 0 or self.held.count == 0:
-            everything = self.all
-            search = _Search(HeldOutSums(everything, everything), prior, affine, parts)
-            penalties = _CAUTIOUS
-        else:
-            search = _Search(self, prior, affine, parts)
-        penalty = search.lowest(penalties)
+        everything = self.all if self.fitted.count == 0 or self.held.count == 0 else None
+        judged = self if everything is None else HeldOutSums(everything, everything)
+        search = _Search(judged, prior, affine, parts)
+        penalty = search.lowest(penalties if everything is None else _CAUTIOUS)
 
         def solution() -> tuple[Tensor, Tensor | None]:
-            sums = self.all
+            sums = everything or self.all
             ridge = Ridge(sums, affine, parts)
             return ridge.solution(ridge.solver(penalty), sums, prior)
 

@@ -78,6 +78,7 @@ class Chooser:
                     sweep.go_on(keeper, self.absorbed)
         finally:
             trial.undo_all()
+            self._best_change = None
         return self.absorbed, history
 
     def loss_without(self, absorbed: Sequence[int]) -> float:
