@@ -54,9 +54,10 @@ class _Group:
         try:
             yield
         except RuntimeError as error:
+            gone = f"process {1 - self.rank}" if self.world == 2 else "another process"
             raise ProcessesError(
-                f"process {self.rank} of {self.world} cannot reach the others ({one_line(error)}): one has ended, or "
-                "does not answer; see its own output"
+                f"{gone} of {self.world} has ended, or does not answer process {self.rank}; see its own output "
+                f"({one_line(error)})"
             ) from error
         self.whole = True
 
