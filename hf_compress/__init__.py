@@ -39,6 +39,7 @@ _PUBLIC = {
     "ManifestError": "hf_compress.storage.manifest",
     "MemoryBudgetError": "hf_compress.errors",
     "OffloadError": "hf_compress.errors",
+    "ProcessesError": "hf_compress.errors",
     "ParityError": "hf_compress.errors",
     "Plan": "hf_compress.plan.plan",
     "PlanError": "hf_compress.errors",

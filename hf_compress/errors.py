@@ -39,6 +39,10 @@ class MemoryBudgetError(ValueError):
     """What the work needs at least is more than it may take; the message says how much that is."""
 
 
+class ProcessesError(RuntimeError):
+    """Processes that share work cannot go on: one has failed, has ended, or has another model, settings or data."""
+
+
 def one_line(error: BaseException) -> str:
     """The class of an error and the beginning of what it says, for messages of ours that pass it on."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

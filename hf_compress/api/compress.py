@@ -13,16 +13,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_compress.anatomy.adapters import check_no_adapters
 from hf_compress.anatomy.dispatch import check_readable, is_dispatched, retie
 from hf_compress.anatomy.residency import check_finite
-from hf_compress.api.identity import identity_of
+from hf_compress.api.identity import identity_of, known_in_memory, tensors_of
 from hf_compress.calibration.compute import Compute
 from hf_compress.calibration.data import Calibration, DataOptions, prepare
-from hf_compress.errors import UnsupportedModelError
+from hf_compress.calibration.processes import agree, here, sharing
+from hf_compress.errors import CalibrationError, UnsupportedModelError
 from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.base.journal import Journal
 from hf_compress.methods.base.registry import plan_for
 from hf_compress.methods.base.settings import CompressionConfig
 from hf_compress.modules.kernels import check_no_kernels
 from hf_compress.numerics.defaults import check_not_inference, torch_defaults
+from hf_compress.numerics.fingerprint import fingerprint
 from hf_compress.plan.plan import Plan
 from hf_compress.report.history import add_stage, history_of, model_size
 from hf_compress.report.stages import Size, Stage, Step
@@ -30,6 +32,7 @@ from hf_compress.rewrite.apply import Change
 from hf_compress.rewrite.probe import Probe
 
 
+@sharing()
 @torch_defaults()
 def compress(
     model: PreTrainedModel,
@@ -40,6 +43,8 @@ def compress(
     compute: Compute | None = None,
 ) -> PreTrainedModel:
     """Make `model` smaller by the method of `config`. **Changes the model it is given**, and returns it.
+
+    Where torch.distributed has several processes, all of them have to call it alike; they share the work.
 
     Args:
         model: any Transformers model whose blocks can be found; not quantized. On one device, or dispatched by
@@ -59,10 +64,12 @@ def compress(
     Raises:
         ValueError, TypeError: bad settings, data, or model; each message names the value, the expectation, the remedy.
             In every case, on interruption too, the model is as it was.
+        ProcessesError: of several processes one has failed, has ended, or has another model, settings or data.
     """
     check_arguments(model, config)
     start = perf_counter()
     data = _prepare(calibration, model, tokenizer, options)
+    _check_alike(model, config, data)
     context = CalibrationContext(model, data, {"prepare calibration data": perf_counter() - start} if data else {})
     history, before = history_of(model), model_size(model)
     with _computing(compute or Compute(), config, context), Change(model) as change:
@@ -73,11 +80,13 @@ def compress(
         plan = _plan(config, context)
         with context.step("apply and check"):
             change.finish(plan, probe)
+        agree(compressed_model=lambda: known_in_memory(model))
         context.seconds["apply and check"] += probing
     add_stage(model, stage_of(config, plan, context, before, model_size(model)), history)
     return model
 
 
+@sharing()
 @torch_defaults()
 def make_plan(
     model: PreTrainedModel,
@@ -89,7 +98,9 @@ def make_plan(
 ) -> Plan:
     """What `compress` would do to `model`, without doing it. Arguments and errors are those of `compress`."""
     check_arguments(model, config)
-    context = CalibrationContext(model, _prepare(calibration, model, tokenizer, options))
+    data = _prepare(calibration, model, tokenizer, options)
+    _check_alike(model, config, data)
+    context = CalibrationContext(model, data)
     with _computing(compute or Compute(), config, context):
         return _plan(config, context)
 
@@ -113,6 +124,20 @@ def _prepare(
     data: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, options: DataOptions | None
 ) -> Calibration | None:
     return None if data is None else prepare(data, model, tokenizer, options)
+
+
+def _check_alike(model: PreTrainedModel, config: CompressionConfig, data: Calibration | None) -> None:
+    """Raise where several processes are not to do the same, or have too few batches to share."""
+    agree(
+        settings=lambda: repr(config),
+        calibration_data=lambda: fingerprint(tensors_of(data)),
+        model=lambda: known_in_memory(model),
+    )
+    if data is not None and len(data) < here()[1]:
+        raise CalibrationError(
+            f"{len(data)} batches are too few for {here()[1]} processes to share: give at least as many batches as "
+            "processes, by more data or a smaller batch_size"
+        )
 
 
 def check_arguments(model: Any, config: Any) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_compress.anatomy.dispatch import computing_device
@@ -13,7 +15,7 @@ from hf_compress.calibration.data import Calibration
 from hf_compress.methods.base.settings import CompressionConfig
 from hf_compress.numerics.fingerprint import fingerprint
 
-_UNSAID = ("_name_or_path", "transformers_version")  # where it was loaded from, and who had written it
+_UNSAID = ("_name_or_path", "architectures", "transformers_version")  # how it was saved, and not what it is
 _PACKAGES = ("torch", "transformers", "accelerate")
 
 
@@ -21,12 +23,24 @@ def identity_of(model: PreTrainedModel, config: CompressionConfig, data: Calibra
     """JSON values: a hash of the model's weights and its config, the settings, a hash of the data, versions."""
     from hf_compress import __version__
 
-    inputs = (tensor for batch in data or () for tensor in batch.inputs.values())
     return {
         "model": f"{type(model).__name__} {fingerprint(values_of(model))}",
         "config of the model": {name: value for name, value in model.config.to_dict().items() if name not in _UNSAID},
         "settings": config.to_dict(),
-        "data": fingerprint(inputs),
+        "data": fingerprint(tensors_of(data)),
         "device": computing_device(model).type,
         "versions": {"hf_compress": __version__} | {name: version(name) for name in _PACKAGES},
     }
+
+
+def tensors_of(data: Calibration | None) -> Iterator[Tensor]:
+    """All that data tells a method."""
+    for batch in data or ():
+        others = (batch.real, batch.labels, batch.targets, batch.decoded)
+        yield from (tensor for tensor in (*batch.inputs.values(), *others) if tensor is not None)
+
+
+def known_in_memory(model: PreTrainedModel) -> str:
+    """What a model is known by of which nothing is read for it: names, and a hash of what is in memory."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return f"{[name for name, _ in named]} {fingerprint(tensor for _, tensor in named if not tensor.is_meta)}"

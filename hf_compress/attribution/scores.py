@@ -21,6 +21,7 @@ from hf_compress.attribution.watch import watch_inputs, watch_linears
 from hf_compress.calibration.capture import inference
 from hf_compress.calibration.data import Batch
 from hf_compress.calibration.descent import Descent
+from hf_compress.calibration.processes import own, summed, summed_by_name, total
 from hf_compress.calibration.routing import Route, watch_routes
 from hf_compress.calibration.runner import BlockRunner
 from hf_compress.calibration.sweep import Streams
@@ -90,6 +91,17 @@ class _Sums:
             self.weights["absolute"][name] = torch.zeros(shape, dtype=torch.float32, device=given.device)
         _add_sizes(self.weights["absolute"][name], parts)
 
+    def reduce(self) -> None:
+        """Make these the sums over the batches of all processes."""
+        for kind, found in self.weights.items():
+            for name, linear in self.linears.items() if self.wanted[kind] else ():
+                weight = linear_map(linear).T
+                if name not in found:  # nothing goes through queries held fast
+                    found[name] = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+            summed(found[name] for name in self.linears if name in found)
+        for units in self.units.values():
+            summed_by_name(units)
+
     def take_units(self, name: str, given: Tensor, gradient: Tensor) -> None:
         found = (given.float() * gradient.float()).flatten(0, -2)
         _add(self.units["signed"], name, found.sum(dim=0))
@@ -107,7 +119,7 @@ def relevance_sums(
     absolute: bool = True,
     composite: str | Composite = "attnlrp",
 ) -> RelevanceSums:
-    """Relevances of the weights of `linears`, and of what `writers` read, over calibration data.
+    """Relevances of the weights of `linears`, and of what `writers` read, over calibration data of all processes.
 
     Costs a forward and a backward pass a batch, and a tensor as large as the weight for each sum.
 
@@ -119,9 +131,10 @@ def relevance_sums(
     samples = 0
     with ExitStack() as stack:
         sources = None
-        for batch in tqdm(batches, desc="scoring by relevance", disable=None):
+        for number, batch in tqdm(own(batches), desc="scoring by relevance", disable=None):
             if sources is None:
-                check_conserved(model, batch, composite)
+                if number == 0:
+                    check_conserved(model, batch, composite)
                 sources = stack.enter_context(explaining(model, composite))
                 sums.routes = stack.enter_context(watch_routes([model]))
                 stack.enter_context(watch_linears(linears, sums.take_weights))
@@ -152,8 +165,10 @@ def relevance_sums_by_blocks(
     batches = list(batches)
     if not batches:
         return
-    samples = sum(batch.samples for batch in batches)
-    check_conserved(model, batches[0], composite, stack)
+    mine = own(batches)
+    samples = sum(batch.samples for _, batch in mine)
+    if mine and mine[0][0] == 0:
+        check_conserved(model, batches[0], composite, stack)
     with inference(model):
         streams = Streams(model, stack, batches)
         streams.keep()
@@ -163,17 +178,17 @@ def relevance_sums_by_blocks(
         descent = Descent(streams, partial(_explained_behind, sources, target))
         for index in descent.blocks("scoring by relevance"):
             inside = set(stack.blocks[index].modules())
-            own, ends = (
+            inner, ends = (
                 {path: module for path, module in modules.items() if module in inside}
                 for modules in (linears, writers or {})
             )
-            sums = _Sums(own, signed, not signed)
+            sums = _Sums(inner, signed, not signed)
             sums.routes = routes
-            with watch_linears(own, sums.take_weights), watch_inputs(ends, sums.take_units):
-                for number, batch in enumerate(batches):
-                    sums.samples = batch.samples
-                    descent.take_past(index, number)
-            yield _finished(sums, own, samples)
+            with watch_linears(inner, sums.take_weights), watch_inputs(ends, sums.take_units):
+                for place, runner in enumerate(streams.runners):
+                    sums.samples = runner.batch.samples
+                    descent.take_past(index, place)
+            yield _finished(sums, inner, samples)
 
 
 def _explained_behind(sources: Sources, target: Target, runner: BlockRunner, stream: Tensor) -> Tensor:
@@ -184,12 +199,11 @@ def _explained_behind(sources: Sources, target: Target, runner: BlockRunner, str
 
 
 def _finished(sums: _Sums, linears: Mapping[str, nn.Module], samples: int) -> RelevanceSums:
-    """Relevances, of products that are times the weights."""
+    """Relevances over all processes, of products that are times the weights."""
+    sums.reduce()
     for kind, found in sums.weights.items():
         for name, linear in linears.items() if sums.wanted[kind] else ():
             weight = linear_map(linear).T.detach()
-            if name not in found:  # nothing goes through queries held fast
-                found[name] = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
             products = found[name]
             products *= weight if kind == "signed" else weight.abs()
             _check(name, products)
@@ -201,7 +215,7 @@ def _finished(sums: _Sums, linears: Mapping[str, nn.Module], samples: int) -> Re
         absolute=sums.weights["absolute"],
         signed_units=sums.units["signed"],
         absolute_units=sums.units["absolute"],
-        samples=samples,
+        samples=round(total(samples)[0]),
     )
 
 

@@ -16,6 +16,7 @@ from hf_compress.calibration.capture import inference, stream_of_output
 from hf_compress.calibration.data import Batch
 from hf_compress.calibration.memory import working_memory
 from hf_compress.calibration.objective import batch_loss, first_tensor, mean_loss, speaks
+from hf_compress.calibration.processes import own, total
 from hf_compress.calibration.runner import BlockRunner
 from hf_compress.calibration.sweep import Streams, turns
 
@@ -39,13 +40,15 @@ class Losses:
         ]
 
     def of(self, streams: Sequence[Tensor]) -> float:
-        """Mean loss where these, one a batch, are the streams behind the last block; see `batch_loss`."""
+        """Mean loss, over the batches of all processes, where these are the streams behind the last block.
+
+        One a batch; see `batch_loss`.
+        """
         found = [
             batch_loss(runner.model, runner.finish(stream), runner.batch, reference)
             for runner, stream, reference in zip(self.runners, streams, self._references, strict=True)
         ]
-        sums, weights = zip(*found, strict=True)
-        return mean_loss(sum(sums), sum(weights))
+        return mean_loss(*total(sum(loss for loss, _ in found), sum(weight for _, weight in found)))
 
 
 class LossSweep(Streams):
@@ -92,7 +95,7 @@ def losses_without(
         Candidate -> mean loss (see `batch_loss`) over `batches`.
     """
     with inference(model):
-        runners, memory = [BlockRunner(model, stack, batch) for batch in batches], working_memory()
+        runners, memory = [BlockRunner(model, stack, batch) for _, batch in own(batches)], working_memory()
         lanes = {_LEFT: [runner.start() for runner in runners]}
         if skipped and not all(speaks(model, runner.batch) for runner in runners):
             lanes[_WHOLE] = list(lanes[_LEFT])

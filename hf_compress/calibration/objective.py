@@ -117,6 +117,11 @@ def drawn_gradient(model: PreTrainedModel, output: Any, batch: Batch, generator:
     return start.mul_(output_tokens(model, batch, start)[..., None]) if start.ndim == 3 else start
 
 
+def draws(seed: int, number: int) -> torch.Generator:
+    """For what is drawn for the batch of a number: the same whichever batches, and processes, there are besides."""
+    return torch.Generator().manual_seed(seed + 1_000_003 * number)
+
+
 def class_at(probabilities: Tensor, chances: Tensor) -> Tensor:
     """The class, (rows, 1), at which the sum of probabilities (rows, classes) passes a number in [0, 1), (rows, 1)."""
     sums = probabilities.cumsum(dim=-1)

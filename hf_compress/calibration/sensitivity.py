@@ -20,7 +20,8 @@ from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.capture import inference, stream_of_output, stream_tokens
 from hf_compress.calibration.data import Calibration
 from hf_compress.calibration.losses import LossSweep
-from hf_compress.calibration.objective import drawn_gradient, first_tensor
+from hf_compress.calibration.objective import drawn_gradient, draws, first_tensor
+from hf_compress.calibration.processes import any_of, total
 from hf_compress.calibration.runner import BlockRunner
 from hf_compress.calibration.sweep import turns
 
@@ -44,9 +45,9 @@ def estimated_costs(
     Returns:
         Candidate -> cost. Where no gradient comes through the model, the mean square of the error.
     """
-    generator = torch.Generator().manual_seed(seed)
     end = len(sweep.stack)
-    gradients = _or_none(_at_the_end, zip(sweep.runners, sweep.at(end), repeat(generator)))
+    generators = [draws(seed, number) for number in sweep.numbers]
+    gradients = _or_none(_at_the_end, zip(sweep.runners, sweep.at(end), generators, strict=True))
     costs = {}
     for index in turns(sweep.stack, reversed(range(end)), "weighing errors"):
         if index in candidates:
@@ -72,16 +73,17 @@ def costs_without(model: PreTrainedModel, stack: Stack, data: Calibration) -> di
 
 
 def _cost(sweep: LossSweep, errors: Sequence[Tensor], gradients: Sequence[Tensor] | None) -> float:
-    total, tokens = 0.0, 0
+    sums, tokens = 0.0, 0
     for number, (runner, error) in enumerate(zip(sweep.runners, errors, strict=True)):
         real = stream_tokens(runner.stack, runner.batch, error)
         rows = error[real].float()
         if gradients is None:
-            total += float(rows.square().mean(dim=-1).sum())
+            sums += float(rows.square().mean(dim=-1).sum())
         else:
-            total += float((rows * gradients[number][real].float()).sum(dim=-1).square().sum()) / 2
+            sums += float((rows * gradients[number][real].float()).sum(dim=-1).square().sum()) / 2
         tokens += len(rows)
-    return total / max(1, tokens)
+    sums, count = total(sums, tokens)
+    return sums / max(1, count)
 
 
 def _at_the_end(runner: BlockRunner, stream: Tensor, generator: torch.Generator) -> Tensor:
@@ -103,9 +105,11 @@ def _before(runner: BlockRunner, index: int, stream: Tensor, behind: Tensor) -> 
 
 def _or_none(gradient: Callable[..., Tensor], batches: Iterable[tuple[Any, ...]]) -> list[Tensor] | None:
     """Of each batch; None where a model has parts that no gradient comes through."""
+    found: list[Tensor] | None = None
     try:
-        return [gradient(*batch) for batch in batches]
+        found = [gradient(*batch) for batch in batches]
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, AssertionError):
-        return None
+        pass
+    return None if any_of(found is None) else found

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.capture import inference, stream_tokens
 from hf_compress.calibration.data import Calibration
+from hf_compress.calibration.processes import gathered, here, summed, total
 from hf_compress.calibration.sweep import Passed, Sweep
 
 Pooling = Literal["mean", "last"]
@@ -41,7 +42,7 @@ class _Collector:
     def __init__(self, stack: Stack, pooling: Pooling, span: int) -> None:
         self.stack, self.pooling, self.span = stack, pooling, span
         self.before: dict[tuple[int, int], Tensor] = {}  # by batch and block, of the last blocks
-        self.pooled: list[list[Tensor]] = [[] for _ in range(len(stack))]
+        self.pooled: list[dict[int, Tensor]] = [{} for _ in range(len(stack))]  # by batch
         self.influence = torch.zeros(len(stack), dtype=torch.float64)
         self.change = torch.zeros(len(stack) - span + 1, dtype=torch.float64)
         self.tokens = 0
@@ -49,13 +50,20 @@ class _Collector:
     def add(self, index: int, passed: Passed) -> None:
         """What a block made of a batch."""
         real = stream_tokens(self.stack, passed.batch, passed.after)
-        self.pooled[index].append(pool(passed.after, real, self.pooling))
+        self.pooled[index][passed.number] = pool(passed.after, real, self.pooling)
         self.influence[index] += (1 - _cosine(passed.before, passed.after, real)).sum()
         self.before[passed.number, index] = passed.before
         if (start := index - self.span + 1) >= 0:
             before = self.before.pop((passed.number, start))
             self.change[start] += (torch.arccos(_cosine(before, passed.after, real)) / torch.pi).sum()
         self.tokens += int(real.sum()) if index == 0 else 0
+
+    def reduce(self) -> None:
+        """Make these the sums over the batches of all processes."""
+        if here()[1] > 1:
+            summed([self.influence, self.change])
+            self.tokens = int(total(self.tokens)[0])
+            self.pooled = [dict(enumerate(gathered(rows))) for rows in self.pooled]
 
 
 def _cosine(before: Tensor, after: Tensor, real: Tensor) -> Tensor:
@@ -79,10 +87,9 @@ def block_statistics(
         for index in sweep.blocks("reading activations"):
             for passed in sweep.past(index):
                 collector.add(index, passed)
-    tokens = max(1, collector.tokens)
-    return BlockStatistics(
-        [torch.cat(rows) for rows in collector.pooled], collector.influence / tokens, collector.change / tokens
-    )
+    collector.reduce()
+    tokens, pooled = max(1, collector.tokens), [torch.cat(list(rows.values())) for rows in collector.pooled]
+    return BlockStatistics(pooled, collector.influence / tokens, collector.change / tokens)
 
 
 def pool(stream: Tensor, real: Tensor, pooling: Pooling) -> Tensor:

@@ -18,6 +18,7 @@ from hf_compress.anatomy.residency import resident
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.data import Batch, Calibration
 from hf_compress.calibration.memory import WorkingMemory, working_memory
+from hf_compress.calibration.processes import here, own
 from hf_compress.calibration.runner import BlockRunner, stopped_by_errors
 from hf_compress.numerics.aside import give_back
 
@@ -32,7 +33,7 @@ def turns(
 
     What was freed meanwhile goes back to the system: elsewhere its peak would grow with every block.
     """
-    for index in tqdm(list(blocks), desc=description, disable=None):
+    for index in tqdm(list(blocks), desc=description, disable=True if here()[0] else None):  # one bar is enough
         with hold(stack.blocks[index]):
             yield index
         give_back()
@@ -52,7 +53,11 @@ def resident_around(model: PreTrainedModel, stack: Stack) -> Iterator[None]:
 
 @dataclass
 class Passed:
-    """What a block made of the stream of a batch, both (samples, positions, width); `number` counts batches."""
+    """What a block made of the stream of a batch, both (samples, positions, width).
+
+    Attributes:
+        number: of the batch, among those of all processes.
+    """
 
     number: int
     batch: Batch
@@ -61,7 +66,7 @@ class Passed:
 
 
 class Sweep:
-    """Batches on their way up through a model as it is, each block seen once.
+    """Batches on their way up through a model as it is, each block seen once; of several processes each has its own.
 
     for index in sweep.blocks("reading activations"):
         for passed in sweep.past(index):
@@ -72,7 +77,9 @@ class Sweep:
         self, model: PreTrainedModel, stack: Stack, batches: Iterable[Batch], memory: WorkingMemory | None = None
     ) -> None:
         self.stack, self.memory = stack, memory or working_memory()
-        self.runners = [BlockRunner(model, stack, batch) for batch in batches]
+        mine = own(batches)
+        self.numbers = [number for number, _ in mine]
+        self.runners = [BlockRunner(model, stack, batch) for _, batch in mine]
         self._streams: list[Tensor] = []
         self._next = 0
 
@@ -90,18 +97,21 @@ class Sweep:
         self, index: int, watching: Callable[[Batch], AbstractContextManager[None]] | None = None
     ) -> Iterator[Passed]:
         """Take all batches past a block; what it made of each. While it runs, `watching(batch)` is entered."""
-        for number, (runner, before) in enumerate(zip(self.runners, self._streams, strict=True)):
+        for place, (runner, before) in enumerate(zip(self.runners, self._streams, strict=True)):
             with nullcontext() if watching is None else watching(runner.batch):
                 after = runner.run(index, before)
-            yield Passed(number, runner.batch, before, after)
-            self._streams[number] = self.memory.keep(number, after)
+            yield Passed(self.numbers[place], runner.batch, before, after)
+            self._streams[place] = self.memory.keep(place, after)
         self._next = index + 1
 
 
 class Streams:
     """Batches that went up through a model, and their streams at all blocks: in files, for those are many.
 
+    Of several processes each has its own batches.
+
     Attributes:
+        numbers: of the batches, among those of all processes.
         runners: of the batches.
         streams: of each batch, before every block and behind the last, of the model as it was kept last.
         skipped: the blocks that it was kept without.
@@ -109,7 +119,9 @@ class Streams:
 
     def __init__(self, model: PreTrainedModel, stack: Stack, batches: Iterable[Batch]) -> None:
         self.model, self.stack, self.memory = model, stack, replace(working_memory(), streams=0)
-        self.runners = [BlockRunner(model, stack, batch) for batch in batches]
+        mine = own(batches)
+        self.numbers = [number for number, _ in mine]
+        self.runners = [BlockRunner(model, stack, batch) for _, batch in mine]
         self.streams: list[dict[int, Tensor]] = []
         self.skipped: Collection[int] = ()
 
@@ -141,7 +153,7 @@ class StreamPair:
     """A batch, and the streams (samples, positions, width) that two models have at some block of it.
 
     Attributes:
-        number: of the batch.
+        number: of the batch, among those of all processes.
         runner: runs blocks on streams of this batch.
         original: the stream of the model as it was given.
         compressed: the stream of the model with the blocks so far changed; the same tensor while nothing is changed.
@@ -176,9 +188,12 @@ class StreamPair:
 def start_pairs(
     model: PreTrainedModel, stack: Stack, calibration: Calibration, tokens: int, memory: WorkingMemory | None = None
 ) -> list[StreamPair]:
-    """Before the first block, as many batches as hold about `tokens` tokens, spread over the data, at least four."""
+    """Before the first block, as many batches as hold about `tokens` tokens, spread over the data, at least four.
+
+    Of several processes each has its own.
+    """
     memory, pairs = memory or working_memory(), []
-    for number, batch in enumerate(calibration.about(tokens, calibration.tokens, least=4)):
+    for number, batch in own(calibration.about(tokens, calibration.tokens, least=4)):
         runner = BlockRunner(model, stack, batch)
         stream = memory.keep(number, runner.start())
         pairs.append(StreamPair(number, runner, stream, stream, memory))

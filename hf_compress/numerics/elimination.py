@@ -11,6 +11,7 @@ Source: B. Hassibi and D. G. Stork, "Second order derivatives for network prunin
 equation (5), for a whole row of weights in the place of one.
 """
 
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch
@@ -38,7 +39,22 @@ class Sums(Protocol):
         """X^T Y [p, q], about the means if `affine`. ValueError if no rows were seen."""
 
 
-def eliminate(sums: Sums, count: int, affine: bool = True, size: int = 1) -> Tensor:
+class Alone:
+    """One process that eliminates by itself; of several, each has some of y, and all of x."""
+
+    def sum_up(self, tensors: Iterable[Tensor]) -> None:
+        """Put sums over the processes in the places of tensors."""
+
+    def inverse(self, factor: Tensor) -> Tensor:
+        """(L L^T)^-1, in the memory of the factor."""
+        return inverse(factor)
+
+    def same(self, chosen: Tensor) -> Tensor:
+        """What one of them has chosen, in all."""
+        return chosen
+
+
+def eliminate(sums: Sums, count: int, affine: bool = True, size: int = 1, together: Alone | None = None) -> Tensor:
     """The features of x that are left when all but `count` have been left out of the regression of y on x.
 
     With a `size`, features go by the block: the first `size` of them, the next, and so on, and it is blocks that are
@@ -50,6 +66,7 @@ def eliminate(sums: Sums, count: int, affine: bool = True, size: int = 1) -> Ten
         count: features (or blocks) to keep, 1 to p (or p / size).
         affine: whether the regression has a bias.
         size: features of a block, a divisor of p.
+        together: how processes do it together, each of which has the sums for some of y.
 
     Returns:
         [count] int64, in rising order: features, or blocks where those go by the block.
@@ -64,7 +81,7 @@ def eliminate(sums: Sums, count: int, affine: bool = True, size: int = 1) -> Ten
         raise ValueError(
             f"count is {count}; expected 1 to the number of {'features' if size == 1 else 'blocks'}, {blocks}"
         )
-    state = _Elimination(sums, affine, size, blocks - count)
+    state = _Elimination(sums, affine, size, blocks - count, together or Alone())
     at_once = min(_AT_ONCE, -(-(blocks - count) // _ROUNDS))
     while (excess := len(state.left) - count) > 0:
         state.leave_out(state.cheapest(min(at_once, excess)))
@@ -78,15 +95,15 @@ class _Elimination:
         left: blocks that have not, [blocks left].
     """
 
-    def __init__(self, sums: Sums, affine: bool, size: int, to_go: int) -> None:
+    def __init__(self, sums: Sums, affine: bool, size: int, to_go: int, together: Alone) -> None:
         def system() -> Tensor:
             gram = sums.normal_gram(affine)
             mean = float(gram.diagonal().mean())
             gram.diagonal().add_(_PENALTY * mean if mean > 0 else 1.0)
             return gram
 
-        self.size = size
-        self.inverse = inverse(regular_cholesky(system)).mT  # of the whole covariance, row by row
+        self.size, self.together = size, together
+        self.inverse = together.inverse(regular_cholesky(system)).mT  # of the whole covariance, row by row
         cross = sums.normal_cross(affine)
         self.solution = self.inverse @ cross
         self.rows = cross.new_empty(to_go * size, sums.inputs)  # U
@@ -104,11 +121,13 @@ class _Elimination:
         costs = _costs(self.diagonal[self.left], self._own_products())
         candidates = self.left[costs.topk(min(_CANDIDATES * count, len(self.left)), largest=False).indices]
         if count == 1:
-            return candidates[:1]
+            return self.together.same(candidates[:1])
         features = entries(candidates, self.size)
         past, rows = self.rows[: self.gone, features], self.solution[features]
         inverse = (self.inverse[features[:, None], features] - past.T @ past).double()
-        return candidates[_one_by_one(inverse, (rows @ rows.T).double(), self.size, count)]
+        products = (rows @ rows.T).double()
+        self.together.sum_up([products])
+        return self.together.same(candidates[_one_by_one(inverse, products, self.size, count)])
 
     def leave_out(self, blocks: Tensor) -> None:
         """Make the best of it without some blocks."""
@@ -129,9 +148,12 @@ class _Elimination:
     def _own_products(self) -> Tensor:
         """B_b B_b^T of each block left, [blocks left, size, size]."""
         if self.size == 1:
-            return self.solution.square().sum(dim=1)[self.left, None, None]
-        parts = self.solution.view(len(self.diagonal), self.size, -1)[self.left]
-        return parts @ parts.mT
+            products = self.solution.square().sum(dim=1)[self.left, None, None]
+        else:
+            parts = self.solution.view(len(self.diagonal), self.size, -1)[self.left]
+            products = parts @ parts.mT
+        self.together.sum_up([products])
+        return products
 
 
 def _one_by_one(inverse: Tensor, products: Tensor, size: int, count: int) -> Tensor:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import torch
 from torch import Tensor
 
-from .symmetric import add_products, mirror
+from .symmetric import add_products, mirror, upper_parts
+
+SumUp = Callable[[Iterable[Tensor]], None]
+"""Puts the sums over several processes of some tensors, of which all have as many, in their places."""
 
 _ROWS = 2048  # at a time: what they are converted to is small next to the sums of a wide layer
 
@@ -56,6 +61,24 @@ class Moments:
         add_products(self._gram, weighted, rows)
         self._mirrored = False
         return weighted
+
+    def reduce(self, sum_up: SumUp) -> None:
+        """Make these the sums over the rows of several processes, which have them about one origin."""
+        numbers = torch.tensor(self._numbers(), dtype=torch.float64)
+        sum_up([*upper_parts(self._gram), *self._sums(), numbers])
+        self._mirrored = False
+        self._set_numbers(numbers.tolist())
+
+    def _sums(self) -> list[Tensor]:
+        """Those that are tensors, without the Gram matrix."""
+        return [self._x]
+
+    def _numbers(self) -> list[float]:
+        """Those that are numbers."""
+        return [self.count]
+
+    def _set_numbers(self, numbers: list[float]) -> None:
+        (self.count,) = numbers
 
     @property
     def x_sum(self) -> Tensor:

@@ -118,6 +118,15 @@ class LeastSquares(Moments):
             self._y += times @ right.double()
             self._energy += float(times @ right.square().sum(dim=1, dtype=torch.float64))
 
+    def _sums(self) -> list[Tensor]:
+        return [self._x, self._y, self._cross]
+
+    def _numbers(self) -> list[float]:
+        return [self.count, self._energy]
+
+    def _set_numbers(self, numbers: list[float]) -> None:
+        self.count, self._energy = numbers
+
     @property
     def cross(self) -> Tensor:
         """Sum of x y^T, [p, q]: the sums' own memory where their origins are 0."""
@@ -189,6 +198,13 @@ class LeastSquares(Moments):
         some.inputs = len(features)
         some._gram, some._cross = self.own_gram()[features[:, None], features], self._cross[features]
         some.origin, some._x, some._y = self.origin[features], self._x[features], self._y.clone()
+        return some
+
+    def of_outputs(self, outputs: slice) -> "LeastSquares":
+        """The statistics of the regression of some of y; the sums of x are shared. Of the energy, see `mix`."""
+        some = copy.copy(self)
+        some._cross, some._y, some.y_origin = self._cross[:, outputs], self._y[outputs], self.y_origin[outputs]
+        some.outputs = len(some._y)
         return some
 
     def mix(self, outputs: Tensor) -> "LeastSquares":

@@ -22,6 +22,11 @@ def add_products(total: Tensor, left: Tensor, right: Tensor) -> None:
         total[:stop, start:stop].addmm_(left[:, :stop].T, right[:, start:stop])
 
 
+def upper_parts(total: Tensor) -> list[Tensor]:
+    """Views of a matrix that have its upper triangle, and little else."""
+    return [total[: start + _COLUMNS, start : start + _COLUMNS] for start in range(0, len(total), _COLUMNS)]
+
+
 def mirror(total: Tensor) -> None:
     """Copy the upper triangle to the lower one."""
     for start in range(0, len(total), _COLUMNS):
@@ -82,6 +87,26 @@ def solve(factor: Tensor, right: Tensor) -> Tensor:
     """(L L^T)^-1 right, [p, q]. Unlike `torch.cholesky_solve`, without a copy of the factor."""
     half = torch.linalg.solve_triangular(factor, right, upper=False)
     return torch.linalg.solve_triangular(factor.mT, half, upper=True)
+
+
+def lower_columns(size: int) -> list[slice]:
+    """Columns of a matrix in parts, for `inverse_columns`."""
+    return [slice(start, min(start + _COLUMNS, size)) for start in range(0, size, _COLUMNS)]
+
+
+def inverse_columns(factor: Tensor, columns: slice) -> Tensor:
+    """Some columns of (L L^T)^-1 from their first diagonal entry down; all of them take what `inverse` takes."""
+    own = factor[columns.start :, columns.start :]
+    ones = torch.eye(len(own), columns.stop - columns.start, dtype=factor.dtype, device=factor.device)
+    return solve(own, ones)
+
+
+def put_columns(total: Tensor, found: list[Tensor]) -> Tensor:
+    """The symmetric matrix whose lower columns are known, in the memory of `total`."""
+    for columns, part in zip(lower_columns(len(total)), found, strict=True):
+        total[columns.start :, columns] = part
+        total[columns, columns.start :] = part.T
+    return total
 
 
 def inverse(factor: Tensor) -> Tensor:

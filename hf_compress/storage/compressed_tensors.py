@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_compress.anatomy.adapters import check_no_adapters
 from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.data import Batch
+from hf_compress.calibration.processes import by_first
 from hf_compress.errors import ParityError, UnsupportedModelError, one_line
 from hf_compress.modules.kernels import check_no_kernels
 from hf_compress.modules.packed import MixedPrecisionLinear
@@ -34,6 +35,7 @@ _OTHERWISE = "save with hf_compress.save, which says everything"
 _REMEDY = f"compress with LRPConfig(bits=…, per='module'), or {_OTHERWISE}"
 
 
+@by_first
 def save_compressed_tensors(
     model: PreTrainedModel,
     directory: str | Path,

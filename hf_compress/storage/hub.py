@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress import __version__
 from hf_compress.calibration.data import Batch
+from hf_compress.calibration.processes import by_first
 from hf_compress.errors import HubError
 from hf_compress.report.card import CardDetails, model_card
 from hf_compress.report.history import history_of
@@ -77,6 +78,7 @@ _ANSWERS = {
 }
 
 
+@by_first
 def push_to_hub(  # noqa: PLR0913 (they are those of save, and of Transformers' own push_to_hub)
     model: PreTrainedModel,
     repo_id: str,

@@ -16,6 +16,7 @@ from hf_compress.anatomy.adapters import check_no_adapters
 from hf_compress.anatomy.dispatch import computing_device, is_offloaded
 from hf_compress.anatomy.offloaded import whole_state
 from hf_compress.calibration.data import Batch
+from hf_compress.calibration.processes import by_first
 from hf_compress.errors import ParityError
 from hf_compress.report.card import CardDetails, model_card
 from hf_compress.rewrite.aligned import aligned
@@ -28,6 +29,7 @@ from hf_compress.storage.weights import tensors_in, write_weights
 from hf_compress.storage.written import load, outputs_of, same_bits, written
 
 
+@by_first
 def save(
     model: PreTrainedModel,
     directory: str | Path,
@@ -46,6 +48,8 @@ def save(
     included, `directory` holds all of the new model, or what it held before; without such a step it may, for the moment
     between two renamings, hold nothing, and what it held waits in the hidden folder until a save succeeds. The next
     save to `directory` deletes what killed ones left beside it.
+
+    Where torch.distributed has several processes, all have to call it: the first writes, and the others wait for it.
 
     Args:
         model: any model in memory. What is known of its history (see `history_of`) goes into a report beside it.

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import (
@@ -24,6 +23,7 @@ from transformers import (
 
 from hf_compress.api.compress import check_model, stage_of
 from hf_compress.calibration.data import Calibration, DataOptions, prepare
+from hf_compress.calibration.processes import from_one, sharing, take_values_of_first
 from hf_compress.checks import check
 from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.base.registry import plan_for, schedule_for, steps_for
@@ -257,7 +257,9 @@ class CompressionCallback(ObjectiveCallback):
         super().on_train_end(args, state, control, **kwargs)
         if self._data is None and type(self.schedule).finish is not TrainingSchedule.finish:
             batches = list(islice(kwargs["train_dataloader"], _BATCHES))
-            self._data = prepare(batches, model, self.tokenizer or kwargs.get("processing_class"), self.options)
+            own = prepare(batches, model, self.tokenizer or kwargs.get("processing_class"), self.options)
+            with sharing():
+                self._data = from_one(lambda: own)  # every process has read others
         context = CalibrationContext(model, self._data, self._seconds)
         self._change(context, self.schedule.finish)
         done = self._changes.then(Plan(notes={"trained_steps": state.global_step}))
@@ -268,12 +270,13 @@ class CompressionCallback(ObjectiveCallback):
         calling_trainer().log({f"compression/{name}": value for name, value in figures.items()})
 
     def _change(self, context: CalibrationContext, make: Callable[[CalibrationContext], Plan | None]) -> None:
-        """Have a plan made and carried out: in every process the first one's, whatever the others have found."""
+        """Have a plan made by all processes, for the first one's model, and carried out."""
         model = context.model
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), sharing():
+            take_values_of_first(model)
             with context.naming_failures():
                 made = make(context)
-            plan: Plan | None = broadcast_object_list([made])[0]
+            plan: Plan | None = from_one(lambda: made)
             if plan is None:
                 return
             self._changes = self._changes.then(replace(plan, tensors={}))

@@ -7,7 +7,7 @@ from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.calibration.capture import forward, inference
 from hf_compress.calibration.data import DataOptions, prepare
 from hf_compress.calibration.losses import LossSweep
-from hf_compress.calibration.objective import drawn_gradient
+from hf_compress.calibration.objective import drawn_gradient, draws
 from hf_compress.calibration.sensitivity import costs_without, estimated_costs
 from tests.helpers.models import leftovers
 from tests.helpers.streams import finished
@@ -40,7 +40,6 @@ def test_gradients_block_by_block_are_those_of_the_whole_model(model_type):
         stack, sweep, data = sweep_of(model)
         errors = errors_of(sweep)
         costs = estimated_costs(sweep, [0, 2], errors.__getitem__, seed=3)
-    generator = torch.Generator().manual_seed(3)
     expected = dict.fromkeys([0, 2], 0.0)
     for number, batch in enumerate(data):
         streams = {}
@@ -53,7 +52,7 @@ def test_gradients_block_by_block_are_those_of_the_whole_model(model_type):
 
             handles.append(stack.blocks[index].register_forward_hook(keep))
         output = forward(model, batch)
-        output.logits.backward(drawn_gradient(model, output, batch, generator))
+        output.logits.backward(drawn_gradient(model, output, batch, draws(3, number)))
         for handle in handles:
             handle.remove()
         for index, stream in streams.items():

@@ -16,6 +16,7 @@ from hf_compress.attribution.passes import check_conserved, explain, explaining
 from hf_compress.attribution.scores import relevance_sums
 from hf_compress.calibration.capture import forward as run_batch
 from hf_compress.calibration.capture import inference
+from hf_compress.calibration.objective import draws
 from hf_compress.calibration.sweep import advance, start_pairs
 from hf_compress.errors import UnsupportedModelError
 from hf_compress.methods.base.context import CalibrationContext
@@ -144,14 +145,13 @@ def test_energies_are_those_of_single_texts_with_the_same_draws(side, seed):
     split, slow = apart(copy.deepcopy(model)), by_token(model)
     data = batches_of(split, padded(side))
     found = energies(split, Anatomy(split).stack(), list(data), maps_of(split), seed)
-    generator = torch.Generator().manual_seed(seed)
     read, gradients, rows = defaultdict(float), defaultdict(float), defaultdict(int)
     texts = iter(alone())
-    for batch in data:
+    for number, batch in enumerate(data):
         with torch.no_grad():
             logits = model(input_ids=batch.inputs["input_ids"], attention_mask=batch.inputs["attention_mask"]).logits
         sums = logits.float().flatten(0, 1).softmax(-1).cumsum(-1)
-        drawn = (sums > torch.rand(len(sums), 1, generator=generator) * sums[:, -1:]).int().argmax(-1)
+        drawn = (sums > torch.rand(len(sums), 1, generator=draws(seed, number)) * sums[:, -1:]).int().argmax(-1)
         drawn = drawn.view(logits.shape[:2])
         for sample in range(batch.samples):
             inputs, there = next(texts), batch.inputs["attention_mask"][sample].bool()

@@ -17,12 +17,13 @@ from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.capture import StopForward, check_stream, forward, inference, stream_tokens, watch_blocks
 from hf_compress.calibration.data import Batch, Calibration, DataOptions, prepare
+from hf_compress.calibration.processes import here, sharing
 from hf_compress.checks import check
 from hf_compress.errors import CalibrationError
 from hf_compress.methods.adaptive_compress.adaptive import Adaptive, Paper
 from hf_compress.methods.adaptive_compress.config import AdaptiveCompressConfig
 from hf_compress.methods.adaptive_compress.learner import Learner, StreamMoments
-from hf_compress.methods.adaptive_compress.learner_run import LearnerRun, everywhere, processes
+from hf_compress.methods.adaptive_compress.learner_run import LearnerRun
 from hf_compress.methods.adaptive_compress.peers import BatchTopK, Linear, Principal, TopK
 from hf_compress.methods.adaptive_compress.progress import Progress
 from hf_compress.numerics.defaults import torch_defaults
@@ -104,6 +105,7 @@ def fit(
     return found if several else found[0]
 
 
+@sharing()
 def fit_all(
     model: PreTrainedModel,
     configs: Sequence[AdaptiveCompressConfig],
@@ -250,7 +252,7 @@ def check_schedule(config: AdaptiveCompressConfig, data: Calibration, batches: i
     needed = next(steps for steps in count(1) if _lasts(config, steps))
     warmup, decay = config.phases(needed)
     largest = max(int(batch.real.sum()) if batch.real is not None else 0 for batch in data)
-    tokens = math.ceil(needed / config.updates / config.epochs) * processes() * largest
+    tokens = math.ceil(needed / config.updates / config.epochs) * here()[1] * largest
     raise CalibrationError(
         f"{warmup} steps of warm-up and {decay} of decay need about {tokens:,} tokens; {data.tokens:,} make "
         f"{each * config.epochs} steps: pass more data, go through it epochs={math.ceil(needed / each)} times, or "
@@ -274,7 +276,7 @@ def _common_stack(model: PreTrainedModel, configs: Sequence[AdaptiveCompressConf
 
 def _own_share(data: Calibration) -> list[Batch]:
     """This process's batches; in every process as many, or they would wait for each other."""
-    rank, world = everywhere()
+    rank, world = here()
     share = len(data) // world
     if not share:
         raise CalibrationError(f"{len(data)} batches are too few for {world} processes: pass more data, or less each")

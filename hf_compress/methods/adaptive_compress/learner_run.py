@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from hf_compress.calibration.processes import from_one, here, summed, total
 from hf_compress.methods.adaptive_compress.learner import Learner, Terms
 from hf_compress.modules.bottleneck import Bottleneck
 
@@ -27,9 +27,8 @@ class LearnerRun:
         self.learner = learner
         self.curve: dict[str, list[float]] = {"step": [], "retention": [], "error": [], "active": []}
         self.stopped = ""
-        if processes() > 1:  # all from the first one's start, whatever the others' last digits
-            for tensor in learner.state().values():
-                dist.broadcast(tensor, 0)
+        if here()[1] > 1:  # all from the first one's start, whatever the others' last digits
+            learner.restore(from_one(learner.state))
         trained = [parameter for parameter in learner.module.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.Adam(trained, lr=learner.config.rate)
         self._good = (0, _copied(learner.state()))
@@ -82,10 +81,10 @@ class LearnerRun:
         terms = self.learner.terms(rows) if len(rows) else None
         if terms is not None and terms.loss.requires_grad:
             terms.loss.backward()  # type: ignore[no-untyped-call]
-        total = _tokens_of_all(len(rows), self.optimizer.param_groups[0]["params"][0].device)
-        if not total:
+        (tokens,) = total(len(rows))
+        if not tokens:
             return None
-        told = _mean_of_all(self.learner, terms, len(rows) / total)
+        told = _mean_of_all(self.learner, terms, len(rows) / tokens)
         return None if self._diverges(told[0].item(), step) else told
 
     def _diverges(self, error: float, step: int) -> bool:
@@ -136,34 +135,17 @@ class LearnerRun:
         self.optimizer.load_state_dict(whole)
 
 
-def everywhere() -> tuple[int, int]:
-    """This process's number, and how many there are."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-
-
-def processes() -> int:
-    """How many processes there are."""
-    return everywhere()[1]
-
-
-def _tokens_of_all(rows: int, device: torch.device) -> float:
-    """The tokens that a step has in all processes."""
-    total = torch.tensor(float(rows), dtype=torch.float32, device=device)
-    if processes() > 1:
-        dist.all_reduce(total)
-    return total.item()
-
-
 def _mean_of_all(learner: Learner, terms: Terms | None, share: float) -> Tensor:
     """The error, the active features and the energy of a step, and in its place the gradient, over all processes."""
     trained = [parameter for parameter in learner.module.parameters() if parameter.requires_grad]
     told = torch.zeros(2 + len(learner.importance), dtype=torch.float32, device=trained[0].device)
     if terms is not None:
         told = terms.told
-    if processes() > 1:
-        for tensor in (told, *(_gradient(parameter) for parameter in trained)):
+    if here()[1] > 1:
+        tensors = [told, *(_gradient(parameter) for parameter in trained)]
+        for tensor in tensors:
             tensor *= share
-            dist.all_reduce(tensor)
+        summed(tensors)
     return told
 
 

@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 
 from hf_compress.anatomy.offloaded import values_of
 from hf_compress.calibration.data import Calibration
+from hf_compress.calibration.processes import here
 from hf_compress.methods.adaptive_compress.config import AdaptiveCompressConfig
-from hf_compress.methods.adaptive_compress.learner_run import LearnerRun, everywhere
+from hf_compress.methods.adaptive_compress.learner_run import LearnerRun
 from hf_compress.numerics.fingerprint import fingerprint
 from hf_compress.numerics.tensor_file import read_tensors, write_tensors
 
@@ -48,7 +49,7 @@ class Progress:
             "configs": json.loads(json.dumps([config.to_dict() for config in configs])),
             "data": fingerprint(tensor for batch in data for tensor in batch.inputs.values()),
             "model": fingerprint(values.flatten()[:_LOOKED_AT] for values in values_of(model)),
-            "processes": everywhere()[1],
+            "processes": here()[1],
         }
         if self.path.is_file():
             self._read(self.path)
@@ -56,7 +57,7 @@ class Progress:
     def batch_done(self, done: int) -> None:
         """Note that so many batches are done; from time to time, and in one process, on disk."""
         self.done = done
-        if self.path is None or done % self.every or everywhere()[0]:
+        if self.path is None or done % self.every or here()[0]:
             return
         tensors = {f"{key}.{name}": tensor for key, run in self.runs.items() for name, tensor in run.state().items()}
         facts = {key: {"curve": run.curve, "stopped": run.stopped} for key, run in self.runs.items()}

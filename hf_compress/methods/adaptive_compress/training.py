@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
@@ -15,9 +14,10 @@ from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.capture import inference, stream_of_output, stream_tokens
 from hf_compress.calibration.data import Batch, special_ids
 from hf_compress.calibration.decoder import has_decoder, read_before
+from hf_compress.calibration.processes import here, sharing, summed
 from hf_compress.methods.adaptive_compress.config import AdaptiveCompressConfig
 from hf_compress.methods.adaptive_compress.fit import LEARNERS, layers_of, ordinary, stream_moments
-from hf_compress.methods.adaptive_compress.learner_run import LearnerRun, processes
+from hf_compress.methods.adaptive_compress.learner_run import LearnerRun
 from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.base.schedule import TrainingSchedule
 from hf_compress.modules.bottleneck import BOTTLENECK, Bottleneck
@@ -105,7 +105,8 @@ class Joint(TrainingSchedule):
             rows = ordinary(rows.to(run.learner.module.encoder.dtype), self.config.outliers)
             self.tokens += len(rows)
             if not self.splices:
-                run.learn(rows, self.now * self.config.updates, self.steps * self.config.updates)
+                with sharing():
+                    run.learn(rows, self.now * self.config.updates, self.steps * self.config.updates)
             elif len(rows):
                 terms = run.learner.terms(rows)
                 self.losses[layer] = terms.loss
@@ -122,9 +123,9 @@ class Joint(TrainingSchedule):
             return
         for layer, parts in self.told.items():
             run, told = self.runs[layer], torch.stack(parts).mean(0)
-            if processes() > 1:
-                dist.all_reduce(told)
-                told /= processes()
+            with sharing():
+                summed([told])
+                told /= here()[1]
             run.learner.constrain_gradients()
             run.learner.after_step(told[2:])
             retention = self.config.retention(self.now, self.steps)

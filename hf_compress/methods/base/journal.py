@@ -10,12 +10,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from torch import Tensor
 
+from hf_compress.calibration.processes import from_one
 from hf_compress.errors import WorkdirError, one_line
 from hf_compress.numerics.tensor_file import read_tensors, write_tensors
 from hf_compress.plan.plan import PLAN_VERSION, Plan
@@ -29,7 +31,7 @@ Result = tuple[dict[str, Tensor], Any]  # tensors, and JSON values
 
 
 class Journal:
-    """Keeps results by their names; none where it has no folder.
+    """Keeps results by their names; none where it has no folder. Of several processes the first reads and writes.
 
     Args:
         folder: made where it is missing.
@@ -43,11 +45,11 @@ class Journal:
         self.folder = folder
         self._asked: set[str] = set()
         if folder is not None:
-            _open(folder, json.loads(json.dumps(identity or {})))
+            from_one(partial(_open, folder, json.loads(json.dumps(identity or {}))))
 
     def has(self, name: str) -> bool:
         """Whether a result is there from an earlier run."""
-        return self.folder is not None and self._path(self.folder, name).exists()
+        return self.folder is not None and from_one(self._path(self.folder, name).exists)
 
     def plan(self, name: str, make: Callable[[], Plan]) -> Plan:
         """A plan, tensors and notes included."""
@@ -79,17 +81,20 @@ class Journal:
         assert name not in self._asked, f"two results are called {name!r}"
         self._asked.add(name)
         path = self._path(self.folder, name)
-        if path.exists():
-            return _read(path)
-        tensors, facts = make()
-        try:
-            write_tensors(path, tensors, facts)
-        except (OSError, SafetensorError) as error:
-            raise WorkdirError(
-                f"{path} cannot be written ({one_line(error)}): make room, and start the run again; it goes on from "
-                "what is there"
-            ) from error
-        return _read(path)  # in either case the same
+        if not from_one(path.exists):
+            made = make()
+            from_one(partial(_write, path, *made))
+        return from_one(partial(_read, path))  # in either case the same
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], facts: Any) -> None:
+    try:
+        write_tensors(path, tensors, facts)
+    except (OSError, SafetensorError) as error:
+        raise WorkdirError(
+            f"{path} cannot be written ({one_line(error)}): make room, and start the run again; it goes on from what "
+            "is there"
+        ) from error
 
 
 def _read(path: Path) -> Result:

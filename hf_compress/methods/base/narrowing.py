@@ -25,6 +25,7 @@ from hf_compress.anatomy.anatomy import Block
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.capture import stream_tokens, watch_module
+from hf_compress.calibration.processes import from_one
 from hf_compress.calibration.runner import BlockRunner
 from hf_compress.calibration.sweep import StreamPair, advance, turns
 from hf_compress.methods.base.context import Drafts
@@ -43,7 +44,7 @@ from hf_compress.plan.plan import Plan
 from hf_compress.rewrite.apply import carry_out
 from hf_compress.rewrite.builders import Affine
 
-Runs = Sequence[tuple[BlockRunner, Tensor]]  # batches, and the stream before the block
+Runs = Sequence[tuple[int, BlockRunner, Tensor]]  # batches by their numbers, and the stream before the block
 ExpertNarrower = Callable[[int, int, Runs], Plan]  # of a block, to a width
 
 
@@ -125,12 +126,13 @@ class Narrowing:
             yield count, journal.plan(f"narrow {units.name}", partial(self._plan, units, count, target, before))
         if width is not None and experts:
             assert self.experts is not None
-            runs = [(pair.runner, stream) for pair, stream in zip(self.pairs, self._below(before), strict=True)]
+            runs = self._runs(before)
             yield width, journal.plan(f"narrow the experts of {block.path}", partial(self.experts, index, width, runs))
 
-    def _below(self, before: list[Tensor]) -> list[Tensor]:
-        """The streams that a block is to see: of the compressed blocks below, or of the original ones."""
-        return [pair.compressed for pair in self.pairs] if self.compensation.iterative else before
+    def _runs(self, before: list[Tensor]) -> Runs:
+        """Of the streams that a block is to see: of the compressed blocks below, or of the original ones."""
+        streams = [pair.compressed for pair in self.pairs] if self.compensation.iterative else before
+        return [(pair.number, pair.runner, stream) for pair, stream in zip(self.pairs, streams, strict=True)]
 
     def _targets(self, index: int, parts: list[BlockUnits]) -> list[_Targets]:
         """Take the original stream past a block; what each of its parts has to write from then on."""
@@ -143,7 +145,7 @@ class Narrowing:
                 pair.take_original(index)
             real = stream_tokens(self.stack, pair.runner.batch, pair.original)
             for units, one, kept, multiplier in zip(parts, seen, written, multipliers, strict=True):
-                run = units.read(one, pair.original, real)
+                run = units.read(pair.number, one, pair.original, real)
                 kept.append(run.written if multiplier is None else run.written[:0])
             after.append(pair.original)
         return [_Targets(after, *part) for part in zip(written, multipliers, strict=True)]
@@ -155,7 +157,7 @@ class Narrowing:
     def _multiplier(self, units: BlockUnits) -> float | None:
         if not self.compensation.iterative or self.compensation.target != "stream":
             return None
-        return units.multiplier(self.pairs[0].runner, self.pairs[0].compressed)
+        return from_one(lambda: units.multiplier(self.pairs[0].runner, self.pairs[0].compressed))
 
     def _plan(self, units: BlockUnits, count: int, target: _Targets, before: list[Tensor]) -> Plan:
         """The plan for one part of a block; its notes tell of it."""
@@ -172,7 +174,7 @@ class Narrowing:
 
     def _observe(self, units: BlockUnits, target: _Targets, before: list[Tensor]) -> UnitStatistics:
         """What the units do on the compressed stream; on the original one where no layer is to see another."""
-        runs = (units.run(pair.runner, stream) for pair, stream in zip(self.pairs, self._below(before), strict=True))
+        runs = (units.run(*one) for one in self._runs(before))
         return observe(runs, target, self.weights, self.row_tokens, self._affine(units))
 
     def _solve(
@@ -197,7 +199,8 @@ class Narrowing:
                 left = self._observe(HiddenUnits(units.block), target, before)
         affine = self._affine(units)
         if self.compensation.by == "bias":
-            return (columns, _mean_gap(left.all, columns).float() if affine or units.size == 1 else None), {}
+            biased = affine or units.size == 1
+            return (columns, from_one(lambda: _mean_gap(left.all, columns).float()) if biased else None), {}
         fit = left.fit(columns, affine)
         bias = None if fit.bias is None else fit.bias.float()
         return (fit.weight.float(), bias), {"error": fit.error, "penalty": fit.penalty}

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from hf_compress.calibration.processes import from_one, gathered, here, spread, summed
+from hf_compress.numerics.elimination import Alone
 from hf_compress.numerics.ridge import LeastSquares, Ridge, Solver
+from hf_compress.numerics.symmetric import inverse_columns, lower_columns, put_columns
 
+_T = TypeVar("_T")
 HELD_OUT = 4
 PENALTIES = (1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 3.0)  # worth trying, relative to the mean variance of the inputs
 CAUTIOUS = (0.1,)  # where there is nothing to choose a penalty by
-_T = TypeVar("_T")
 _NARROW = 1024  # inputs: what a factorisation costs up to there is nothing to speak of
 _MIXTURES = 64  # of the outputs, that a penalty is chosen by
 
@@ -74,9 +78,35 @@ class HeldOutSums:
         origin = (x.mean(dim=0, dtype=torch.float64), y.mean(dim=0, dtype=torch.float64)) if affine and len(x) else None
         return HeldOutSums.empty(x.shape[1], y.shape[1], x.device, torch.promote_types(x.dtype, torch.float32), origin)
 
+    @staticmethod
+    def like_first(x: Tensor | None, y: Tensor | None, affine: bool) -> HeldOutSums:
+        """The same in all processes, for the rows that the first of them has; None where one has no batch."""
+
+        def known() -> tuple[int, int, str, torch.dtype, tuple[Tensor, Tensor] | None]:
+            assert x is not None, "the first process has the first batch"
+            assert y is not None
+            sums = HeldOutSums.like(x, y, affine).fitted
+            origin = (sums.origin, sums.y_origin) if affine else None
+            return sums.inputs, sums.outputs, sums.device.type, sums.dtype, origin
+
+        if x is not None and y is not None and here()[1] == 1:
+            return HeldOutSums.like(x, y, affine)
+        inputs, outputs, device, dtype, origin = from_one(known)
+        return HeldOutSums.empty(inputs, outputs, device if x is None else x.device, dtype, origin)
+
     @property
     def inputs(self) -> int:
         return self.fitted.inputs
+
+    def reduce(self) -> None:
+        """Make these the sums over the batches of all processes."""
+        if here()[1] > 1:
+            self.fitted.reduce(summed)
+            self.held.reduce(summed)
+
+    def of_outputs(self, outputs: slice) -> HeldOutSums:
+        """The sums for some of y."""
+        return HeldOutSums(self.fitted.of_outputs(outputs), self.held.of_outputs(outputs))
 
     @property
     def all(self) -> LeastSquares:
@@ -137,34 +167,110 @@ class HeldOutSums:
         penalties = PENALTIES if penalties is None else penalties
         if not penalties:
             raise ValueError("penalties is empty; expected at least one, e.g. 1e-3")
-        if self.fitted.count == 0 or self.held.count == 0:
-            everything = self.all
-            penalty, error = HeldOutSums(everything, everything)._choose(CAUTIOUS, prior, affine, parts)
-        else:
-            penalty, error = self._choose(penalties, prior, affine, parts)
-            everything = self.all
-        ridge = Ridge(everything, affine, parts)
-        weight, bias = ridge.solution(ridge.solver(penalty), everything, prior)
+        everything = self.all if self.fitted.count == 0 or self.held.count == 0 else None
+        judged = self if everything is None else HeldOutSums(everything, everything)
+        search = _Search(judged, prior, affine, parts)
+        penalty = search.lowest(penalties if everything is None else CAUTIOUS)
+
+        def solution() -> tuple[Tensor, Tensor | None]:
+            sums = everything or self.all
+            ridge = Ridge(sums, affine, parts)
+            return ridge.solution(ridge.solver(penalty), sums, prior)
+
+        error, (weight, bias) = search.judged(penalty, solution)
         return RidgeFit(weight, bias, penalty, error)
 
-    def _choose(
-        self, penalties: Sequence[float], prior: Tensor | None, affine: bool, parts: Sequence[int] | None
-    ) -> tuple[float, float]:
-        """The penalty that does best on the rows held out, and the error there of the fit on the others."""
-        ridge = Ridge(self.fitted, affine, parts)
-        fitted, held, start = self.fitted, self.held, prior
-        if (mix := _mixtures(fitted.outputs)) is not None:
-            fitted, held, start = fitted.mix(mix), held.mix(mix), None if prior is None else prior.to(mix) @ mix
 
-        def attempt(penalty: float) -> tuple[float, Solver]:
-            solver = ridge.solver(penalty)
-            return held.excess(*ridge.solution(solver, fitted, start)), solver
+class _Search:
+    """The search for a penalty, each tried by one process."""
 
-        search = downhill if self.inputs > _NARROW else lowest
-        penalty, solver = search(attempt, penalties)
-        scale = self.held.energy / self.held.count
-        error = self.held.error(*ridge.solution(solver, self.fitted, prior))
-        return penalty, error / scale if scale else 0.0
+    def __init__(self, sums: HeldOutSums, prior: Tensor | None, affine: bool, parts: Sequence[int] | None) -> None:
+        self.sums, self.prior = sums, prior
+        self.ridge = Ridge(sums.fitted, affine, parts)
+        self.fitted, self.held, self.start = sums.fitted, sums.held, prior
+        if (mix := _mixtures(sums.fitted.outputs)) is not None:
+            self.fitted, self.held = sums.fitted.mix(mix), sums.held.mix(mix)
+            self.start = None if prior is None else prior.to(mix) @ mix
+        self._errors: dict[float, float] = {}
+        self._owners: dict[float, int] = {}
+        self._best: tuple[float, float, Solver] | None = None  # of those that this process has tried
+
+    def lowest(self, penalties: Sequence[float]) -> float:
+        """The penalty that does best on the rows held out."""
+        search = downhill if self.sums.inputs > _NARROW else lowest
+        return search(partial(self._attempt, penalties), penalties)[0]
+
+    def judged(
+        self, penalty: float, solution: Callable[[], tuple[Tensor, Tensor | None]]
+    ) -> tuple[float, tuple[Tensor, Tensor | None]]:
+        """The error of the fit, as a share of the mean ||y||^2, and a solution; two processes do both at once."""
+        rank, world = here()
+        judge = self._owners[penalty]
+        solver = (judge + 1) % world
+        error = self._error(penalty) if rank == judge else 0.0
+        self._best = None  # its factor is large
+        found = solution() if rank == solver else None
+        return from_one(lambda: error, judge), from_one(lambda: found, solver)  # type: ignore[return-value]
+
+    def _attempt(self, penalties: Sequence[float], penalty: float) -> tuple[float, None]:
+        """The error with a penalty on mixtures of the rows held out.
+
+        Those that may be asked for next, on the same way up or down, are tried by other processes at once.
+        """
+        if penalty not in self._errors:
+            up = not self._errors or penalty > min(self._errors)
+            ahead = [p for p in penalties if p >= penalty] if up else [p for p in penalties if p <= penalty][::-1]
+            new = ahead[: here()[1]]
+            self._owners |= {one: rank for rank, one in enumerate(new)}
+            self._errors |= dict(zip(new, spread(new, self._tried), strict=True))
+        return self._errors[penalty], None
+
+    def _tried(self, penalty: float) -> float:
+        solver = self.ridge.solver(penalty)
+        error = self.held.excess(*self.ridge.solution(solver, self.fitted, self.start))
+        if self._best is None or error < self._best[1]:
+            self._best = penalty, error, solver
+        return error
+
+    def _error(self, penalty: float) -> float:
+        held = self.sums.held
+        kept = self._best is not None and self._best[0] == penalty
+        solver = self._best[2] if kept and self._best is not None else self.ridge.solver(penalty)
+        scale = held.energy / held.count
+        error = held.error(*self.ridge.solution(solver, self.sums.fitted, self.prior))
+        return error / scale if scale else 0.0
+
+
+class Together(Alone):
+    """Features eliminated by all processes that share the work, each of which sees to some of y."""
+
+    @staticmethod
+    def share(sums: HeldOutSums) -> HeldOutSums:
+        """The sums for this process's part of y."""
+        rank, world = here()
+        if world == 1:
+            return sums
+        count = -(-sums.fitted.outputs // world)
+        return sums.of_outputs(slice(rank * count, (rank + 1) * count))
+
+    def sum_up(self, tensors: Iterable[Tensor]) -> None:
+        summed(tensors)
+
+    def inverse(self, factor: Tensor) -> Tensor:
+        rank, world = here()
+        if world == 1:
+            return super().inverse(factor)
+        own: dict[int, Tensor] = {}
+        work = [0.0] * world
+        for number, columns in enumerate(lower_columns(len(factor))):  # the first take most
+            least = min(range(world), key=work.__getitem__)
+            work[least] += (len(factor) - columns.start) ** 2
+            if least == rank:
+                own[number] = inverse_columns(factor, columns)
+        return put_columns(factor, gathered(own))
+
+    def same(self, chosen: Tensor) -> Tensor:
+        return from_one(lambda: chosen)
 
 
 def lowest(attempt: Callable[[float], tuple[float, _T]], values: Sequence[float]) -> tuple[float, _T]:

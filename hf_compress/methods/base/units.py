@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hf_compress.anatomy.anatomy import Block
 from hf_compress.anatomy.parts import linear_map
 from hf_compress.calibration.capture import Seen, hooked, stream_tokens, watch_module
+from hf_compress.calibration.processes import gathered
 from hf_compress.calibration.runner import BlockRunner
 from hf_compress.errors import CalibrationError
 from hf_compress.methods.base.ridge import HeldOutSums, is_held_out
@@ -56,14 +57,16 @@ class UnitStatistics(HeldOutSums):
     """Sums over calibration tokens of the regression of what has to be written on what the units give.
 
     Attributes:
-        rows: what they give at some tokens, (tokens, inputs) float32: what units are clustered by.
+        rows: what they give at some tokens, (tokens, inputs) float32: what units are clustered by. Where they are not,
+            of experts no more is kept than how many tokens there are, (tokens, 0).
     """
 
     rows: Tensor
 
     def take(self, inputs: Tensor) -> UnitStatistics:
         """The statistics of some of the inputs, in that order."""
-        return UnitStatistics(self.fitted.take(inputs), self.held.take(inputs), self.rows[:, inputs.cpu()])
+        rows = self.rows[:, inputs.cpu()] if self.rows.shape[1] else self.rows
+        return UnitStatistics(self.fitted.take(inputs), self.held.take(inputs), rows)
 
 
 class Units(Protocol):
@@ -105,13 +108,13 @@ class BlockUnits(ABC):
     def draft(self, reduction: Reduction, writes: Affine | None) -> Plan:
         """The plan that leaves fewer units, with another output projection if one is given."""
 
-    def run(self, runner: BlockRunner, stream: Tensor) -> Run:
-        """Run the block on a stream."""
+    def run(self, number: int, runner: BlockRunner, stream: Tensor) -> Run:
+        """Run the block on a stream of the batch of this number."""
         with watch_module(self.output) as seen:
             after = runner.run(self.index, stream)
-        return self.read(seen, after, stream_tokens(self.block.stack, runner.batch, after))
+        return self.read(number, seen, after, stream_tokens(self.block.stack, runner.batch, after))
 
-    def read(self, seen: Seen, after: Tensor, real: Tensor) -> Run:
+    def read(self, number: int, seen: Seen, after: Tensor, real: Tensor) -> Run:
         """A run of the block from what the projection was seen to do in it."""
         if seen.given is None or seen.gave is None or seen.gave.numel() != real.numel() * seen.gave.shape[-1]:
             raise CalibrationError(f"{self.name} did not run once for each token; it cannot be narrowed")
@@ -121,7 +124,7 @@ class BlockUnits(ABC):
                 f"the units of {self.name} have NaN or infinite activations on the calibration data; load the model in "
                 "float32 or bfloat16, or look for the sample that causes it"
             )
-        return Run(after, real, hidden, written)
+        return Run(number, after, real, hidden, written)
 
     def multiplier(self, runner: BlockRunner, stream: Tensor) -> float | None:
         """m, where the stream after the block has m times what they write in it; None where more comes after.
@@ -171,12 +174,14 @@ class Run(NamedTuple):
     """What a block made of a stream.
 
     Attributes:
+        number: of the batch, among those of all processes.
         after: the stream after it, (samples, positions, hidden).
         real: (samples, positions): tokens that may enter a statistic.
         hidden: what its units give at those, (tokens, inputs of their projection).
         written: what that writes, (tokens, hidden).
     """
 
+    number: int
     after: Tensor
     real: Tensor
     hidden: Tensor
@@ -190,25 +195,28 @@ def observe(
     row_tokens: int,
     affine: bool,
 ) -> UnitStatistics:
-    """Sum up what units do in runs of their block, one a batch.
+    """Sum up what units do in runs of their block, one a batch, over all processes.
 
     Args:
-        targets: what they would have to write in a run, given the number of the batch: (tokens, hidden).
-        weights: per batch, (tokens): how much each counts; alike when None.
+        targets: what they would have to write in a run, given its place among this process's: (tokens, hidden).
+        weights: per batch of this process, (tokens): how much each counts; alike when None.
         row_tokens: of how many tokens of a batch to keep the activations, at least one.
         affine: whether the regression is to have a bias.
     """
     sums: HeldOutSums | None = None
-    rows = []
-    for number, run in enumerate(runs):
-        target = targets(number, run)
-        sums = sums or HeldOutSums.like(run.hidden, target.to(run.written), affine)
-        counts = None if weights is None else weights[number]
-        sums.update(run.hidden, target, counts, held=is_held_out(number))
+    rows: dict[int, Tensor] = {}
+    for place, run in enumerate(runs):
+        target = targets(place, run)
+        if sums is None:
+            sums = HeldOutSums.like_first(run.hidden, target.to(run.written), affine)
+        counts = None if weights is None else weights[place]
+        sums.update(run.hidden, target, counts, held=is_held_out(run.number))
         some = run.hidden if counts is None else run.hidden * counts[:, None].sqrt().to(run.hidden)
-        rows.append(some_rows(some, row_tokens))
-    assert sums is not None
-    return UnitStatistics(sums.fitted, sums.held, torch.cat(rows))
+        rows[run.number] = some_rows(some, row_tokens)
+    if sums is None:
+        sums = HeldOutSums.like_first(None, None, affine)
+    sums.reduce()
+    return UnitStatistics(sums.fitted, sums.held, torch.cat(gathered(rows)))
 
 
 def checked_multiplier(multiplier: float, change: Tensor, written: Tensor) -> float | None:

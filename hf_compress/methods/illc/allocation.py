@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hf_compress.anatomy.anatomy import Block
 from hf_compress.anatomy.stacks import Stack
+from hf_compress.calibration.processes import total
 from hf_compress.calibration.sweep import StreamPair, turns
 from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.base.units import HiddenUnits, Run, observe
@@ -64,18 +65,21 @@ def _curve(
 
     def runs() -> Iterator[Run]:
         for pair, stream in zip(pairs, streams, strict=True):
-            run = units.run(pair.runner, stream)
+            run = units.run(pair.number, pair.runner, stream)
             after.append(run.after)
             if run.real.any():
                 lengths.append(float(run.after[run.real].float().square().sum(-1).median()))
             yield run
 
     affine = units.biased or config.bias
-    statistics = observe(runs(), lambda number, run: run.written, None, config.rows_of_a_batch(len(pairs)), affine)
-    total = len(units.writes)
-    energy = statistics.energy / (sum(lengths) / len(lengths))
+    row_tokens = config.rows_of_a_batch(round(total(len(pairs))[0])) if config.clusters else 1
+    statistics = observe(runs(), lambda place, run: run.written, None, row_tokens, affine)
+    length, count = total(sum(lengths), len(lengths))
+    energy = statistics.energy / (length / count)
+    widths = sorted({max(1, len(units.writes) * step // _STEPS) for step in range(_STEPS + 1)})
+
     curve = {}
-    for width in {1, *(max(1, total * step // _STEPS) for step in range(1, _STEPS + 1))}:
+    for width in widths:
         reduction = REDUCTIONS.resolve(config.reduction_name)(config, units, statistics, width)
         fit = statistics.take(reduction.inputs()).fit(reduction.columns(units.writes), affine)
         curve[width] = fit.error * energy

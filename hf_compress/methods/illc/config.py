@@ -73,7 +73,7 @@ class ILLCConfig(CompressionConfig, method="illc", paper="https://arxiv.org/abs/
     def __post_init__(self) -> None:
         if self.amount is None and self.head_gamma is None:
             raise ValueError("say how much: ratio=, or gamma= or width= to keep; for attention, head_gamma=")
-        if self.head_gamma is not None and self.reduction_name in ("average", "representative"):
+        if self.head_gamma is not None and self.clusters:
             raise ValueError(
                 f"head_gamma keeps whole heads, and reduction={self.reduction_name!r} clusters; averaged queries and "
                 "keys would not attend alike: take elimination, magnitude, variance or random"
@@ -106,6 +106,11 @@ class ILLCConfig(CompressionConfig, method="illc", paper="https://arxiv.org/abs/
     def compensation_name(self) -> Compensation:
         """The compensation, given or by the variant."""
         return self.compensation or ("none" if self.variant == "paper" else "ridge")
+
+    @property
+    def clusters(self) -> bool:
+        """Whether units are clustered."""
+        return self.reduction_name in ("average", "representative")
 
     def rows_of_a_batch(self, batches: int) -> int:
         """How many tokens of each of so many batches units are clustered by."""

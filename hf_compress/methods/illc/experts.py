@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hf_compress.anatomy.anatomy import Block
 from hf_compress.anatomy.experts import check_experts, expert_hidden, expert_writes
 from hf_compress.calibration.capture import stream_tokens, watch_arguments
+from hf_compress.calibration.processes import gathered, spread, total
 from hf_compress.calibration.runner import BlockRunner
 from hf_compress.errors import CalibrationError, UnsupportedModelError
 from hf_compress.methods.base.grams import few_at_once
@@ -68,11 +69,12 @@ class ExpertNarrowing:
         count, _, hidden = self.writes.shape
         kept, writes, tokens = [], [], []
         for numbers in few_at_once(dict.fromkeys(range(count), 8 * self.width * (self.width + hidden))):
-            for number, statistics in zip(numbers, self._observe(runs, numbers), strict=True):
-                units, written = self._reduce(number, statistics, width)
+            observed = self._observe(runs, numbers)
+            work = [(number, one, width) for number, one in zip(numbers, observed, strict=True)]
+            for units, written in spread(work, lambda one: self._reduce(*one)):
                 kept.append(units)
                 writes.append(written)
-                tokens.append(len(statistics.rows))
+            tokens += [len(statistics.rows) for statistics in observed]
         draft = narrow_experts(self.block, torch.stack(kept), torch.stack(writes))
         return replace(draft, notes={"experts": count, "rows": tokens})
 
@@ -95,9 +97,9 @@ class ExpertNarrowing:
         _, width, hidden = self.writes.shape
         dtype = torch.promote_types(self.writes.dtype, torch.float32)
         sums = [HeldOutSums.empty(width, hidden, self.writes.device, dtype) for _ in numbers]
-        rows: list[list[Tensor]] = [[] for _ in numbers]
-        row_tokens = self.config.rows_of_a_batch(len(runs))
-        for batch, (runner, stream) in enumerate(runs):
+        rows: list[dict[int, Tensor]] = [{} for _ in numbers]
+        row_tokens = self.config.rows_of_a_batch(round(total(len(runs))[0]))
+        for batch, runner, stream in runs:
             states, index, weights = self._routing(runner, stream)
             for place, number in enumerate(numbers):
                 token, weight = routed(index, weights, number)
@@ -106,8 +108,12 @@ class ExpertNarrowing:
                     raise CalibrationError(f"expert {number} of {self.name} has NaN or infinite activations")
                 written = activations.to(dtype) @ self.writes[number].to(dtype)
                 sums[place].update(activations, written, weight.double().square(), held=is_held_out(batch))
-                rows[place].append(some_rows(activations * weight[:, None].to(activations), row_tokens))
-        return [UnitStatistics(one.fitted, one.held, torch.cat(part)) for one, part in zip(sums, rows, strict=True)]
+                own = some_rows(activations * weight[:, None].to(activations), row_tokens)
+                rows[place][batch] = own if self.config.clusters else own[:, :0]
+        for one in sums:
+            one.reduce()
+        seen = [torch.cat(gathered(part)) for part in rows]
+        return [UnitStatistics(one.fitted, one.held, part) for one, part in zip(sums, seen, strict=True)]
 
     def _routing(self, runner: BlockRunner, stream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the experts are given in a run of the block, of real tokens: states, chosen experts, weights."""

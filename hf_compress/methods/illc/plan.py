@@ -14,6 +14,7 @@ from hf_compress.anatomy.anatomy import Anatomy, Block
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.capture import inference
+from hf_compress.calibration.processes import any_of, total
 from hf_compress.calibration.sweep import StreamPair, start_pairs
 from hf_compress.errors import CalibrationError, UnsupportedModelError
 from hf_compress.evaluation.faithfulness import similarity
@@ -61,7 +62,7 @@ def plan_narrower(config: ILLCConfig, context: CalibrationContext) -> Plan:
                 partial(REDUCTIONS.resolve(config.reduction_name), config),
                 Compensation(config.compensation_name, config.target, config.iterative, config.bias),
                 weights,
-                config.rows_of_a_batch(len(pairs)),
+                config.rows_of_a_batch(round(total(len(pairs))[0])) if config.clusters else 1,
                 lambda index, *asked: ExpertNarrowing(config, Block(context.model, stack, index)).plan(*asked),
             )
             with context.drafts() as drafts:
@@ -125,6 +126,6 @@ def _similarities(config: ILLCConfig, pairs: list[StreamPair]) -> list[Tensor] |
         if samples is None or samples.ndim != 2:
             raise ValueError("example= is for models that read vectors as input_values, such as DenseForClassification")
         weights.append(similarity(samples.float(), example, config.kernel_width))
-    if not any(bool((part > 0).any()) for part in weights):
+    if not any_of(any(bool((part > 0).any()) for part in weights)):
         raise CalibrationError("no calibration sample is near the example: give a larger kernel_width")
     return weights

@@ -7,7 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from hf_compress.calibration.processes import from_one
 from hf_compress.errors import CalibrationError
+from hf_compress.methods.base.ridge import Together
 from hf_compress.methods.base.units import Reduction, Units, UnitStatistics, best
 from hf_compress.methods.illc.config import ILLCConfig
 from hf_compress.numerics.clustering import cluster
@@ -24,14 +26,15 @@ REDUCTIONS: Registry[Callable[[ILLCConfig, Units, UnitStatistics, int], Reductio
 @REDUCTIONS.register("elimination")
 def _elimination(config: ILLCConfig, units: Units, statistics: UnitStatistics, count: int) -> Reduction:
     """One unit after another goes, each time the one that the rest can stand in for best."""
-    return Reduction(kept=eliminate(statistics, count, units.biased or config.bias, units.size))
+    own = Together.share(statistics)
+    return Reduction(kept=eliminate(own, count, units.biased or config.bias, units.size, Together()))
 
 
 @REDUCTIONS.register("average")
 def _average(config: ILLCConfig, units: Units, statistics: UnitStatistics, count: int) -> Reduction:
     """Clusters of units with like activations become one unit, which reads their mean: the paper's."""
     _check_rows(units, statistics.rows, count)
-    return Reduction(labels=cluster(statistics.rows.T, count, config.clustering, config.seed))
+    return Reduction(labels=from_one(lambda: cluster(statistics.rows.T, count, config.clustering, config.seed)))
 
 
 @REDUCTIONS.register("representative")
@@ -39,7 +42,7 @@ def _representative(config: ILLCConfig, units: Units, statistics: UnitStatistics
     """Clusters of units by what they contribute; each is stood for by the member that contributes most."""
     _check_rows(units, statistics.rows, count)
     shares = (statistics.rows - statistics.rows.mean(dim=0)) * units.writes.norm(dim=1).cpu()
-    labels = cluster(shares.T, count, config.clustering, config.seed)
+    labels = from_one(lambda: cluster(shares.T, count, config.clustering, config.seed))
     order = shares.var(dim=0).argsort()
     order = order[labels[order].argsort(stable=True)]  # by cluster, the largest of each the last
     return Reduction(labels, order[torch.bincount(labels).cumsum(0) - 1])

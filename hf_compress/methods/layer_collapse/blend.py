@@ -13,6 +13,7 @@ from hf_compress.anatomy.parts import FFN, linear_map
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.capture import inference, stream_tokens, watch_module
 from hf_compress.calibration.data import Calibration
+from hf_compress.calibration.processes import summed_by_name
 from hf_compress.calibration.sweep import Sweep
 from hf_compress.errors import CalibrationError, UnsupportedModelError
 from hf_compress.modules.activation import Blend, BlendedActivation
@@ -51,12 +52,12 @@ def mean_gates(model: PreTrainedModel, stack: Stack, data: Calibration, blocks: 
     Raises:
         CalibrationError: no real token reaches an FFN, or its activation is NaN or infinite.
     """
-    sums: dict[int, Tensor] = {}
-    counts = dict.fromkeys(blocks, 0)
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, Tensor] = {}
     with inference(model):
         sweep = Sweep(model, stack, data)
         for index in sweep.blocks("reading gates", max(blocks) + 1):
-            if index not in counts:
+            if index not in blocks:
                 continue
             activation = stack.blocks[index].get_submodule(ffn_of(Block(model, stack, index)).activation or "")
             with watch_module(activation) as seen:
@@ -64,14 +65,17 @@ def mean_gates(model: PreTrainedModel, stack: Stack, data: Calibration, blocks: 
                     real = stream_tokens(stack, passed.batch, passed.before)
                     assert seen.gave is not None
                     gate = seen.gave.view(*real.shape, -1)[real].double().cpu()
-                    sums[index] = sums.get(index, torch.zeros(gate.shape[-1], dtype=torch.float64)) + gate.sum(0)
-                    counts[index] += len(gate)
-    means = {index: total / counts[index] for index, total in sums.items()}
+                    sums[str(index)] = sums.get(str(index), 0) + gate.sum(0)
+                    counts[str(index)] = counts.get(str(index), 0) + torch.tensor(len(gate))
+    summed_by_name(sums)
+    summed_by_name(counts)
+    means = {index: sums[str(index)] / counts[str(index)] for index in blocks}
     for index, mean in means.items():
         if not torch.isfinite(mean).all():
             raise CalibrationError(
-                f"the FFN of block {index} of {stack.path} has no finite mean activation over the {counts[index]} "
-                "calibration tokens that reach it: give longer texts, or load the model in float32 or bfloat16"
+                f"the FFN of block {index} of {stack.path} has no finite mean activation over the "
+                f"{int(counts[str(index)])} calibration tokens that reach it: give longer "
+                "texts, or load the model in float32 or bfloat16"
             )
     return means
 

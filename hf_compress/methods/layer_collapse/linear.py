@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from hf_compress.anatomy.anatomy import Block
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.capture import hooked, inference, stream_tokens
 from hf_compress.calibration.data import Calibration
+from hf_compress.calibration.processes import from_one, total
 from hf_compress.calibration.sweep import Passed, Sweep
 from hf_compress.errors import CalibrationError
 from hf_compress.methods.base.ridge import HELD_OUT, HeldOutSums, is_held_out
@@ -86,7 +88,8 @@ def fit_ffns(
             with sums.watching() as seen:
                 for passed in sweep.past(index):
                     sums.add(passed, seen, held_out=passed.number in held_out)
-            fits[index] = sums.solve(penalty, rank)
+            sums.reduce()
+            fits[index] = from_one(partial(sums.solve, penalty, rank))
     return fits
 
 
@@ -101,6 +104,7 @@ class _Sums:
         self.sums: HeldOutSums | None = None
         self.residual = True
         self.lengths: list[float] = []  # of the stream: the median of each batch, squared
+        self.length = 0.0  # their mean
 
     @contextmanager
     def watching(self) -> Iterator[dict[str, Tensor]]:
@@ -130,10 +134,18 @@ class _Sums:
                 "model in float32 or bfloat16, or look for the sample that causes it"
             )
         if self.sums is None:
-            self.sums = HeldOutSums.like(x, y, affine=True)
+            self.sums = HeldOutSums.like_first(x, y, affine=True)
         self.sums.update(x, y, held=held_out)
         if real.any():
             self.lengths.append(float(stream[real].float().square().sum(-1).median()))
+
+    def reduce(self) -> None:
+        """Make these the sums over the batches of all processes."""
+        self.sums = self.sums or HeldOutSums.like_first(None, None, affine=True)
+        self.sums.reduce()
+        length, count = total(sum(self.lengths), len(self.lengths))
+        self.length = length / max(1, count)
+        self.residual = from_one(lambda: self.residual)
 
     def solve(self, penalty: float, rank: int | None) -> LinearFit:
         """Fitted without the held-out batches to be judged by them, then with them."""
@@ -145,8 +157,7 @@ class _Sums:
         variance = held.energy_about(held.y_mean) / held.count
         # Of an output that does not vary, rounding is all that could be explained.
         r2 = 1.0 if variance <= _CONSTANT * energy else 1 - error / variance
-        length = sum(self.lengths) / len(self.lengths)
-        in_stream = error / max(length, 1e-300) if self.residual else 1 - r2
+        in_stream = error / max(self.length, 1e-300) if self.residual else 1 - r2
         return LinearFit(*_affine(self.sums.all, penalty, rank), r2, in_stream)
 
 

@@ -6,7 +6,6 @@ import logging
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
@@ -14,6 +13,7 @@ from transformers import PreTrainedModel
 from hf_compress.anatomy.anatomy import Anatomy, Block
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.capture import inference
+from hf_compress.calibration.processes import here, sharing, summed
 from hf_compress.errors import NotLinearError
 from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.base.schedule import TrainingSchedule
@@ -128,9 +128,9 @@ class Blending(TrainingSchedule):
             return
         gradient = self.gradient / loss_scale
         self.gradient = torch.zeros_like(self.gradient)
-        if dist.is_available() and dist.is_initialized():  # as DDP does with those that are left in the model
-            dist.all_reduce(gradient)
-            gradient /= dist.get_world_size()
+        with sharing():  # as DDP does with those that are left in the model
+            summed([gradient])
+            gradient /= here()[1]
         if torch.isfinite(gradient).all():  # in float16 a step may overflow; the Trainer leaves it out too
             self.alpha.grad = gradient.cpu()
             self.optimizer.step()

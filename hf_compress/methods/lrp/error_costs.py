@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hf_compress.anatomy.parts import linear_map
 from hf_compress.anatomy.stacks import Stack
+from hf_compress.calibration.processes import spread
 from hf_compress.calibration.sweep import StreamPair, advance, start_pairs, turns
 from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.lrp.config import LRPConfig
@@ -127,8 +128,10 @@ def _unexplained_of(
     parts = list(in_parts(linears))
     for own in parts:
         grams = grams_of(stack, index, own, pairs, onwards=own is parts[-1])
-        for paths in sharing(grams):
-            found |= dict.fromkeys(paths, aside.put(Factor.of(grams[paths[0]]).unexplained))
+        together = sharing(grams)
+        factors = spread([grams[paths[0]] for paths in together], lambda gram: Factor.of(gram).unexplained)
+        for paths, left in zip(together, factors, strict=True):
+            found |= dict.fromkeys(paths, aside.put(left))
         del grams
     if not parts:
         advance(pairs, index)

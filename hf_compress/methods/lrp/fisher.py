@@ -26,7 +26,8 @@ from hf_compress.attribution.passes import set_gradient
 from hf_compress.calibration.capture import forward, hooked, inference, watch_encoded
 from hf_compress.calibration.data import Batch
 from hf_compress.calibration.descent import NOT_BY_BLOCKS, Descent
-from hf_compress.calibration.objective import drawn_gradient, first_tensor
+from hf_compress.calibration.objective import drawn_gradient, draws, first_tensor
+from hf_compress.calibration.processes import own, summed_by_name
 from hf_compress.calibration.routing import watch_routes
 from hf_compress.calibration.runner import BlockRunner
 from hf_compress.calibration.sweep import Streams
@@ -68,6 +69,13 @@ class Energies:
             getattr(found, name)[path] = int(tensor) if name == "rows" else tensor
         return found
 
+    def reduce(self) -> None:
+        """Make these the sums over the batches of all processes."""
+        rows = {path: torch.tensor(count) for path, count in self.rows.items()}
+        for table in (self.read, self.gradients, rows):
+            summed_by_name(table)
+        self.rows = {path: int(count) for path, count in rows.items()}
+
     def of_outputs(self, path: str) -> Tensor:
         """E g_i², (outputs)."""
         return self.gradients[path] / max(1, self.rows[path])
@@ -83,6 +91,8 @@ def energies(
 ) -> Energies:
     """Energies of inputs and of gradients of drawn outputs, in two forward passes and a backward pass a batch.
 
+    Over the batches of all processes.
+
     Args:
         aside: where they go; each as its block has been passed.
 
@@ -93,16 +103,17 @@ def energies(
     with inference(model), Undo() as undo:
         for parameter in model.parameters():
             set_gradient(parameter, False, undo)
+        found = Energies()
         try:
-            found, generator = Energies(), torch.Generator().manual_seed(seed)
-            _block_by_block(model, stack, batches, linears, generator, found, aside or Aside())
+            _block_by_block(model, stack, batches, linears, seed, found, aside or Aside())
         except torch.OutOfMemoryError:
             raise
         except NOT_BY_BLOCKS:
             if is_offloaded(model):
                 raise
-            found, generator = Energies(), torch.Generator().manual_seed(seed)
-            _at_once(model, stack, batches, linears, generator, found)
+            found = Energies()
+            _at_once(model, stack, batches, linears, seed, found)
+    found.reduce()
     blind = [path for path, sums in found.gradients.items() if not bool(sums.any())]
     if len(blind) == len(found.gradients):
         raise _no_gradients("they are all 0")
@@ -122,14 +133,14 @@ def _at_once(
     stack: Stack,
     batches: Sequence[Batch],
     linears: Mapping[str, nn.Module],
-    generator: torch.Generator,
+    seed: int,
     found: Energies,
 ) -> None:
     """In passes of the whole model."""
-    for batch in tqdm(batches, desc="drawing outputs", disable=None):
+    for number, batch in tqdm(own(batches), desc="drawing outputs", disable=None):
         with _watched(stack, batch, linears, found):
             output = forward(model, batch)
-            _backward(first_tensor(output), drawn_gradient(model, output, batch, generator))
+            _backward(first_tensor(output), drawn_gradient(model, output, batch, draws(seed, number)))
 
 
 def _block_by_block(
@@ -137,7 +148,7 @@ def _block_by_block(
     stack: Stack,
     batches: Sequence[Batch],
     linears: Mapping[str, nn.Module],
-    generator: torch.Generator,
+    seed: int,
     found: Energies,
     aside: Aside,
 ) -> None:
@@ -147,19 +158,21 @@ def _block_by_block(
     def drawn(runner: BlockRunner, stream: Tensor) -> Tensor:
         given = stream.detach().requires_grad_()
         output = runner.finish(given.clone())
+        generator = draws(seed, numbers[runner])
         _backward(first_tensor(output), drawn_gradient(model, output, runner.batch, generator))
         return torch.zeros_like(given) if given.grad is None else given.grad
 
     streams = Streams(model, stack, batches)
+    numbers = dict(zip(streams.runners, streams.numbers, strict=True))
     streams.keep()
     descent = Descent(streams, drawn, through_first=False)
     for index in descent.blocks("drawing outputs"):
-        own = linears_of(stack, index, linears)
-        for number, batch in enumerate(batches):
-            with _watched(stack, batch, own, found):
-                descent.take_past(index, number)
+        inner = linears_of(stack, index, linears)
+        for place, runner in enumerate(streams.runners):
+            with _watched(stack, runner.batch, inner, found):
+                descent.take_past(index, place)
         for table in (found.read, found.gradients):
-            table |= {path: aside.put(table[path]) for path in own if path in table}
+            table |= {path: aside.put(table[path]) for path in inner if path in table}
 
 
 @contextmanager

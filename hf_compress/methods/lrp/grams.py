@@ -9,10 +9,13 @@ from torch import Tensor, nn
 
 from hf_compress.anatomy.parts import linear_map
 from hf_compress.anatomy.stacks import Stack
+from hf_compress.calibration.processes import here, summed, told
 from hf_compress.calibration.sweep import StreamPair
 from hf_compress.methods.base.grams import few_at_once
 from hf_compress.methods.lrp.scores import watch_rows
 from hf_compress.numerics.moments import Moments
+
+_Sums = tuple[dict[str, Moments], dict[str, str]]  # and of each map, the first that is handed its tensor
 
 
 def in_parts(linears: Mapping[str, nn.Module]) -> Iterator[dict[str, nn.Module]]:
@@ -24,17 +27,20 @@ def in_parts(linears: Mapping[str, nn.Module]) -> Iterator[dict[str, nn.Module]]
 def grams_of(
     stack: Stack, index: int, linears: Mapping[str, nn.Module], pairs: list[StreamPair], onwards: bool = False
 ) -> dict[str, Tensor]:
-    """Σ x xᵀ over what each linear map of a block reads at real tokens, (inputs, inputs).
+    """Σ x xᵀ over what each linear map of a block reads at real tokens of all processes, (inputs, inputs).
 
     Maps that are always handed one tensor, such as queries, keys and values, have one: the same tensor here.
 
     Args:
         onwards: whether the compressed streams are to be past the block afterwards.
     """
-    try:
-        return _grams_of(stack, index, linears, pairs, onwards, _Shared())
-    except _ReadApart:
-        return _grams_of(stack, index, linears, pairs, onwards, None)
+    found = _agreed(_sums_of(stack, index, linears, pairs, onwards, shared=True))
+    if found is None:
+        found = _agreed(_sums_of(stack, index, linears, pairs, onwards, shared=False))
+    assert found is not None, "apart, there is nothing to agree on"
+    sums, first = found
+    grams = {path: moments.gram for path, moments in sums.items()}
+    return {path: grams[one] for path, one in first.items()}
 
 
 def sharing(grams: Mapping[str, Tensor]) -> list[list[str]]:
@@ -45,32 +51,48 @@ def sharing(grams: Mapping[str, Tensor]) -> list[list[str]]:
     return list(together.values())
 
 
-def _grams_of(
-    stack: Stack,
-    index: int,
-    linears: Mapping[str, nn.Module],
-    pairs: list[StreamPair],
-    onwards: bool,
-    shared: _Shared | None,
-) -> dict[str, Tensor]:
+def _sums_of(
+    stack: Stack, index: int, linears: Mapping[str, nn.Module], pairs: list[StreamPair], onwards: bool, shared: bool
+) -> _Sums | None:
+    """The sums of this process; None where maps that were to share their sums are handed different tensors."""
     sums: dict[str, Moments] = {}
     after: list[Tensor] = []
+    seen = _Shared()
 
     def add(path: str, rows: Tensor) -> None:
         dtype = torch.promote_types(rows.dtype, torch.float32)  # enough for systems damped by a hundredth
         sums.setdefault(path, Moments(rows.shape[1], rows.device, dtype)).add(rows)
 
-    for pair in pairs:
-        wanted = None if shared is None else shared.is_new
-        with watch_rows(stack, pair.runner.batch, linears, add, wanted):
-            output = pair.runner.run(index, pair.compressed)
-        if onwards:
-            after.append(output)
+    try:
+        for pair in pairs:
+            with watch_rows(stack, pair.runner.batch, linears, add, seen.is_new if shared else None):
+                output = pair.runner.run(index, pair.compressed)
+            if onwards:
+                after.append(output)
+        first = seen.checked() if shared else {path: path for path in sums}
+    except _ReadApart:
+        return None
     for pair, output in zip(pairs, after, strict=False):
         pair.compressed = output
-    first = {path: path for path in sums} if shared is None else shared.checked()
-    grams = {path: moments.gram for path, moments in sums.items()}
-    return {path: grams[one] for path, one in first.items()}
+    return sums, first
+
+
+def _agreed(found: _Sums | None) -> _Sums | None:
+    """The sums of all processes; None where maps share their sums in some and not in others."""
+    if here()[1] == 1:
+        return found
+    sums, first = found or ({}, {})
+    shapes = {path: (one.inputs, one.dtype, one.device.type) for path, one in sums.items()}
+    everywhere = told((found is not None, first, shapes))
+    for alike, other, known in everywhere:
+        if not alike or any(first.setdefault(path, one) != one for path, one in other.items()):
+            return None
+        for path, shape in known.items():
+            if path not in sums:
+                sums[path] = Moments(shape[0], shape[2], shape[1])
+    for path in sorted(sums):
+        sums[path].reduce(summed)
+    return sums, first
 
 
 class _ReadApart(Exception):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from hf_compress.anatomy.dispatch import computing_device
+from hf_compress.calibration.processes import from_one
 from hf_compress.methods.base.amounts import share_of
 from hf_compress.methods.lrp.config import LRPConfig
 from hf_compress.modules.sparse import pack_mask, unpack_mask
@@ -72,7 +74,7 @@ def kept_weights(
     if make is None:
         masks = _across(config, linears, found, share)
     else:
-        masks = ((path, make(path, values)) for path, values in found)
+        masks = ((path, from_one(partial(make, path, values))) for path, values in found)
     kept = Masks(aside)
     for path, mask in masks:
         if not bool(mask.any()):
@@ -114,7 +116,9 @@ def _across(
         compared[path] = aside.put(values.sum(dim=1, keepdim=True) if rows else values)
     parts = [compared.pop(path) for path in linears]
     total = sum(part.numel() for part in parts)
-    for path, mask in zip(linears, best_of_all(parts, share_of(total, share)), strict=True):
+    masks = best_of_all(parts, share_of(total, share))
+    for path in linears:
+        mask = from_one(partial(next, masks))
         yield path, mask.expand(shapes[path]).to(devices[path])
 
 

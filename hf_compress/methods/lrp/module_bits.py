@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from hf_compress.calibration.capture import forward, hooked
 from hf_compress.calibration.data import Batch
+from hf_compress.calibration.processes import from_one
 from hf_compress.methods.lrp.config import MODULE_BITS, LRPConfig
 from hf_compress.methods.lrp.linears import Weights
 from hf_compress.methods.lrp.precision import CostParts, all_errors, stored_bits
@@ -74,7 +75,7 @@ def bits_of_modules(
     counts = [sum(groups[path] for path in paths) for paths in items]
     sizes = [[count * stored_bits(config, bits) for bits in MODULE_BITS] for count in counts]
     found: dict[str, Tensor] = {}
-    for paths, choice in zip(items, spend_on_items(sums, sizes, budget), strict=True):
+    for paths, choice in zip(items, from_one(lambda: spend_on_items(sums, sizes, budget)), strict=True):
         for path in paths:
             outputs = weights.shape(path)[0]
             bits = torch.tensor(MODULE_BITS[choice], dtype=torch.uint8)

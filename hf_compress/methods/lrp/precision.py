@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from hf_compress.calibration.processes import from_one, spread
 from hf_compress.methods.lrp.config import LRPConfig
 from hf_compress.methods.lrp.linears import Weights
 from hf_compress.modules.packed import fill_rows, filled
@@ -61,7 +63,7 @@ def bits_of_groups(
         own = dict(zip(weights, errors.split(counts), strict=True))
         for path, values in all_errors(config, choices, weights, costs):
             own[path].copy_(values)
-        found = spend_bits(errors, list(choices), budget, aside)
+        found = from_one(lambda: spend_bits(errors, list(choices), budget, aside))
     parts = zip(shapes.items(), found.split(counts), strict=True)
     return {path: part.view(shape) for (path, shape), part in parts}
 
@@ -71,8 +73,12 @@ def all_errors(
 ) -> Iterator[tuple[str, Tensor]]:
     """`errors_of_groups` of linear maps, with their paths, one map at a time."""
     for paths, cost in costs:
-        for path in paths:
-            yield path, errors_of_groups(config, choices, weights[path], cost(path))
+        own = list(paths)
+        yield from zip(own, spread(own, partial(_errors_of, config, choices, weights, cost)), strict=True)
+
+
+def _errors_of(config: LRPConfig, choices: tuple[int, ...], weights: Weights, cost: ErrorCosts, path: str) -> Tensor:
+    return errors_of_groups(config, choices, weights[path], cost(path))
 
 
 def _groups_in(config: LRPConfig, outputs: int, inputs: int) -> tuple[int, int]:

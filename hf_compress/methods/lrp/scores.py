@@ -26,6 +26,7 @@ from hf_compress.calibration.capture import (
 from hf_compress.calibration.data import Batch
 from hf_compress.calibration.descent import NOT_BY_BLOCKS
 from hf_compress.calibration.objective import speaks
+from hf_compress.calibration.processes import summed_by_name
 from hf_compress.calibration.routing import Route, watch_routes
 from hf_compress.calibration.sweep import Sweep, turns
 from hf_compress.methods.base.context import CalibrationContext
@@ -170,11 +171,11 @@ def input_norms(
     Source: M. Sun et al., "Wanda" (arXiv 2306.11695), equation (1), but for the number of tokens.
     """
     sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
+    counts: dict[str, Tensor] = {}
 
     def add(path: str, rows: Tensor) -> None:
         sums[path] = sums.get(path, 0) + rows.float().square().sum(dim=0)
-        counts[path] = counts.get(path, 0) + len(rows)
+        counts[path] = counts.get(path, 0) + torch.tensor(len(rows))
 
     with inference(context.model):
         sweep = Sweep(context.model, stack, batches)
@@ -182,9 +183,11 @@ def input_norms(
             own = linears_of(stack, index, modules)
             for _ in sweep.past(index, partial(watch_rows, stack, modules=own, consume=add)):
                 pass
+    summed_by_name(sums)
+    summed_by_name(counts)
     device = computing_device(context.model)
     unread = {path: torch.zeros(len(linear_map(m)), device=device) for path, m in modules.items()}
-    return unread | {path: (total / max(1, counts[path])).sqrt() for path, total in sums.items()}
+    return unread | {path: (total / max(1, int(counts[path]))).sqrt() for path, total in sums.items()}
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hf_compress.anatomy.parts import linear_map
 from hf_compress.anatomy.stacks import Stack
+from hf_compress.calibration.processes import from_one, spread
 from hf_compress.calibration.sweep import StreamPair, advance, start_pairs, turns
 from hf_compress.methods.base.context import CalibrationContext, Drafts
 from hf_compress.methods.lrp.config import BITS, MODULE_BITS, LRPConfig
@@ -86,11 +87,18 @@ def _solved(
     draft = Plan()
     for own in in_parts(linears_of(stack, index, linears)):
         grams = grams_of(stack, index, own, pairs)
-        for paths in [*sharing(grams), *([path] for path in own if path not in grams)]:
+        together = [*sharing(grams), *([path] for path in own if path not in grams)]
+
+        def solved(paths: list[str], grams: dict[str, Tensor] = grams) -> list[Plan]:
             known = _known(config, grams.get(paths[0]), bool(decisions.kept))
             for path in paths:
                 grams.pop(path, None)  # as large as nothing else here
-                draft += _draft(config, context, path, linears[path], known, decisions)
+            return [_draft(config, context, path, linears[path], known, decisions) for path in paths]
+
+        for paths, drafted in zip(together, spread(together, solved), strict=True):
+            for path, one in zip(paths, drafted, strict=True):
+                grams.pop(path, None)
+                draft += one
     return draft
 
 
@@ -131,7 +139,7 @@ def _split(
         for part in scores:
             for path in list(part.weights):
                 values = part.weights.pop(path)
-                halves.add(path, values > values.median())
+                halves.add(path, from_one(partial(_upper_half, values)))
     even = config.is_symmetric(config.split[0]) or config.split[0] > 8  # zeros are stored in a byte
     for index in turns(stack, range(len(stack)), "splitting", drafts.hold):
         draft = Plan()
@@ -145,6 +153,10 @@ def _split(
             draft += sparsify_linear(context.model, path, upper, None, bits, config.group_size, even, rest=True)
         drafts.add(draft)
     return {"split": list(config.split)}
+
+
+def _upper_half(values: Tensor) -> Tensor:
+    return values > values.median()
 
 
 def _known(config: LRPConfig, gram: Tensor | None, prunes: bool) -> Tensor | Factor | None:

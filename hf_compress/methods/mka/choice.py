@@ -7,7 +7,8 @@ its loss on other samples, and so are those that the last choice has touched.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -19,10 +20,11 @@ from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.data import Batch
 from hf_compress.calibration.losses import LossSweep
+from hf_compress.calibration.processes import here, spread
 from hf_compress.calibration.sensitivity import estimated_costs
 from hf_compress.methods.base.choice import VERIFIED, cheapest
 from hf_compress.methods.base.context import CalibrationContext, Drafts
-from hf_compress.methods.mka.writers import Writers
+from hf_compress.methods.mka.writers import Rows, Writers
 
 # Penalty of the local fits, which are many and on little data: of so many tokens.
 LOCAL_PENALTY = 0.1
@@ -45,6 +47,8 @@ class Chooser:
         self.scoring = LossSweep(context.model, stack, scoring) if scoring else self.fitting
         self.sweeps = list({id(sweep): sweep for sweep in (self.fitting, self.scoring)}.values())
         self.absorbed: list[int] = []
+        self._best_change: Tensor | None = None  # of the candidates that were tried last
+        self._ahead: dict[int, list[Tensor]] = {}
 
     def choose(self, count: int) -> tuple[list[int], list[dict[str, Any]]]:
         """The blocks to absorb, in rising order, and for every choice the losses of the candidates tried.
@@ -74,11 +78,15 @@ class Chooser:
         try:
             for number in tqdm(range(count), desc="choosing blocks to merge", disable=None):
                 attempt = partial(cheapest, candidates, estimates, self._losses_after_absorbing, touched, tried)
-                best, losses = journal.facts(f"choice {number}", attempt)
+                known = journal.has(name := f"choice {number}")
+                best, losses = journal.facts(name, attempt)
+                if known:
+                    ((self._best_change, _),) = self._after_absorbing([best])
                 history.append({"absorbed": best, "losses": {str(index): loss for index, loss in losses.items()}})
                 keeper = self._before(best)
                 with trial.hold(self.stack.blocks[keeper]):
-                    self._absorb(best, trial.undo)
+                    if self._best_change is not None:
+                        self._writers(best).apply(self._best_change, trial.undo)
                 self.absorbed = sorted([*self.absorbed, best])
                 candidates.remove(best)
                 touched = [keeper, *(index for index in candidates if self._before(index) == keeper)]
@@ -86,6 +94,7 @@ class Chooser:
                     sweep.go_on(keeper, self.absorbed)
         finally:
             trial.undo_all()
+            self._best_change = None
         return {"absorbed": self.absorbed, "history": history}
 
     def _estimates(self, candidates: Sequence[int]) -> dict[int, float]:
@@ -99,29 +108,66 @@ class Chooser:
     def _before(self, index: int) -> int:
         return max(i for i in range(index) if i not in self.absorbed)
 
-    def _absorb(self, index: int, undo: Undo) -> None:
-        """Have the block before `index`, which is in memory, absorb it by a local fit."""
-        writers = Writers(self.context.model, self.stack, self._before(index))
-        starts, targets = self.fitting.at(writers.index), self.fitting.at(index + 1)
-        change = writers.local_change(self.fitting.runners, starts, targets, LOCAL_PENALTY, LOCAL_TOKENS)
-        if change is not None:
-            writers.apply(change, undo)
+    def _writers(self, index: int) -> Writers:
+        """Of the block that absorbs block `index`."""
+        return Writers(self.context.model, self.stack, self._before(index))
 
-    def _after_absorbing(self, index: int) -> list[Tensor]:
-        """The streams behind a block once the one before it has absorbed it, for each batch to score."""
-        keeper = self._before(index)
-        with resident(self.stack.blocks[keeper]), Undo() as trial:
-            self._absorb(index, trial)
-            return self.scoring.run(keeper)
+    def _changes(self, candidates: Sequence[int]) -> Iterator[Tensor | None]:
+        """For each candidate, the local fit by which the block before it absorbs it; several processes fit at once."""
+        rank, rows = here()[0], list[Rows | None]()
+        sweep = self.fitting
+        for place, index in enumerate(candidates):
+            writers = self._writers(index)
+            starts, targets = sweep.at(writers.index), sweep.at(index + 1)
+            found = writers.local_rows(sweep.numbers, sweep.runners, starts, targets, place)
+            rows += [found] if place == rank else []
+
+        def change(index: int) -> Tensor | None:
+            return self._writers(index).local_change(rows.pop(), LOCAL_PENALTY, LOCAL_TOKENS)
+
+        return spread(candidates, change)
+
+    def _after_absorbing(self, candidates: Sequence[int]) -> list[tuple[Tensor | None, list[Tensor]]]:
+        """For each of as many candidates as there are processes, at most, the change, and the streams behind its block
+        once the one before it has absorbed it, one a batch to score."""
+        with ExitStack() as held:
+            for index in candidates:
+                held.enter_context(resident(self.stack.blocks[self._before(index)]))
+            found = []
+            for index, change in zip(candidates, self._changes(candidates), strict=True):
+                with Undo() as trial:
+                    if change is not None:
+                        self._writers(index).apply(change, trial)
+                    found.append((change, self.scoring.run(self._before(index))))
+            return found
 
     def _losses_after_absorbing(self, candidates: Sequence[int]) -> dict[int, float]:
         """Mean loss on the batches to score once the block before each candidate has absorbed it."""
-        return {index: self.scoring.loss_after(index, self._after_absorbing(index)) for index in candidates}
+        losses: dict[int, float] = {}
+        for turn in _turns(candidates):
+            for index, (change, streams) in zip(turn, self._after_absorbing(turn), strict=True):
+                loss = self.scoring.loss_after(index, streams)
+                if not losses or loss < min(losses.values()):
+                    self._best_change = change
+                losses[index] = loss
+        return losses
 
     def _errors(self, index: int) -> list[Tensor]:
-        """What is left behind a block of the difference that its absence makes, for each batch to score."""
-        pairs = zip(self._after_absorbing(index), self.scoring.at(index + 1), strict=True)
+        """What is left behind a block of the difference that its absence makes, for each batch to score.
+
+        Asked for from the last block to the first.
+        """
+        if index not in self._ahead:
+            turn = next(_turns(range(index, 0, -1)))
+            self._ahead = {one: streams for one, (_, streams) in zip(turn, self._after_absorbing(turn), strict=True)}
+        pairs = zip(self._ahead.pop(index), self.scoring.at(index + 1), strict=True)
         return [after - wanted for after, wanted in pairs]
+
+
+def _turns(candidates: Sequence[int]) -> Iterator[Sequence[int]]:
+    """As many at once as there are processes."""
+    world = here()[1]
+    return (candidates[start : start + world] for start in range(0, len(candidates), world))
 
 
 def _of_tokens(batches: Sequence[Batch], tokens: int) -> list[Batch]:

@@ -110,7 +110,7 @@ def _fit(
 
     def solved() -> Plan:
         streams, targets = [w.compressed for w in pairs], [w.original for w in pairs]
-        fit = writers.fit([w.runner for w in pairs], streams, targets)
+        fit = writers.fit([w.runner for w in pairs], streams, targets, numbers=[w.number for w in pairs])
         if fit is None:
             return Plan(notes={"error": 1.0, "penalty": None})
         return Plan((), {"change": fit.weight}, {"error": fit.error, "penalty": fit.penalty})

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.data import Calibration
+from hf_compress.calibration.processes import from_one
 from hf_compress.calibration.statistics import BlockStatistics, block_statistics
 from hf_compress.errors import CalibrationError
 from hf_compress.methods.mka.config import MKAConfig
@@ -22,7 +23,8 @@ def block_similarity(config: MKAConfig, model: PreTrainedModel, stack: Stack, ca
         CalibrationError: fewer samples than the embedding and the estimate need; activations that are not finite.
     """
     check_samples(config, calibration)
-    return similarity_of(config, block_statistics(model, stack, calibration, config.pooling))  # type: ignore[arg-type]
+    statistics = block_statistics(model, stack, calibration, config.pooling)  # type: ignore[arg-type]
+    return from_one(lambda: similarity_of(config, statistics))
 
 
 def similarity_of(config: MKAConfig, statistics: BlockStatistics) -> Tensor:

@@ -8,6 +8,7 @@ the model. To give `target` instead, with a and h as they are, the change of [W_
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from hf_compress.anatomy.parts import linear_map, linear_widths
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.capture import stream_tokens, watch_arguments
+from hf_compress.calibration.processes import from_one, gathered_at
 from hf_compress.calibration.runner import BlockRunner
 from hf_compress.methods.base.ridge import HeldOutSums, RidgeFit, is_held_out
 from hf_compress.methods.base.units import checked_multiplier
@@ -26,6 +28,8 @@ from hf_compress.numerics.row_ridge import solve_rows
 # Penalties tried, relative to the mean square of the inputs.
 PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 _FEW = 512  # tokens that tell the multiplier
+
+Rows = tuple[Tensor, Tensor]  # (tokens, inputs), and what they are to give, (tokens, width)
 
 
 class Writers:
@@ -89,40 +93,57 @@ class Writers:
             bias = self.biases[0]
             undo.write(bias, bias.detach().double() + change[-1].to(bias.device))
 
-    def local_change(
+    def local_rows(
         self,
+        numbers: Sequence[int],
         runners: Sequence[BlockRunner],
         streams: Sequence[Tensor],
         targets: Sequence[Tensor],
-        penalty: float,
-        tokens: int,
-    ) -> Tensor | None:
-        """The change with which the block turns `streams` into `targets`, solved from about so many of their tokens.
+        rank: int,
+    ) -> Rows | None:
+        """What `local_change` needs to know of all processes' batches, in one of them.
 
         Returns:
-            As the weight of `fit`, float32; None where the block is not of the kind.
+            None in the others, and where the block is not of the kind.
         """
-        found = list(self._rows(runners, streams, targets))
-        if not found:
+        found = dict(self._rows(numbers, runners, streams, targets))
+        features = gathered_at(rank, {number: rows for number, (rows, _) in found.items()})
+        missing = gathered_at(rank, {number: rows for number, (_, rows) in found.items()})
+        return (torch.cat(features), torch.cat(missing)) if features else None
+
+    def local_change(self, rows: Rows | None, penalty: float, tokens: int) -> Tensor | None:
+        """The change with which the block gives what it is to give, solved from about so many tokens.
+
+        Returns:
+            As the weight of `fit`, float32; None where there are no rows.
+        """
+        if rows is None:
             return None
-        features, missing = (torch.cat(rows) for rows in zip(*found, strict=True))
-        every = max(1, len(features) // tokens)
-        return solve_rows(features[::every], missing[::every], penalty, self.widths)
+        every = max(1, len(rows[0]) // tokens)
+        return solve_rows(rows[0][::every], rows[1][::every], penalty, self.widths)
 
     def _rows(
-        self, runners: Sequence[BlockRunner], streams: Sequence[Tensor], targets: Sequence[Tensor]
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+        self,
+        numbers: Sequence[int],
+        runners: Sequence[BlockRunner],
+        streams: Sequence[Tensor],
+        targets: Sequence[Tensor],
+    ) -> Iterator[tuple[int, Rows]]:
         """Of each batch, the projections' inputs at real tokens, and what they would have to write besides, over m.
 
-        Nothing where the block is not of the kind.
+        Nothing where the block is not of the kind. The first batch of all tells m.
         """
         multiplier: float | None = None
-        for runner, stream, target in zip(runners, streams, targets, strict=True):
+        for number, runner, stream, target in zip(numbers, runners, streams, targets, strict=True):
             output, features = self.features(runner, stream)
             real = stream_tokens(runner.stack, runner.batch, stream)
-            if multiplier is None and (multiplier := self.multiplier(stream, output, features, real)) is None:
-                return
-            yield features[real], (target - output)[real].float() / multiplier
+            if multiplier is None:
+                multiplier = from_one(partial(self.multiplier, stream, output, features, real))
+                if multiplier is None:
+                    return
+            yield number, (features[real], (target - output)[real].float() / multiplier)
+        if not numbers:
+            from_one(lambda: None)
 
     def fit(
         self,
@@ -130,17 +151,24 @@ class Writers:
         streams: Sequence[Tensor],
         targets: Sequence[Tensor],
         penalties: Sequence[float] = PENALTIES,
+        numbers: Sequence[int] | None = None,
     ) -> RidgeFit | None:
         """Solve for the change with which the block turns `streams` into `targets`, tensors of one batch each.
+
+        Of several processes each has its own batches, whose `numbers` among all it gives.
 
         Returns:
             The change, (inputs, width) with rows in the order of `features`, and what it leaves of the squared distance
             from the target on held-out tokens; None where it would not help there, or the block is not of the kind.
         """
-        dtype = torch.promote_types(targets[0].dtype, torch.float32)
-        sums = HeldOutSums.empty(self.inputs, targets[0].shape[-1], targets[0].device, dtype)
-        for number, (features, missing) in enumerate(self._rows(runners, streams, targets)):
+        weight = self.weight() if self.modules else torch.zeros(0, 1)
+        dtype = torch.promote_types((targets[0] if targets else weight).dtype, torch.float32)
+        width, device = (targets[0].shape[-1], targets[0].device) if targets else (weight.shape[-1], weight.device)
+        sums = HeldOutSums.empty(self.inputs, width, device, dtype)
+        numbers = range(len(runners)) if numbers is None else numbers
+        for number, (features, missing) in self._rows(numbers, runners, streams, targets):
             sums.update(features, missing, held=is_held_out(number))
+        sums.reduce()
         if sums.fitted.energy + sums.held.energy == 0:  # the target is what the block gives already, or is out of reach
             return None
         fit = sums.fit(penalties=penalties, parts=self.widths)
