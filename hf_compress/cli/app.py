@@ -10,11 +10,11 @@ from typer.core import TyperGroup
 from hf_compress import __version__
 from hf_compress.cli.output import errors
 from hf_compress.cli.words import in_its_words, unloadable
-from hf_compress.errors import HubError, one_line
+from hf_compress.errors import HubError, ProcessesError, one_line
 
 # What a wrong argument, a file, or a missing package leads to. Anything else is a bug, and shows where it comes from,
 # unless it comes from loading a model: then the model is.
-_EXPECTED = (ValueError, TypeError, OSError, ImportError, MemoryError, HubError)
+_EXPECTED = (ValueError, TypeError, OSError, ImportError, MemoryError, HubError, ProcessesError)
 _OURS = HubError.__module__
 _UsageError: Any = typer.BadParameter.__base__  # click's; late versions of typer bring one of their own
 

@@ -21,7 +21,7 @@ from hf_compress.cli.output import (
     quiet_libraries,
 )
 from hf_compress.cli.settings import config_from
-from hf_compress.cli.work import WorkFolder, compute_on
+from hf_compress.cli.work import WorkFolder, compute_on, with_others
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -85,9 +85,9 @@ def compress(  # noqa: PLR0913 (each of them is an option of the command)
     quiet_libraries()
     texts = load_texts(calibration, text_column, samples) if calibration else None
     out = console()
-    with work.opened() as folder:
-        compute = compute_on(device, max_memory, work.path)
-        given, tokenizer = _loaded(model, dtype, device, max_memory, folder, texts is not None, seed)
+    with with_others(device) as place, work.opened() as folder:
+        compute = compute_on(place, max_memory, work.path)
+        given, tokenizer = _loaded(model, dtype, place, max_memory, folder, texts is not None, seed)
         if dry_run:
             _tell(out, given, config, texts, tokenizer, options, compute)
             return

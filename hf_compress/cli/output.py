@@ -52,10 +52,11 @@ Device = Annotated[
 
 
 def console() -> Console:
-    """Standard output, for results; as wide as the tables need where it is no terminal."""
+    """Standard output, for results; as wide as the tables need where it is no terminal. One process speaks."""
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 160, highlight=False, emoji=False)
+    others = os.environ.get("RANK", "0") != "0"
+    return Console(width=None if sys.stdout.isatty() else 160, highlight=False, emoji=False, quiet=others)
 
 
 def errors() -> Console:

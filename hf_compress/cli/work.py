@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,33 @@ from hf_compress.cli.output import errors
 
 if TYPE_CHECKING:
     from hf_compress.calibration.compute import Compute
+
+
+def rank() -> int:
+    """The number of this process among those that torchrun has started."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return rank() == 0
+
+
+@contextmanager
+def with_others(device: str | None) -> Iterator[str | None]:
+    """Inside, this process works with the others that torchrun has started, on the device that this gives."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield device
+        return
+    import torch.distributed as dist
+    from accelerate import PartialState
+
+    state = PartialState(cpu=device == "cpu")
+    try:
+        yield device or str(state.device)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 @dataclass(frozen=True)
@@ -34,7 +62,7 @@ class WorkFolder:
             FileExistsError: an earlier run has left something there, and nobody said that this one goes on from it.
         """
         path = workdir or (None if output is None else output.with_name(f"{output.name}.partial"))
-        if path is not None and not resume and path.is_dir() and any(path.iterdir()):
+        if is_first() and path is not None and not resume and path.is_dir() and any(path.iterdir()):
             raise FileExistsError(
                 f"{path} has what an earlier run has finished: give --resume to go on from there, or delete it"
             )
@@ -48,7 +76,7 @@ class WorkFolder:
         """
         try:
             if self.path is not None:
-                yield self.path / "offloaded"
+                yield self.path / "offloaded" / str(rank())
                 return
             with TemporaryDirectory(prefix="hf_compress-") as folder:
                 yield Path(folder)
@@ -64,7 +92,7 @@ class WorkFolder:
 
     def delete(self) -> None:
         """Delete it; what was kept is in the model that was saved."""
-        if self.path is not None:
+        if self.path is not None and is_first():
             shutil.rmtree(self.path, ignore_errors=True)
 
 

@@ -152,6 +152,20 @@ def test_a_reachable_target_is_reached(model_type):
     assert before.difference(model) is None
 
 
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_fewer_tokens_than_inputs_give_the_same_by_rows_as_by_sums(model_type, monkeypatch):
+    model = tiny_model(model_type)
+    stack, runners, starts, targets = fitting_of(model, samples=12, length=5, batch_size=2)
+    writers = Writers(model, stack, 1)
+    by_rows = writers.fit(runners, starts, targets)
+    assert writers._tokens(runners, starts) < writers.inputs
+    monkeypatch.setattr(Writers, "_tokens", lambda *_: 10**9)
+    by_sums = writers.fit(runners, starts, targets)
+    assert by_rows.penalty == by_sums.penalty
+    assert by_rows.error == pytest.approx(by_sums.error, rel=1e-3)
+    torch.testing.assert_close(by_rows.weight, by_sums.weight, rtol=1e-2, atol=1e-4)
+
+
 def test_masked_tokens_have_no_say():
     model = tiny_model("llama")
     stack, runners, starts, targets = fitting_of(model)

@@ -26,6 +26,7 @@ from hf_compress.attribution.passes import set_gradient
 from hf_compress.calibration.capture import forward, hooked, inference, watch_encoded
 from hf_compress.calibration.data import Batch
 from hf_compress.calibration.descent import NOT_BY_BLOCKS, Descent
+from hf_compress.calibration.memory import working_memory
 from hf_compress.calibration.objective import drawn_gradient, draws, first_tensor
 from hf_compress.calibration.processes import own, summed_by_name
 from hf_compress.calibration.routing import watch_routes
@@ -105,7 +106,7 @@ def energies(
             set_gradient(parameter, False, undo)
         found = Energies()
         try:
-            _block_by_block(model, stack, batches, linears, seed, found, aside or Aside())
+            _block_by_block(model, stack, batches, linears, seed, found, aside or Aside(working_memory().folder))
         except torch.OutOfMemoryError:
             raise
         except NOT_BY_BLOCKS:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_compress.anatomy.dispatch import computing_device
+from hf_compress.calibration.memory import working_memory
 from hf_compress.calibration.processes import from_one
 from hf_compress.methods.base.amounts import share_of
 from hf_compress.methods.lrp.config import LRPConfig
@@ -109,7 +110,7 @@ def _across(
     config: LRPConfig, linears: Mapping[str, nn.Module], scores: Iterable[tuple[str, Tensor]], share: float
 ) -> Iterator[tuple[str, Tensor]]:
     """The best share of all weights together; or of all outputs, by the sums of their scores."""
-    rows, aside = config.granularity == "row", Aside()
+    rows, aside = config.granularity == "row", Aside(working_memory().folder)
     compared, shapes, devices = {}, {}, {}
     for path, values in scores:
         shapes[path], devices[path] = values.shape, values.device

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from hf_compress.calibration.memory import working_memory
 from hf_compress.calibration.processes import from_one, spread
 from hf_compress.methods.lrp.config import LRPConfig
 from hf_compress.methods.lrp.linears import Weights
@@ -59,7 +60,7 @@ def bits_of_groups(
     if config.allocation == "uniform":
         found = spread_bits(sum(counts), choices, budget, aside)
     else:
-        errors = Aside().empty((sum(counts), len(choices)), torch.float32)
+        errors = Aside(working_memory().folder).empty((sum(counts), len(choices)), torch.float32)
         own = dict(zip(weights, errors.split(counts), strict=True))
         for path, values in all_errors(config, choices, weights, costs):
             own[path].copy_(values)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hf_compress.anatomy.parts import linear_map
 from hf_compress.anatomy.stacks import Stack
+from hf_compress.calibration.memory import working_memory
 from hf_compress.calibration.processes import from_one, spread
 from hf_compress.calibration.sweep import StreamPair, advance, start_pairs, turns
 from hf_compress.methods.base.context import CalibrationContext, Drafts
@@ -51,7 +52,7 @@ def plan_weights(
     linears = changeable_linears(context, stack)
     if config.split is not None:
         return _split(config, context, stack, linears, drafts)
-    aside, slopes = Aside(), dict[str, Tensor]()
+    aside, slopes = Aside(working_memory().folder), dict[str, Tensor]()
     kept: Mapping[str, Tensor] = {}
     with context.step("score weights"):
         if prunes:
@@ -123,7 +124,7 @@ def _scores(
     slopes: dict[str, Tensor],
 ) -> Generator[dict[str, Tensor]]:
     """Scores of weights, in parts; the slopes that they are made of, where bits are given by them, are put aside."""
-    aside = Aside()
+    aside = Aside(working_memory().folder)
     for part in scored(config, context, stack, linears, {}, config.score_name):
         slopes |= {path: aside.put(part.slopes.pop(path)) for path in list(part.slopes)}
         yield part.weights
@@ -134,7 +135,8 @@ def _split(
 ) -> dict[str, Any]:
     """The paper's mixed precision: of each layer's weights the half above the median in more bits, one by one."""
     assert config.split is not None
-    halves, scores = Masks(Aside()), scored(config, context, stack, linears, {}, config.score_name)
+    halves = Masks(Aside(working_memory().folder))
+    scores = scored(config, context, stack, linears, {}, config.score_name)
     with context.step("score weights"), closing(scores):
         for part in scores:
             for path in list(part.weights):

@@ -43,6 +43,7 @@ def work_of(config: MKAConfig, context: CalibrationContext) -> Work:
     one = solve(local, inputs) / 2 + factor(local) + solve(local, hidden)
     data = share_of_tokens(context, config.refit_tokens)
     kept = blocks - merges
-    fit = gram(inputs, data.tokens) + inputs * hidden * data.tokens
-    fit += _FITS * (factor(inputs) + solve(inputs, _MIXTURES)) + 2 * solve(inputs, hidden)
+    size = min(inputs, data.tokens)  # of the systems: the tokens' where those are fewer
+    fit = gram(size, max(inputs, data.tokens)) + inputs * hidden * data.tokens
+    fit += _FITS * (factor(size) + solve(size, _MIXTURES)) + 2 * solve(size, hidden)
     return Work(passes + 3 * data.of_all, fits * one + kept * fit, sweeps=3 + 2 * merges)

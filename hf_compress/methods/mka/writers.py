@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +20,9 @@ from hf_compress.anatomy.parts import linear_map, linear_widths
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.capture import stream_tokens, watch_arguments
-from hf_compress.calibration.processes import from_one, gathered_at
+from hf_compress.calibration.processes import from_one, gathered_at, told, total
 from hf_compress.calibration.runner import BlockRunner
+from hf_compress.methods.base.few_rows import HeldOutRows
 from hf_compress.methods.base.ridge import HeldOutSums, RidgeFit, is_held_out
 from hf_compress.methods.base.units import checked_multiplier
 from hf_compress.numerics.row_ridge import solve_rows
@@ -155,7 +157,8 @@ class Writers:
     ) -> RidgeFit | None:
         """Solve for the change with which the block turns `streams` into `targets`, tensors of one batch each.
 
-        Of several processes each has its own batches, whose `numbers` among all it gives.
+        Of several processes each has its own batches, whose `numbers` among all it gives. Where tokens are fewer than
+        inputs, they are kept in the place of sums.
 
         Returns:
             The change, (inputs, width) with rows in the order of `features`, and what it leaves of the squared distance
@@ -164,12 +167,35 @@ class Writers:
         weight = self.weight() if self.modules else torch.zeros(0, 1)
         dtype = torch.promote_types((targets[0] if targets else weight).dtype, torch.float32)
         width, device = (targets[0].shape[-1], targets[0].device) if targets else (weight.shape[-1], weight.device)
+        found = self._rows(range(len(runners)) if numbers is None else numbers, runners, streams, targets)
+        if self._tokens(runners, streams) < self.inputs:
+            fit = self._fit_few(found, penalties)
+            return fit if fit is not None and fit.error < 1 else None
         sums = HeldOutSums.empty(self.inputs, width, device, dtype)
-        numbers = range(len(runners)) if numbers is None else numbers
-        for number, (features, missing) in self._rows(numbers, runners, streams, targets):
+        for number, (features, missing) in found:
             sums.update(features, missing, held=is_held_out(number))
         sums.reduce()
         if sums.fitted.energy + sums.held.energy == 0:  # the target is what the block gives already, or is out of reach
             return None
         fit = sums.fit(penalties=penalties, parts=self.widths)
         return fit if fit.error < 1 else None
+
+    def _tokens(self, runners: Sequence[BlockRunner], streams: Sequence[Tensor]) -> int:
+        """How many tokens count, in the batches of all processes."""
+        real = (stream_tokens(one.stack, one.batch, stream) for one, stream in zip(runners, streams, strict=True))
+        (tokens,) = total(sum(int(mask.sum()) for mask in real))
+        return int(tokens)
+
+    def _fit_few(self, found: Iterator[tuple[int, Rows]], penalties: Sequence[float]) -> RidgeFit | None:
+        """The fit from all rows, by the first process; None where there is nothing to fit."""
+        own = dict(found)
+        numbers = sorted(chain.from_iterable(told(list(own))))
+        features, missing = (gathered_at(0, {number: rows[part] for number, rows in own.items()}) for part in (0, 1))
+
+        def solved() -> RidgeFit | None:
+            rows = HeldOutRows(self.widths)
+            for number, x, y in zip(numbers, features, missing, strict=True):
+                rows.update(x, y, held=is_held_out(number))
+            return rows.fit(penalties) if rows.energy else None
+
+        return from_one(solved)
