@@ -104,6 +104,8 @@ def capped(size: int) -> Iterator[Callable[[], None] | None]:
         limit = next(group / name for name in ("memory.limit_in_bytes", "memory.max") if (group / name).exists())
         limit.write_text(str(size))
     except (OSError, StopIteration):
+        if group is not None and group.is_dir():
+            group.rmdir()
         yield None
         return
     try:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate import cpu_offload
 from accelerate.hooks import AlignDevicesHook
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -58,6 +59,12 @@ class _Tensors:
         old = self._own.get((module, name))
         return old if old is not None and old.data_ptr() == value.data_ptr() and old.shape == value.shape else None
 
+    def like(self, module: nn.Module, name: str, value: Tensor) -> Tensor:
+        """What a module had by this name, if it was the same; else the value."""
+        old = self._own.get((module, name))
+        same = old is not None and old.shape == value.shape and old.dtype == value.dtype and torch.equal(old, value)
+        return old if same and old is not None else value
+
 
 def _all_tensors(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
     for table in (module._parameters, module._buffers):
@@ -77,7 +84,7 @@ def _bring_back(model: nn.Module, home: torch.device, before: _Tensors) -> None:
                 old = before.of(module, name, value)
                 table[name] = shared.setdefault(id(tensor), _like(tensor, value, home) if old is None else old)
             elif tensor.device != home:
-                table[name] = tensor.to(home)
+                table[name] = before.like(module, name, _like(tensor, tensor, home))
     for module in model.modules():
         _without_hook(module)
 
@@ -85,7 +92,7 @@ def _bring_back(model: nn.Module, home: torch.device, before: _Tensors) -> None:
 def _kept_value(hook: AlignDevicesHook, path: str, name: str) -> Tensor:
     try:
         value: Tensor = hook.weights_map[name]
-    except (KeyError, OSError) as error:
+    except (KeyError, OSError, SafetensorError) as error:
         raise OffloadError(f"{path}.{name} cannot be read again: {one_line(error)}") from error
     return value
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -11,16 +12,17 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.anatomy.adapters import check_no_adapters
-from hf_compress.anatomy.dispatch import check_readable, is_dispatched, retie
+from hf_compress.anatomy.dispatch import check_readable, is_dispatched, is_offloaded, retie
 from hf_compress.anatomy.residency import check_finite
 from hf_compress.api.identity import identity_of, known_in_memory, tensors_of
-from hf_compress.calibration.compute import Compute
+from hf_compress.calibration.compute import Compute, bytes_of
 from hf_compress.calibration.data import Calibration, DataOptions, prepare
-from hf_compress.calibration.processes import agree, here, sharing
+from hf_compress.calibration.processes import agree, by_one, from_one, here, sharing
+from hf_compress.calibration.workdir import check_room, worked_in
 from hf_compress.errors import CalibrationError, UnsupportedModelError
 from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.base.journal import Journal
-from hf_compress.methods.base.registry import plan_for
+from hf_compress.methods.base.registry import plan_for, work_for
 from hf_compress.methods.base.settings import CompressionConfig
 from hf_compress.modules.kernels import check_no_kernels
 from hf_compress.numerics.defaults import check_not_inference, torch_defaults
@@ -69,7 +71,7 @@ def compress(
     check_arguments(model, config)
     start = perf_counter()
     data = _prepare(calibration, model, tokenizer, options)
-    _check_alike(model, config, data)
+    _check_alike(model, config, data, compute)
     context = CalibrationContext(model, data, {"prepare calibration data": perf_counter() - start} if data else {})
     history, before = history_of(model), model_size(model)
     with _computing(compute or Compute(), config, context), Change(model) as change:
@@ -80,7 +82,7 @@ def compress(
         plan = _plan(config, context)
         with context.step("apply and check"):
             change.finish(plan, probe)
-        agree(compressed_model=lambda: known_in_memory(model))
+        agree(what_was_made=lambda: known_in_memory(model))
         context.seconds["apply and check"] += probing
     add_stage(model, stage_of(config, plan, context, before, model_size(model)), history)
     return model
@@ -99,7 +101,7 @@ def make_plan(
     """What `compress` would do to `model`, without doing it. Arguments and errors are those of `compress`."""
     check_arguments(model, config)
     data = _prepare(calibration, model, tokenizer, options)
-    _check_alike(model, config, data)
+    _check_alike(model, config, data, compute)
     context = CalibrationContext(model, data)
     with _computing(compute or Compute(), config, context):
         return _plan(config, context)
@@ -108,11 +110,24 @@ def make_plan(
 @contextmanager
 def _computing(compute: Compute, config: CompressionConfig, context: CalibrationContext) -> Iterator[None]:
     """Inside, work is done as `compute` says, and its results are kept where that says."""
-    if compute.folder is not None:
-        with context.step("look for an earlier run"):
-            context.journal = Journal(compute.folder, identity_of(context.model, config, context.data))
-    with compute.applied(context.model):
+    with ExitStack() as held:
+        if compute.folder is not None:
+            held.enter_context(by_one(worked_in)(compute.folder))
+            with context.step("look for an earlier run"):
+                identity = from_one(lambda: identity_of(context.model, config, context.data, compute.device))
+                context.journal = Journal(compute.folder, identity)
+                from_one(partial(check_room, compute.folder, disk_needed(config, context)))
+        held.enter_context(compute.applied(context.model))
         yield
+
+
+def disk_needed(config: CompressionConfig, context: CalibrationContext) -> int:
+    """Bytes of the results that a workdir keeps at most: of blocks that get new weights."""
+    work = work_for(config, context)
+    if work is not None and not work.rewrites:
+        return 0
+    blocks = sum(bytes_of(stack.blocks) for stack in context.anatomy.stacks)
+    return blocks * (2 if is_offloaded(context.model) else 1)  # what is finished, and what the model reads
 
 
 def _plan(config: CompressionConfig, context: CalibrationContext) -> Plan:
@@ -126,10 +141,13 @@ def _prepare(
     return None if data is None else prepare(data, model, tokenizer, options)
 
 
-def _check_alike(model: PreTrainedModel, config: CompressionConfig, data: Calibration | None) -> None:
+def _check_alike(
+    model: PreTrainedModel, config: CompressionConfig, data: Calibration | None, compute: Compute | None
+) -> None:
     """Raise where several processes are not to do the same, or have too few batches to share."""
     agree(
         settings=lambda: repr(config),
+        compute=lambda: repr(compute and (compute.max_memory, compute.workdir is None)),
         calibration_data=lambda: fingerprint(tensors_of(data)),
         model=lambda: known_in_memory(model),
     )

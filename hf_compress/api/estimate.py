@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_compress.anatomy.dispatch import computing_device, is_offloaded
 from hf_compress.anatomy.residency import resident
 from hf_compress.anatomy.stacks import Stack
-from hf_compress.api.compress import check_arguments
+from hf_compress.api.compress import check_arguments, disk_needed
 from hf_compress.calibration.capture import inference
 from hf_compress.calibration.compute import Compute, bytes_of, least_memory
 from hf_compress.calibration.data import Calibration, DataOptions, prepare
@@ -36,7 +36,8 @@ class Estimate:
         pass_seconds: of one of them.
         products: multiplications of the solvers.
         memory: bytes, at the peak: the model or what is read of it, streams, and what solving takes.
-        disk: bytes that a workdir takes at most, and that saving takes at most.
+        disk: bytes of what a workdir keeps of new weights, at most, and of the saved model, at most; not of streams and
+            what else lies in files for a while.
     """
 
     seconds: float | None
@@ -55,7 +56,7 @@ class Estimate:
                 f"{_time(self.pass_seconds)} each, and {self.products / 1e12:.2f} T multiplications to solve"
             )
         memory, workdir, saved = map(_size, (self.memory, *self.disk))
-        return f"{time}\nmemory: about {memory}\ndisk: at most {workdir} in the workdir, {saved} saved"
+        return f"{time}\nmemory: about {memory}\ndisk: at most {workdir} of new weights in the workdir, {saved} saved"
 
 
 @torch_defaults()
@@ -77,7 +78,7 @@ def estimate(
     data = None if calibration is None else prepare(calibration, model, tokenizer, options)
     context = CalibrationContext(model, data)
     stack = context.stack(getattr(config, "stack", None))
-    with compute.applied(model):
+    with replace(compute, workdir=None).applied(model):
         one_pass, reading, stream = (0.0, 0.0, 0) if data is None else _measured(model, stack, data)
         speed = _products_a_second(computing_device(model))
     work = work_for(config, context)
@@ -90,7 +91,7 @@ def estimate(
         one_pass,
         None if work is None else work.products,
         _memory(model, compute, _STREAMS * stream),
-        (bytes_of(stack.blocks) if work is None or work.rewrites else 0, bytes_of(model)),
+        (disk_needed(config, context), bytes_of(model)),
     )
 
 

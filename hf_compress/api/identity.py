@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -19,8 +21,17 @@ _UNSAID = ("_name_or_path", "architectures", "transformers_version")  # how it w
 _PACKAGES = ("torch", "transformers", "accelerate")
 
 
-def identity_of(model: PreTrainedModel, config: CompressionConfig, data: Calibration | None) -> dict[str, Any]:
-    """JSON values: a hash of the model's weights and its config, the settings, a hash of the data, versions."""
+def identity_of(
+    model: PreTrainedModel,
+    config: CompressionConfig,
+    data: Calibration | None,
+    device: str | torch.device | None = None,
+) -> dict[str, Any]:
+    """JSON values: a hash of the model's weights and its config, the settings, a hash of the data, versions.
+
+    Args:
+        device: where it is computed; where the model is when None.
+    """
     from hf_compress import __version__
 
     return {
@@ -28,7 +39,8 @@ def identity_of(model: PreTrainedModel, config: CompressionConfig, data: Calibra
         "config of the model": {name: value for name, value in model.config.to_dict().items() if name not in _UNSAID},
         "settings": config.to_dict(),
         "data": fingerprint(tensors_of(data)),
-        "device": computing_device(model).type,
+        "device": torch.device(device or computing_device(model)).type,
+        "processes": dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1,
         "versions": {"hf_compress": __version__} | {name: version(name) for name in _PACKAGES},
     }
 

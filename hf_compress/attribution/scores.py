@@ -9,7 +9,6 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from hf_compress.anatomy.parts import linear_map
@@ -24,7 +23,7 @@ from hf_compress.calibration.descent import Descent
 from hf_compress.calibration.processes import own, summed, summed_by_name, total
 from hf_compress.calibration.routing import Route, watch_routes
 from hf_compress.calibration.runner import BlockRunner
-from hf_compress.calibration.sweep import Streams
+from hf_compress.calibration.sweep import Streams, bar
 from hf_compress.errors import CalibrationError
 
 _CHUNK = 2**19  # weights whose sums are added to together
@@ -131,7 +130,7 @@ def relevance_sums(
     samples = 0
     with ExitStack() as stack:
         sources = None
-        for number, batch in tqdm(own(batches), desc="scoring by relevance", disable=None):
+        for number, batch in bar(own(batches), "scoring by relevance"):
             if sources is None:
                 if number == 0:
                     check_conserved(model, batch, composite)

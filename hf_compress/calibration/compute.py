@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from socket import gethostname
 
 import torch
 from accelerate.utils import convert_file_size_to_int
@@ -17,14 +14,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_compress.anatomy.anatomy import Anatomy
-from hf_compress.anatomy.dispatch import is_offloaded
+from hf_compress.anatomy.dispatch import computing_device, is_offloaded
 from hf_compress.anatomy.parts import is_linear, linear_widths
 from hf_compress.anatomy.placement import computed_on
 from hf_compress.anatomy.store import keep_changes_in
 from hf_compress.calibration.memory import WorkingMemory, working_within
-from hf_compress.errors import MemoryBudgetError, WorkdirError, one_line
+from hf_compress.calibration.workdir import CHANGED, STREAMS, own_name
+from hf_compress.errors import MemoryBudgetError
 
-_STREAMS, _CHANGED = "streams", "changed"  # folders in a workdir
 _SQUARES = 6  # float32 matrices as wide as a linear map's inputs, at most, that solving for it takes at once
 
 
@@ -35,9 +32,9 @@ class Compute:
     Attributes:
         device: where blocks run, such as "cuda", one at a time, while the model stays in the CPU's memory; where the
             model is when None.
-        max_memory: bytes, or a string such as "6GiB": what may be taken beside a model in memory, or of an offloaded
-            one with all that is read of it. Streams of calibration tokens beyond that lie in files. 4 GiB of streams
-            and 4 GiB of sums when None.
+        max_memory: bytes, or a string such as "6GiB": what each process may take beside a model in memory, or of an
+            offloaded one with all that is read of it. Streams of calibration tokens beyond that lie in files. When
+            None, 4 GiB of streams and 4 GiB of sums.
         workdir: a folder for what is finished, from which a run that was killed goes on when it is started again, and
             for streams; nothing is kept when None. Weights of an offloaded model that have changed lie there too, so
             it has to stay until the model is saved.
@@ -78,46 +75,28 @@ class Compute:
             MemoryBudgetError: that is too little.
             UnsupportedModelError: the model cannot be computed there.
         """
-        memory = self.memory_for(model)
-        if self.folder is not None:
-            self._make_folders(self.folder, model)
-        with working_within(memory):
-            if self.device is None or torch.device(self.device) == model.device:
-                yield
-                return
-            with computed_on(model, torch.device(self.device)):
-                yield
+        elsewhere = self._elsewhere(model)
+        with working_within(self.memory_for(model)), computed_on(model, elsewhere) if elsewhere else nullcontext():
+            if self.folder is not None:
+                (self.folder / STREAMS).mkdir(parents=True, exist_ok=True)
+                if is_offloaded(model):
+                    keep_changes_in(model, self.folder / CHANGED / own_name())
+            yield
 
-    def _make_folders(self, folder: Path, model: PreTrainedModel) -> None:
-        """Folders for streams and for changed weights, without what runs that were killed have left there."""
-        needed = sum(bytes_of(block) for stack in Anatomy(model).stacks for block in stack.blocks)
-        if is_offloaded(model):
-            needed *= 2  # what is finished is kept as well as what the model reads
-        own = f"{gethostname()}-{os.getpid()}"
-        try:
-            for name in (_STREAMS, _CHANGED):
-                (folder / name).mkdir(exist_ok=True)
-            for left in (folder / _CHANGED).iterdir():
-                if left.name != own and not _runs(left.name):
-                    shutil.rmtree(left)
-            there = sum(one.stat().st_size for one in folder.rglob("*") if one.is_file())
-            free = shutil.disk_usage(folder).free
-        except OSError as error:
-            raise WorkdirError(f"{folder} cannot be written ({one_line(error)}): give another workdir=") from error
-        if free + there < needed:
-            raise WorkdirError(
-                f"{folder} has {_gib(free)} left, and what is finished may take {_gib(needed)}: make room, or give "
-                "another workdir="
-            )
-        if is_offloaded(model):
-            keep_changes_in(model, folder / _CHANGED / own)
+    def _elsewhere(self, model: PreTrainedModel) -> torch.device | None:
+        """The device that is asked for, where a model is on another."""
+        if self.device is None:
+            return None
+        asked, own = torch.device(self.device), computing_device(model)
+        same = asked.type == own.type and (asked.type == "cpu" or asked.index in (None, own.index))
+        return None if same else asked
 
     def memory_for(self, model: PreTrainedModel) -> WorkingMemory:
         """What streams and sums may take, of what is left by that which has to be there at once."""
-        streams = None if self.folder is None else self.folder / _STREAMS
+        streams = None if self.folder is None else self.folder / STREAMS
         if self.budget is None:
             return WorkingMemory(folder=streams)
-        moves = is_offloaded(model) or self.device is not None
+        moves = is_offloaded(model) or self._elsewhere(model) is not None
         block, rest, squares = least_memory(model)
         least = squares + (block + rest if moves else 0)
         if self.budget < least:
@@ -147,20 +126,6 @@ def bytes_of(module: nn.Module) -> int:
 
 def _own_bytes(module: nn.Module) -> int:
     return sum(parameter.nbytes for parameter in module.parameters(recurse=False))
-
-
-def _runs(name: str) -> bool:
-    """Whether the process that a folder is named after is still there; so it is taken to be on another machine."""
-    host, _, number = name.rpartition("-")
-    if host != gethostname() or not number.isdecimal():
-        return True
-    try:
-        os.kill(int(number), 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # it is somebody else's
-        pass
-    return True
 
 
 def _gib(size: int) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -11,7 +10,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from hf_compress.errors import WorkdirError, one_line
 from hf_compress.numerics.aside import mapped
 
 _GIB = 2**30
@@ -24,7 +22,7 @@ class WorkingMemory:
 
     Attributes:
         streams: bytes of all streams in memory.
-        sums: bytes of the sums of one pass over the data, where it is the matter of how many passes there are.
+        sums: bytes of the sums that one pass over the data makes; more are made in further passes.
         folder: where the files go, which have no name as soon as they are made; the system's for temporary files when
             None.
     """
@@ -41,18 +39,8 @@ class WorkingMemory:
         """
         if stream.device.type != "cpu" or (number + 1) * _COPIES * stream.nbytes <= self.streams:
             return stream
-        stream.data = self._mapped(stream).copy_(stream)
+        stream.data = mapped(stream.nbytes, self.folder).view(stream.dtype).view(stream.shape).copy_(stream)
         return stream
-
-    def _mapped(self, like: Tensor) -> Tensor:
-        """A tensor in a file."""
-        try:
-            return mapped(like.nbytes, self.folder).view(like.dtype).view(like.shape)
-        except OSError as error:
-            raise WorkdirError(
-                f"{self.folder or tempfile.gettempdir()} has no room for a stream of {like.nbytes:,} bytes "
-                f"({one_line(error)}): make some, or give another folder (workdir=)"
-            ) from error
 
 
 _current: ContextVar[WorkingMemory] = ContextVar("working_memory")

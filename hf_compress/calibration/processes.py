@@ -13,7 +13,7 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial, wraps
 from typing import Any, ParamSpec, TypeVar
 from zlib import crc32
@@ -52,6 +52,8 @@ class _Group:
         self.whole = False
         try:
             yield
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             gone = f"process {1 - self.rank}" if self.world == 2 else "another process"
             raise ProcessesError(
@@ -202,7 +204,8 @@ def summed(tensors: Iterable[Tensor]) -> None:
     if _GROUP is None:
         return
     group, small = _GROUP, dict[tuple[torch.dtype, torch.device], list[Tensor]]()
-    group.meet("sums")
+    tensors = list(tensors)
+    group.meet(f"sums of {[(tuple(tensor.shape), tensor.dtype) for tensor in tensors]}")
     with group.exchange():
         for tensor in tensors:
             if tensor.numel() < _SMALL:
@@ -287,6 +290,22 @@ def by_first(function: Callable[P, T]) -> Callable[P, T]:
         return returned  # type: ignore[return-value]
 
     return run
+
+
+def by_one(held: Callable[P, AbstractContextManager[None]]) -> Callable[P, AbstractContextManager[None]]:
+    """Of several processes, have the first alone enter and leave a context; where it cannot, all of them fail."""
+
+    @contextmanager
+    def entered(*args: P.args, **kwargs: P.kwargs) -> Iterator[None]:
+        with ExitStack() as stack:
+
+            def enter() -> None:
+                stack.enter_context(held(*args, **kwargs))
+
+            from_one(enter)
+            yield
+
+    return entered
 
 
 def _tellable(error: Exception) -> Exception:

@@ -6,9 +6,10 @@ is kept, or two where the original model's and the compressed one's go up side b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -22,6 +23,13 @@ from hf_compress.calibration.processes import here, own
 from hf_compress.calibration.runner import BlockRunner, stopped_by_errors
 from hf_compress.numerics.aside import give_back
 
+_Item = TypeVar("_Item")
+
+
+def bar(items: Sequence[_Item], description: str) -> Iterable[_Item]:
+    """Items, with a bar that tells how far one has come, on a terminal; of several processes the first shows it."""
+    return tqdm(items, desc=description, disable=True if here()[0] else None)
+
 
 def turns(
     stack: Stack,
@@ -33,7 +41,7 @@ def turns(
 
     What was freed meanwhile goes back to the system: elsewhere its peak would grow with every block.
     """
-    for index in tqdm(list(blocks), desc=description, disable=True if here()[0] else None):  # one bar is enough
+    for index in bar(list(blocks), description):
         with hold(stack.blocks[index]):
             yield index
         give_back()
@@ -73,10 +81,8 @@ class Sweep:
             ...
     """
 
-    def __init__(
-        self, model: PreTrainedModel, stack: Stack, batches: Iterable[Batch], memory: WorkingMemory | None = None
-    ) -> None:
-        self.stack, self.memory = stack, memory or working_memory()
+    def __init__(self, model: PreTrainedModel, stack: Stack, batches: Iterable[Batch]) -> None:
+        self.stack, self.memory = stack, working_memory()
         mine = own(batches)
         self.numbers = [number for number, _ in mine]
         self.runners = [BlockRunner(model, stack, batch) for _, batch in mine]
@@ -163,17 +169,22 @@ class StreamPair:
     runner: BlockRunner
     original: Tensor
     compressed: Tensor
+    place: int = 0
     memory: WorkingMemory = field(default_factory=working_memory)
+
+    def keep(self, stream: Tensor) -> Tensor:
+        """A stream of the batch, in a file where it would take too much memory."""
+        return self.memory.keep(self.place, stream)
 
     def take_original(self, index: int) -> Tensor:
         """Take the original stream past a block; what it was before."""
         before = self.original
-        self.original = self.memory.keep(self.number, self.runner.run(index, before))
+        self.original = self.keep(self.runner.run(index, before))
         return before
 
     def take_compressed(self, index: int) -> None:
         """Take the compressed stream past a block."""
-        self.compressed = self.memory.keep(self.number, self.runner.run(index, self.compressed))
+        self.compressed = self.keep(self.runner.run(index, self.compressed))
 
     def take_both(self, index: int) -> None:
         """Take both past a block that is the same in both models."""
@@ -185,18 +196,16 @@ class StreamPair:
             self.take_compressed(index)
 
 
-def start_pairs(
-    model: PreTrainedModel, stack: Stack, calibration: Calibration, tokens: int, memory: WorkingMemory | None = None
-) -> list[StreamPair]:
+def start_pairs(model: PreTrainedModel, stack: Stack, calibration: Calibration, tokens: int) -> list[StreamPair]:
     """Before the first block, as many batches as hold about `tokens` tokens, spread over the data, at least four.
 
     Of several processes each has its own.
     """
-    memory, pairs = memory or working_memory(), []
-    for number, batch in own(calibration.about(tokens, calibration.tokens, least=4)):
+    memory, pairs = working_memory(), []
+    for place, (number, batch) in enumerate(own(calibration.about(tokens, calibration.tokens, least=4))):
         runner = BlockRunner(model, stack, batch)
-        stream = memory.keep(number, runner.start())
-        pairs.append(StreamPair(number, runner, stream, stream, memory))
+        stream = memory.keep(place, runner.start())
+        pairs.append(StreamPair(number, runner, stream, stream, place, memory))
     return pairs
 
 

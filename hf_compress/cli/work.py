@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -15,6 +15,9 @@ from hf_compress.cli.output import errors
 
 if TYPE_CHECKING:
     from hf_compress.calibration.compute import Compute
+
+
+_PATIENCE = timedelta(days=1)  # with a process that saves or solves while the others wait
 
 
 def rank() -> int:
@@ -36,7 +39,7 @@ def with_others(device: str | None) -> Iterator[str | None]:
     import torch.distributed as dist
     from accelerate import PartialState
 
-    state = PartialState(cpu=device == "cpu")
+    state = PartialState(cpu=device == "cpu", timeout=_PATIENCE)
     try:
         yield device or str(state.device)
     finally:
@@ -50,9 +53,11 @@ class WorkFolder:
 
     Attributes:
         path: None where nothing is kept.
+        new: whether there was nothing at that path.
     """
 
     path: Path | None
+    new: bool = False
 
     @staticmethod
     def of(output: Path | None, workdir: Path | None, resume: bool) -> WorkFolder:
@@ -62,11 +67,13 @@ class WorkFolder:
             FileExistsError: an earlier run has left something there, and nobody said that this one goes on from it.
         """
         path = workdir or (None if output is None else output.with_name(f"{output.name}.partial"))
+        if path is not None and output is not None and _inside(path, output):
+            raise ValueError(f"--workdir {path} and --output {output} lie one in the other: give separate folders")
         if is_first() and path is not None and not resume and path.is_dir() and any(path.iterdir()):
             raise FileExistsError(
                 f"{path} has what an earlier run has finished: give --resume to go on from there, or delete it"
             )
-        return WorkFolder(path)
+        return WorkFolder(path, new=path is not None and not path.exists())
 
     @contextmanager
     def opened(self) -> Iterator[Path]:
@@ -86,14 +93,22 @@ class WorkFolder:
                 errors().print(told, soft_wrap=True)
             raise
         except Exception:
-            if self.path is not None and not any((self.path / "results").glob("*")):
+            if self.new and self.path is not None and not any((self.path / "results").glob("*")):
                 self.delete()
             raise
 
     def delete(self) -> None:
-        """Delete it; what was kept is in the model that was saved."""
+        """Delete what was kept, which is in the model that was saved, and the folder if nothing else is in it."""
+        from hf_compress.calibration.workdir import empty
+
         if self.path is not None and is_first():
-            shutil.rmtree(self.path, ignore_errors=True)
+            empty(self.path)
+
+
+def _inside(first: Path, second: Path) -> bool:
+    """Whether one of two paths leads into the other, or both to the same."""
+    one, other = first.resolve(), second.resolve()
+    return one == other or one in other.parents or other in one.parents
 
 
 def compute_on(device: str | None, max_memory: str | None, workdir: Path | None) -> Compute:

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hf_compress.errors import WorkdirError, one_line
+
 _FIRST, _MOST = 2**20, 2**26  # bytes of a file
 _ALIGNMENT = 64
 _PRIVATE = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
@@ -41,10 +43,20 @@ def mapped(size: int, folder: Path | None = None) -> Tensor:
         folder: where the file is; the system's for temporary files when None. It has no name as soon as it is made.
 
     Raises:
-        OSError: the file cannot be made, or there is no room for it.
+        WorkdirError: the file cannot be made, or there is no room for it.
     """
     if sys.platform == "win32":  # deletes no file that is open
         return torch.empty(size, dtype=torch.uint8)
+    try:
+        return _mapped(size, folder)
+    except OSError as error:
+        raise WorkdirError(
+            f"{folder or tempfile.gettempdir()} has no room for {size:,} bytes ({one_line(error)}): make some, or give "
+            "another folder (workdir=)"
+        ) from error
+
+
+def _mapped(size: int, folder: Path | None) -> Tensor:
     handle, name = tempfile.mkstemp(prefix="hf_compress-", dir=folder)
     try:
         if hasattr(os, "posix_fallocate"):  # writing to what is mapped tells of no lack of room
@@ -71,7 +83,7 @@ class Aside:
         return self.empty(tensor.shape, tensor.dtype).copy_(tensor)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor in a file, of any values; OSError where there is no room for it."""
+        """A tensor in a file, of any values; WorkdirError where there is no room for it."""
         size = prod(shape) * dtype.itemsize
         taken = -(-max(size, 1) // _ALIGNMENT) * _ALIGNMENT
         if taken > len(self._room):

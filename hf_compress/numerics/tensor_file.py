@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -17,6 +17,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Any) -> None
     """Write tensors, and facts as JSON, to a file of this name in a folder that there is.
 
     It is on the disk, not only on its way there, before it has its name. What fails leaves nothing behind.
+
+    Raises:
+        OSError: there is no room, or it cannot be written for another reason.
     """
     partial = path.with_suffix(".partial")
     own: dict[str, Tensor] = {}
@@ -29,8 +32,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Any) -> None
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if isinstance(error, SafetensorError):  # which does not say that it is one of these
+            raise OSError(str(error)) from error
         raise
 
 

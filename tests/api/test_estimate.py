@@ -51,8 +51,15 @@ def test_the_model_is_left_alone(on_disk, tmp_path):
     assert dict(model.named_parameters()) == before
     assert told.seconds > told.pass_seconds > 0
     whole = sum(parameter.nbytes for parameter in tiny_model("llama").parameters())
-    assert told.disk == (sum(p.nbytes for p in tiny_model("llama").model.layers.parameters()), whole)
+    blocks = sum(parameter.nbytes for parameter in tiny_model("llama").model.layers.parameters())
+    assert told.disk == (2 * blocks if on_disk else blocks, whole)
     assert (told.memory < whole) == on_disk
+
+
+def test_a_workdir_is_not_touched(tmp_path):
+    compute = hfc.Compute(workdir=tmp_path / "work")
+    assert hfc.estimate(tiny_model("llama"), hfc.DropBlocksConfig(num_blocks=1), IDS, compute=compute).disk[0] == 0
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_more_blocks_tokens_and_width_take_more():
@@ -84,7 +91,7 @@ def test_times_and_sizes_are_readable():
     assert str(told).splitlines() == [
         "time: about 2.0 h, for 3.0 passes over the data of 30.0 s each, and 2.00 T multiplications to solve",
         "memory: about 5.0 GB",
-        "disk: at most 900 MB in the workdir, 16.0 GB saved",
+        "disk: at most 900 MB of new weights in the workdir, 16.0 GB saved",
     ]
 
 

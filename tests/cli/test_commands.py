@@ -102,7 +102,7 @@ def test_a_run_that_was_killed_goes_on_only_when_asked(model_folder, text_file, 
     assert result.exit_code == 130
     assert f"What is finished is kept in {left}: the same" in " ".join(result.stderr.split())
     assert "delete it" in refused(*command)
-    assert "settings was" in refused(*command, "--set", "seed=1", "--resume")
+    assert "settings: seed was 0 and is 1" in refused(*command, "--set", "seed=1", "--resume")
     solved = len(list((left / "results").iterdir()))
     with monkeypatch.context() as patched:
         patched.setattr("hf_compress.methods.base.narrowing.Narrowing._plan", interrupted)
@@ -112,6 +112,20 @@ def test_a_run_that_was_killed_goes_on_only_when_asked(model_folder, text_file, 
     assert (
         AutoModelForCausalLM.from_pretrained(output).config.intermediate_size < tiny_llama(6).config.intermediate_size
     )
+
+
+def test_what_is_none_of_a_run_s_is_never_deleted(model_folder, text_file, tmp_path):
+    """Neither what was in a workdir before, nor a model that is saved in one."""
+    (tmp_path / "thesis.txt").write_text("all of it")
+    command = ("compress", model_folder, *LAST, "--num", "1", "--calibration", text_file, "--workdir", tmp_path)
+    assert "lie one in the other" in refused(*command, "--output", tmp_path / "small")
+    assert "lie one in the other" in refused(*command[:-1], tmp_path / "out" / "work", "--output", tmp_path / "out")
+    assert "holds thesis.txt" in refused(*command, "--plan", "--resume")
+    assert "no such directory" in refused("compress", "./no model", *command[2:], "--plan", "--resume")
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+    (tmp_path / "work").mkdir()
+    done(*command[:-1], tmp_path / "work", "--output", tmp_path / "small")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["small", "thesis.txt"]
 
 
 def interrupted(*_, **__):

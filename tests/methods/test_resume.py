@@ -73,7 +73,7 @@ def test_a_model_on_the_disk_goes_on_too(name, tmp_path, monkeypatch):
     ("changed", "named"),
     [
         ({"ids": IDS + 1}, "data was"),
-        ({"settings": hfc.ILLCConfig(ratio=0.5)}, "settings was"),
+        ({"settings": hfc.ILLCConfig(ratio=0.25, seed=3)}, "settings: seed was 0 and is 3"),
         ({"model": lambda: tiny_model("llama", seed=1)}, "model was"),
     ],
 )

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, overload
 
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.anatomy.anatomy import Anatomy
@@ -18,6 +17,7 @@ from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.capture import StopForward, check_stream, forward, inference, stream_tokens, watch_blocks
 from hf_compress.calibration.data import Batch, Calibration, DataOptions, prepare
 from hf_compress.calibration.processes import here, sharing
+from hf_compress.calibration.sweep import bar
 from hf_compress.checks import check
 from hf_compress.errors import CalibrationError
 from hf_compress.methods.adaptive_compress.adaptive import Adaptive, Paper
@@ -148,7 +148,7 @@ def _train(
     """Go through the batches as often as each config asks for; a bottleneck that is done, or has stopped, sits out."""
     wanted = sorted({layer for mine in runs for layer, run in mine.items() if run.learner.trains})
     rounds = max(config.epochs for config in configs)
-    for done in tqdm(range(progress.done, rounds * len(batches)), desc="fitting", disable=None):
+    for done in bar(range(progress.done, rounds * len(batches)), "fitting"):
         epoch, number = divmod(done, len(batches))
         active = [
             (config, mine)

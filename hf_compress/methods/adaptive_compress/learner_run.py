@@ -44,6 +44,8 @@ class LearnerRun:
             return
         config = self.learner.config
         self.learner.module.to(rows.device)
+        for state in self.optimizer.state.values():  # of a run that goes on: it was read to the CPU
+            state |= {name: value.to(rows.device) for name, value in state.items() if name != "step"}
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed * 1_000_003 + step))
         parts = rows[order.to(rows.device)].tensor_split(config.updates)
         for part in parts:

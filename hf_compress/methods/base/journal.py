@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from hf_compress.calibration.processes import from_one
+from hf_compress.calibration.workdir import RESULTS, RUN, check_own
 from hf_compress.errors import WorkdirError, one_line
 from hf_compress.numerics.tensor_file import read_tensors, write_tensors
 from hf_compress.plan.plan import PLAN_VERSION, Plan
 from hf_compress.rewrite.edits import edits_from_list
-
-IDENTITY = "run.safetensors"  # what a run is known by, as facts of a file without tensors
-_RESULTS = "results"
-_OWN = (_RESULTS, "streams", "changed", "offloaded")  # folders that a run makes in its own
 
 Result = tuple[dict[str, Tensor], Any]  # tensors, and JSON values
 
@@ -73,7 +70,7 @@ class Journal:
 
     @staticmethod
     def _path(folder: Path, name: str) -> Path:
-        return folder / _RESULTS / f"{re.sub('[^0-9A-Za-z_.]+', '-', name)}.safetensors"
+        return folder / RESULTS / f"{re.sub('[^0-9A-Za-z_.]+', '-', name)}.safetensors"
 
     def _result(self, name: str, make: Callable[[], Result]) -> Result:
         if self.folder is None:
@@ -90,7 +87,7 @@ class Journal:
 def _write(path: Path, tensors: Mapping[str, Tensor], facts: Any) -> None:
     try:
         write_tensors(path, tensors, facts)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise WorkdirError(
             f"{path} cannot be written ({one_line(error)}): make room, and start the run again; it goes on from what "
             "is there"
@@ -107,23 +104,28 @@ def _read(path: Path) -> Result:
 
 def _open(folder: Path, identity: dict[str, Any]) -> None:
     """Make the folder of a run, or see that it is of this one."""
-    path = folder / IDENTITY
+    path = folder / RUN
+    check_own(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        (folder / RESULTS).mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            others = (one.name for one in folder.iterdir() if one.name not in _OWN and one.suffix != ".partial")
-            if left := min(others, default=""):
-                raise WorkdirError(f"{folder} holds {left}, and is no folder of a run: give an empty one, or a new")
             write_tensors(path, {}, identity)
-        (folder / _RESULTS).mkdir(exist_ok=True)
     except OSError as error:
         raise WorkdirError(f"{folder} cannot be written ({one_line(error)}): give another workdir=") from error
     _, before = _read(path)
-    if other := [name for name in {**before, **identity} if before.get(name) != identity.get(name)]:
-        told = "; ".join(f"{name} was {_short(before.get(name))} and is {_short(identity.get(name))}" for name in other)
-        raise WorkdirError(f"{folder} is of another run: {told}. Give another folder, or delete this one")
+    if told := list(_differences(before, identity)):
+        raise WorkdirError(f"{folder} is of another run: {'; '.join(told)}. Give another folder, or delete this one")
+
+
+def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
+    """What tells two runs apart, entry by entry."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in {**before, **now}:
+            yield from _differences(before.get(key), now.get(key), f"{name}: {key}" if name else key)
+    elif before != now:
+        yield f"{name} was {_short(before)} and is {_short(now)}"
 
 
 def _short(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 300 else f"{text[:300]}…"
+    return text if len(text) <= 100 else f"{text[:100]}…"

@@ -6,14 +6,13 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from tqdm import tqdm
-
 from hf_compress.anatomy.anatomy import Anatomy, Block
 from hf_compress.anatomy.parts import FFN, linear_widths
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.capture import inference
 from hf_compress.calibration.losses import LossSweep
+from hf_compress.calibration.sweep import bar
 from hf_compress.errors import UnsupportedModelError
 from hf_compress.methods.base.choice import cheapest
 from hf_compress.methods.base.context import CalibrationContext
@@ -41,7 +40,7 @@ def plan_closed_form(config: LayerCollapseConfig, context: CalibrationContext) -
     with inference(context.model), context.drafts() as drafts:
         some = context.calibration.some(config.choice_samples) if config.criterion == "loss" else []
         tried = LossSweep(context.model, stack, some)
-        for number in tqdm(range(count), desc="collapsing FFNs", disable=None):
+        for number in bar(range(count), "collapsing FFNs"):
             draft = context.journal.plan(f"collapse {number}", partial(_next, config, context, stack, left, tried))
             if not draft.edits:
                 break

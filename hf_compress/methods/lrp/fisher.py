@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from hf_compress.anatomy.dispatch import is_offloaded
@@ -31,8 +30,8 @@ from hf_compress.calibration.objective import drawn_gradient, draws, first_tenso
 from hf_compress.calibration.processes import own, summed_by_name
 from hf_compress.calibration.routing import watch_routes
 from hf_compress.calibration.runner import BlockRunner
-from hf_compress.calibration.sweep import Streams
-from hf_compress.errors import CalibrationError, UnsupportedModelError, one_line
+from hf_compress.calibration.sweep import Streams, bar
+from hf_compress.errors import CalibrationError, ProcessesError, UnsupportedModelError, one_line
 from hf_compress.methods.lrp.linears import linears_of
 from hf_compress.methods.lrp.scores import real_rows
 from hf_compress.numerics.aside import Aside
@@ -107,7 +106,7 @@ def energies(
         found = Energies()
         try:
             _block_by_block(model, stack, batches, linears, seed, found, aside or Aside(working_memory().folder))
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, ProcessesError):
             raise
         except NOT_BY_BLOCKS:
             if is_offloaded(model):
@@ -138,7 +137,7 @@ def _at_once(
     found: Energies,
 ) -> None:
     """In passes of the whole model."""
-    for number, batch in tqdm(own(batches), desc="drawing outputs", disable=None):
+    for number, batch in bar(own(batches), "drawing outputs"):
         with _watched(stack, batch, linears, found):
             output = forward(model, batch)
             _backward(first_tensor(output), drawn_gradient(model, output, batch, draws(seed, number)))

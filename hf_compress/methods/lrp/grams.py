@@ -68,7 +68,7 @@ def _sums_of(
             with watch_rows(stack, pair.runner.batch, linears, add, seen.is_new if shared else None):
                 output = pair.runner.run(index, pair.compressed)
             if onwards:
-                after.append(output)
+                after.append(pair.keep(output))
         first = seen.checked() if shared else {path: path for path in sums}
     except _ReadApart:
         return None

@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor
-from tqdm import tqdm
 
 from hf_compress.anatomy.residency import resident
 from hf_compress.anatomy.stacks import Stack
@@ -22,6 +21,7 @@ from hf_compress.calibration.data import Batch
 from hf_compress.calibration.losses import LossSweep
 from hf_compress.calibration.processes import here, spread
 from hf_compress.calibration.sensitivity import estimated_costs
+from hf_compress.calibration.sweep import bar
 from hf_compress.methods.base.choice import VERIFIED, cheapest
 from hf_compress.methods.base.context import CalibrationContext, Drafts
 from hf_compress.methods.mka.writers import Rows, Writers
@@ -76,7 +76,7 @@ class Chooser:
         touched: list[int] = []
         trial = Drafts(self.context.model, keeps_tensors=False)
         try:
-            for number in tqdm(range(count), desc="choosing blocks to merge", disable=None):
+            for number in bar(range(count), "choosing blocks to merge"):
                 attempt = partial(cheapest, candidates, estimates, self._losses_after_absorbing, touched, tried)
                 known = journal.has(name := f"choice {number}")
                 best, losses = journal.facts(name, attempt)

@@ -14,12 +14,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tqdm import tqdm
-
 from hf_compress.anatomy.residency import resident
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.capture import inference
-from hf_compress.calibration.sweep import StreamPair, start_pairs
+from hf_compress.calibration.sweep import StreamPair, bar, start_pairs
 from hf_compress.errors import CalibrationError
 from hf_compress.methods.base.context import CalibrationContext, Drafts
 from hf_compress.methods.mka.choice import Chooser
@@ -82,7 +80,7 @@ def _correct(
     kept = [index for index in range(len(stack)) if index not in absorbed]
     fits: list[dict[str, Any]] = []
     settled = True  # whether what follows need not be corrected: at first, because both models are one
-    for index, end in tqdm(list(zip(kept, [*kept[1:], len(stack)], strict=True)), desc="solving", disable=None):
+    for index, end in bar(list(zip(kept, [*kept[1:], len(stack)], strict=True)), "solving"):
         if settled and index > max(absorbed):
             break
         with drafts.hold(stack.blocks[index]):

@@ -45,12 +45,17 @@ def test_two_results_of_one_name_are_a_mistake(tmp_path):
 
 def test_another_run_is_refused_and_what_differs_is_named(tmp_path):
     Journal(tmp_path, RUN)
-    with pytest.raises(
-        WorkdirError, match=r'another run: settings was \{"ratio": 0.5\} and is \{"ratio": 0.25\}\. Give'
-    ):
+    with pytest.raises(WorkdirError, match=r"another run: settings: ratio was 0\.5 and is 0\.25\. Give"):
         Journal(tmp_path, RUN | {"settings": {"ratio": 0.25}})
     with pytest.raises(WorkdirError, match="more was null and is 1"):
         Journal(tmp_path, RUN | {"more": 1})
+
+
+def test_a_folder_with_results_of_nobody_known_is_refused(tmp_path):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "mine.csv").write_text("1")
+    with pytest.raises(WorkdirError, match="holds results"):
+        Journal(tmp_path, RUN)
 
 
 def test_folders_that_are_none_of_a_run_are_refused(tmp_path):
