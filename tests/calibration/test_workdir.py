@@ -17,7 +17,7 @@ def test_two_runs_do_not_work_in_one_folder(tmp_path):
 
 def test_what_killed_runs_have_left_goes_and_their_results_stay(tmp_path):
     left = ["results/it.partial", "results/.tmpAb12", ".tmpCd34", "run.partial", "streams/hf_compress-1"]
-    kept = ["results/it.safetensors", "notes.txt", f"changed/{own_name()}/1", "changed/far-1/1"]
+    kept = ["run.safetensors", "results/it.safetensors", "notes.txt", f"changed/{own_name()}/1", "changed/far-1/1"]
     gone = f"changed/{gethostname()}-999999999/1"
     for name in [*left, *kept, gone]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
