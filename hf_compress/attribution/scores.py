@@ -20,7 +20,7 @@ from hf_compress.attribution.watch import watch_inputs, watch_linears
 from hf_compress.calibration.capture import inference
 from hf_compress.calibration.data import Batch
 from hf_compress.calibration.descent import Descent
-from hf_compress.calibration.processes import own, summed, summed_by_name, total
+from hf_compress.calibration.processes import by_first, own, summed, summed_by_name, total
 from hf_compress.calibration.routing import Route, watch_routes
 from hf_compress.calibration.runner import BlockRunner
 from hf_compress.calibration.sweep import Streams, bar
@@ -166,8 +166,7 @@ def relevance_sums_by_blocks(
         return
     mine = own(batches)
     samples = sum(batch.samples for _, batch in mine)
-    if mine and mine[0][0] == 0:
-        check_conserved(model, batches[0], composite, stack)
+    by_first(check_conserved)(model, batches[0], composite, stack)  # all go on by blocks, or none
     with inference(model):
         streams = Streams(model, stack, batches)
         streams.keep()
