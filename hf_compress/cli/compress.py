@@ -21,7 +21,7 @@ from hf_compress.cli.output import (
     quiet_libraries,
 )
 from hf_compress.cli.settings import config_from
-from hf_compress.cli.work import WorkFolder, compute_on, with_others
+from hf_compress.cli.work import MaxMemory, Workdir, WorkFolder, compute_on, with_others
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,17 +48,8 @@ def compress(  # noqa: PLR0913 (each of them is an option of the command)
     text_column: TextColumn = None,
     dtype: Dtype = "auto",
     device: Device = None,
-    max_memory: Annotated[
-        str | None,
-        typer.Option(
-            help="Such as 6GiB: what may be taken on the device that computes. The model stays on the disk then, or, "
-            "with another device than cpu, in the CPU's memory; blocks come one by one.",
-            show_default=False,
-        ),
-    ] = None,
-    workdir: Annotated[
-        Path | None, typer.Option(help="Keeps what is finished until the end.", show_default="OUTPUT.partial")
-    ] = None,
+    max_memory: MaxMemory = None,
+    workdir: Workdir = None,
     resume: Annotated[bool, typer.Option(help="Go on from what a run that was killed has left there.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Say what it would take: time, memory, disk. Do nothing.")] = False,
     plan: Annotated[bool, typer.Option(help="Show the plan and the sizes; write nothing.")] = False,

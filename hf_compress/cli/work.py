@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from hf_compress.cli.output import errors
 
@@ -17,6 +19,17 @@ if TYPE_CHECKING:
     from hf_compress.calibration.compute import Compute
 
 
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        help="Such as 6GiB: what may be taken on the device that computes. The model stays on the disk then, or, with "
+        "another device than cpu, in the CPU's memory; blocks come one by one.",
+        show_default=False,
+    ),
+]
+Workdir = Annotated[
+    Path | None, typer.Option(help="Keeps what is finished until the end.", show_default="OUTPUT.partial")
+]
 _PATIENCE = timedelta(days=1)  # with a process that saves or solves while the others wait
 
 
