@@ -1,4 +1,10 @@
-"""Ridge regression on few rows of many features, by the rows' Gram matrix where that is the smaller one."""
+"""Ridge regression on few rows of many features, by the rows' Gram matrix where that is the smaller one.
+
+For T rows and p features, B = Xᵀ (X Xᵀ + λ)⁻¹ Y is what (Xᵀ X + λ)⁻¹ Xᵀ Y is, and takes T² p products in the place of
+T p².
+
+Source: C. Saunders, A. Gammerman and V. Vovk, "Ridge regression learning algorithm in dual variables", 1998.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +13,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hf_compress.numerics.symmetric import add_products, mirror
+
 
 @torch.no_grad()
 def solve_rows(x: Tensor, y: Tensor, penalty: float, parts: Sequence[int]) -> Tensor:
     """B that minimises ‖X B − Y‖² + penalty · T · ‖S B‖², where S are the root mean squares of parts of the features.
 
-    For T rows and p features, B = Xᵀ (X Xᵀ + λ)⁻¹ Y takes T² p products in the place of T p²; the smaller is taken.
-    Products are float32, and the system is solved in float64 where it has the size of the rows.
+    The smaller of the two systems is solved. Products are float32, and the system of the rows is solved in float64.
 
     Args:
         x: [T, p], any real dtype.
@@ -24,22 +31,35 @@ def solve_rows(x: Tensor, y: Tensor, penalty: float, parts: Sequence[int]) -> Te
 
     Returns:
         B [p, q] float32.
-
-    Source: C. Saunders, A. Gammerman and V. Vovk, "Ridge regression learning algorithm in dual variables", 1998.
     """
     rows, features = x.shape
-    x, y = x.float(), y.float()
-    scales = torch.cat(
-        [part.square().mean().sqrt().clamp(min=1e-6).expand(part.shape[1]) for part in x.split([*parts], 1)]
-    )
-    x = x / scales
-    ridge = penalty * rows
+    scales = scales_of(x, parts)
+    x, y = x.float() / scales, y.float()
     if rows < features:
-        system = (x @ x.T).double()
-        system.diagonal().add_(ridge)
-        solved = x.T @ torch.cholesky_solve(y.double(), torch.linalg.cholesky(system)).float()
+        solved = x.T @ solve_dual(gram_of(x.T), y, penalty)
     else:
-        system = x.T @ x
-        system.diagonal().add_(ridge)
+        system = gram_of(x)
+        system.diagonal().add_(penalty * rows)
         solved = torch.cholesky_solve(x.T @ y, torch.linalg.cholesky(system))
     return solved / scales[:, None]
+
+
+def scales_of(x: Tensor, parts: Sequence[int]) -> Tensor:
+    """S, [p] float32: for each feature of x [T, p], the root mean square of its part."""
+    means = (part.float().square().mean() for part in x.split([*parts], 1))
+    return torch.cat([mean.sqrt().clamp(min=1e-6).expand(width) for mean, width in zip(means, parts, strict=True)])
+
+
+def gram_of(x: Tensor) -> Tensor:
+    """Xᵀ X, [p, p], of x [T, p]: one half is computed."""
+    gram = x.new_zeros(x.shape[1], x.shape[1])
+    add_products(gram, x, x)
+    mirror(gram)
+    return gram
+
+
+def solve_dual(inner: Tensor, y: Tensor, penalty: float) -> Tensor:
+    """(X Xᵀ + penalty · T)⁻¹ Y, [T, q] float32, by X Xᵀ [T, T]; in float64, for that may be near singular."""
+    system = inner.double()
+    system.diagonal().add_(penalty * len(inner))
+    return torch.cholesky_solve(y.double(), torch.linalg.cholesky(system)).float()

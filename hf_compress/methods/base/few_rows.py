@@ -1,9 +1,4 @@
-"""Ridge regression from fewer tokens than there are inputs, by the tokens' Gram matrix: the same solutions for less.
-
-With rows X (T, inputs), B = Xᵀ (X Xᵀ + λ)⁻¹ Y is what (Xᵀ X + λ)⁻¹ Xᵀ Y is, and takes T² in the place of inputs².
-
-Source: C. Saunders, A. Gammerman and V. Vovk, "Ridge regression learning algorithm in dual variables", 1998.
-"""
+"""Ridge regression from fewer tokens than there are inputs: the same solutions, by the tokens (see `row_ridge`)."""
 
 from __future__ import annotations
 
@@ -14,8 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_compress.methods.base.ridge import CAUTIOUS, PENALTIES, RidgeFit, lowest
-
-_TINY = 1e-12
+from hf_compress.numerics.row_ridge import gram_of, scales_of, solve_dual, solve_rows
 
 
 @dataclass
@@ -38,62 +32,36 @@ class HeldOutRows:
     @property
     def energy(self) -> float:
         """Σ ‖y‖² over all batches."""
-        return sum(float(y.square().sum(dtype=torch.float64)) for part in self._y.values() for y in part)
+        return sum(_energy(y) for part in self._y.values() for y in part)
 
     def fit(self, penalties: Sequence[float] = PENALTIES) -> RidgeFit:
         """As `HeldOutSums.fit`, without a bias. ValueError where there are no rows at all."""
-        fitted, held = (_Rows.of(self._x[part], self._y[part], self.parts) for part in (False, True))
-        whole = [x for part in self._x.values() for x in part], [y for part in self._y.values() for y in part]
-        everything = _Rows.of(*whole, self.parts)
-        if everything is None:
-            raise ValueError("no rows were seen; add batches before fitting")
-        if fitted is None or held is None:
-            fitted, held, penalties = everything, everything, CAUTIOUS
-        penalty, error = _chosen(fitted, held, penalties)
-        weights = everything.solved(everything.products(everything), penalty)
-        weight = (everything.scaled().T @ weights).mul_(everything.scales[:, None])
-        return RidgeFit(weight, None, penalty, error)
-
-
-def _chosen(fitted: _Rows, held: _Rows, penalties: Sequence[float]) -> tuple[float, float]:
-    """The penalty that does best on the rows held out, and the share of ‖y‖² that is left there."""
-    inner, across = fitted.products(fitted), held.products(fitted)
-
-    def attempt(penalty: float) -> tuple[float, float]:
-        gap = across @ fitted.solved(inner, penalty) - held.y
-        error = float(gap.square().sum(dtype=torch.float64))
-        return error, error
-
-    penalty, error = lowest(attempt, penalties)
-    energy = float(held.y.square().sum(dtype=torch.float64))
-    return penalty, error / energy if energy else 0.0
-
-
-@dataclass
-class _Rows:
-    x: Tensor
-    y: Tensor
-    scales: Tensor  # that the inputs are multiplied by, so that all parts are alike in the mean square
-
-    @staticmethod
-    def of(x: Sequence[Tensor], y: Sequence[Tensor], parts: Sequence[int]) -> _Rows | None:
-        """None where there are none."""
+        x, y = ([one for part in rows.values() for one in part] for rows in (self._x, self._y))
         if not sum(map(len, x)):
-            return None
-        rows = torch.cat([*x])
-        means = [part.float().square().mean() for part in rows.split([*parts], dim=1)]
-        scales = [mean.clamp(min=_TINY).rsqrt().expand(width) for mean, width in zip(means, parts, strict=True)]
-        return _Rows(rows, torch.cat([*y]), torch.cat(scales))
+            raise ValueError("no rows were seen; add batches before fitting")
+        everything = torch.cat(x), torch.cat(y)
+        if all(sum(map(len, part)) for part in self._x.values()):
+            fitted, held = ((torch.cat(self._x[part]), torch.cat(self._y[part])) for part in (False, True))
+            penalty, error = self._chosen(fitted, held, penalties)
+        else:
+            penalty, error = self._chosen(everything, everything, CAUTIOUS)
+        return RidgeFit(solve_rows(*everything, penalty, self.parts), None, penalty, error)
 
-    def scaled(self, scales: Tensor | None = None) -> Tensor:
-        return self.x.float() * (self.scales if scales is None else scales)
+    def _chosen(
+        self, fitted: tuple[Tensor, Tensor], held: tuple[Tensor, Tensor], penalties: Sequence[float]
+    ) -> tuple[float, float]:
+        """The penalty that does best on the rows held out, and the share of ‖y‖² that is left there."""
+        scales = scales_of(fitted[0], self.parts)
+        x, target = fitted[0].float() / scales, held[1]
+        inner, across = gram_of(x.T), (held[0].float() / scales) @ x.T
 
-    def products(self, other: _Rows) -> Tensor:
-        """Of all rows with those of another, (rows, other's rows), in the other's scales."""
-        return self.scaled(other.scales) @ other.scaled().T
+        def attempt(penalty: float) -> tuple[float, float]:
+            error = _energy(across @ solve_dual(inner, fitted[1], penalty) - target)
+            return error, error
 
-    def solved(self, inner: Tensor, penalty: float) -> Tensor:
-        """(X Xᵀ + λ)⁻¹ Y, λ being the penalty times the number of rows; in float64, for it may be near singular."""
-        system = inner.double()
-        system.diagonal().add_(penalty * len(self.x))
-        return torch.cholesky_solve(self.y.double(), torch.linalg.cholesky(system)).float()
+        penalty, error = lowest(attempt, penalties)
+        return penalty, error / _energy(target) if target.any() else 0.0
+
+
+def _energy(y: Tensor) -> float:
+    return float(y.square().sum(dtype=torch.float64))
