@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from accelerate.hooks import AlignDevicesHook
 from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_compress.errors import OffloadError, UnsupportedModelError
+from hf_compress.errors import OffloadError, UnsupportedModelError, one_line
 
 _OF_HOOKS = ("_hf_hook", "_old_forward", "forward")  # what a hook leaves among a module's attributes
 
@@ -97,12 +98,19 @@ def place_at(model: nn.Module, path: str) -> Place:
     return place_of(model) or Place(computing_device(model))
 
 
-def own_tensors(module: nn.Module, buffers: bool = True) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
-    """A module's own parameters and, if asked, persistent buffers: the table that each is in, its name, and itself."""
-    for table in (module._parameters, module._buffers) if buffers else (module._parameters,):
+def all_tensors(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+    """A module's own parameters and buffers: the table that each is in, its name, and itself."""
+    for table in (module._parameters, module._buffers):
         for name, tensor in list(table.items()):
-            if tensor is not None and (table is module._parameters or name not in module._non_persistent_buffers_set):
+            if tensor is not None:
                 yield table, name, tensor
+
+
+def own_tensors(module: nn.Module, buffers: bool = True) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+    """Those of them that are stored: parameters and, if asked, persistent buffers."""
+    for table, name, tensor in all_tensors(module):
+        if table is module._parameters or (buffers and name not in module._non_persistent_buffers_set):
+            yield table, name, tensor
 
 
 def source(hook: AlignDevicesHook, name: str) -> tuple[str, Path | None]:
@@ -120,6 +128,23 @@ def source(hook: AlignDevicesHook, name: str) -> tuple[str, Path | None]:
     if name not in weights:
         raise KeyError(name)
     return name, None
+
+
+def read_value(hook: AlignDevicesHook, name: str) -> Tensor:
+    """What a hook reads for a tensor of its module, wherever it puts that; of a file it may be mapped.
+
+    Raises:
+        OffloadError: it is not there, or cannot be read.
+    """
+    full, file = name, None
+    try:
+        full, file = source(hook, name)
+        value: Tensor = hook.weights_map[name]
+    except KeyError as error:
+        raise OffloadError(f"{full} is offloaded, but not among the offloaded weights: load the model again") from error
+    except (OSError, SafetensorError) as error:
+        raise OffloadError(f"{full} cannot be read from {file}: {one_line(error)}") from error
+    return value
 
 
 def without_values(model: nn.Module) -> list[str]:

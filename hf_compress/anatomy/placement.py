@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from accelerate import cpu_offload
-from accelerate.hooks import AlignDevicesHook
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_compress.anatomy.dispatch import is_dispatched, loading_hook
-from hf_compress.errors import OffloadError, UnsupportedModelError, one_line
+from hf_compress.anatomy.dispatch import all_tensors, is_dispatched, loading_hook, read_value, without_hook
+from hf_compress.errors import UnsupportedModelError, one_line
 
 
 @contextmanager
@@ -52,10 +49,10 @@ class _Tensors:
     """The parameters and buffers that a model had in memory."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._own = {(module, name): tensor for module in model.modules() for _, name, tensor in _all_tensors(module)}
+        self._own = {(module, name): tensor for module in model.modules() for _, name, tensor in all_tensors(module)}
 
-    def of(self, module: nn.Module, name: str, value: Tensor) -> Tensor | None:
-        """What a module had by this name, if its values are still these."""
+    def in_place_of(self, module: nn.Module, name: str, value: Tensor) -> Tensor | None:
+        """What a module had by this name, if it is that memory still."""
         old = self._own.get((module, name))
         return old if old is not None and old.data_ptr() == value.data_ptr() and old.shape == value.shape else None
 
@@ -66,35 +63,20 @@ class _Tensors:
         return old if same and old is not None else value
 
 
-def _all_tensors(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
-    for table in (module._parameters, module._buffers):
-        for name, tensor in list(table.items()):
-            if tensor is not None:
-                yield table, name, tensor
-
-
 def _bring_back(model: nn.Module, home: torch.device, before: _Tensors) -> None:
     """Put every tensor into memory, and take the hooks off."""
     shared: dict[int, Tensor] = {}
-    for path, module in model.named_modules():
+    for module in model.modules():
         hook = loading_hook(module)
-        for table, name, tensor in _all_tensors(module):
+        for table, name, tensor in all_tensors(module):
             if tensor.is_meta and hook is not None:
-                value = _kept_value(hook, path, name)
-                old = before.of(module, name, value)
+                value = read_value(hook, name)
+                old = before.in_place_of(module, name, value)
                 table[name] = shared.setdefault(id(tensor), _like(tensor, value, home) if old is None else old)
             elif tensor.device != home:
                 table[name] = before.like(module, name, _like(tensor, tensor, home))
     for module in model.modules():
         _without_hook(module)
-
-
-def _kept_value(hook: AlignDevicesHook, path: str, name: str) -> Tensor:
-    try:
-        value: Tensor = hook.weights_map[name]
-    except (KeyError, OSError, SafetensorError) as error:
-        raise OffloadError(f"{path}.{name} cannot be read again: {one_line(error)}") from error
-    return value
 
 
 def _like(away: Tensor, value: Tensor, home: torch.device) -> Tensor:
@@ -105,10 +87,7 @@ def _like(away: Tensor, value: Tensor, home: torch.device) -> Tensor:
 
 def _without_hook(module: nn.Module) -> None:
     """Take accelerate's hook off and leave the tensors; its own function would read them all once more."""
-    own = vars(module)
-    if own.pop("_hf_hook", None) is None:
-        return
-    forward = own.pop("_old_forward", None)
-    own.pop("forward", None)
+    forward = vars(module).get("_old_forward")
+    without_hook(module)
     if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
-        own["forward"] = forward
+        vars(module)["forward"] = forward  # the module's own, and not its class's

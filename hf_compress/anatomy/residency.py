@@ -17,13 +17,20 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from accelerate.utils import PrefixedDataset
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from hf_compress.anatomy.dispatch import Place, aligning_hook, loading_hook, own_tensors, place_of, source
+from hf_compress.anatomy.dispatch import (
+    Place,
+    aligning_hook,
+    loading_hook,
+    own_tensors,
+    place_of,
+    read_value,
+    source,
+)
 from hf_compress.anatomy.store import inherit_store, store_of
 from hf_compress.anatomy.undo import Undo, writes
-from hf_compress.errors import OffloadError, one_line
+from hf_compress.errors import OffloadError
 from hf_compress.numerics.aside import in_own_pages
 from hf_compress.numerics.finite import all_finite
 
@@ -264,16 +271,9 @@ def _put_on(part: nn.Module, hook: AlignDevicesHook) -> None:
 
 def _read(hook: AlignDevicesHook, name: str, away: Tensor) -> Tensor:
     """The tensor that `away` stands for, in memory of its own: a file's is mapped, and seldom aligned."""
-    device = torch.device(hook.execution_device)
-    full, file = name, None
-    try:
-        full, file = source(hook, name)
-        value = hook.weights_map[name]
-    except KeyError as error:
-        raise OffloadError(f"{full} is offloaded, but not among the offloaded weights: load the model again") from error
-    except (OSError, SafetensorError) as error:
-        raise OffloadError(f"{full} cannot be read from {file}: {one_line(error)}") from error
+    device, value = torch.device(hook.execution_device), read_value(hook, name)
     if value.shape != away.shape:
+        full, file = source(hook, name)
         raise OffloadError(f"{full} is {tuple(value.shape)} in {file}, where {tuple(away.shape)} was expected")
     here = in_own_pages(value.to(device, away.dtype)) if device.type == "cpu" else value.to(device, away.dtype)
     return nn.Parameter(here, away.requires_grad) if isinstance(away, nn.Parameter) else here
