@@ -39,7 +39,7 @@ class MemoryBudgetError(ValueError):
     """What the work needs at least is more than it may take; the message says how much that is."""
 
 
-class ProcessesError(RuntimeError):
+class ProcessesError(Exception):
     """Processes that share work cannot go on: one has failed, has ended, or has another model, settings or data."""
 
 

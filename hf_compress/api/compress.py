@@ -24,6 +24,7 @@ from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.base.journal import Journal
 from hf_compress.methods.base.registry import plan_for, work_for
 from hf_compress.methods.base.settings import CompressionConfig
+from hf_compress.methods.base.work import Work
 from hf_compress.modules.kernels import check_no_kernels
 from hf_compress.numerics.defaults import check_not_inference, torch_defaults
 from hf_compress.numerics.fingerprint import fingerprint
@@ -82,7 +83,7 @@ def compress(
         plan = _plan(config, context)
         with context.step("apply and check"):
             change.finish(plan, probe)
-        agree(what_was_made=lambda: known_in_memory(model))
+        agree(compressed_model=lambda: known_in_memory(model))
         context.seconds["apply and check"] += probing
     add_stage(model, stage_of(config, plan, context, before, model_size(model)), history)
     return model
@@ -114,16 +115,17 @@ def _computing(compute: Compute, config: CompressionConfig, context: Calibration
         if compute.folder is not None:
             held.enter_context(by_one(worked_in)(compute.folder))
             with context.step("look for an earlier run"):
-                identity = from_one(lambda: identity_of(context.model, config, context.data, compute.device))
+                known_by = partial(identity_of, context.model, config, context.data, compute.device, here()[1])
+                identity = from_one(known_by)
                 context.journal = Journal(compute.folder, identity)
-                from_one(partial(check_room, compute.folder, disk_needed(config, context)))
+                needed = disk_needed(context, work_for(config, context))
+                from_one(partial(check_room, compute.folder, needed))
         held.enter_context(compute.applied(context.model))
         yield
 
 
-def disk_needed(config: CompressionConfig, context: CalibrationContext) -> int:
+def disk_needed(context: CalibrationContext, work: Work | None) -> int:
     """Bytes of the results that a workdir keeps at most: of blocks that get new weights."""
-    work = work_for(config, context)
     if work is not None and not work.rewrites:
         return 0
     blocks = sum(bytes_of(stack.blocks) for stack in context.anatomy.stacks)

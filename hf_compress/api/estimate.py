@@ -91,7 +91,7 @@ def estimate(
         one_pass,
         None if work is None else work.products,
         _memory(model, compute, _STREAMS * stream),
-        (disk_needed(config, context), bytes_of(model)),
+        (disk_needed(context, work), bytes_of(model)),
     )
 
 

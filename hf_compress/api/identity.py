@@ -7,7 +7,6 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -26,11 +25,13 @@ def identity_of(
     config: CompressionConfig,
     data: Calibration | None,
     device: str | torch.device | None = None,
+    processes: int = 1,
 ) -> dict[str, Any]:
     """JSON values: a hash of the model's weights and its config, the settings, a hash of the data, versions.
 
     Args:
         device: where it is computed; where the model is when None.
+        processes: how many share the work.
     """
     from hf_compress import __version__
 
@@ -40,7 +41,7 @@ def identity_of(
         "settings": config.to_dict(),
         "data": fingerprint(tensors_of(data)),
         "device": torch.device(device or computing_device(model)).type,
-        "processes": dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1,
+        "processes": processes,
         "versions": {"hf_compress": __version__} | {name: version(name) for name in _PACKAGES},
     }
 

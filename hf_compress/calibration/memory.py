@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from hf_compress.numerics.aside import mapped
+from hf_compress.numerics.aside import Aside, mapped
 
 _GIB = 2**30
 _COPIES = 3  # of a stream, at most: two that are kept, and the one that the model's forward began with
@@ -30,6 +30,10 @@ class WorkingMemory:
     streams: int = 4 * _GIB
     sums: int = 4 * _GIB
     folder: Path | None = None
+
+    def aside(self) -> Aside:
+        """For what is kept a while and is as much as weights: it lies where streams do."""
+        return Aside(self.folder)
 
     def keep(self, number: int, stream: Tensor) -> Tensor:
         """The same tensor, which lies in a file where streams like it of the batches up to `number` take too much.

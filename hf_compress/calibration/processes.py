@@ -189,7 +189,8 @@ def agree(**facts: Callable[[], str]) -> None:
             if other[name] != everything[0][name]:
                 raise ProcessesError(
                     f"process {rank} does not have the same {name.replace('_', ' ')} as process 0: call with the same "
-                    "model, settings and data in all, each with all of the data, in the same order"
+                    "model, settings and data in all, each with all of the data, in the same order, on machines that "
+                    "are alike"
                 )
 
 

@@ -73,6 +73,12 @@ class Passed:
     after: Tensor
 
 
+def _of_own(model: PreTrainedModel, stack: Stack, batches: Iterable[Batch]) -> tuple[list[int], list[BlockRunner]]:
+    """The batches that this process takes: their numbers among all, and what runs blocks on them."""
+    mine = own(batches)
+    return [number for number, _ in mine], [BlockRunner(model, stack, batch) for _, batch in mine]
+
+
 class Sweep:
     """Batches on their way up through a model as it is, each block seen once; of several processes each has its own.
 
@@ -83,9 +89,7 @@ class Sweep:
 
     def __init__(self, model: PreTrainedModel, stack: Stack, batches: Iterable[Batch]) -> None:
         self.stack, self.memory = stack, working_memory()
-        mine = own(batches)
-        self.numbers = [number for number, _ in mine]
-        self.runners = [BlockRunner(model, stack, batch) for _, batch in mine]
+        self.numbers, self.runners = _of_own(model, stack, batches)
         self._streams: list[Tensor] = []
         self._next = 0
 
@@ -125,9 +129,7 @@ class Streams:
 
     def __init__(self, model: PreTrainedModel, stack: Stack, batches: Iterable[Batch]) -> None:
         self.model, self.stack, self.memory = model, stack, replace(working_memory(), streams=0)
-        mine = own(batches)
-        self.numbers = [number for number, _ in mine]
-        self.runners = [BlockRunner(model, stack, batch) for _, batch in mine]
+        self.numbers, self.runners = _of_own(model, stack, batches)
         self.streams: list[dict[int, Tensor]] = []
         self.skipped: Collection[int] = ()
 

@@ -21,7 +21,7 @@ from hf_compress.cli.output import (
     quiet_libraries,
 )
 from hf_compress.cli.settings import config_from
-from hf_compress.cli.work import MaxMemory, Workdir, WorkFolder, compute_on, with_others
+from hf_compress.cli.work import MaxMemory, Workdir, WorkFolder, where, with_others
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -76,9 +76,9 @@ def compress(  # noqa: PLR0913 (each of them is an option of the command)
     quiet_libraries()
     texts = load_texts(calibration, text_column, samples) if calibration else None
     out = console()
-    with with_others(device) as place, work.opened() as folder:
-        compute = compute_on(place, max_memory, work.path)
-        given, tokenizer = _loaded(model, dtype, place, max_memory, folder, texts is not None, seed)
+    with with_others(device) as own, work.opened() as folder:
+        place, compute = where(own, max_memory, work.path)
+        given, tokenizer = _loaded(model, dtype, place, folder, texts is not None, seed)
         if dry_run:
             _tell(out, given, config, texts, tokenizer, options, compute)
             return
@@ -92,7 +92,7 @@ def compress(  # noqa: PLR0913 (each of them is an option of the command)
 
 
 def _loaded(
-    name: str, dtype: str, device: str | None, max_memory: str | None, folder: Path, texts: bool, seed: int
+    name: str, dtype: str, place: str | None, folder: Path, texts: bool, seed: int
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """The model, in memory or on the disk, and its tokenizer."""
     from accelerate.utils import set_seed  # Transformers' own comes with its Trainer, PEFT and bitsandbytes
@@ -100,7 +100,6 @@ def _loaded(
     from hf_compress.cli.loading import load_model, load_tokenizer
 
     set_seed(seed)
-    place = device if max_memory is None else "disk" if device in (None, "cpu") else "cpu"
     return load_model(name, dtype, place, folder), load_tokenizer(name, needed=texts)
 
 

@@ -51,12 +51,22 @@ Device = Annotated[
 ]
 
 
+def rank() -> int:
+    """The number of this process among those that torchrun has started."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return rank() == 0
+
+
 def console() -> Console:
     """Standard output, for results; as wide as the tables need where it is no terminal. One process speaks."""
     from rich.console import Console
 
-    others = os.environ.get("RANK", "0") != "0"
-    return Console(width=None if sys.stdout.isatty() else 160, highlight=False, emoji=False, quiet=others)
+    width = None if sys.stdout.isatty() else 160
+    return Console(width=width, highlight=False, emoji=False, quiet=not is_first())
 
 
 def errors() -> Console:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hf_compress.cli.output import errors
+from hf_compress.cli.output import errors, is_first, rank
 
 if TYPE_CHECKING:
     from hf_compress.calibration.compute import Compute
@@ -31,16 +31,6 @@ Workdir = Annotated[
     Path | None, typer.Option(help="Keeps what is finished until the end.", show_default="OUTPUT.partial")
 ]
 _PATIENCE = timedelta(days=1)  # with a process that saves or solves while the others wait
-
-
-def rank() -> int:
-    """The number of this process among those that torchrun has started."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def is_first() -> bool:
-    """Whether this process is the one that writes and prints."""
-    return rank() == 0
 
 
 @contextmanager
@@ -124,9 +114,15 @@ def _inside(first: Path, second: Path) -> bool:
     return one == other or one in other.parents or other in one.parents
 
 
-def compute_on(device: str | None, max_memory: str | None, workdir: Path | None) -> Compute:
-    """How a model is computed that is loaded in memory, or on the disk where a budget is given."""
+def where(device: str | None, max_memory: str | None, workdir: Path | None) -> tuple[str | None, Compute]:
+    """Where a model is to be loaded, and how it is computed from there: within a budget, a block at a time.
+
+    On the CPU it is then left on the disk; for another device it is in the CPU's memory.
+    """
     from hf_compress.calibration.compute import Compute
 
-    elsewhere = device if max_memory is not None and device not in (None, "cpu") else None
-    return Compute(elsewhere, max_memory, workdir)
+    if max_memory is None:
+        return device, Compute(workdir=workdir)
+    if device in (None, "cpu"):
+        return "disk", Compute(max_memory=max_memory, workdir=workdir)
+    return "cpu", Compute(device, max_memory, workdir)

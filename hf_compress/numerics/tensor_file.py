@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Any) -> None
         OSError: there is no room, or it cannot be written for another reason.
     """
     partial = path.with_suffix(".partial")
-    own: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        own[name] = _alone(tensor.detach().cpu().contiguous(), seen)
-        seen.add(own[name].data_ptr())
+    own = _apart({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     try:
         save_file(own, partial, metadata={"hf_compress": json.dumps(facts)})
         with partial.open("rb") as file:
@@ -46,7 +42,12 @@ def read_tensors(path: Path) -> tuple[Any, dict[str, Tensor]]:
         return facts, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
 
 
-def _alone(tensor: Tensor, seen: Collection[int]) -> Tensor:
-    """A tensor that shares no memory with others, or with those at addresses that were seen: safetensors refuses."""
-    shares = tensor.untyped_storage().nbytes() != tensor.nbytes or tensor.data_ptr() in seen
-    return tensor.clone() if shares else tensor
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, those copied that overlap with one before them in memory: safetensors refuses such."""
+    end = 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].data_ptr()):
+        start = tensor.data_ptr()
+        if start < end and tensor.numel():
+            tensors[name] = tensor.clone()
+        end = max(end, start + tensor.nbytes)
+    return tensors

@@ -20,7 +20,7 @@ HELD_OUT = 4
 PENALTIES = (1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 3.0)  # worth trying, relative to the mean variance of the inputs
 CAUTIOUS = (0.1,)  # where there is nothing to choose a penalty by
 _NARROW = 1024  # inputs: what a factorisation costs up to there is nothing to speak of
-_MIXTURES = 64  # of the outputs, that a penalty is chosen by
+MIXTURES = 64  # of the outputs, that a penalty is chosen by
 
 
 def is_held_out(batch: int) -> bool:
@@ -298,8 +298,8 @@ def downhill(attempt: Callable[[float], tuple[float, _T]], values: Sequence[floa
 
 def _mixtures(outputs: int) -> Tensor | None:
     """Random signs, (outputs, mixtures), scaled so that mixtures have the outputs' energy in the mean; None for few."""
-    if outputs <= _MIXTURES:
+    if outputs <= MIXTURES:
         return None
     generator = torch.Generator().manual_seed(0)
-    signs = torch.randint(0, 2, (outputs, _MIXTURES), generator=generator, dtype=torch.float32) * 2 - 1
-    return signs / _MIXTURES**0.5
+    signs = torch.randint(0, 2, (outputs, MIXTURES), generator=generator, dtype=torch.float32) * 2 - 1
+    return signs / MIXTURES**0.5

@@ -14,8 +14,10 @@ from torch import nn
 from hf_compress.anatomy.parts import FFN, is_linear, linear_widths
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.methods.base.context import CalibrationContext
+from hf_compress.methods.base.ridge import MIXTURES
 
 BACKWARD = 2  # plain passes that one for gradients takes besides
+_FACTORS = 4  # of a fit: the penalties that are tried, and the last one on all tokens
 
 
 @dataclass(frozen=True)
@@ -106,3 +108,8 @@ def inverse(width: int) -> float:
 def solve(width: int, outputs: int) -> float:
     """A system that is factored, for so many right sides."""
     return float(width**2 * outputs)
+
+
+def held_out_fit(width: int, outputs: int) -> float:
+    """A ridge regression whose penalty is chosen on tokens held out, sums not included; see `HeldOutSums.fit`."""
+    return _FACTORS * (factor(width) + solve(width, MIXTURES)) + 2 * solve(width, outputs)

@@ -15,7 +15,7 @@ from hf_compress.methods.base.units import HiddenUnits, Run, observe
 from hf_compress.methods.illc.config import ILLCConfig
 from hf_compress.methods.illc.reductions import REDUCTIONS
 
-_STEPS = 16  # widths that an error curve is measured at: multiples of a sixteenth
+STEPS = 16  # widths that an error curve is measured at: multiples of a sixteenth
 
 
 def adaptive_widths(
@@ -76,7 +76,7 @@ def _curve(
     statistics = observe(runs(), lambda place, run: run.written, None, row_tokens, affine)
     length, count = total(sum(lengths), len(lengths))
     energy = statistics.energy / (length / count)
-    widths = sorted({max(1, len(units.writes) * step // _STEPS) for step in range(_STEPS + 1)})
+    widths = sorted({max(1, len(units.writes) * step // STEPS) for step in range(STEPS + 1)})
 
     curve = {}
     for width in widths:

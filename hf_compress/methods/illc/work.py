@@ -10,16 +10,14 @@ from hf_compress.methods.base.work import (
     experts_in,
     factor,
     gram,
+    held_out_fit,
     hidden_of,
     inverse,
     share_of_tokens,
     solve,
 )
+from hf_compress.methods.illc.allocation import STEPS
 from hf_compress.methods.illc.config import ILLCConfig
-
-_FITS = 4  # factorisations of a fit: the penalties that are tried, and the last one on all tokens
-_MIXTURES = 64  # right sides that a penalty is chosen by
-_CURVE = 16  # fits, of all widths, that an error curve takes
 
 
 def work_of(config: ILLCConfig, context: CalibrationContext) -> Work:
@@ -34,7 +32,7 @@ def work_of(config: ILLCConfig, context: CalibrationContext) -> Work:
         wide, kept = ffn.width, config.width or share_of(ffn.width, config.kept)
         sums = gram(wide, data.tokens) + 2 * wide * hidden * data.tokens
         choice = inverse(wide) + (wide - kept) * wide**2 / 2
-        fit = _FITS * (factor(kept) + solve(kept, _MIXTURES)) + 2 * solve(kept, hidden)
-        curve = _CURVE * (factor(wide) + solve(wide, hidden)) / 3 if curves else 0.0
+        fit = held_out_fit(kept, hidden)
+        curve = STEPS * (factor(wide) + solve(wide, hidden)) / 3 if curves else 0.0
         products += (1 + curves) * sums + experts_in(block, ffn) * (choice + fit + curve)
     return Work((4 if curves else 3) * data.of_all, products, sweeps=1 + curves)

@@ -31,7 +31,7 @@ from hf_compress.calibration.processes import own, summed_by_name
 from hf_compress.calibration.routing import watch_routes
 from hf_compress.calibration.runner import BlockRunner
 from hf_compress.calibration.sweep import Streams, bar
-from hf_compress.errors import CalibrationError, ProcessesError, UnsupportedModelError, one_line
+from hf_compress.errors import CalibrationError, UnsupportedModelError, one_line
 from hf_compress.methods.lrp.linears import linears_of
 from hf_compress.methods.lrp.scores import real_rows
 from hf_compress.numerics.aside import Aside
@@ -105,8 +105,8 @@ def energies(
             set_gradient(parameter, False, undo)
         found = Energies()
         try:
-            _block_by_block(model, stack, batches, linears, seed, found, aside or Aside(working_memory().folder))
-        except (torch.OutOfMemoryError, ProcessesError):
+            _block_by_block(model, stack, batches, linears, seed, found, aside or working_memory().aside())
+        except torch.OutOfMemoryError:
             raise
         except NOT_BY_BLOCKS:
             if is_offloaded(model):

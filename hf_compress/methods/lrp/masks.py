@@ -110,7 +110,7 @@ def _across(
     config: LRPConfig, linears: Mapping[str, nn.Module], scores: Iterable[tuple[str, Tensor]], share: float
 ) -> Iterator[tuple[str, Tensor]]:
     """The best share of all weights together; or of all outputs, by the sums of their scores."""
-    rows, aside = config.granularity == "row", Aside(working_memory().folder)
+    rows, aside = config.granularity == "row", working_memory().aside()
     compared, shapes, devices = {}, {}, {}
     for path, values in scores:
         shapes[path], devices[path] = values.shape, values.device

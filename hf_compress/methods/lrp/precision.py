@@ -60,7 +60,7 @@ def bits_of_groups(
     if config.allocation == "uniform":
         found = spread_bits(sum(counts), choices, budget, aside)
     else:
-        errors = Aside(working_memory().folder).empty((sum(counts), len(choices)), torch.float32)
+        errors = working_memory().aside().empty((sum(counts), len(choices)), torch.float32)
         own = dict(zip(weights, errors.split(counts), strict=True))
         for path, values in all_errors(config, choices, weights, costs):
             own[path].copy_(values)

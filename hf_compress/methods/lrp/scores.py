@@ -29,7 +29,6 @@ from hf_compress.calibration.objective import speaks
 from hf_compress.calibration.processes import summed_by_name
 from hf_compress.calibration.routing import Route, watch_routes
 from hf_compress.calibration.sweep import Sweep, turns
-from hf_compress.errors import ProcessesError
 from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.lrp.config import LRPConfig
 from hf_compress.methods.lrp.linears import Weights, linears_of
@@ -151,7 +150,7 @@ def relevances(
     parts = relevance_sums_by_blocks(context.model, stack, batches, linears, writers, target, **wanted)
     try:
         first = next(parts, None)
-    except (torch.OutOfMemoryError, ProcessesError):
+    except torch.OutOfMemoryError:
         raise
     except NOT_BY_BLOCKS:
         if is_offloaded(stack.blocks):

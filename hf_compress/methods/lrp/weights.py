@@ -52,7 +52,7 @@ def plan_weights(
     linears = changeable_linears(context, stack)
     if config.split is not None:
         return _split(config, context, stack, linears, drafts)
-    aside, slopes = Aside(working_memory().folder), dict[str, Tensor]()
+    aside, slopes = working_memory().aside(), dict[str, Tensor]()
     kept: Mapping[str, Tensor] = {}
     with context.step("score weights"):
         if prunes:
@@ -124,7 +124,7 @@ def _scores(
     slopes: dict[str, Tensor],
 ) -> Generator[dict[str, Tensor]]:
     """Scores of weights, in parts; the slopes that they are made of, where bits are given by them, are put aside."""
-    aside = Aside(working_memory().folder)
+    aside = working_memory().aside()
     for part in scored(config, context, stack, linears, {}, config.score_name):
         slopes |= {path: aside.put(part.slopes.pop(path)) for path in list(part.slopes)}
         yield part.weights
@@ -135,7 +135,7 @@ def _split(
 ) -> dict[str, Any]:
     """The paper's mixed precision: of each layer's weights the half above the median in more bits, one by one."""
     assert config.split is not None
-    halves = Masks(Aside(working_memory().folder))
+    halves = Masks(working_memory().aside())
     scores = scored(config, context, stack, linears, {}, config.score_name)
     with context.step("score weights"), closing(scores):
         for part in scores:

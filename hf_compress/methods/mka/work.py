@@ -11,6 +11,7 @@ from hf_compress.methods.base.work import (
     Work,
     factor,
     gram,
+    held_out_fit,
     hidden_of,
     share_of_samples,
     share_of_tokens,
@@ -18,9 +19,6 @@ from hf_compress.methods.base.work import (
 )
 from hf_compress.methods.mka.choice import FEW, LOCAL_TOKENS
 from hf_compress.methods.mka.config import MKAConfig
-
-_FITS = 4  # factorisations of a fit
-_MIXTURES = 64  # right sides that a penalty is chosen by
 
 
 def work_of(config: MKAConfig, context: CalibrationContext) -> Work:
@@ -45,5 +43,5 @@ def work_of(config: MKAConfig, context: CalibrationContext) -> Work:
     kept = blocks - merges
     size = min(inputs, data.tokens)  # of the systems: the tokens' where those are fewer
     fit = gram(size, max(inputs, data.tokens)) + inputs * hidden * data.tokens
-    fit += _FITS * (factor(size) + solve(size, _MIXTURES)) + 2 * solve(size, hidden)
+    fit += held_out_fit(size, hidden)
     return Work(passes + 3 * data.of_all, fits * one + kept * fit, sweeps=3 + 2 * merges)
