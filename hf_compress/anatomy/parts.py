@@ -17,8 +17,8 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_compress.errors import UnsupportedModelError
 from hf_compress.modules.activation import BlendedActivation
+from hf_compress.modules.compact import CompactLinear
 from hf_compress.modules.experts import SeparateExperts
-from hf_compress.modules.packed import CompactLinear
 
 # The last word of the projections from the residual stream to queries, keys and values.
 _QKV = re.compile(

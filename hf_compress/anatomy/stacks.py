@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_compress.errors import UnsupportedModelError
-from hf_compress.modules.packed import CompactLinear
+from hf_compress.modules.compact import CompactLinear
 
 # Counting fields, most specific first. `attribute_map` resolves names such as GPT-2's n_layer.
 _DECODER_COUNTS = ("decoder_layers", "num_decoder_layers", "n_decoder_layers", "decoder_num_hidden_layers")

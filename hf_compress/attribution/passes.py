@@ -28,13 +28,14 @@ from hf_compress.calibration.objective import first_tensor
 from hf_compress.calibration.runner import BlockRunner, stopped_by_errors
 from hf_compress.calibration.sweep import resident_around, turns
 from hf_compress.errors import CalibrationError, UnsupportedModelError, one_line
+from hf_compress.modules.compact import CompactLinear
 from hf_compress.modules.kernels import check_no_kernels
-from hf_compress.modules.packed import CompactLinear
 from hf_compress.numerics.defaults import check_not_inference
 
 _LEAK = 1e-3  # of the outputs' size: what rounding may lose in float32
 _LEAK_HALF = 0.1
 _ROWS = 256  # of logits that are looked at together
+_CHECKED = 2  # samples that tell whether the rules cover a model
 
 
 @dataclass
@@ -144,7 +145,7 @@ def check_conserved(
     Raises:
         UnsupportedModelError: it does not.
     """
-    rules = resolve(composite)
+    rules, batch = resolve(composite), batch.first(_CHECKED)
     if not rules.conserves:
         return
     with explaining(model, rules.without_scores()) as sources:

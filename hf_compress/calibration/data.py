@@ -58,6 +58,18 @@ class Batch:
         """Number of texts or images."""
         return len(next(iter(self.inputs.values())))
 
+    def first(self, count: int) -> Batch:
+        """The first samples, whole: what is tied together across positions, as an image's tokens, stays so.
+
+        All of them, where a tensor has no entry for each sample (patches of pictures in one row): nothing tells whose
+        is what.
+        """
+        fields = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        if any(not value.ndim or len(value) != self.samples for value in (*self.inputs.values(), *fields.values())):
+            return self
+        inputs = {name: value[:count] for name, value in self.inputs.items()}
+        return replace(self, inputs=inputs, **{name: value[:count] for name, value in fields.items()})
+
 
 @dataclass(frozen=True)
 class Calibration:

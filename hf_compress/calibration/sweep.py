@@ -21,6 +21,7 @@ from hf_compress.calibration.data import Batch, Calibration
 from hf_compress.calibration.memory import WorkingMemory, working_memory
 from hf_compress.calibration.processes import here, own
 from hf_compress.calibration.runner import BlockRunner, stopped_by_errors
+from hf_compress.modules.compact import kept_dense
 from hf_compress.numerics.aside import give_back
 
 _Item = TypeVar("_Item")
@@ -213,5 +214,8 @@ def start_pairs(model: PreTrainedModel, stack: Stack, calibration: Calibration, 
 
 def advance(pairs: list[StreamPair], index: int) -> None:
     """Take the compressed stream past a block."""
-    for pair in pairs:
-        pair.take_compressed(index)
+    with ExitStack() as held:
+        if pairs:
+            held.enter_context(kept_dense(pairs[0].runner.stack.blocks[index]))
+        for pair in pairs:
+            pair.take_compressed(index)

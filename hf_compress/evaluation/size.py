@@ -18,7 +18,7 @@ from hf_compress.anatomy.dispatch import computing_device
 from hf_compress.calibration.capture import inference
 from hf_compress.calibration.data import position_limit
 from hf_compress.checks import check
-from hf_compress.modules.packed import CompactLinear
+from hf_compress.modules.compact import CompactLinear
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hf_compress.errors import UnsupportedModelError
-from hf_compress.modules.packed import CompactLinear, MixedPrecisionLinear
+from hf_compress.modules.compact import CompactLinear
+from hf_compress.modules.packed import MixedPrecisionLinear
 from hf_compress.numerics.four_bit import digit_product, digits_of, fits_kernel
 
 logger = logging.getLogger(__name__)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hf_compress.modules.compact import CompactLinear
 from hf_compress.numerics.factor import Factor
 from hf_compress.numerics.rounding import Grids, compensated
 
@@ -85,31 +86,6 @@ def filled(count: int, group_size: int) -> int:
 def fill_rows(weight: Tensor, group_size: int) -> Tensor:
     """A weight (outputs, inputs) with zeros behind its rows, up to whole groups."""
     return functional.pad(weight, (0, filled(weight.shape[1], group_size) - weight.shape[1]))
-
-
-class CompactLinear(nn.Linear):
-    """A linear map whose weights are no parameters, or none of a matrix.
-
-    A `Linear` by class, as those of other quantizers, so that PEFT puts adapters beside it; it has a weight of its own.
-    """
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        nn.Module.__init__(self)  # past that of Linear, which makes a matrix
-        self.in_features, self.out_features = inputs, outputs
-
-    @property
-    def packed_weights(self) -> int:
-        """How many weights it has that are none."""
-        raise NotImplementedError
-
-    def _check_stored(self, length: int) -> None:
-        """Raise ValueError where the weight is no longer a row of so many entries: some of PEFT's merges replace it."""
-        if self.weight.shape != (length,):
-            raise ValueError(
-                f"the weight of a {type(self).__name__} is a row of {length} entries, and of the shape "
-                f"{tuple(self.weight.shape)} now: adapters cannot be merged into it; load the model again, and keep "
-                "them beside it"
-            )
 
 
 class PackedLinear(CompactLinear):
@@ -209,9 +185,11 @@ class MixedPrecisionLinear(PackedLinear):
         return self._multiples(torch.int32).view(self.out_features, -1), steps
 
     def forward(self, inputs: Tensor) -> Tensor:
+        return functional.linear(inputs, self.dense(inputs.dtype), self.bias)
+
+    def _dense(self, dtype: torch.dtype) -> Tensor:
         # Each product of a whole number and a step is rounded once, so the dtype of the computation does no harm.
-        weight = self._values(inputs.dtype)[:, : self.in_features]
-        return functional.linear(inputs, weight.to(inputs.dtype), self.bias)
+        return self._values(dtype)[:, : self.in_features].to(dtype)
 
     def extra_repr(self) -> str:
         weights = self.in_features * self.out_features

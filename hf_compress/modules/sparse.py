@@ -83,7 +83,10 @@ class SparseLinear(PackedLinear):
         return dense.view(self.out_features, self.in_features)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return functional.linear(inputs, self.unpacked().to(inputs.dtype), self.bias)
+        return functional.linear(inputs, self.dense(inputs.dtype), self.bias)
+
+    def _dense(self, dtype: torch.dtype) -> Tensor:
+        return self.unpacked().to(dtype)
 
     def extra_repr(self) -> str:
         share = self.kept / (self.in_features * self.out_features)

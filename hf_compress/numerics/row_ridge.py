@@ -13,14 +13,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hf_compress.numerics.halves import bfloat16_factors
 from hf_compress.numerics.symmetric import add_products, mirror
+
+_ROUNDING = 0.01  # of the penalty, what rounding in float32 may be as much as
 
 
 @torch.no_grad()
 def solve_rows(x: Tensor, y: Tensor, penalty: float, parts: Sequence[int]) -> Tensor:
     """B that minimises ‖X B − Y‖² + penalty · T · ‖S B‖², where S are the root mean squares of parts of the features.
 
-    The smaller of the two systems is solved. Products are float32, and the system of the rows is solved in float64.
+    The smaller of the two systems is solved.
 
     Args:
         x: [T, p], any real dtype.
@@ -34,32 +37,59 @@ def solve_rows(x: Tensor, y: Tensor, penalty: float, parts: Sequence[int]) -> Te
     """
     rows, features = x.shape
     scales = scales_of(x, parts)
-    x, y = x.float() / scales, y.float()
+    squares = torch.cat(
+        [x.new_full((width,), s**2, dtype=torch.float32) for width, s in zip(parts, scales, strict=True)]
+    )
+    y = y.float()
     if rows < features:
-        solved = x.T @ solve_dual(gram_of(x.T), y, penalty)
-    else:
-        system = gram_of(x)
-        system.diagonal().add_(penalty * rows)
-        solved = torch.cholesky_solve(x.T @ y, torch.linalg.cholesky(system))
-    return solved / scales[:, None]
+        return x.float().T @ solve_dual(inner_products(x, parts, scales), y, penalty) / squares[:, None]
+    system = x.new_zeros(features, features, dtype=torch.float32)
+    _add_gram(system, x)
+    mirror(system)
+    system /= (squares[:, None] * squares).sqrt()
+    system.diagonal().add_(penalty * rows)
+    right = x.float().T @ y / squares.sqrt()[:, None]
+    return torch.cholesky_solve(right, torch.linalg.cholesky(system)) / squares.sqrt()[:, None]
 
 
-def scales_of(x: Tensor, parts: Sequence[int]) -> Tensor:
-    """S, [p] float32: for each feature of x [T, p], the root mean square of its part."""
-    means = (part.float().square().mean() for part in x.split([*parts], 1))
-    return torch.cat([mean.sqrt().clamp(min=1e-6).expand(width) for mean, width in zip(means, parts, strict=True)])
+def scales_of(x: Tensor, parts: Sequence[int]) -> list[float]:
+    """S: the root mean square of each part of x [T, p]."""
+    return [float(part.float().square().mean().sqrt().clamp(min=1e-6)) for part in x.split([*parts], 1)]
 
 
-def gram_of(x: Tensor) -> Tensor:
-    """Xᵀ X, [p, p], of x [T, p]: one half is computed."""
-    gram = x.new_zeros(x.shape[1], x.shape[1])
-    add_products(gram, x, x)
-    mirror(gram)
-    return gram
+def inner_products(x: Tensor, parts: Sequence[int], scales: Sequence[float]) -> Tensor:
+    """X Xᵀ, [T, T] float32, of rows x [T, p] whose parts are divided by their scales."""
+    total = x.new_zeros(len(x), len(x), dtype=torch.float32)
+    for part, scale in zip(x.split([*parts], 1), scales, strict=True):
+        _add_gram(total, part.T, scale**-2)
+    mirror(total)
+    return total
+
+
+def products_between(left: Tensor, right: Tensor, parts: Sequence[int], scales: Sequence[float]) -> Tensor:
+    """The same between rows left [n, p] and right [T, p], [n, T] float32."""
+    total = left.new_zeros(len(left), len(right), dtype=torch.float32)
+    split = (rows.split([*parts], 1) for rows in (left, right))
+    for one, other, scale in zip(*split, scales, strict=True):
+        with bfloat16_factors(one.dtype == other.dtype == torch.bfloat16):
+            total.addmm_(one.float(), other.float().T, alpha=scale**-2)
+    return total
 
 
 def solve_dual(inner: Tensor, y: Tensor, penalty: float) -> Tensor:
-    """(X Xᵀ + penalty · T)⁻¹ Y, [T, q] float32, by X Xᵀ [T, T]; in float64, for that may be near singular."""
-    system = inner.double()
-    system.diagonal().add_(penalty * len(inner))
-    return torch.cholesky_solve(y.double(), torch.linalg.cholesky(system)).float()
+    """(X Xᵀ + penalty · T)⁻¹ Y, [T, q] float32, by X Xᵀ [T, T].
+
+    In float32 where its rounding is little next to the penalty, however unlike the rows' sizes are; in float64 else.
+    """
+    ridge = penalty * len(inner)
+    rounding = torch.finfo(torch.float32).eps * float(inner.diagonal().sum())
+    system = inner.to(torch.float32 if rounding <= _ROUNDING * ridge else torch.float64, copy=True)
+    system.diagonal().add_(ridge)
+    return torch.cholesky_solve(y.to(system), torch.linalg.cholesky(system)).float()
+
+
+def _add_gram(total: Tensor, x: Tensor, times: float = 1.0) -> None:
+    """Add the upper triangle of Xᵀ X to `total` [p, p] float32, of x [T, p]."""
+    rows = x.float()
+    with bfloat16_factors(x.dtype == torch.bfloat16):
+        add_products(total, rows, rows, times)

@@ -10,8 +10,8 @@ _COLUMNS = 512  # of a block: enough for full speed, and few enough that nearly 
 _UNITS = 8
 
 
-def add_products(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left^T right, known to be symmetric, to the upper triangle of `total`; `mirror` makes up the lower one.
+def add_products(total: Tensor, left: Tensor, right: Tensor, times: float = 1.0) -> None:
+    """Add `times` left^T right, symmetric, to the upper triangle of `total`; `mirror` makes up the lower one.
 
     Args:
         total: [p, p]; of the lower triangle some entries change too, to no purpose.
@@ -19,7 +19,7 @@ def add_products(total: Tensor, left: Tensor, right: Tensor) -> None:
     """
     for start in range(0, len(total), _COLUMNS):
         stop = min(start + _COLUMNS, len(total))
-        total[:stop, start:stop].addmm_(left[:, :stop].T, right[:, start:stop])
+        total[:stop, start:stop].addmm_(left[:, :stop].T, right[:, start:stop], alpha=times)
 
 
 def upper_parts(total: Tensor) -> list[Tensor]:

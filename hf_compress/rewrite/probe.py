@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,11 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from hf_compress.anatomy.dispatch import computing_device
+from hf_compress.anatomy.dispatch import computing_device, is_offloaded
 from hf_compress.anatomy.stacks import find_stacks
 from hf_compress.calibration.capture import forward, hooked, inference
 from hf_compress.calibration.data import Batch, prepare, special_ids
 from hf_compress.errors import UnsupportedModelError, one_line
+from hf_compress.modules.compact import kept_dense
 from hf_compress.numerics.aside import give_back
 
 _NEW_TOKENS = 3
@@ -86,19 +87,9 @@ def _candidates(model: PreTrainedModel, inputs: Batch | Mapping[str, Any] | None
 
 
 def _few_samples(batch: Batch) -> Batch:
-    """The first samples of a batch, whole: what is tied together across positions, as an image's tokens, stays so.
-
-    All of them, where a tensor has no entry for each sample (patches of pictures in one row): nothing tells whose is
-    what.
-    """
-    samples = batch.samples
-    fields = {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}
-    if any(not value.ndim or len(value) != samples for value in (*batch.inputs.values(), *fields.values())):
-        return batch
+    """The first samples of a batch, as many as have so many positions together."""
     positions = max((v.shape[1:].numel() for v in batch.inputs.values() if not v.is_floating_point()), default=1)
-    count = max(_LEAST, min(_SAMPLES, _POSITIONS // positions))
-    inputs = {name: value[:count] for name, value in batch.inputs.items()}
-    return replace(batch, inputs=inputs, **{name: value[:count] for name, value in fields.items()})
+    return batch.first(max(_LEAST, min(_SAMPLES, _POSITIONS // positions)))
 
 
 def _made_up_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -133,13 +124,14 @@ def outputs_on(model: PreTrainedModel, probe: Probe) -> Outputs:
 
 @contextmanager
 def _running(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, a model runs the same every time, and gives back what each block has freed."""
+    """Inside, a model runs the same every time; it unpacks weights once, and gives back what each block has freed."""
     try:
         blocks = [block for stack in find_stacks(model) for block in stack.blocks]
     except UnsupportedModelError:  # to be saved, it needs none
         blocks = []
     given_back = hooked(block.register_forward_hook(lambda *_: give_back()) for block in blocks)
-    with inference(model), torch.random.fork_rng(), given_back:
+    unpacked = nullcontext() if is_offloaded(model) else kept_dense(model)
+    with inference(model), torch.random.fork_rng(), given_back, unpacked:
         torch.manual_seed(0)
         yield
 

@@ -28,7 +28,7 @@ from hf_compress.calibration.padding import pad_id, padded
 from hf_compress.calibration.reading import has_length, take
 from hf_compress.calibration.tables import dimensions, table_of
 from hf_compress.checks import check_fields, setting
-from hf_compress.modules.packed import CompactLinear
+from hf_compress.modules.compact import CompactLinear
 from hf_compress.numerics.defaults import torch_defaults
 from hf_compress.report.history import add_stage, history_of, model_size
 from hf_compress.report.stages import HEAL, Stage, Step

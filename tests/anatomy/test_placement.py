@@ -9,7 +9,7 @@ import hf_compress as hfc
 from hf_compress.anatomy.placement import computed_on
 from hf_compress.errors import UnsupportedModelError
 from tests.helpers.disk import logits_of, offloaded
-from tests.helpers.every_method import SETTINGS
+from tests.helpers.every_method import NAMES, SETTINGS
 from tests.helpers.tiny import tiny_model
 
 CPU = torch.device("cpu")
@@ -32,7 +32,7 @@ def test_a_model_that_was_only_run_is_the_very_same(model_type):
     assert torch.equal(logits_of(model), expected)
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", NAMES)
 def test_what_a_method_makes_of_it_is_the_same(name, tmp_path):
     plain, placed = tiny_model("llama"), tiny_model("llama")
     own = {id(parameter) for parameter in placed.parameters()}

@@ -18,7 +18,7 @@ from hf_compress.attribution.targets import explained
 from hf_compress.calibration.capture import hooked
 from hf_compress.calibration.data import DataOptions, prepare
 from hf_compress.errors import CalibrationError, UnsupportedModelError
-from hf_compress.modules.packed import CompactLinear
+from hf_compress.modules.compact import CompactLinear
 from tests.helpers.changes import Trace
 from tests.helpers.models import leftovers, refusing
 from tests.helpers.round_trip import LLAMA, build

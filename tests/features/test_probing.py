@@ -196,6 +196,7 @@ def test_validation_rows_choose_no_features():
     assert sparse_probing(features, labels, (5,), splits=1).chosen == before.chosen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("classes", "cut", "k"), [(2, None, 5), (2, 1.0, 1), (3, None, None)])
 def test_noise_gives_chance_and_the_stated_error_is_about_right(classes, cut, k):
     """Sparse noise, too, where a probe says of all test rows of either side the same, whatever they are."""

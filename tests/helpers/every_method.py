@@ -1,6 +1,7 @@
 """Settings of all methods that work differently, for tests that hold for each of them."""
 
 import hf_compress as hfc
+from tests.helpers.marks import only_quick
 
 BITS = {"bits": 4.75, "group_size": 16}
 SETTINGS = {
@@ -34,3 +35,6 @@ SETTINGS = {
     "heads and bits": hfc.LRPConfig(sparsity=0.5, granularity="head", scope="layer", **BITS),
     "blocks": hfc.LRPConfig(sparsity=0.25, granularity="block", score="wanda"),
 }
+NAMES = only_quick(
+    SETTINGS, "merge", "merge, paper", "drop", "clusters", "collapse", "features", "bits", "weights", "neurons"
+)

@@ -256,6 +256,7 @@ def test_training_goes_on_and_keeps_zeros_zero(tmp_path):
 # --- without the plugin -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_stock_transformers_stops(compressed, tmp_path):
     cases = [("mixtral", case) for case in ("bits", "sparse", "both", "rows", "paper", "heads and bits")]
     folders = [str(compressed(*case)[1]) for case in [*cases, ("gpt_oss", "bits"), ("gpt_oss", "rows")]]

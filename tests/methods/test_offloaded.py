@@ -17,7 +17,8 @@ import hf_compress as hfc
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.dispatch import without_values
 from tests.helpers.disk import counted_reads, in_memory, offloaded
-from tests.helpers.every_method import SETTINGS
+from tests.helpers.every_method import NAMES, SETTINGS
+from tests.helpers.marks import only_quick
 from tests.helpers.models import leftovers
 from tests.helpers.offloaded import every_second_block
 from tests.helpers.tiny import randomise, tiny_model, tiny_of, tiny_seq2seq_model
@@ -68,7 +69,7 @@ def assert_same(plain, model, config, data, folder):
     assert expected.keys() != before.keys() or any(not torch.equal(expected[n], before[n]) for n in before)
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", NAMES)
 def test_what_is_made_of_it_is_what_is_made_of_it_in_memory(name, tmp_path):
     plain = llama()
     model = offloaded(plain, tmp_path)
@@ -114,7 +115,7 @@ OF_FAMILIES = {
 
 
 @pytest.mark.parametrize("settings", OF_FAMILIES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", only_quick(FAMILIES, "tied"))
 def test_relevance_of_other_families(family, settings, tmp_path):
     """Those with biases, tied weights, experts in tensors, and blocks that are handed more than the stream."""
     plain = FAMILIES[family]()

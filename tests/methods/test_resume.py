@@ -10,7 +10,7 @@ import torch
 import hf_compress as hfc
 from hf_compress.methods.base import journal
 from tests.helpers.disk import offloaded
-from tests.helpers.every_method import SETTINGS
+from tests.helpers.every_method import NAMES, SETTINGS
 from tests.helpers.tiny import tiny_model
 
 IDS = torch.randint(4, 90, (24, 9), generator=torch.Generator().manual_seed(3))
@@ -30,7 +30,7 @@ class Interrupted(Exception):
     pass
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_run_interrupted_behind_each_of_its_results_comes_to_the_same(name, tmp_path, monkeypatch):
     expected = hfc.compress(tiny_model("llama"), SETTINGS[name], IDS).state_dict()
     write = journal.write_tensors

@@ -219,10 +219,10 @@ def run(code, *arguments):
     "imports",
     [
         "import hf_compress",
-        "import transformers.trainer\nimport hf_compress",
         *(
             pytest.param(imports, marks=pytest.mark.slow)
             for imports in (
+                "import transformers.trainer\nimport hf_compress",
                 "from transformers import AutoConfig, AutoModelForSequenceClassification\nimport hf_compress",
                 "import hf_compress\nimport transformers.modeling_utils",
                 "import hf_compress.models.dense",

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_compress import LRPConfig, compress
 from hf_compress.anatomy.parts import is_linear
-from hf_compress.modules.packed import CompactLinear
+from hf_compress.modules.compact import CompactLinear
 from hf_compress.storage.save import own_memory
 from tests.helpers.changes import same
 from tests.helpers.language import tiny_llama

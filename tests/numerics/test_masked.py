@@ -1,5 +1,8 @@
 """Least squares over the weights kept, against a solution of each row's own system."""
 
+from contextlib import contextmanager
+from functools import partial
+
 import pytest
 import torch
 
@@ -36,7 +39,7 @@ def error(weight, found, gram):
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("rows", [6, 40])
 def test_it_is_the_solution_of_every_row(rows, share, seed, monkeypatch):
-    """Where nothing stops it early; else its error is within 1% of the least."""
+    """Where nothing stops it early; else its error is about 1% above the least."""
     weight, gram, kept = problem(rows=rows, share=share, seed=seed)
     best = by_rows(weight, gram, kept)
     found = solve_masked(weight, gram, kept)
@@ -70,17 +73,33 @@ GRAMS = {
     "some always 0": low_rank(256, 48, 0.3, 4, (torch.arange(256) % 5 > 0).float()),
     "twins": low_rank(128, 48, 0.3, 5).repeat(2, 2),
     "unlike each other": low_rank(256, 1, 0.0, 6) * torch.eye(256),
+    "nearly alike": low_rank(256, 1, 0.01, 7, torch.rand(256, generator=torch.Generator().manual_seed(7)) + 0.5),
+    "nearly alike, far from 0": low_rank(256, 1, 0.0, 8).abs() + low_rank(256, 48, 0.02, 8) / 100,
 }
 
 
 @pytest.mark.parametrize("name", GRAMS)
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.7])
-def test_the_error_is_within_a_hundredth_of_the_least(share, name):
+@pytest.mark.parametrize("factor", [torch.Tensor.float, torch.Tensor.bfloat16, torch.zeros_like])
+def test_the_error_is_near_the_least(share, name, factor, monkeypatch):
+    """Where the processor has no products of bfloat16, where it has, and where they lead nowhere."""
+    monkeypatch.setattr(masked, "bfloat16_factors", partial(products_of, factor))
     gram = GRAMS[name]
     weight, _, kept = problem(24, 256, share=share)
-    assert error(weight, solve_masked(weight, gram, kept), gram) <= 1.01 * error(
-        weight, by_rows(weight, gram, kept), gram
-    )
+    best = error(weight, by_rows(weight, gram, kept), gram)
+    assert error(weight, solve_masked(weight, gram, kept), gram) <= 1.05 * best
+
+
+@contextmanager
+def products_of(factor, wanted=True):
+    """Inside, `torch.mm` has its factors changed."""
+    before = torch.mm
+    if wanted:
+        torch.mm = lambda left, right, out: before(factor(left).float(), factor(right).float(), out=out)
+    try:
+        yield
+    finally:
+        torch.mm = before
 
 
 def test_rows_are_solved_in_parts(monkeypatch):

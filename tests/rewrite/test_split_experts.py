@@ -79,6 +79,7 @@ def test_what_is_saved_loads_to_the_same(name, tmp_path):
     assert again.state_dict().keys() == model.state_dict().keys()
 
 
+@pytest.mark.slow
 def test_without_the_plugin_loading_stops(tmp_path):
     """No shape is another: stock Transformers would go on with experts made up at random, were it not for a seal."""
     folders = []

@@ -366,6 +366,7 @@ def saved(model, folder):
         torch.save(model(IDS).logits, f"{folder}.pt")
 
 
+@pytest.mark.slow
 def test_stock_transformers_gives_the_same_logits(tmp_path):
     """To the last bit on this processor; 1e-6 in float32 and 1e-2 in half precision are allowed elsewhere."""
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -388,6 +389,7 @@ def test_stock_transformers_gives_the_same_logits(tmp_path):
         assert "ignore_mismatched_sizes" in zeros[1] or zeros[0] <= 1e-6
 
 
+@pytest.mark.slow
 def test_without_compressed_tensors_nothing_is_loaded(tmp_path):
     saved(pack_all(build("Llama")), tmp_path / "out")
     kind, message = stock(tmp_path, missing="compressed_tensors")["out"]

@@ -35,7 +35,10 @@ STEPS = {"_write": "write", "verify": "compare", "write_manifest": "seal", "put_
 KILLED_IN = ("start", *STEPS.values())
 MODELS = {"old": 5, "new": 6}
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs fork, and an exchange of folders")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="needs fork, and an exchange of folders"),
+]
 
 
 def model_of(seed: int) -> LlamaForCausalLM:

@@ -167,6 +167,7 @@ def run(code: str, where: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_what_needs_the_plugin(folders):
     """The full path: built with hf_compress, saved as portable, loaded where nobody has imported it."""
     code = """
@@ -198,6 +199,7 @@ assert type(remote("plain")) is transformers.LlamaForCausalLM and right(remote("
     run(code, folders)
 
 
+@pytest.mark.slow
 def test_where_it_is_installed(folders):
     code = """
 for name, kind in (("llama", transformers.LlamaForCausalLM), ("phi3", transformers.Phi3ForCausalLM)):
@@ -233,6 +235,7 @@ for name, kind in (("llama", transformers.LlamaForCausalLM), ("phi3", transforme
     run(code, folders)
 
 
+@pytest.mark.slow
 def test_where_it_is_not_installed(folders):
     code = """
 sys.meta_path.insert(0, Hidden())

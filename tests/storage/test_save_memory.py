@@ -63,8 +63,9 @@ def wait(process: subprocess.Popen) -> int:
     return most - before
 
 
-@pytest.mark.parametrize("kind", ["dense", pytest.param("mixture", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("place", ["memory", pytest.param("disk", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dense", "mixture"])
+@pytest.mark.parametrize("place", ["memory", "disk"])
 def test_nothing_takes_a_second_copy_of_the_weights(tmp_path, place, kind):
     command = [sys.executable, "-c", SCRIPT, str(tmp_path), place, kind]
     taken = {}

@@ -26,6 +26,7 @@ def outcomes(tmp_path_factory):
     return {folders[folder]: outcome for folder, outcome in found.items()}, plain
 
 
+@pytest.mark.slow
 def test_a_plain_result_loads_and_any_other_stops_with_a_size_mismatch(outcomes):
     found, plain = outcomes
     assert len(found) == len(MODELS) * len(EDITS) - 2

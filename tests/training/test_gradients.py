@@ -8,6 +8,7 @@ from transformers import BertConfig, BertForMaskedLM, BertForTokenClassification
 from hf_compress import CompressionCallback, DropBlocksConfig, LayerCollapseConfig, compress
 from hf_compress.training.objective import item_weight, shifts_labels
 from tests.helpers.language import WORDS, tiny_llama
+from tests.helpers.marks import only_quick
 from tests.helpers.runs import CALIBRATION, Gradients, arguments, dense_rows, tiny_dense, token_rows
 from tests.helpers.tiny import tiny_seq2seq_model
 
@@ -51,8 +52,8 @@ def first_step(case, folder, micro_batches, config, teacher=None, share=0.5):
     return watch
 
 
-@pytest.mark.parametrize("micro_batches", [1, 4])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("micro_batches", only_quick([1, 4], 4))
+@pytest.mark.parametrize("case", only_quick(CASES, "causal", "dense"))
 def test_the_penalty_is_itself_whatever_the_micro_batches(case, micro_batches, tmp_path):
     with_it, without = (first_step(case, tmp_path, micro_batches, paper(lc)) for lc in (0.7, 0.0))
     assert without.alphas.abs().max() > 1e-4  # the model's own loss reaches α too
@@ -90,8 +91,8 @@ def divergence(case, model, teacher):
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("micro_batches", [1, 4])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("micro_batches", only_quick([1, 4], 4))
+@pytest.mark.parametrize("case", only_quick(CASES, "causal", "dense"))
 def test_the_teachers_term_is_the_mean_over_the_whole_step(case, micro_batches, tmp_path):
     """With shares of 1/4 and 3/4, three times the second step's gradient less the first's is twice the term's own."""
     config = DropBlocksConfig(num_blocks=1, criterion="last")

@@ -19,6 +19,7 @@ from hf_compress import (
 )
 from hf_compress.training.checkpoint import STATE_FILE
 from tests.helpers.language import tiny_llama
+from tests.helpers.marks import only_quick
 from tests.helpers.runs import (
     CALIBRATION,
     PAPER,
@@ -51,7 +52,7 @@ CASES = {
     "collapsing": (LayerCollapseConfig(num_layers=2), {"every": 3}, {"weight_decay": 0.1}),
 }
 
-RARE = ("learned, ramp, teacher", "accumulated", "dropped first", "refitting", "bottlenecks beside")  # for `make check`
+QUICK = ("learned", "scheduled", "merging", "bottlenecks")
 
 
 class StopAt(TrainerCallback):
@@ -89,9 +90,7 @@ def agree(first, second):
     assert reports[0].after == reports[1].after
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=pytest.mark.slow) if case in RARE else case for case in CASES]
-)
+@pytest.mark.parametrize("case", only_quick(CASES, *QUICK))
 def test_as_if_there_had_been_no_stop(case, tmp_path):
     whole = made(case, tmp_path / "whole")
     whole.train()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_compress.methods.base.ridge import CAUTIOUS, PENALTIES, RidgeFit, lowest
-from hf_compress.numerics.row_ridge import gram_of, scales_of, solve_dual, solve_rows
+from hf_compress.numerics.row_ridge import inner_products, products_between, scales_of, solve_dual, solve_rows
 
 
 @dataclass
@@ -51,9 +51,9 @@ class HeldOutRows:
         self, fitted: tuple[Tensor, Tensor], held: tuple[Tensor, Tensor], penalties: Sequence[float]
     ) -> tuple[float, float]:
         """The penalty that does best on the rows held out, and the share of ‖y‖² that is left there."""
-        scales = scales_of(fitted[0], self.parts)
-        x, target = fitted[0].float() / scales, held[1]
-        inner, across = gram_of(x.T), (held[0].float() / scales) @ x.T
+        scales, target = scales_of(fitted[0], self.parts), held[1]
+        inner = inner_products(fitted[0], self.parts, scales)
+        across = products_between(held[0], fitted[0], self.parts, scales)
 
         def attempt(penalty: float) -> tuple[float, float]:
             error = _energy(across @ solve_dual(inner, fitted[1], penalty) - target)

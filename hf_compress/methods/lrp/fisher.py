@@ -44,7 +44,7 @@ class Energies:
     """Sums over tokens, float32, by the path of the linear map.
 
     Attributes:
-        read: Σ x_j² over real tokens, (inputs).
+        read: Σ x_j² over real tokens, (inputs); of no map where they are not `wanted`.
         gradients: Σ g_i² at what it writes, (outputs); 0 where nothing hangs on that. Over all tokens, for the outputs
             of a classifier hang on its special ones; at padding it is 0 of itself.
         rows: how many real tokens there were.
@@ -53,6 +53,7 @@ class Energies:
     read: dict[str, Tensor] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
+    wanted: bool = True
 
     def state(self) -> dict[str, Tensor]:
         """All of it as tensors."""
@@ -88,6 +89,7 @@ def energies(
     linears: Mapping[str, nn.Module],
     seed: int,
     aside: Aside | None = None,
+    of_inputs: bool = True,
 ) -> Energies:
     """Energies of inputs and of gradients of drawn outputs, in two forward passes and a backward pass a batch.
 
@@ -95,6 +97,7 @@ def energies(
 
     Args:
         aside: where they go; each as its block has been passed.
+        of_inputs: whether those are wanted too.
 
     Raises:
         UnsupportedModelError: no gradients come through the model.
@@ -103,7 +106,7 @@ def energies(
     with inference(model), Undo() as undo:
         for parameter in model.parameters():
             set_gradient(parameter, False, undo)
-        found = Energies()
+        found = Energies(wanted=of_inputs)
         try:
             _block_by_block(model, stack, batches, linears, seed, found, aside or working_memory().aside())
         except torch.OutOfMemoryError:
@@ -111,7 +114,7 @@ def energies(
         except NOT_BY_BLOCKS:
             if is_offloaded(model):
                 raise
-            found = Energies()
+            found = Energies(wanted=of_inputs)
             _at_once(model, stack, batches, linears, seed, found)
     found.reduce()
     blind = [path for path, sums in found.gradients.items() if not bool(sums.any())]
@@ -181,8 +184,9 @@ def _watched(stack: Stack, batch: Batch, linears: Mapping[str, nn.Module], found
 
     def hook(path: str) -> Callable[..., Tensor]:
         def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            rows = real_rows(stack, batch, args[0], routes.get(module), encoded).detach().float()
-            _add(found.read, path, rows.square().sum(dim=0))
+            rows = real_rows(stack, batch, args[0], routes.get(module), encoded).detach()
+            if found.wanted:
+                _add(found.read, path, rows.float().square().sum(dim=0))
             found.rows[path] = found.rows.get(path, 0) + len(rows)
             found.gradients.setdefault(path, torch.zeros(output.shape[-1], dtype=torch.float32, device=output.device))
             traced = output if output.requires_grad else output.detach().requires_grad_()

@@ -22,7 +22,7 @@ from hf_compress.rewrite.record import missing
 
 logger = logging.getLogger(__name__)
 _TOLERANCE = 0.05  # of what is written; half precision is far from it, and another map farther
-_BATCHES = 8  # to see what runs
+_SAMPLES, _BATCHES = 2, 8  # to see what runs: in dense models all does on any sample
 _ROWS = 256  # of what a map writes, evenly spread, that are held against the product
 
 
@@ -81,9 +81,10 @@ def _kinds(context: CalibrationContext, linears: Mapping[str, nn.Module]) -> tup
 
         return look
 
-    batches = [some_batch(context)] if context.data is None else context.data.spread(min(_BATCHES, len(context.data)))
+    batches = [] if context.data is None else context.data.spread(min(_BATCHES, len(context.data)))
+    few = some_batch(context).first(_SAMPLES)
     with inference(context.model), hooked(m.register_forward_hook(watch(path)) for path, m in linears.items()):
-        for batch in batches:
+        for batch in (few, *batches):
             forward(context.model, batch)
             if linears.keys() == plain | other:
                 break

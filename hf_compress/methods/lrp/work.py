@@ -5,9 +5,11 @@ from __future__ import annotations
 from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.base.work import BACKWARD, Share, Work, gram, inverse, linear_sizes, share_of_tokens, solve
 from hf_compress.methods.lrp.config import BITS, STRUCTURED, LRPConfig
+from hf_compress.methods.lrp.error_costs import PART
+from hf_compress.methods.lrp.scores import tokens_of_part
 
 _PER_SAMPLE = 2  # passes that the sizes of relevance take besides: a product a sample for every weight
-_ITERATIONS = 14  # of conjugate gradients, for pruned weights
+_ITERATIONS = 9  # of conjugate gradients, for pruned weights; most of them at twice the speed
 _ROUND = 10  # multiplications' worth of time that trying one number of bits on a weight takes
 
 
@@ -20,7 +22,7 @@ def work_of(config: LRPConfig, context: CalibrationContext) -> Work:
         relevant = config.score_name in ("relevance", "signed")
         work += Work(_scoring(config, data), sweeps=2 if relevant else 1)
     if config.quantizes and config.split is None:
-        work += _bits(config, data, sizes)
+        work += _bits(config, context, sizes)
     if config.solves or config.quantizes:
         work += Work(2 * data.of_all, _solving(config, data, sizes), sweeps=1)
     return work
@@ -33,12 +35,14 @@ def _scoring(config: LRPConfig, data: Share) -> float:
     return data.of_all * (1 + BACKWARD + (0 if config.granularity in STRUCTURED else _PER_SAMPLE))
 
 
-def _bits(config: LRPConfig, data: Share, sizes: list[tuple[int, int]]) -> Work:
+def _bits(config: LRPConfig, context: CalibrationContext, sizes: list[tuple[int, int]]) -> Work:
+    data = share_of_tokens(context, config.tokens)
+    part = share_of_tokens(context, tokens_of_part(context, config.tokens, PART))
     tried = sum(inputs * outputs for inputs, outputs in sizes) * len(BITS) * _ROUND
     if config.allocation != "fisher":
         return Work(_scoring(config, data) if config.allocation == "relevance" else 0.0, tried, sweeps=2)
-    weighed = sum(gram(inputs, data.tokens // 2) + inverse(inputs) for inputs in _read(sizes))
-    return Work(data.of_all * (1.5 + BACKWARD), tried + weighed, sweeps=3)
+    weighed = sum(gram(inputs, part.tokens) + inverse(inputs) for inputs in _read(sizes))
+    return Work(part.of_all * (3 + BACKWARD), tried + weighed, sweeps=3)
 
 
 def _solving(config: LRPConfig, data: Share, sizes: list[tuple[int, int]]) -> float:

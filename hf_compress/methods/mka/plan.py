@@ -9,7 +9,7 @@ from hf_compress.methods.base.settings import CompressionConfig
 from hf_compress.methods.mka.average import plan_by_averaging
 from hf_compress.methods.mka.config import MKAConfig
 from hf_compress.methods.mka.refit import plan_by_refitting
-from hf_compress.modules.packed import CompactLinear
+from hf_compress.modules.compact import CompactLinear
 from hf_compress.plan.plan import Plan
 from hf_compress.rewrite.record import missing
 

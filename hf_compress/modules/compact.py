@@ -1,0 +1,86 @@
+"""Linear maps that are stored in another form than a matrix, and the matrices that they compute with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class CompactLinear(nn.Linear):
+    """A linear map whose weights are no parameters, or none of a matrix.
+
+    A `Linear` by class, as those of other quantizers, so that PEFT puts adapters beside it; it has a weight of its own.
+    """
+
+    _kept: DenseWeights | None = None
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        nn.Module.__init__(self)  # past that of Linear, which makes a matrix
+        self.in_features, self.out_features = inputs, outputs
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight (outputs, inputs) that it computes with on inputs of a dtype."""
+        return self._dense(dtype) if self._kept is None else self._kept.of(self, dtype, self._dense)
+
+    def _dense(self, dtype: torch.dtype) -> Tensor:
+        raise NotImplementedError
+
+    @property
+    def packed_weights(self) -> int:
+        """How many weights it has that are none."""
+        raise NotImplementedError
+
+    def _check_stored(self, length: int) -> None:
+        """Raise ValueError where the weight is no longer a row of so many entries: some of PEFT's merges replace it."""
+        if self.weight.shape != (length,):
+            raise ValueError(
+                f"the weight of a {type(self).__name__} is a row of {length} entries, and of the shape "
+                f"{tuple(self.weight.shape)} now: adapters cannot be merged into it; load the model again, and keep "
+                "them beside it"
+            )
+
+
+class DenseWeights:
+    """Dense weights of compact linear maps, each made once, as many as there is room for.
+
+    Args:
+        room: bytes.
+    """
+
+    def __init__(self, room: int) -> None:
+        self._room = room
+        self._made: dict[tuple[int, torch.dtype], Tensor] = {}
+
+    def of(self, linear: nn.Module, dtype: torch.dtype, make: Callable[[torch.dtype], Tensor]) -> Tensor:
+        """The one of a linear map and a dtype; made, and kept if there is room."""
+        key = id(linear), dtype
+        if key in self._made:
+            return self._made[key]
+        weight = make(dtype)
+        if weight.nbytes <= self._room:
+            self._room -= weight.nbytes
+            self._made[key] = weight
+        return weight
+
+
+@contextmanager
+def kept_dense(module: nn.Module, room: int = 2**28) -> Iterator[None]:
+    """Inside, compact linear maps of a module unpack their weights once, not whenever they run, if there is room.
+
+    Without gradients, and while the weights do not change.
+
+    Args:
+        room: bytes.
+    """
+    own = [part for part in module.modules() if isinstance(part, CompactLinear)]
+    weights = DenseWeights(room)
+    for linear in own:
+        linear._kept = weights
+    try:
+        yield
+    finally:
+        for linear in own:
+            del linear._kept

@@ -1,0 +1,29 @@
+"""Products of numbers that came from bfloat16, at its speed and with sums in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+CPU_PRODUCTS: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # its `fp32_precision` says of what
+
+
+@contextmanager
+def bfloat16_factors(wanted: bool = True) -> Iterator[None]:
+    """Inside, the CPU's float32 products take their factors in bfloat16, and sum in float32.
+
+    Of factors that came from bfloat16, and were changed by nothing but signs and powers of two, that loses nothing. A
+    processor without such products takes float32. What the caller has set comes back, however this ends.
+    """
+    before = CPU_PRODUCTS.fp32_precision
+    if not wanted or before == "bf16":
+        yield
+        return
+    CPU_PRODUCTS.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        CPU_PRODUCTS.fp32_precision = before

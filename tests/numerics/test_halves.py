@@ -1,0 +1,80 @@
+"""Products of numbers that came from bfloat16."""
+
+from contextlib import suppress
+
+import pytest
+import torch
+
+from hf_compress.numerics.defaults import torch_defaults
+from hf_compress.numerics.halves import CPU_PRODUCTS, bfloat16_factors
+from hf_compress.numerics.moments import Moments
+
+
+def rows(dtype, features=600, count=900):
+    """Of features that lie far apart, as activations do."""
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.linspace(-4, 4, features).exp()
+    return (torch.randn(count, features, generator=generator) * scales + 0.3 * scales).to(dtype)
+
+
+def gap(found, exact):
+    """Of each entry, over the sizes of its two features."""
+    sizes = exact.diagonal().sqrt()
+    return float(((found.double() - exact) / sizes / sizes[:, None]).abs().max())
+
+
+def test_of_bfloat16_nothing_is_lost():
+    own = rows(torch.bfloat16)
+    with bfloat16_factors():
+        found = own.float().T @ own.float()
+    assert gap(found, own.double().T @ own.double()) < 2e-6
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"rows": rows(torch.bfloat16)},
+        {"rows": rows(torch.float32)},
+        {"rows": rows(torch.float16)},
+        {"rows": rows(torch.bfloat16), "weights": torch.rand(900, generator=torch.Generator().manual_seed(1))},
+    ],
+    ids=["bfloat16", "float32", "float16", "weighted"],
+)
+@pytest.mark.parametrize("origin", [None, rows(torch.float32).mean(dim=0)])
+def test_sums_in_float32_are_as_good_whatever_the_rows(given, origin):
+    """Products are taken in bfloat16 only where that is the same."""
+    found, exact = (Moments(600, dtype=dtype, origin=origin) for dtype in (torch.float32, torch.float64))
+    for moments in (found, exact):
+        moments.add(given["rows"], given.get("weights"))
+    assert gap(found.covariance, exact.covariance) < 1e-5
+
+
+@pytest.mark.parametrize("before", ["none", "ieee", "bf16"])
+def test_what_was_set_comes_back(before):
+    CPU_PRODUCTS.fp32_precision = before
+    try:
+        with suppress(KeyError), bfloat16_factors():
+            assert CPU_PRODUCTS.fp32_precision == "bf16"
+            raise KeyError
+        assert CPU_PRODUCTS.fp32_precision == before
+        with bfloat16_factors(wanted=False):
+            assert CPU_PRODUCTS.fp32_precision == before
+    finally:
+        CPU_PRODUCTS.fp32_precision = "none"
+
+
+@pytest.mark.parametrize("precision", ["medium", "high", "highest"])
+def test_a_caller_who_lets_products_be_rounded_gets_the_same_sums(precision):
+    own = rows(torch.float32)
+    expected = Moments(600, dtype=torch.float32)
+    expected.add(own)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        found = Moments(600, dtype=torch.float32)
+        with torch_defaults():
+            found.add(own)
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert torch.equal(found.gram, expected.gram)
