@@ -28,6 +28,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_compress import (
+    AdaptiveCompressConfig,
     CompressionConfig,
     DropBlocksConfig,
     ILLCConfig,
@@ -72,15 +73,13 @@ def settings(case: Case) -> dict[str, CompressionConfig]:
     tokens: Any = {"tokens": case.samples * case.positions}
     return {
         "DropBlocks, block influence": DropBlocksConfig(num_blocks=2),
-        "DropBlocks, perplexity": DropBlocksConfig(num_blocks=2, criterion="perplexity"),
         "MKA, 2 merges": MKAConfig(num_merges=2, choice_samples=case.samples),
         "MKA, paper, 2 merges": MKAConfig(num_merges=2, variant="paper"),
         "ILLC, ratio 0.25": ILLCConfig(ratio=0.25, **tokens),
         "LayerCollapse, 2 FFNs": LayerCollapseConfig(num_layers=2),
         "LRP, 4.25 bits": LRPConfig(bits=4.25, **tokens),
         "LRP, half sparse": LRPConfig(sparsity=0.5, **tokens),
-        "LRP, half sparse across the model": LRPConfig(sparsity=0.5, scope="model", **tokens),
-        "LRP, half sparse by size": LRPConfig(sparsity=0.5, score="magnitude", compensation="none"),
+        "AdaptiveCompress": AdaptiveCompressConfig(),
     }
 
 

@@ -13,6 +13,7 @@ from hf_compress.methods.lrp.module_bits import read_together
 from hf_compress.modules.packed import MixedPrecisionLinear, PackedLinear, pack
 from hf_compress.numerics.budget import spend_on_items
 from tests.helpers.linears import IDS, buffer_bytes, linears, lrp, stored
+from tests.helpers.marks import only_quick
 from tests.helpers.models import assert_reloads, leftovers
 from tests.helpers.round_trip import build, logits
 
@@ -110,7 +111,7 @@ def test_errors_are_the_least_of_all_assignments(symmetric):
     assert buffer_bytes(model) == sizes[row] <= budget
 
 
-@pytest.mark.parametrize("bits", [5.0, 6.5, 8.75, 12.0])
+@pytest.mark.parametrize("bits", only_quick([5.0, 6.5, 8.75, 12.0], 6.5))
 @pytest.mark.parametrize("name", ["Llama", "Mixtral", "BERT", "GPT-2"])
 def test_one_number_a_module_and_no_more_than_the_budget(name, bits, tmp_path):
     old = build(name)

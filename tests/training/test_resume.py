@@ -112,7 +112,7 @@ def test_from_a_folder_that_was_moved(case, tmp_path):
     agree(whole, resumed)
 
 
-@pytest.mark.parametrize("case", ["learned", "dropping", "merging", "collapsing"])
+@pytest.mark.parametrize("case", only_quick(["learned", "dropping", "merging", "collapsing"], "learned"))
 def test_by_the_same_trainer(case, tmp_path):
     """As in a notebook, also where blocks have gone meanwhile: its optimizer gets those of the checkpoint."""
     whole = made(case, tmp_path / "whole")

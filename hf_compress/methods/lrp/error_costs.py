@@ -18,12 +18,12 @@ from hf_compress.methods.lrp.fisher import Energies, energies
 from hf_compress.methods.lrp.grams import grams_of, in_parts, sharing
 from hf_compress.methods.lrp.linears import linears_of
 from hf_compress.methods.lrp.precision import ErrorCosts
-from hf_compress.methods.lrp.scores import scored, some_batches, tokens_of_part
+from hf_compress.methods.lrp.scores import part_of_tokens, scored, some_batches
 from hf_compress.modules.sparse import at_ones
 from hf_compress.numerics.aside import Aside
 from hf_compress.numerics.factor import Factor
 
-PART = 2  # of so many tokens that weights are solved on, one tells what errors cost
+WEIGHED = 2  # of so many tokens that weights are solved on, one weighs inputs against each other
 
 
 def error_costs(
@@ -81,7 +81,7 @@ def _fisher(
     compensated: bool,
     aside: Aside,
 ) -> ErrorCosts:
-    batches = some_batches(context, config.tokens, PART)
+    batches = some_batches(context, config.tokens)
     drawn = partial(energies, context.model, stack, batches, linears, config.seed, aside, not compensated)
     found = Energies.of(context.journal.tensors("energies", lambda: drawn().state()))
     read = _unexplained(config, context, stack, linears, aside) if compensated else found.read
@@ -106,7 +106,7 @@ def _unexplained(
     config: LRPConfig, context: CalibrationContext, stack: Stack, linears: Mapping[str, nn.Module], aside: Aside
 ) -> dict[str, Tensor]:
     """Of the inputs of every linear map, block by block, so that there are never more Gram matrices than a block's."""
-    pairs = start_pairs(context.model, stack, context.calibration, tokens_of_part(context, config.tokens, PART))
+    pairs = start_pairs(context.model, stack, context.calibration, part_of_tokens(context, config.tokens, WEIGHED))
     found: dict[str, Tensor] = {}
     for index in turns(stack, range(len(stack)), "weighing inputs"):
         name = f"unexplained inputs of block {index}"

@@ -50,13 +50,13 @@ class Scores:
     slopes: dict[str, Tensor] = field(default_factory=dict)
 
 
-def some_batches(context: CalibrationContext, tokens: int, part: int = 1) -> Sequence[Batch]:
-    """Batches of about so many tokens (or samples), spread over the calibration data; `part`: of one in so many."""
+def some_batches(context: CalibrationContext, tokens: int) -> Sequence[Batch]:
+    """Batches of about so many tokens (or samples), spread over the calibration data."""
     data = context.calibration
-    return data.about(tokens_of_part(context, tokens, part), data.tokens or data.samples, rounded=round)
+    return data.about(tokens, data.tokens or data.samples, rounded=round)
 
 
-def tokens_of_part(context: CalibrationContext, tokens: int, part: int) -> int:
+def part_of_tokens(context: CalibrationContext, tokens: int, part: int) -> int:
     """One in so many of those tokens (or samples) that there are of `tokens`; where they are few, all."""
     data = context.calibration
     taken = min(tokens, data.tokens or data.samples)

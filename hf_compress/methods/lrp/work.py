@@ -5,8 +5,8 @@ from __future__ import annotations
 from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.base.work import BACKWARD, Share, Work, gram, inverse, linear_sizes, share_of_tokens, solve
 from hf_compress.methods.lrp.config import BITS, STRUCTURED, LRPConfig
-from hf_compress.methods.lrp.error_costs import PART
-from hf_compress.methods.lrp.scores import tokens_of_part
+from hf_compress.methods.lrp.error_costs import WEIGHED
+from hf_compress.methods.lrp.scores import part_of_tokens
 
 _PER_SAMPLE = 2  # passes that the sizes of relevance take besides: a product a sample for every weight
 _ITERATIONS = 9  # of conjugate gradients, for pruned weights; most of them at twice the speed
@@ -37,12 +37,12 @@ def _scoring(config: LRPConfig, data: Share) -> float:
 
 def _bits(config: LRPConfig, context: CalibrationContext, sizes: list[tuple[int, int]]) -> Work:
     data = share_of_tokens(context, config.tokens)
-    part = share_of_tokens(context, tokens_of_part(context, config.tokens, PART))
+    part = share_of_tokens(context, part_of_tokens(context, config.tokens, WEIGHED))
     tried = sum(inputs * outputs for inputs, outputs in sizes) * len(BITS) * _ROUND
     if config.allocation != "fisher":
         return Work(_scoring(config, data) if config.allocation == "relevance" else 0.0, tried, sweeps=2)
     weighed = sum(gram(inputs, part.tokens) + inverse(inputs) for inputs in _read(sizes))
-    return Work(part.of_all * (3 + BACKWARD), tried + weighed, sweeps=3)
+    return Work(data.of_all * (2 + BACKWARD) + part.of_all, tried + weighed, sweeps=3)
 
 
 def _solving(config: LRPConfig, data: Share, sizes: list[tuple[int, int]]) -> float:

@@ -28,7 +28,7 @@ from hf_compress.methods.mka.writers import Rows, Writers
 
 # Penalty of the local fits, which are many and on little data: of so many tokens.
 LOCAL_PENALTY = 0.1
-LOCAL_TOKENS = 2048
+LOCAL_TOKENS = 4096
 FEW = 6  # candidates that are all tried
 
 

@@ -33,8 +33,8 @@ def work_of(config: MKAConfig, context: CalibrationContext) -> Work:
     parts = Anatomy(context.model).parts(stack, 0)
     inputs = sum(linear_widths(stack.blocks[0].get_submodule(path))[0] for path in parts.writers)
     few = blocks - 1 <= FEW
-    fits = (1 if few else 2) * (blocks - 1) + merges * (3 if not few else blocks)
-    tried = merges * (blocks if few else VERIFIED + 2)
+    tried = sum(range(blocks - merges, blocks)) if few else merges * (VERIFIED + 2)
+    fits = tried if few else 2 * (blocks - 1) + 3 * merges
     choice = share_of_samples(context, config.choice_samples)
     local = min(LOCAL_TOKENS, 2 * choice.tokens // 3)
     passes = choice.of_all * (1 + merges / 2 + tried / 6 + fits / blocks / 2 + (0 if few else BACKWARD / 3))
