@@ -19,9 +19,8 @@ from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.lrp import LRPConfig
 from hf_compress.methods.lrp.error_costs import error_costs
 from hf_compress.methods.lrp.fisher import energies
-from hf_compress.methods.lrp.linears import block_linears
+from hf_compress.methods.lrp.linears import Subject, block_linears
 from hf_compress.modules.packed import MixedPrecisionLinear
-from hf_compress.numerics.aside import Aside
 from hf_compress.numerics.factor import Factor
 from tests.helpers.changes import Trace, forward
 from tests.helpers.linears import FLOATS, data_of, dense, made, stored
@@ -277,8 +276,7 @@ def test_the_model_is_as_it_was(name, fails):
 def cost(model, compensated=False, *batches, **settings):
     context, stack = CalibrationContext(model, Calibration(list(batches) or [batch_of(model)])), Anatomy(model).stack()
     config = LRPConfig(bits=5, rounding="compensated" if compensated else "nearest", **settings)
-    linears = block_linears(stack)
-    parts = error_costs(config, context, stack, linears, slopes={}, kept={}, aside=Aside())
+    parts = error_costs(Subject(config, context, stack, block_linears(stack)), slopes={}, kept={})
     return {path: costs(path) for paths, costs in parts for path in paths}
 
 

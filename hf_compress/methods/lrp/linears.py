@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_compress.anatomy.parts import is_linear, linear_map
@@ -14,9 +16,11 @@ from hf_compress.anatomy.residency import resident
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.capture import forward, hooked, inference
 from hf_compress.calibration.data import Batch
+from hf_compress.calibration.memory import working_memory
 from hf_compress.methods.base.context import CalibrationContext
+from hf_compress.methods.lrp.config import LRPConfig
 from hf_compress.modules.sparse import at_ones
-from hf_compress.numerics.aside import give_back
+from hf_compress.numerics.aside import Aside, give_back
 from hf_compress.rewrite.probe import Probe
 from hf_compress.rewrite.record import missing
 
@@ -24,6 +28,30 @@ logger = logging.getLogger(__name__)
 _TOLERANCE = 0.05  # of what is written; half precision is far from it, and another map farther
 _SAMPLES, _BATCHES = 2, 8  # to see what runs: in dense models all does on any sample
 _ROWS = 256  # of what a map writes, evenly spread, that are held against the product
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What LRP works on: a stack of a model, and the linear maps in it that it may change.
+
+    Attributes:
+        linears: by their paths in the model.
+        aside: where what is known of all of them goes, which is as much as their weights.
+    """
+
+    config: LRPConfig
+    context: CalibrationContext
+    stack: Stack
+    linears: Mapping[str, nn.Module] = field(default_factory=dict)
+    aside: Aside = field(default_factory=lambda: working_memory().aside())
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.context.model
+
+    def of_block(self, index: int) -> dict[str, nn.Module]:
+        """The linear maps of a block."""
+        return linears_of(self.stack, index, self.linears)
 
 
 def block_linears(stack: Stack) -> dict[str, nn.Module]:

@@ -30,8 +30,7 @@ from hf_compress.calibration.processes import summed_by_name
 from hf_compress.calibration.routing import Route, watch_routes
 from hf_compress.calibration.sweep import Sweep, turns
 from hf_compress.methods.base.context import CalibrationContext
-from hf_compress.methods.lrp.config import LRPConfig
-from hf_compress.methods.lrp.linears import Weights, linears_of
+from hf_compress.methods.lrp.linears import Subject, Weights, linears_of
 
 _FEW = 4096  # tokens that are taken whole
 
@@ -63,15 +62,8 @@ def part_of_tokens(context: CalibrationContext, tokens: int, part: int) -> int:
     return max(taken // part, min(taken, _FEW))
 
 
-def scored(
-    config: LRPConfig,
-    context: CalibrationContext,
-    stack: Stack,
-    linears: Mapping[str, nn.Module],
-    writers: Mapping[str, nn.Module],
-    name: str,
-) -> Generator[Scores]:
-    """The scores called `name` of the weights of `linears` and of what `writers` read, in parts.
+def scored(subject: Subject, name: str, writers: Mapping[str, nn.Module] | None = None) -> Generator[Scores]:
+    """The scores called `name` of the weights of linear maps, and of what `writers` read, in parts.
 
     The weights that a part is of are in memory while it is given. That is a block, or, of a model that does not run
     block by block, all. To be closed: meanwhile the rules of relevance may be on the model.
@@ -79,31 +71,26 @@ def scored(
     Of a linear map that they tell nothing of, such as that of an expert which no token was given to, they are the
     weights' sizes; but 0 where weights are compared across maps.
     """
-    for found in _scored(config, context, stack, linears, writers, name):
-        if config.scope != "model":
+    for found in _scored(subject, name, writers or {}):
+        if subject.config.scope != "model":
             for path, values in found.weights.items():
                 if not bool(values.any()):
-                    found.weights[path] = Weights(linears)[path].abs()
+                    found.weights[path] = Weights(subject.linears)[path].abs()
         yield found
 
 
-def _scored(
-    config: LRPConfig,
-    context: CalibrationContext,
-    stack: Stack,
-    linears: Mapping[str, nn.Module],
-    writers: Mapping[str, nn.Module],
-    name: str,
-) -> Iterator[Scores]:
+def _scored(subject: Subject, name: str, writers: Mapping[str, nn.Module]) -> Iterator[Scores]:
     if name in ("relevance", "signed"):
-        yield from _by_relevance(config, context, stack, linears, writers, signed=name == "signed")
+        yield from _by_relevance(subject, writers, signed=name == "signed")
         return
+    config, stack = subject.config, subject.stack
     norms: dict[str, Tensor] = {}
     if name == "wanda":
-        norms = input_norms(context, some_batches(context, config.tokens), {**linears, **writers}, stack)
+        batches = some_batches(subject.context, config.tokens)
+        norms = input_norms(subject.context, batches, {**subject.linears, **writers}, stack)
     generator = torch.Generator().manual_seed(config.seed)
     for index in turns(stack, range(len(stack)), "scoring"):
-        own = linears_of(stack, index, linears)
+        own = subject.of_block(index)
         ends = linears_of(stack, index, writers)
         if name == "random":
             yield _random(generator, Weights(own), ends)
@@ -116,16 +103,10 @@ def _scored(
             yield Scores({path: weight.abs().mul_(norms[path]) if norms else weight.abs()})
 
 
-def _by_relevance(
-    config: LRPConfig,
-    context: CalibrationContext,
-    stack: Stack,
-    linears: Mapping[str, nn.Module],
-    writers: Mapping[str, nn.Module],
-    signed: bool,
-) -> Iterator[Scores]:
+def _by_relevance(subject: Subject, writers: Mapping[str, nn.Module], signed: bool) -> Iterator[Scores]:
+    config, linears = subject.config, subject.linears
     needed = config.quantizes and config.allocation == "relevance"
-    for sums in relevances(config, context, stack, linears, writers, signed):
+    for sums in relevances(subject, writers, signed):
         count = max(1, sums.samples)
         if signed:
             yield Scores(_over(sums.signed, count), _over(sums.signed_units, count))
@@ -141,22 +122,16 @@ def _by_relevance(
         yield Scores(tempered, _over(sums.absolute_units, count), slopes)
 
 
-def relevances(
-    config: LRPConfig,
-    context: CalibrationContext,
-    stack: Stack,
-    linears: Mapping[str, nn.Module],
-    writers: Mapping[str, nn.Module],
-    signed: bool,
-) -> Iterator[RelevanceSums]:
+def relevances(subject: Subject, writers: Mapping[str, nn.Module], signed: bool) -> Iterator[RelevanceSums]:
     """Sums of relevances, or of their sizes, as the config says what is explained; of one block at a time."""
-    batches = some_batches(context, config.tokens)
+    config, model, stack, linears = subject.config, subject.model, subject.stack, subject.linears
+    batches = some_batches(subject.context, config.tokens)
     target: Any = config.target
     if target == "auto":
-        known = any(batch.labels is not None or speaks(context.model, batch) for batch in batches)
+        known = any(batch.labels is not None or speaks(model, batch) for batch in batches)
         target = "label" if known else "predicted"
     wanted: Any = {"signed": signed, "composite": config.composite}
-    parts = relevance_sums_by_blocks(context.model, stack, batches, linears, writers, target, **wanted)
+    parts = relevance_sums_by_blocks(model, stack, batches, linears, writers, target, **wanted)
     try:
         first = next(parts, None)
     except torch.OutOfMemoryError:
@@ -164,7 +139,7 @@ def relevances(
     except NOT_BY_BLOCKS:
         if is_offloaded(stack.blocks):
             raise
-        yield relevance_sums(context.model, batches, linears, writers, target, absolute=not signed, **wanted)
+        yield relevance_sums(model, batches, linears, writers, target, absolute=not signed, **wanted)
         return
     if first is not None:
         yield first

@@ -16,6 +16,7 @@ from hf_compress.methods.base.context import CalibrationContext, Drafts
 from hf_compress.methods.base.narrowing import Compensation, Narrowing
 from hf_compress.methods.base.units import BlockUnits, Reduction, UnitStatistics, best
 from hf_compress.methods.lrp.config import LRPConfig
+from hf_compress.methods.lrp.linears import Subject
 from hf_compress.methods.lrp.scores import scored
 from hf_compress.plan.edits import RemoveBlocks
 from hf_compress.plan.plan import Plan
@@ -58,7 +59,7 @@ def _scores(config: LRPConfig, context: CalibrationContext, stack: Stack, writer
     """Of the units that each projection reads, by its path."""
     ends = {name: module for _, name, module in writers}
     found: dict[str, Tensor] = {}
-    with closing(scored(config, context, stack, {}, ends, config.score_name)) as parts:
+    with closing(scored(Subject(config, context, stack), config.score_name, ends)) as parts:
         for part in parts:
             found |= part.units
     return found

@@ -22,13 +22,12 @@ from hf_compress.methods.lrp.config import BITS, MODULE_BITS, LRPConfig
 from hf_compress.methods.lrp.error_costs import error_costs
 from hf_compress.methods.lrp.experts import separate_experts
 from hf_compress.methods.lrp.grams import grams_of, in_parts, sharing
-from hf_compress.methods.lrp.linears import Weights, changeable_linears, linears_of
+from hf_compress.methods.lrp.linears import Subject, Weights, changeable_linears
 from hf_compress.methods.lrp.masks import Masks, kept_weights
 from hf_compress.methods.lrp.module_bits import bits_of_modules, read_together
 from hf_compress.methods.lrp.precision import bits_of_groups, overhead
 from hf_compress.methods.lrp.scores import scored
 from hf_compress.modules.packed import filled
-from hf_compress.numerics.aside import Aside
 from hf_compress.numerics.factor import Factor
 from hf_compress.numerics.masked import solve_masked
 from hf_compress.plan.plan import Plan
@@ -49,52 +48,43 @@ def plan_weights(
     """Leave weights out, round the rest, or both; notes of what was done."""
     with context.step("separate experts"):
         separate_experts(context, stack, drafts)
-    linears = changeable_linears(context, stack)
+    subject = Subject(config, context, stack, changeable_linears(context, stack))
     if config.split is not None:
-        return _split(config, context, stack, linears, drafts)
-    aside, slopes = working_memory().aside(), dict[str, Tensor]()
+        return _split(subject, drafts)
+    slopes: dict[str, Tensor] = {}
     kept: Mapping[str, Tensor] = {}
     with context.step("score weights"):
         if prunes:
-            find = partial(_masks, config, context, stack, linears, slopes, aside)
-            kept = Masks.of(context.journal.tensors("masks", find), linears, aside)
+            state = context.journal.tensors("masks", partial(_masks, subject, slopes))
+            kept = Masks.of(state, subject.linears, subject.aside)
     with context.step("allocate bits"):
         bits: dict[str, Tensor] = {}
         if config.quantizes:
-            spend = partial(_bits, config, context, stack, linears, slopes, kept, aside)
-            bits = context.journal.tensors("bits", spend)
+            bits = context.journal.tensors("bits", partial(_bits, subject, slopes, kept))
     slopes.clear()
     decisions = _Decisions(kept, bits)
     with context.step("solve weights"):
         solves = config.solves if prunes else config.rounding == "compensated"
         pairs = start_pairs(context.model, stack, context.calibration, config.tokens) if solves else []
         for index in turns(stack, range(len(stack)), "solving blocks", drafts.hold):
-            solve = partial(_solved, config, context, stack, index, linears, pairs, decisions)
+            solve = partial(_solved, subject, index, pairs, decisions)
             drafts.add(context.journal.plan(f"solve block {index}", solve))
             advance(pairs, index)
-    return {"linears": _notes(linears, decisions)}
+    return {"linears": _notes(subject.linears, decisions)}
 
 
-def _solved(
-    config: LRPConfig,
-    context: CalibrationContext,
-    stack: Stack,
-    index: int,
-    linears: Mapping[str, nn.Module],
-    pairs: list[StreamPair],
-    decisions: _Decisions,
-) -> Plan:
+def _solved(subject: Subject, index: int, pairs: list[StreamPair], decisions: _Decisions) -> Plan:
     """The plan for the linear maps of one block, which is in memory."""
     draft = Plan()
-    for own in in_parts(linears_of(stack, index, linears)):
-        grams = grams_of(stack, index, own, pairs)
+    for own in in_parts(subject.of_block(index)):
+        grams = grams_of(subject.stack, index, own, pairs)
         together = [*sharing(grams), *([path] for path in own if path not in grams)]
 
         def solved(paths: list[str], grams: dict[str, Tensor] = grams) -> list[Plan]:
-            known = _known(config, grams.get(paths[0]), bool(decisions.kept))
+            known = _known(subject.config, grams.get(paths[0]), bool(decisions.kept))
             for path in paths:
                 grams.pop(path, None)  # as large as nothing else here
-            return [_draft(config, context, path, linears[path], known, decisions) for path in paths]
+            return [_draft(subject, path, known, decisions) for path in paths]
 
         for paths, drafted in zip(together, spread(together, solved), strict=True):
             for path, one in zip(paths, drafted, strict=True):
@@ -103,41 +93,27 @@ def _solved(
     return draft
 
 
-def _masks(
-    config: LRPConfig,
-    context: CalibrationContext,
-    stack: Stack,
-    linears: Mapping[str, nn.Module],
-    slopes: dict[str, Tensor],
-    aside: Aside,
-) -> dict[str, Tensor]:
+def _masks(subject: Subject, slopes: dict[str, Tensor]) -> dict[str, Tensor]:
     """The state of the masks of the weights that stay."""
-    with closing(_scores(config, context, stack, linears, slopes)) as scores:
-        return kept_weights(config, linears, scores, aside).state()
+    with closing(_scores(subject, slopes)) as scores:
+        return kept_weights(subject.config, subject.linears, scores, subject.aside).state()
 
 
-def _scores(
-    config: LRPConfig,
-    context: CalibrationContext,
-    stack: Stack,
-    linears: Mapping[str, nn.Module],
-    slopes: dict[str, Tensor],
-) -> Generator[dict[str, Tensor]]:
+def _scores(subject: Subject, slopes: dict[str, Tensor]) -> Generator[dict[str, Tensor]]:
     """Scores of weights, in parts; the slopes that they are made of, where bits are given by them, are put aside."""
     aside = working_memory().aside()
-    for part in scored(config, context, stack, linears, {}, config.score_name):
+    for part in scored(subject, subject.config.score_name):
         slopes |= {path: aside.put(part.slopes.pop(path)) for path in list(part.slopes)}
         yield part.weights
 
 
-def _split(
-    config: LRPConfig, context: CalibrationContext, stack: Stack, linears: Mapping[str, nn.Module], drafts: Drafts
-) -> dict[str, Any]:
+def _split(subject: Subject, drafts: Drafts) -> dict[str, Any]:
     """The paper's mixed precision: of each layer's weights the half above the median in more bits, one by one."""
+    config, stack = subject.config, subject.stack
     assert config.split is not None
     halves = Masks(working_memory().aside())
-    scores = scored(config, context, stack, linears, {}, config.score_name)
-    with context.step("score weights"), closing(scores):
+    scores = scored(subject, config.score_name)
+    with subject.context.step("score weights"), closing(scores):
         for part in scores:
             for path in list(part.weights):
                 values = part.weights.pop(path)
@@ -145,14 +121,14 @@ def _split(
     even = config.is_symmetric(config.split[0]) or config.split[0] > 8  # zeros are stored in a byte
     for index in turns(stack, range(len(stack)), "splitting", drafts.hold):
         draft = Plan()
-        for path in linears_of(stack, index, linears):
+        for path in subject.of_block(index):
             upper = halves[path]
             count = int(upper.sum())
             if not 0 < count < upper.numel():
                 raise ValueError(f"the scores of {path} have no median to split them by: too few of them differ")
             groups = [filled(part, config.group_size) // config.group_size for part in (count, upper.numel() - count)]
             bits = torch.repeat_interleave(torch.tensor(config.split), torch.tensor(groups))
-            draft += sparsify_linear(context.model, path, upper, None, bits, config.group_size, even, rest=True)
+            draft += sparsify_linear(subject.model, path, upper, None, bits, config.group_size, even, rest=True)
         drafts.add(draft)
     return {"split": list(config.split)}
 
@@ -168,35 +144,22 @@ def _known(config: LRPConfig, gram: Tensor | None, prunes: bool) -> Tensor | Fac
     return Factor.of(gram) if config.rounding == "compensated" else None
 
 
-def _draft(
-    config: LRPConfig,
-    context: CalibrationContext,
-    path: str,
-    linear: nn.Module,
-    known: Tensor | Factor | None,
-    decisions: _Decisions,
-) -> Plan:
+def _draft(subject: Subject, path: str, known: Tensor | Factor | None, decisions: _Decisions) -> Plan:
+    config = subject.config
     kept = decisions.kept.get(path)
     bits = decisions.bits[path].long() if path in decisions.bits else None
     if kept is None:
         assert bits is not None
         even = config.is_symmetric(int(bits.max()))
-        return pack_linear(context.model, path, bits, config.group_size, even, known)
-    weight = solve_masked(linear_map(linear).T, known, kept) if isinstance(known, Tensor) else None
+        return pack_linear(subject.model, path, bits, config.group_size, even, known)
+    weight = solve_masked(linear_map(subject.linears[path]).T, known, kept) if isinstance(known, Tensor) else None
     row = None if bits is None else bits.flatten()
-    return sparsify_linear(context.model, path, kept, weight, row, config.group_size, bool(config.symmetric))
+    return sparsify_linear(subject.model, path, kept, weight, row, config.group_size, bool(config.symmetric))
 
 
-def _bits(
-    config: LRPConfig,
-    context: CalibrationContext,
-    stack: Stack,
-    linears: Mapping[str, nn.Module],
-    slopes: Mapping[str, Tensor],
-    kept: Mapping[str, Tensor],
-    aside: Aside,
-) -> dict[str, Tensor]:
+def _bits(subject: Subject, slopes: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Bits of the groups of all linear maps; of pruned ones, of the groups of what is left."""
+    config, linears = subject.config, subject.linears
     total = sum(linear_map(linear).numel() for linear in linears.values())
     asked = config.bits if config.bits is not None else 8 * (config.target_bytes or 0) / total
     weights = Weights(linears, kept)
@@ -215,11 +178,11 @@ def _bits(
             f"of groups of {config.group_size} are stored and rows filled up to whole groups: ask for more, or change "
             "group_size="
         )
-    with closing(error_costs(config, context, stack, linears, slopes=slopes, kept=kept, aside=aside)) as costs:
+    with closing(error_costs(subject, slopes, kept)) as costs:
         if whole:
-            together = read_together(context.model, context.calibration.batches[0], linears)
+            together = read_together(subject.model, subject.context.calibration.batches[0], linears)
             return bits_of_modules(config, weights, costs, together, int(asked * stored + 1e-6))
-        return bits_of_groups(config, BITS, weights, costs, budget, aside)
+        return bits_of_groups(config, BITS, weights, costs, budget, subject.aside)
 
 
 def _notes(linears: Mapping[str, nn.Module], decisions: _Decisions) -> list[dict[str, Any]]:
