@@ -1,7 +1,7 @@
 """Memory of compress() and save(): of models on the disk against the number of their blocks, and of models in memory.
 
-    python benchmarks/memory.py             # 8 and 24 blocks on the disk, 6 and 12 in memory
-    python benchmarks/memory.py --full      # and 72 on the disk
+    python benchmarks/memory.py             # 8 and 24 blocks on the disk, 6 in memory
+    python benchmarks/memory.py --full      # 8 and 72 blocks on the disk, 6 and 24 in memory
     python benchmarks/memory.py --only ILLC
 
 Checkpoints like Llama's with random weights in bfloat16 are written to a temporary folder: hidden 1,024 and FFN 2,816
@@ -179,7 +179,7 @@ def table(kind: str, depths: list[int], only: list[str] | None) -> tuple[str, di
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="72 blocks as well")
+    parser.add_argument("--full", action="store_true", help="deeper models")
     parser.add_argument("--disk", nargs="*", type=int, help="other numbers of blocks, on the disk")
     parser.add_argument("--memory", nargs="*", type=int, help="and in memory")
     parser.add_argument("--only", nargs="+", help="beginnings of the names of the rows")
@@ -189,8 +189,8 @@ def main() -> None:
         child(args.child[0], args.child[1], Path(args.child[2]))
         return
     depths = {
-        "disk": args.disk if args.disk is not None else [8, 24, 72] if args.full else [8, 24],
-        "memory": args.memory if args.memory is not None else [6, 12],
+        "disk": args.disk if args.disk is not None else [8, 72 if args.full else 24],
+        "memory": args.memory if args.memory is not None else [6, 24] if args.full else [6],
     }
     tables = {kind: table(kind, own, args.only) for kind, own in depths.items() if own}
     text = "\n\n".join(text for text, _ in tables.values())
