@@ -7,10 +7,16 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before Transformers is imported
 os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side, and tiny models lose more to threads than they win
 
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
+from huggingface_hub import constants
+from huggingface_hub.utils import _http
 from hypothesis import settings
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -18,6 +24,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerF
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.data import Calibration, DataOptions, prepare
+from tests.helpers.hub_server import OTHER, READER, WRITER, HubServer, User
 from tests.helpers.language import WORDS, tiny_llama, word_tokenizer, words
 
 settings.register_profile("any machine", deadline=None)  # a busy one is slow now and then
@@ -70,3 +77,29 @@ def calibration(model: PreTrainedModel, framing_tokenizer: PreTrainedTokenizerFa
 def ids() -> Tensor:
     """(12, 8) token ids, none special."""
     return torch.randint(4, len(WORDS), (12, 8), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+    """A Hub of its own for each test, that the client takes for the real one; nothing is kept outside of tmp_path."""
+    with HubServer({WRITER: User("me"), READER: User("me", writes=False), OTHER: User("other")}) as server:
+        values = {
+            "ENDPOINT": server.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_DISABLE_TELEMETRY": True,
+            "HF_HUB_CACHE": str(tmp_path / "cache"),
+            "HF_TOKEN_PATH": str(tmp_path / "token"),
+            "HF_STORED_TOKENS_PATH": str(tmp_path / "stored_tokens"),
+        }
+        for name, value in values.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # it would keep the endpoint of an earlier test
+        monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=lambda seconds: None))  # between one try and the next
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+        (tmp_path / "temporary").mkdir()
+        monkeypatch.setenv("HF_TOKEN", WRITER)
+        yield server
+        _http.close_session()
+        assert list((tmp_path / "temporary").iterdir()) == []

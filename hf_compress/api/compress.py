@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from time import perf_counter
@@ -23,7 +23,7 @@ from hf_compress.errors import CalibrationError, UnsupportedModelError
 from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.base.journal import Journal
 from hf_compress.methods.base.registry import plan_for, work_for
-from hf_compress.methods.base.settings import CompressionConfig
+from hf_compress.methods.base.settings import CompressionConfig, settings_of
 from hf_compress.methods.base.work import Work
 from hf_compress.modules.kernels import check_no_kernels
 from hf_compress.numerics.defaults import check_not_inference, torch_defaults
@@ -39,11 +39,12 @@ from hf_compress.rewrite.probe import Probe
 @torch_defaults()
 def compress(
     model: PreTrainedModel,
-    config: CompressionConfig,
+    config: CompressionConfig | str,
     calibration: Any = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     options: DataOptions | None = None,
     compute: Compute | None = None,
+    **settings: Any,
 ) -> PreTrainedModel:
     """Make `model` smaller by the method of `config`. **Changes the model it is given**, and returns it.
 
@@ -52,12 +53,13 @@ def compress(
     Args:
         model: any Transformers model whose blocks can be found; not quantized. On one device, or dispatched by
             Transformers (`device_map=`) over several, the CPU and the disk.
-        config: a method's settings, such as `MKAConfig(ratio=0.25)`.
+        config: a method's settings, such as `MKAConfig(ratio=0.25)`; or its name, "mka".
         calibration: texts, a `datasets.Dataset`, a DataLoader or other iterable of batches, a LongTensor of token ids,
             or pixel values; see `hf_compress.calibration.data.prepare`. Some methods need none.
         tokenizer: the model's own; needed for texts.
         options: batch size, maximum length, and text column of the calibration data.
         compute: where it is done and within how much memory, and a folder from which a run that was killed goes on.
+        settings: of the method, where `config` is a name: `ratio=0.25`.
 
     Returns:
         `model`, smaller, with its history as its `compression_report`: a `CompressionReport` of this change and of all
@@ -69,7 +71,7 @@ def compress(
             In every case, on interruption too, the model is as it was.
         ProcessesError: of several processes one has failed, has ended, or has another model, settings or data.
     """
-    check_arguments(model, config)
+    config = check_arguments(model, config, settings)
     start = perf_counter()
     data = _prepare(calibration, model, tokenizer, options)
     _check_alike(model, config, data, compute)
@@ -93,14 +95,15 @@ def compress(
 @torch_defaults()
 def make_plan(
     model: PreTrainedModel,
-    config: CompressionConfig,
+    config: CompressionConfig | str,
     calibration: Any = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     options: DataOptions | None = None,
     compute: Compute | None = None,
+    **settings: Any,
 ) -> Plan:
     """What `compress` would do to `model`, without doing it. Arguments and errors are those of `compress`."""
-    check_arguments(model, config)
+    config = check_arguments(model, config, settings)
     data = _prepare(calibration, model, tokenizer, options)
     _check_alike(model, config, data, compute)
     context = CalibrationContext(model, data)
@@ -160,11 +163,15 @@ def _check_alike(
         )
 
 
-def check_arguments(model: Any, config: Any) -> None:
-    """Raise unless these are a model that can be compressed, and a method's settings."""
-    check_model(model)
+def check_arguments(model: Any, config: Any, settings: Mapping[str, Any]) -> CompressionConfig:
+    """A method's settings; raises unless they are some, and the model is one that can be compressed."""
+    config = settings_of(config, settings)
     if not isinstance(config, CompressionConfig):
-        raise TypeError(f"config must be a method's settings, such as MKAConfig(ratio=0.25); got {config!r}")
+        raise TypeError(
+            f"config must be a method's settings, such as MKAConfig(ratio=0.25), or its name; got {config!r}"
+        )
+    check_model(model)
+    return config
 
 
 def check_model(model: Any) -> None:

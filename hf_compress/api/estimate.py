@@ -62,18 +62,19 @@ class Estimate:
 @torch_defaults()
 def estimate(
     model: PreTrainedModel,
-    config: CompressionConfig,
+    config: CompressionConfig | str,
     calibration: Any = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     options: DataOptions | None = None,
     compute: Compute | None = None,
+    **settings: Any,
 ) -> Estimate:
     """What `compress` would take with these arguments, without doing it: one block is run on one batch.
 
     Raises:
         ValueError, TypeError: as `compress`, as far as it looks.
     """
-    check_arguments(model, config)
+    config = check_arguments(model, config, settings)
     compute = compute or Compute()
     data = None if calibration is None else prepare(calibration, model, tokenizer, options)
     context = CalibrationContext(model, data)

@@ -41,6 +41,7 @@ def config_from(
     method = method or values.pop("method", None) or "mka"
     values.pop("method", None)
     cls = config_class(method)
+    method = cls.method
     names = [field.name for field in fields(cls)]
     given = dict(_setting(text) for text in settings)
     if ratio is not None:

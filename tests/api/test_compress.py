@@ -136,8 +136,21 @@ def test_something_that_is_no_model(thing):
         compress(thing, DROP)
 
 
-@pytest.mark.parametrize("thing", [None, "mka", MKAConfig, {"ratio": 0.5}])
+@pytest.mark.parametrize("thing", [None, 3, MKAConfig, {"ratio": 0.5}])
 @pytest.mark.parametrize("function", [compress, make_plan])
 def test_something_that_is_no_config(model, function, thing):
-    with pytest.raises(TypeError, match=r"config must be a method's settings, such as MKAConfig\(ratio=0.25\)"):
+    with pytest.raises(TypeError, match=r"config must be a method's settings, such as MKAConfig\(ratio=0.25\), or its"):
         function(model, thing)
+
+
+def test_a_method_by_its_name(make_llama, framing_tokenizer, texts):
+    given = {"calibration": texts, "tokenizer": framing_tokenizer, "options": SMALL}
+    named, config = make_llama(layers=5), make_llama(layers=5)
+    compress(named, "MKA", num_merges=2, **given)
+    compress(config, REFIT, **given)
+    state = config.state_dict()
+    assert state.keys() == named.state_dict().keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in named.state_dict().items())
+    assert named.compression_report.config == config.compression_report.config
+    plan = make_plan(make_llama(layers=5), "drop-blocks", num_blocks=2, criterion="last")
+    assert plan.to_list() == make_plan(make_llama(layers=5), DropBlocksConfig(num_blocks=2, criterion="last")).to_list()

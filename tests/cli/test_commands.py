@@ -240,6 +240,8 @@ def test_options_win_over_the_recipe(recipe, method, options, expected, tmp_path
         (("--ratio", "0.5", "--num", "2"), "give --ratio or --num, only one of them; got --ratio 0.5 and --num 2"),
         ((), "say how much to merge"),
         (("--method", "magic"), "unknown method 'magic'; known are adaptive_compress, "),
+        (("--method", "LayerColapse"), "unknown method 'LayerColapse' (did you mean 'layer_collapse'?)"),
+        (("--method", "Layer-Collapse", "--ratio", "1.5"), "--ratio must be a number in (0, 1)"),
         (("--ratio", "0.5", "--set", "variannt=paper"), "did you mean 'variant'?"),
         (("--ratio", "0.5", "--set", "variant"), "--set takes field=value"),
         (("--ratio", "0.5", "--recipe", "nowhere.yaml"), "nowhere.yaml"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib import import_module
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Self
 
 from hf_compress.checks import check_fields
 from hf_compress.methods.base.amounts import AMOUNT, Amount
+from hf_compress.methods.base.files import push_settings, read_settings, write_settings
 from hf_compress.methods.base.recipes import read_recipe
 
 _REGISTRY: dict[str, type[CompressionConfig]] = {}
@@ -110,12 +111,77 @@ class CompressionConfig:
         """`to_dict` as JSON text."""
         return json.dumps(self.to_dict(), indent=2)
 
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write the settings into a folder, as compression_config.json; the path of the file."""
+        return write_settings(self.to_dict(), folder)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, **where: Any) -> Self:
+        """The settings that `save_pretrained` or `push_to_hub` wrote.
+
+        Args:
+            name: a folder, a file, or a repository on the Hub.
+            where: of a repository, as `huggingface_hub.hf_hub_download` takes it: `revision`, `subfolder`, `token`,
+                `cache_dir`, `local_files_only`.
+
+        Raises:
+            FileNotFoundError: there are none.
+            ValueError: they make no sense.
+            TypeError: they are another method's.
+        """
+        found = CompressionConfig.from_dict(read_settings(name, **where))
+        if not isinstance(found, cls):
+            raise TypeError(f"{name} has settings of {found.method}: read them by {type(found).__name__}")
+        return found
+
+    def push_to_hub(self, repo_id: str, commit_message: str = "Upload settings with hf_compress", **where: Any) -> Any:
+        """Put the settings into a repository of the Hub, which is made where there is none.
+
+        Args:
+            where: `token`, `private` for a new repository, `revision`, `create_pr`, as
+                `huggingface_hub.HfApi.upload_file` takes them.
+
+        Returns:
+            The commit, a `huggingface_hub.CommitInfo`.
+        """
+        return push_settings(self.to_dict(), repo_id, commit_message, **where)
+
 
 def config_class(method: str) -> type[CompressionConfig]:
-    """The config class registered under a method's name."""
-    if method not in method_names():
-        raise ValueError(f"unknown method {method!r}; known are {', '.join(method_names())}")
-    return _REGISTRY[method]
+    """The config class registered under a method's name, however that is written: "LayerCollapse", "layer-collapse".
+
+    Raises:
+        ValueError: there is no such method.
+    """
+    names = {_bare(name): name for name in method_names()}
+    if _bare(method) not in names:
+        close = difflib.get_close_matches(_bare(method), names, n=1)
+        hint = f" (did you mean {names[close[0]]!r}?)" if close else ""
+        raise ValueError(f"unknown method {method!r}{hint}; known are {', '.join(names.values())}")
+    return _REGISTRY[names[_bare(method)]]
+
+
+def settings_of(config: CompressionConfig | str, given: Mapping[str, Any]) -> CompressionConfig:
+    """The settings of a call: those that it was given whole, or a method's name and those beside it.
+
+    Raises:
+        ValueError: there is no such method, or it refuses its settings.
+        TypeError: some are beside settings that are whole, or are no settings of the method.
+    """
+    if isinstance(config, str):
+        return config_class(config)(**given)
+    if given:
+        known = type(config).__name__ if isinstance(config, CompressionConfig) else "MKAConfig"
+        raise TypeError(
+            f"{', '.join(given)}: settings belong inside the config, {known}({next(iter(given))}=…), or beside the "
+            "name of a method, compress(model, 'mka', ratio=0.25)"
+        )
+    return config
+
+
+def _bare(name: str) -> str:
+    """A method's name without what is a matter of taste."""
+    return str(name).lower().translate(str.maketrans("", "", "-_ "))
 
 
 def method_names() -> list[str]:

@@ -1,14 +1,16 @@
 """Settings: validated when made, the same after JSON and YAML, and found by the method's name."""
 
+import inspect
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import pytest
 
+import hf_compress as hfc
 import hf_compress.methods.base.settings as config_module
 from hf_compress.methods.adaptive_compress import AdaptiveCompressConfig
 from hf_compress.methods.base.registry import plan_for
-from hf_compress.methods.base.settings import CompressionConfig, config_class, method_names
+from hf_compress.methods.base.settings import CompressionConfig, config_class, method_names, settings_of
 from hf_compress.methods.drop_blocks import DropBlocksConfig
 from hf_compress.methods.illc import ILLCConfig
 from hf_compress.methods.layer_collapse import LayerCollapseConfig
@@ -81,10 +83,38 @@ def test_a_new_method_registers_itself_and_none_is_overwritten(monkeypatch):
         plan_for(Mine(), None)
 
 
-@pytest.mark.parametrize("name", ["MKA", "none", 3, None])
+@pytest.mark.parametrize("name", ["magic", "", 3, None])
 def test_an_unknown_method(name):
     with pytest.raises(ValueError, match=f"unknown method {name!r}; known are .*mka"):
         CompressionConfig.from_dict({"method": name})
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("MKA", "mka"), ("LayerCollapse", "layer_collapse"), ("drop-blocks", "drop_blocks"), ("layer collapse",) * 2],
+)
+def test_other_spellings(name, method):
+    assert config_class(name) is config_class(method)
+
+
+def test_what_may_be_meant():
+    with pytest.raises(ValueError, match=r"unknown method 'layercolapse' \(did you mean 'layer_collapse'\?\)"):
+        config_class("layercolapse")
+
+
+def test_settings_beside_a_name():
+    assert settings_of("MKA", {"ratio": 0.25}) == MKAConfig(ratio=0.25)
+    assert settings_of(MKAConfig(ratio=0.25), {}) == MKAConfig(ratio=0.25)
+    with pytest.raises(TypeError, match="mka has no setting 'gama'"):
+        settings_of("mka", {"gama": 0.5})
+    with pytest.raises(TypeError, match=r"ratio: settings belong inside the config, MKAConfig\(ratio=…\), or beside"):
+        settings_of(MKAConfig(num_merges=1), {"ratio": 0.5})
+
+
+@pytest.mark.parametrize("call", [hfc.compress, hfc.make_plan, hfc.estimate])
+def test_no_setting_has_the_name_of_an_argument(call):
+    arguments = set(inspect.signature(call).parameters) - {"settings"}
+    assert not arguments & {field.name for method in method_names() for field in fields(config_class(method))}
 
 
 def test_no_method():
