@@ -55,7 +55,8 @@ def compress(
             Transformers (`device_map=`) over several, the CPU and the disk.
         config: a method's settings, such as `MKAConfig(ratio=0.25)`; or its name, "mka".
         calibration: texts, a `datasets.Dataset`, a DataLoader or other iterable of batches, a LongTensor of token ids,
-            or pixel values; see `hf_compress.calibration.data.prepare`. Some methods need none.
+            pixel values, or the name of a file, a folder or a dataset with texts; see
+            `hf_compress.calibration.data.prepare`. Some methods need none.
         tokenizer: the model's own; needed for texts.
         options: batch size, maximum length, and text column of the calibration data.
         compute: where it is done and within how much memory, and a folder from which a run that was killed goes on.

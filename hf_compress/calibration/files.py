@@ -1,4 +1,4 @@
-"""Texts from files, folders and datasets on the Hub, as the command line takes them."""
+"""Texts from files, folders and datasets on the Hub, by name."""
 
 from __future__ import annotations
 
@@ -49,6 +49,15 @@ def load_texts(source: str | Path, text_column: str | None = None, limit: int | 
     if not texts:
         raise CalibrationError(f"{source} holds no texts; calibration needs at least a few dozen")
     return texts
+
+
+def is_source(data: Any) -> bool:
+    """Whether something names a file, a folder or a dataset for `load_texts`, and is no text."""
+    if isinstance(data, Path):
+        return True
+    if not isinstance(data, str) or not data or "\n" in data:
+        return False
+    return bool(_HUB_NAME.match(data)) or Path(data).suffix in (".txt", *_BUILDERS) or Path(data).is_dir()
 
 
 def _read(path: Path) -> str:

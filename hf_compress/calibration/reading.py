@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_compress.calibration.files import is_source, load_texts
 from hf_compress.calibration.tables import Table, dimensions, is_row, table_of, table_of_rows
 from hf_compress.errors import CalibrationError
 
@@ -60,12 +61,14 @@ def _content(data: Any, text_column: str | None, max_samples: int | None) -> Any
 
 
 def read_texts(data: Any) -> list[str]:
-    """The texts of a list, another iterable or a table, read as by `read`.
+    """The texts of a list, another iterable or a table, read as by `read`; or of a file, by its name (`load_texts`).
 
     Raises:
         TypeError: there is something else than texts.
         CalibrationError: no column can be told to be the texts.
     """
+    if is_source(data):
+        return load_texts(data)
     if isinstance(data, str):
         raise TypeError("texts is a single string; expected several documents: pass [text].")
     texts = read(data)

@@ -1,11 +1,15 @@
 """Texts from files: every kind, and every way in which there are none."""
 
 import json
+from pathlib import Path
 
 import pytest
+import torch
 from datasets import Dataset, DatasetDict
 
-from hf_compress.calibration.files import load_texts
+from hf_compress.calibration.data import DataOptions, prepare
+from hf_compress.calibration.files import is_source, load_texts
+from hf_compress.calibration.reading import read_texts
 from hf_compress.errors import CalibrationError
 
 ROWS = ["one two", "three", "four five six"]
@@ -32,6 +36,40 @@ def test_every_kind_of_file_gives_its_texts(tmp_path, kind):
     path = _file(tmp_path, kind)
     assert load_texts(path) == ROWS
     assert load_texts(str(path), limit=2) == ROWS[:2]
+
+
+@pytest.mark.parametrize("given", [str, Path])
+def test_data_by_the_name_of_a_file(given, tmp_path, make_llama, tokenizer):
+    path = tmp_path / "my texts.jsonl"
+    path.write_text("".join(json.dumps({"body": text, "number": 1}) + "\n" for text in ("w1 w2", "w3", "w4 w5 w6")))
+    model = make_llama()
+    found = prepare(given(path), model, tokenizer, DataOptions(max_samples=2, text_column="body"))
+    expected = prepare(["w1 w2", "w3"], model, tokenizer)
+    assert torch.equal(found.batches[0].inputs["input_ids"], expected.batches[0].inputs["input_ids"])
+    assert read_texts(given(path)) == ["w1 w2", "w3", "w4 w5 w6"]
+
+
+@pytest.mark.parametrize(
+    ("data", "named"),
+    [
+        ("nowhere.jsonl", True),
+        ("Salesforce/wikitext:wikitext-2-raw-v1:test", True),
+        ("imdb", True),
+        (Path("x"), True),
+        ("once upon a time", False),
+        ("a text\n", False),
+        ("", False),
+        (["imdb"], False),
+        (b"imdb", False),
+    ],
+)
+def test_what_is_a_name_and_what_a_text(data, named):
+    assert is_source(data) is named
+
+
+def test_a_name_of_nothing(model, tokenizer):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl: no such file or folder, nor a dataset"):
+        prepare("nowhere.jsonl", model, tokenizer)
 
 
 def test_a_saved_dataset_and_a_folder_of_files_give_their_texts(tmp_path):
