@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_compress.calibration.conversations import is_conversation, written_out
 from hf_compress.calibration.decoder import has_decoder, one_later, read_before, start_id
 from hf_compress.calibration.files import is_source, load_texts
 from hf_compress.calibration.padding import pad_id, padded
@@ -129,8 +130,8 @@ class DataOptions:
     Attributes:
         batch_size: samples in a forward pass.
         max_length: tokens kept of a text; at most, and by default, the model's positions (2,048 where it has no limit).
-        text_column: the column of a table (a Dataset, a DataFrame) that holds the texts; found when it is called
-            "text", or there is only one of strings.
+        text_column: the column of a table (a Dataset, a DataFrame) that holds the texts or conversations; found when it
+            is called "text" or "messages", or there is only one of strings.
         max_samples: how many are read, the first ones; all when not given, but the first 4,096 of what has no length,
             such as a generator or a streaming dataset. A batch of the user's is not cut.
     """
@@ -150,11 +151,12 @@ def prepare(
     """Batches of `data` for `model`.
 
     Args:
-        data: a list of strings, a table (a `datasets.Dataset`, streaming or not, a DataFrame), a DataLoader or other
-            iterable of batches (mappings, tensors, or (inputs, ...) tuples), a LongTensor of token ids (samples,
-            positions), a float tensor of pixel values (samples, channels, height, width) or of other values (samples,
-            features), or a mapping of such tensors, as a tokenizer gives it. NumPy arrays are taken for tensors. Or the
-            name of a file, a folder or a dataset on the Hub that holds texts (see `load_texts`).
+        data: a list of strings, or of conversations (lists of messages with role and content), a table (a
+            `datasets.Dataset`, streaming or not, a DataFrame), a DataLoader or other iterable of batches (mappings,
+            tensors, or (inputs, ...) tuples), a LongTensor of token ids (samples, positions), a float tensor of pixel
+            values (samples, channels, height, width) or of other values (samples, features), or a mapping of such
+            tensors, as a tokenizer gives it. NumPy arrays are taken for tensors. Or the name of a file, a folder or a
+            dataset on the Hub that holds texts (see `load_texts`).
             An encoder-decoder is given its labels, or what its decoder reads, with the inputs; where there are
             neither, it is to repeat its text.
         model: whose positions limit the texts' length and whose device the batches will go to.
@@ -199,6 +201,8 @@ def _raw_batches(
     items = read(data, options.text_column, options.max_samples, options.batch_size)
     if any(isinstance(item, str) for item in items):
         items = _tokenize(items, tokenizer, length)
+    elif any(map(is_conversation, items)):  # the template writes special tokens too
+        items = _tokenize(written_out(items, tokenizer), tokenizer, length, add_special_tokens=False)
     if not items or not all(map(_is_row, items)):
         return items, sum(map(partial(_too_long, length), items))
     pad = pad_id(model.config, tokenizer)
@@ -235,7 +239,9 @@ def special_ids(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | N
     return torch.tensor(sorted(ids), dtype=torch.long)
 
 
-def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase | None, length: int) -> list[Any]:
+def _tokenize(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase | None, length: int, add_special_tokens: bool = True
+) -> list[Any]:
     """Rows of token ids; texts without any are left out."""
     if other := next(((i, item) for i, item in enumerate(texts) if not isinstance(item, str)), None):
         raise CalibrationError(
@@ -244,7 +250,8 @@ def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase | None, lengt
     if tokenizer is None:
         raise CalibrationError("calibration is text: pass tokenizer= as well")
     # One token more than fits, so that truncation can be seen and told.
-    encoded = tokenizer(texts, truncation=True, max_length=length + 1)["input_ids"]
+    settings = {"truncation": True, "max_length": length + 1, "add_special_tokens": add_special_tokens}
+    encoded = tokenizer(texts, **settings)["input_ids"]
     return [{"input_ids": ids} for ids in encoded]
 
 

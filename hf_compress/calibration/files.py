@@ -7,14 +7,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from hf_compress.calibration.conversations import COLUMN, is_conversation
 from hf_compress.errors import CalibrationError
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _HUB_NAME = re.compile(r"^\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+){0,2}$")
 
 
-def load_texts(source: str | Path, text_column: str | None = None, limit: int | None = None) -> list[str]:
-    """The texts that a file, a folder or a dataset on the Hub holds; empty ones are left out.
+def load_texts(source: str | Path, text_column: str | None = None, limit: int | None = None) -> list[Any]:
+    """The texts, or conversations, that a file, a folder or a dataset on the Hub holds; empty ones are left out.
 
     Args:
         source: one of
@@ -24,7 +25,7 @@ def load_texts(source: str | Path, text_column: str | None = None, limit: int | 
             - a folder written by `datasets.Dataset.save_to_disk`, or one with files of the kinds above;
             - a dataset on the Hub: `name`, `name:configuration` or `name:configuration:split`, such as
               `Salesforce/wikitext:wikitext-2-raw-v1`.
-        text_column: the column that holds the texts; when not given, "text", or else the only column of strings.
+        text_column: the column that holds them; when not given, "text", "messages", or else the only one of strings.
         limit: at most so many texts, the first ones. A dataset on the Hub is then read only so far.
 
     Raises:
@@ -45,7 +46,7 @@ def load_texts(source: str | Path, text_column: str | None = None, limit: int | 
             texts = _texts(rows, str(source), text_column, limit)
         except (OSError, ValueError, TypeError) as error:  # files are parsed as they are read
             raise _unreadable(str(source), error) from error
-    texts = [text for text in texts if text.strip()][:limit]
+    texts = [text for text in texts if not isinstance(text, str) or text.strip()][:limit]
     if not texts:
         raise CalibrationError(f"{source} holds no texts; calibration needs at least a few dozen")
     return texts
@@ -125,19 +126,19 @@ def _one_split(data: Any, source: str) -> Iterable[Mapping[str, Any]]:
     return data["train"]
 
 
-def _texts(rows: Iterable[Mapping[str, Any]], source: str, column: str | None, limit: int | None) -> list[str]:
-    """The first `limit` texts of the rows; none where there are no rows."""
-    texts: list[str] = []
+def _texts(rows: Iterable[Mapping[str, Any]], source: str, column: str | None, limit: int | None) -> list[Any]:
+    """The first `limit` texts or conversations of the rows; none where there are no rows."""
+    texts: list[Any] = []
     for number, row in enumerate(rows):
         if number == 0:
             column = _column(row, source, column)
         text = row[str(column)]
-        if text is not None and not isinstance(text, str):
+        if text is not None and not isinstance(text, str) and not is_conversation(text):
             raise CalibrationError(
                 f"{source}: row {number} has a {type(text).__name__} in the column {column!r}, not a text; "
                 f"name another column of {', '.join(row)}"
             )
-        if text and text.strip():
+        if text and (not isinstance(text, str) or text.strip()):
             texts.append(text)
         if len(texts) == limit:
             break
@@ -148,7 +149,8 @@ def _column(row: Mapping[str, Any], source: str, column: str | None) -> str:
     """The column to take the texts from."""
     strings = [name for name, value in row.items() if isinstance(value, str)]
     if column is None:
-        column = "text" if "text" in row else strings[0] if len(strings) == 1 else None
+        only = strings[0] if len(strings) == 1 else None
+        column = "text" if "text" in row else COLUMN if is_conversation(row.get(COLUMN)) else only
     if column not in row:
         raise CalibrationError(
             f"{source} has the columns {', '.join(row)}: name the one with the texts by text_column="

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_compress.calibration.conversations import COLUMN, is_conversation
 from hf_compress.errors import CalibrationError
 
 VALUES = ("pixel_values", "input_values", "input_features")
@@ -31,7 +32,7 @@ class Table:
     column: Callable[[str], Any]
 
     def content(self, text_column: str | None = None) -> list[Any] | dict[str, Tensor]:
-        """The texts; or rows of token ids, with the labels of tokens; or pixel or other values in one tensor."""
+        """The texts or conversations; or rows of token ids, with labels of tokens; or pixel or other values in one tensor."""
         if text_column is None and "input_ids" in self.names:
             return self._token_rows()
         for name in VALUES:
@@ -65,7 +66,8 @@ class Table:
     def _text_column(self, given: str | None) -> str:
         column = given
         if given is None:
-            column = "text" if "text" in self.strings else self.strings[0] if len(self.strings) == 1 else None
+            only = self.strings[0] if len(self.strings) == 1 else None
+            column = "text" if "text" in self.strings else COLUMN if COLUMN in self.names else only
         if column is None or column not in self.names:
             raise CalibrationError(
                 f"the data has the columns {list(self.names)}; name the one with the texts by text_column= (got "
@@ -105,12 +107,12 @@ def _of_columns(columns: Mapping[str, Any]) -> Table:
 
 
 def is_row(item: Any) -> bool:
-    """Whether this is one sample by name: with a text, or with token ids in one dimension."""
+    """Whether this is one sample by name: with a text, a conversation, or token ids in one dimension."""
     if not isinstance(item, Mapping) or any(name in item for name in VALUES):
         return False
     if "input_ids" in item:
         return dimensions(item["input_ids"]) == 1
-    return any(isinstance(value, str) for value in item.values())
+    return any(isinstance(value, str) for value in item.values()) or is_conversation(item.get(COLUMN))
 
 
 def dimensions(value: Any) -> int:

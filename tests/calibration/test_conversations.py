@@ -1,0 +1,76 @@
+"""Conversations as calibration data, in every container, written out by the tokenizer's template."""
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+from datasets import Dataset
+
+from hf_compress.calibration.data import DataOptions, prepare
+from hf_compress.errors import CalibrationError
+
+CHATS = [
+    [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3"}],
+    [{"role": "user", "content": "w4"}],
+]
+TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'system' %}{{ raise_exception('no system, please') }}"
+    "{% endif %}<s> {{ message['content'] }} </s> {% endfor %}"
+)
+WRITTEN = ["<s> w1 w2 </s> <s> w3 </s>", "<s> w4 </s>"]
+
+
+@pytest.fixture
+def chatting(framing_tokenizer):
+    framing_tokenizer.chat_template = TEMPLATE
+    return framing_tokenizer
+
+
+def file_of(folder):
+    path = folder / "chats.jsonl"
+    path.write_text("".join(json.dumps({"prompt": "w1", "id": "x", "messages": chat}) + "\n" for chat in CHATS))
+    return path
+
+
+KINDS = {
+    "list": lambda folder: CHATS,
+    "rows": lambda folder: [{"messages": chat} for chat in CHATS],
+    "dataset": lambda folder: Dataset.from_list([{"prompt": "w1", "messages": chat} for chat in CHATS]),
+    "stream": lambda folder: Dataset.from_list([{"messages": chat} for chat in CHATS]).to_iterable_dataset(),
+    "frame": lambda folder: pd.DataFrame({"messages": CHATS, "prompt": ["w1", "w2"]}),
+    "generator": lambda folder: iter(CHATS),
+    "file": file_of,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_container(kind, model, chatting, tmp_path):
+    (batch,) = prepare(KINDS[kind](tmp_path), model, chatting).batches
+    expected = chatting(WRITTEN, add_special_tokens=False)["input_ids"]
+    rows = zip(batch.inputs["input_ids"], batch.inputs["attention_mask"].bool(), strict=True)
+    assert [ids[mask].tolist() for ids, mask in rows] == expected
+    assert batch.real.sum() == 4, "special tokens of the template do not count"
+
+
+def test_a_column_of_another_name_and_a_length(model, chatting):
+    data = Dataset.from_list([{"turns": chat, "text": "w9"} for chat in CHATS])
+    options = DataOptions(text_column="turns", max_length=3, max_samples=1)
+    (batch,) = prepare(data, model, chatting, options).batches
+    assert batch.inputs["input_ids"].tolist() == [chatting(WRITTEN[0], add_special_tokens=False)["input_ids"][:3]]
+    texts = prepare(data, model, chatting).batches[0].inputs["input_ids"]
+    assert torch.equal(texts, prepare(["w9", "w9"], model, chatting).batches[0].inputs["input_ids"])
+
+
+def test_no_tokenizer_and_no_template(model, tokenizer):
+    with pytest.raises(CalibrationError, match="calibration is conversations: pass tokenizer="):
+        prepare(CHATS, model, None)
+    with pytest.raises(CalibrationError, match=r"has no chat template: pass texts, or set tokenizer\.chat_template"):
+        prepare(CHATS, model, tokenizer)
+
+
+def test_something_else_among_them(model, chatting):
+    with pytest.raises(CalibrationError, match="all conversations or none; entry 1 is a list"):
+        prepare([CHATS[0], [{"said": "w1"}]], model, chatting)
+    with pytest.raises(CalibrationError, match=r"does not take conversation 1: .*no system, please"):
+        prepare([CHATS[0], [{"role": "system", "content": "w1"}]], model, chatting)
