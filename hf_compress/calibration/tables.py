@@ -32,7 +32,7 @@ class Table:
     column: Callable[[str], Any]
 
     def content(self, text_column: str | None = None) -> list[Any] | dict[str, Tensor]:
-        """The texts or conversations; or rows of token ids, with labels of tokens; or pixel or other values in one tensor."""
+        """The texts or conversations; or rows of token ids, with labels of tokens; or other values in one tensor."""
         if text_column is None and "input_ids" in self.names:
             return self._token_rows()
         for name in VALUES:
