@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields
+from difflib import get_close_matches
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -23,7 +25,7 @@ from hf_compress.errors import CalibrationError, UnsupportedModelError
 from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.base.journal import Journal
 from hf_compress.methods.base.registry import plan_for, work_for
-from hf_compress.methods.base.settings import CompressionConfig, settings_of
+from hf_compress.methods.base.settings import CompressionConfig, config_class, settings_of
 from hf_compress.methods.base.work import Work
 from hf_compress.modules.kernels import check_no_kernels
 from hf_compress.numerics.defaults import check_not_inference, torch_defaults
@@ -166,6 +168,7 @@ def _check_alike(
 
 def check_arguments(model: Any, config: Any, settings: Mapping[str, Any]) -> CompressionConfig:
     """A method's settings; raises unless they are some, and the model is one that can be compressed."""
+    _check_words(config, settings)
     config = settings_of(config, settings)
     if not isinstance(config, CompressionConfig):
         raise TypeError(
@@ -173,6 +176,17 @@ def check_arguments(model: Any, config: Any, settings: Mapping[str, Any]) -> Com
         )
     check_model(model)
     return config
+
+
+def _check_words(config: Any, settings: Mapping[str, Any]) -> None:
+    """Raise TypeError for what is no setting but nearly an argument, or a field of one."""
+    own = {field.name for field in fields(config_class(config))} if isinstance(config, str) else set()
+    for name in settings.keys() - own:
+        for argument, kind in (("options", DataOptions), ("compute", Compute)):
+            if name in {field.name for field in fields(kind)}:
+                raise TypeError(f"{name} belongs inside {argument}=, as {argument}={kind.__name__}({name}=…)")
+        if close := get_close_matches(name, ("calibration", "tokenizer", "options", "compute"), n=1):
+            raise TypeError(f"there is no argument {name!r} (did you mean {close[0]!r}?)")
 
 
 def check_model(model: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from hf_compress.errors import CalibrationError, one_line
@@ -13,10 +14,10 @@ COLUMN = "messages"
 
 
 def is_conversation(item: Any) -> bool:
-    """Whether something is a list of messages, each with a role and what was said."""
-    if not isinstance(item, (list, tuple)) or not item:
+    """Whether something is a list (or a DataFrame's array) of messages, each of which says whose it is."""
+    if not isinstance(item, (list, tuple, np.ndarray)) or not len(item):
         return False
-    return all(isinstance(message, Mapping) and {"role", "content"} <= message.keys() for message in item)
+    return all(isinstance(message, Mapping) and "role" in message for message in item)
 
 
 def written_out(conversations: Sequence[Any], tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
@@ -38,7 +39,7 @@ def written_out(conversations: Sequence[Any], tokenizer: PreTrainedTokenizerBase
         if not is_conversation(item):
             raise CalibrationError(
                 f"calibration must be all conversations or none; entry {number} is a {type(item).__name__} without "
-                "messages of role and content: leave it out"
+                "messages that have a role: leave it out"
             )
         try:
             texts.append(str(tokenizer.apply_chat_template(list(item), tokenize=False)))

@@ -16,9 +16,9 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from hf_compress.calibration.conversations import is_conversation, written_out
 from hf_compress.calibration.decoder import has_decoder, one_later, read_before, start_id
-from hf_compress.calibration.files import is_source, load_texts
+from hf_compress.calibration.files import is_source
 from hf_compress.calibration.padding import pad_id, padded
-from hf_compress.calibration.reading import check_dimensions, read
+from hf_compress.calibration.reading import check_dimensions, read, texts_of
 from hf_compress.calibration.tables import PER_TOKEN, dimensions
 from hf_compress.checks import check_fields, setting
 from hf_compress.errors import CalibrationError
@@ -156,7 +156,7 @@ def prepare(
             tensors, or (inputs, ...) tuples), a LongTensor of token ids (samples, positions), a float tensor of pixel
             values (samples, channels, height, width) or of other values (samples, features), or a mapping of such
             tensors, as a tokenizer gives it. NumPy arrays are taken for tensors. Or the name of a file, a folder or a
-            dataset on the Hub that holds texts (see `load_texts`).
+            dataset on the Hub that holds texts (see `texts_of`).
             An encoder-decoder is given its labels, or what its decoder reads, with the inputs; where there are
             neither, it is to repeat its text.
         model: whose positions limit the texts' length and whose device the batches will go to.
@@ -171,8 +171,10 @@ def prepare(
     if isinstance(data, Calibration):
         return data
     options = options or DataOptions()
+    if is_conversation(data):
+        raise CalibrationError("the data is a single conversation: pass a list of them, [conversation]")
     if is_source(data):
-        data = load_texts(data, options.text_column, options.max_samples)
+        data = texts_of(data, options.text_column, options.max_samples)
     limit = position_limit(model.config)
     length = min(options.max_length or limit or 2048, limit or 2**31)
     raw, truncated = _raw_batches(data, model, tokenizer, options, length)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from hf_compress.calibration.conversations import COLUMN, is_conversation
 from hf_compress.errors import CalibrationError
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+_LONGEST = 1000  # characters of a name: a text has more
 _HUB_NAME = re.compile(r"^\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+){0,2}$")
 
 
@@ -56,9 +58,9 @@ def is_source(data: Any) -> bool:
     """Whether something names a file, a folder or a dataset for `load_texts`, and is no text."""
     if isinstance(data, Path):
         return True
-    if not isinstance(data, str) or not data or "\n" in data:
+    if not isinstance(data, str) or not 0 < len(data) < _LONGEST or "\n" in data:
         return False
-    return bool(_HUB_NAME.match(data)) or Path(data).suffix in (".txt", *_BUILDERS) or Path(data).is_dir()
+    return bool(_HUB_NAME.match(data)) or data.endswith((".txt", *_BUILDERS)) or os.path.exists(data)
 
 
 def _read(path: Path) -> str:
@@ -133,7 +135,7 @@ def _texts(rows: Iterable[Mapping[str, Any]], source: str, column: str | None, l
         if number == 0:
             column = _column(row, source, column)
         text = row[str(column)]
-        if text is not None and not isinstance(text, str) and not is_conversation(text):
+        if text and not isinstance(text, str) and not is_conversation(text):
             raise CalibrationError(
                 f"{source}: row {number} has a {type(text).__name__} in the column {column!r}, not a text; "
                 f"name another column of {', '.join(row)}"

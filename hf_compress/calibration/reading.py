@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hf_compress.calibration.conversations import is_conversation
 from hf_compress.calibration.files import is_source, load_texts
 from hf_compress.calibration.tables import Table, dimensions, is_row, table_of, table_of_rows
 from hf_compress.errors import CalibrationError
@@ -17,6 +20,10 @@ from hf_compress.errors import CalibrationError
 logger = logging.getLogger(__name__)
 
 BOUND = 4096  # samples: what has no length (a generator, a streaming dataset) may have no end
+_BOUNDED = (
+    "the data has no length, so only its first %d samples are read: pass a list to have all of them, or "
+    "DataOptions(max_samples=) for another number"
+)
 
 
 def read(data: Any, text_column: str | None = None, max_samples: int | None = None, batch_size: int = 8) -> list[Any]:
@@ -68,13 +75,23 @@ def read_texts(data: Any) -> list[str]:
         CalibrationError: no column can be told to be the texts.
     """
     if is_source(data):
-        return load_texts(data)
+        data = texts_of(data)
     if isinstance(data, str):
         raise TypeError("texts is a single string; expected several documents: pass [text].")
     texts = read(data)
     for number, text in enumerate(texts):
         if not isinstance(text, str):
-            raise TypeError(f"texts[{number}] is a {type(text).__name__}; expected a string.")
+            kind = "conversation" if is_conversation(text) else type(text).__name__
+            raise TypeError(f"texts[{number}] is a {kind}; expected a string.")
+    return texts
+
+
+def texts_of(source: str | Path, text_column: str | None = None, max_samples: int | None = None) -> list[Any]:
+    """What `load_texts` finds under a name; of a dataset on the Hub the first `BOUND` when not told otherwise."""
+    endless = max_samples is None and not os.path.exists(source)
+    texts = load_texts(source, text_column, BOUND if endless else max_samples)
+    if endless and len(texts) == BOUND:
+        logger.warning(_BOUNDED, len(texts))
     return texts
 
 
@@ -89,11 +106,7 @@ def take(data: Any, max_samples: int | None = None) -> list[Any]:
     for item in _iterate(data):
         if bound is not None and count >= bound:
             if max_samples is None:
-                logger.warning(
-                    "the data has no length, so only its first %d samples are read: pass a list to have all of them, "
-                    "or DataOptions(max_samples=) for another number",
-                    count,
-                )
+                logger.warning(_BOUNDED, count)
             break
         items.append(item)
         count += _samples(item)

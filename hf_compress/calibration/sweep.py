@@ -25,6 +25,7 @@ from hf_compress.modules.compact import kept_dense
 from hf_compress.numerics.aside import give_back
 
 _Item = TypeVar("_Item")
+_DENSE = 2**28  # bytes of a block's packed weights that are kept unpacked while batches run past it
 
 
 def bar(items: Sequence[_Item], description: str) -> Iterable[_Item]:
@@ -216,6 +217,7 @@ def advance(pairs: list[StreamPair], index: int) -> None:
     """Take the compressed stream past a block."""
     with ExitStack() as held:
         if pairs:
-            held.enter_context(kept_dense(pairs[0].runner.stack.blocks[index]))
+            first = pairs[0]
+            held.enter_context(kept_dense(first.runner.stack.blocks[index], min(_DENSE, first.memory.streams)))
         for pair in pairs:
             pair.take_compressed(index)

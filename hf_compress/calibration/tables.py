@@ -63,11 +63,15 @@ class Table:
         rows = [torch.as_tensor(row) for row in labels]
         return {"labels": torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)}
 
+    def _has_conversations(self) -> bool:
+        values = self.column(COLUMN) if COLUMN in self.names else []
+        return any(map(is_conversation, values[:1]))
+
     def _text_column(self, given: str | None) -> str:
         column = given
         if given is None:
             only = self.strings[0] if len(self.strings) == 1 else None
-            column = "text" if "text" in self.strings else COLUMN if COLUMN in self.names else only
+            column = "text" if "text" in self.strings else COLUMN if self._has_conversations() else only
         if column is None or column not in self.names:
             raise CalibrationError(
                 f"the data has the columns {list(self.names)}; name the one with the texts by text_column= (got "

@@ -23,7 +23,9 @@ class CompactLinear(nn.Linear):
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight (outputs, inputs) that it computes with on inputs of a dtype."""
-        return self._dense(dtype) if self._kept is None else self._kept.of(self, dtype, self._dense)
+        if self._kept is None or torch.is_grad_enabled():
+            return self._dense(dtype)
+        return self._kept.of(self, dtype, self._dense)
 
     def _dense(self, dtype: torch.dtype) -> Tensor:
         raise NotImplementedError
@@ -70,17 +72,17 @@ class DenseWeights:
 def kept_dense(module: nn.Module, room: int = 2**28) -> Iterator[None]:
     """Inside, compact linear maps of a module unpack their weights once, not whenever they run, if there is room.
 
-    Without gradients, and while the weights do not change.
+    Not with gradients. Their weights must not change meanwhile.
 
     Args:
         room: bytes.
     """
-    own = [part for part in module.modules() if isinstance(part, CompactLinear)]
+    before = {part: part._kept for part in module.modules() if isinstance(part, CompactLinear)}
     weights = DenseWeights(room)
-    for linear in own:
+    for linear in before:
         linear._kept = weights
     try:
         yield
     finally:
-        for linear in own:
-            del linear._kept
+        for linear, kept in before.items():
+            linear._kept = kept

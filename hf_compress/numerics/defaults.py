@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from hf_compress.errors import UnsupportedModelError
-from hf_compress.numerics.halves import CPU_PRODUCTS
 
 _AUTOCAST = ("cpu", "cuda", "mps", "xpu")
 
@@ -19,8 +18,7 @@ def torch_defaults() -> Iterator[None]:
     """For a call, as a decorator, or a block: PyTorch as it is by default, whatever the caller has set.
 
     Gradients can be taken and inference mode is off, or what is made could never be trained; no autocast, and new
-    tensors in float32, or statistics would be rounded, and so would be products of float32 that may be taken in fewer
-    bits; new tensors on the CPU, where seeded generators are.
+    tensors in float32, or statistics would be rounded; new tensors on the CPU, where seeded generators are.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))  # which also turns gradients on
@@ -29,9 +27,6 @@ def torch_defaults() -> Iterator[None]:
                 stack.enter_context(torch.autocast(kind, enabled=False))
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
-        for switch in (CPU_PRODUCTS, torch.backends.cuda.matmul):
-            stack.callback(setattr, switch, "fp32_precision", switch.fp32_precision)
-            switch.fp32_precision = "ieee"
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
         yield

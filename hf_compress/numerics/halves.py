@@ -22,8 +22,9 @@ def bfloat16_factors(wanted: bool = True) -> Iterator[None]:
     if not wanted or before == "bf16":
         yield
         return
+    inherited = before == torch.backends.mkldnn.fp32_precision  # type: ignore[attr-defined]
     CPU_PRODUCTS.fp32_precision = "bf16"
     try:
         yield
     finally:
-        CPU_PRODUCTS.fp32_precision = before
+        CPU_PRODUCTS.fp32_precision = "none" if inherited else before

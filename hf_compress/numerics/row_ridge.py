@@ -46,10 +46,10 @@ def solve_rows(x: Tensor, y: Tensor, penalty: float, parts: Sequence[int]) -> Te
     system = x.new_zeros(features, features, dtype=torch.float32)
     _add_gram(system, x)
     mirror(system)
-    system /= (squares[:, None] * squares).sqrt()
-    system.diagonal().add_(penalty * rows)
-    right = x.float().T @ y / squares.sqrt()[:, None]
-    return torch.cholesky_solve(right, torch.linalg.cholesky(system)) / squares.sqrt()[:, None]
+    roots = squares.sqrt()
+    system.div_(roots).div_(roots[:, None]).diagonal().add_(penalty * rows)
+    right = x.float().T @ y / roots[:, None]
+    return torch.cholesky_solve(right, torch.linalg.cholesky(system)) / roots[:, None]
 
 
 def scales_of(x: Tensor, parts: Sequence[int]) -> list[float]:

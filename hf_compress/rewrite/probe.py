@@ -116,22 +116,22 @@ def _made_up_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
 
 def outputs_on(model: PreTrainedModel, probe: Probe) -> Outputs:
     """Every tensor of the model's output on the probe, by its name, and the tokens it continues it with."""
-    outputs = named_outputs(model, probe.batch)
-    if probe.generates:
-        outputs[_CONTINUATION] = _generate(model, probe.batch)
+    with nullcontext() if is_offloaded(model) else kept_dense(model):
+        outputs = named_outputs(model, probe.batch)
+        if probe.generates:
+            outputs[_CONTINUATION] = _generate(model, probe.batch)
     return outputs
 
 
 @contextmanager
 def _running(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, a model runs the same every time; it unpacks weights once, and gives back what each block has freed."""
+    """Inside, a model runs the same every time, and gives back what each block has freed."""
     try:
         blocks = [block for stack in find_stacks(model) for block in stack.blocks]
     except UnsupportedModelError:  # to be saved, it needs none
         blocks = []
     given_back = hooked(block.register_forward_hook(lambda *_: give_back()) for block in blocks)
-    unpacked = nullcontext() if is_offloaded(model) else kept_dense(model)
-    with inference(model), torch.random.fork_rng(), given_back, unpacked:
+    with inference(model), torch.random.fork_rng(), given_back:
         torch.manual_seed(0)
         yield
 

@@ -24,8 +24,9 @@ from transformers import (
 
 from hf_compress.api.compress import check_model
 from hf_compress.calibration.data import Calibration, DataOptions, prepare
+from hf_compress.calibration.files import is_source
 from hf_compress.calibration.padding import pad_id, padded
-from hf_compress.calibration.reading import has_length, take
+from hf_compress.calibration.reading import has_length, take, texts_of
 from hf_compress.calibration.tables import dimensions, table_of
 from hf_compress.checks import check_fields, setting
 from hf_compress.modules.compact import CompactLinear
@@ -219,6 +220,8 @@ def _training_data(
 ) -> tuple[Any, _Collator]:
     """A dataset for a Trainer, and what makes batches of its rows."""
     collator = _Collator(pad_id(model.config, tokenizer))
+    if is_source(data):
+        data = texts_of(data, None if options is None else options.text_column)
     if bounded and not has_length(data):
         data = take(data, options.max_samples if options is not None else None)
     if not isinstance(data, Mapping) and not hasattr(data, "features") and (table := table_of(data)) is not None:

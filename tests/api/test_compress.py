@@ -10,6 +10,7 @@ from hf_compress.calibration.data import DataOptions
 from hf_compress.errors import CalibrationError, ParityError, UnsupportedModelError
 from hf_compress.methods.drop_blocks import DropBlocksConfig
 from hf_compress.methods.mka import MKAConfig
+from hf_compress.modules.sparse import SparseLinear
 from hf_compress.report.report import CompressionReport
 from tests.helpers.models import leftovers, refusing
 from tests.helpers.tiny import tiny_model
@@ -141,6 +142,33 @@ def test_something_that_is_no_model(thing):
 def test_something_that_is_no_config(model, function, thing):
     with pytest.raises(TypeError, match=r"config must be a method's settings, such as MKAConfig\(ratio=0.25\), or its"):
         function(model, thing)
+
+
+@pytest.mark.parametrize("config", [REFIT, "mka"])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("batch_size", r"batch_size belongs inside options=, as options=DataOptions\(batch_size=…\)"),
+        ("max_memory", r"max_memory belongs inside compute=, as compute=Compute\(max_memory=…\)"),
+        ("calibraton", r"no argument 'calibraton' \(did you mean 'calibration'\?\)"),
+    ],
+)
+def test_what_is_nearly_an_argument(model, config, name, message):
+    with pytest.raises(TypeError, match=message):
+        compress(model, config, **{name: 3})
+
+
+def test_packed_weights_are_unpacked_once_for_all_batches(make_llama, monkeypatch):
+    made = []
+    dense = SparseLinear._dense
+    monkeypatch.setattr(SparseLinear, "_dense", lambda own, dtype: made.append(own) or dense(own, dtype))
+    ids, counts = torch.randint(4, 60, (24, 12), generator=torch.Generator().manual_seed(0)), []
+    for size in (6, 2):
+        made.clear()
+        compress(make_llama(layers=3), "lrp", ids, options=DataOptions(batch_size=size), sparsity=0.5)
+        counts.append(len(made))
+    assert counts[0] == counts[1]
+    assert len({id(one) for one in made}) >= 2 * 3 * 7, "those of the rebuilt model too"
 
 
 def test_a_method_by_its_name(make_llama, framing_tokenizer, texts):

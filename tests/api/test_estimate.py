@@ -56,6 +56,12 @@ def test_the_model_is_left_alone(on_disk, tmp_path):
     assert (told.memory < whole) == on_disk
 
 
+def test_a_method_by_its_name():
+    model = tiny_model("llama")
+    named, given = hfc.estimate(model, "MKA", IDS, num_merges=2), hfc.estimate(model, SETTINGS["merge"], IDS)
+    assert (named.passes, named.products) == (given.passes, given.products)
+
+
 def test_a_workdir_is_not_touched(tmp_path):
     compute = hfc.Compute(workdir=tmp_path / "work")
     assert hfc.estimate(tiny_model("llama"), hfc.DropBlocksConfig(num_blocks=1), IDS, compute=compute).disk[0] == 0

@@ -2,12 +2,15 @@
 
 import json
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
 
 from hf_compress.calibration.data import DataOptions, prepare
+from hf_compress.calibration.files import load_texts
+from hf_compress.calibration.reading import read_texts
 from hf_compress.errors import CalibrationError
 
 CHATS = [
@@ -38,6 +41,7 @@ KINDS = {
     "rows": lambda folder: [{"messages": chat} for chat in CHATS],
     "dataset": lambda folder: Dataset.from_list([{"prompt": "w1", "messages": chat} for chat in CHATS]),
     "stream": lambda folder: Dataset.from_list([{"messages": chat} for chat in CHATS]).to_iterable_dataset(),
+    "arrays": lambda folder: pd.DataFrame({"messages": [np.array(chat, dtype=object) for chat in CHATS]}),
     "frame": lambda folder: pd.DataFrame({"messages": CHATS, "prompt": ["w1", "w2"]}),
     "generator": lambda folder: iter(CHATS),
     "file": file_of,
@@ -67,6 +71,26 @@ def test_no_tokenizer_and_no_template(model, tokenizer):
         prepare(CHATS, model, None)
     with pytest.raises(CalibrationError, match=r"has no chat template: pass texts, or set tokenizer\.chat_template"):
         prepare(CHATS, model, tokenizer)
+
+
+def test_a_single_one(model, chatting):
+    with pytest.raises(CalibrationError, match=r"a single conversation: pass a list of them, \[conversation\]"):
+        prepare(CHATS[0], model, chatting)
+
+
+def test_messages_of_another_kind_are_no_conversations(model, chatting):
+    texts = prepare({"messages": [3, 4], "body": ["w1 w2", "w3"]}, model, chatting).batches[0]
+    assert torch.equal(
+        texts.inputs["input_ids"], prepare(["w1 w2", "w3"], model, chatting).batches[0].inputs["input_ids"]
+    )
+
+
+def test_an_empty_one_in_a_file_is_left_out_and_none_can_be_scored(tmp_path):
+    path = file_of(tmp_path)
+    path.write_text(path.read_text() + json.dumps({"prompt": "w1", "id": "y", "messages": []}) + "\n")
+    assert load_texts(path) == CHATS
+    with pytest.raises(TypeError, match=r"texts\[0\] is a conversation; expected a string"):
+        read_texts(path)
 
 
 def test_something_else_among_them(model, chatting):

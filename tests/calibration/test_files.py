@@ -59,6 +59,8 @@ def test_data_by_the_name_of_a_file(given, tmp_path, make_llama, tokenizer):
         ("once upon a time", False),
         ("a text\n", False),
         ("", False),
+        ("word " * 2000, False),
+        ("word" * 2000, False),
         (["imdb"], False),
         (b"imdb", False),
     ],

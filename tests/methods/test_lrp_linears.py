@@ -8,13 +8,15 @@ from hf_compress.anatomy.parts import is_linear
 from hf_compress.api.compress import compress
 from hf_compress.attribution.scores import _Sums
 from hf_compress.calibration.capture import forward, inference
-from hf_compress.calibration.data import DataOptions, prepare
+from hf_compress.calibration.data import Batch, Calibration, DataOptions, prepare
 from hf_compress.calibration.memory import WorkingMemory, working_within
 from hf_compress.calibration.sweep import start_pairs
+from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.lrp import LRPConfig
+from hf_compress.methods.lrp.error_costs import WEIGHED
 from hf_compress.methods.lrp.grams import _ReadApart, _Shared, grams_of, in_parts, sharing
 from hf_compress.methods.lrp.linears import block_linears, linears_of
-from hf_compress.methods.lrp.scores import watch_rows
+from hf_compress.methods.lrp.scores import part_of_tokens, watch_rows
 from tests.helpers.tiny import tiny_model
 
 SHARED = "model.layers.0.mlp.shared_expert.up_proj"
@@ -62,6 +64,16 @@ def test_relevances_are_summed_over_the_tokens_of_a_sample_first():
     for signed, absolute in found:
         torch.testing.assert_close(signed, expected.sum(dim=0))
         torch.testing.assert_close(absolute, expected.abs().sum(dim=0))
+
+
+@pytest.mark.parametrize(
+    ("asked", "tokens", "part"),
+    [(32768, 50000, 16384), (32768, 20000, 10000), (32768, 6000, 4096), (32768, 3000, 3000), (1000, 50000, 1000)],
+)
+def test_inputs_are_weighed_on_half_of_the_tokens_but_not_on_few(asked, tokens, part):
+    batches = [Batch({"input_ids": torch.zeros(1, 1)}, torch.ones(1, tokens, dtype=torch.bool))]
+    context = CalibrationContext(None, Calibration(batches))
+    assert part_of_tokens(context, asked, WEIGHED) == part
 
 
 @pytest.mark.parametrize("settings", [{"bits": 5, "group_size": 16}, {"sparsity": 0.5}])

@@ -46,6 +46,18 @@ def test_a_weight_is_made_once_if_there_is_room(make, room, times, monkeypatch):
         assert made, "nothing is kept afterwards"
 
 
+def test_not_with_gradients_and_one_inside_another():
+    linear, inputs = sparse_linear(), torch.randn(2, 16)
+    with kept_dense(linear):
+        for _ in range(2):
+            linear(inputs).sum().backward()
+        with kept_dense(linear), torch.no_grad():
+            linear(inputs)
+        assert linear._kept is not None
+    assert linear._kept is None
+    assert linear.weight.grad is not None
+
+
 def test_the_room_is_shared(monkeypatch):
     both = nn.ModuleList([packed_linear(), packed_linear()])
     made = []

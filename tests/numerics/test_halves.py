@@ -5,7 +5,6 @@ from contextlib import suppress
 import pytest
 import torch
 
-from hf_compress.numerics.defaults import torch_defaults
 from hf_compress.numerics.halves import CPU_PRODUCTS, bfloat16_factors
 from hf_compress.numerics.moments import Moments
 
@@ -63,18 +62,14 @@ def test_what_was_set_comes_back(before):
         CPU_PRODUCTS.fp32_precision = "none"
 
 
-@pytest.mark.parametrize("precision", ["medium", "high", "highest"])
-def test_a_caller_who_lets_products_be_rounded_gets_the_same_sums(precision):
-    own = rows(torch.float32)
-    expected = Moments(600, dtype=torch.float32)
-    expected.add(own)
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
+@pytest.mark.parametrize("switch", [torch.backends, torch.backends.mkldnn])
+def test_what_was_set_above_still_goes_down(switch):
+    """What is inherited is not pinned."""
     try:
-        found = Moments(600, dtype=torch.float32)
-        with torch_defaults():
-            found.add(own)
-        assert torch.get_float32_matmul_precision() == precision
+        switch.fp32_precision = "ieee"
+        with bfloat16_factors():
+            pass
+        switch.fp32_precision = "tf32"
+        assert CPU_PRODUCTS.fp32_precision == "tf32"
     finally:
-        torch.set_float32_matmul_precision(before)
-    assert torch.equal(found.gram, expected.gram)
+        switch.fp32_precision = "none"

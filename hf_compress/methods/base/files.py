@@ -29,9 +29,14 @@ def read_settings(name: str | Path, **where: Any) -> dict[str, Any]:
         ValueError: the file holds something else.
     """
     path = Path(name)
-    path = path / CONFIG_FILE if path.is_dir() else path
-    if not path.is_file():
+    if not path.exists():
         path = _downloaded(str(name), where)
+    elif other := sorted(where.keys() - {"subfolder"}):
+        raise TypeError(f"{', '.join(other)}: of a repository on the Hub; {name} is on this computer")
+    elif path.is_dir():
+        path = path / where.get("subfolder", "") / CONFIG_FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"{path.parent} has no {CONFIG_FILE}, which save_pretrained() of settings writes")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -43,12 +48,19 @@ def read_settings(name: str | Path, **where: Any) -> dict[str, Any]:
 
 def _downloaded(name: str, where: dict[str, Any]) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
-    missing = (EntryNotFoundError, HFValidationError, RepositoryNotFoundError)
     try:
         return Path(hf_hub_download(name, CONFIG_FILE, **where))
-    except missing as error:
+    except (LocalEntryNotFoundError, GatedRepoError):  # it may be there: the Hub says why it cannot be had
+        raise
+    except (EntryNotFoundError, HFValidationError, RepositoryNotFoundError) as error:
         raise FileNotFoundError(
             f"{name} has no {CONFIG_FILE}: it is neither a folder that save_pretrained() wrote settings to, nor a "
             "repository on the Hub with that file"

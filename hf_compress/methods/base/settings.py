@@ -37,8 +37,8 @@ class CompressionConfig:
 
     def __init_subclass__(cls, method: str, paper: str | None = None) -> None:
         super().__init_subclass__()
-        if method in _REGISTRY:
-            raise ValueError(f"method {method!r} is registered already, by {_REGISTRY[method].__name__}")
+        if taken := next((name for name in _REGISTRY if _bare(name) == _bare(method)), None):
+            raise ValueError(f"method {taken!r} is registered already, by {_REGISTRY[taken].__name__}")
         cls.method, cls.paper = method, paper
         _REGISTRY[method] = cls
         own = getattr(cls, "__post_init__", None)

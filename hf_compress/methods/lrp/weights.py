@@ -101,9 +101,8 @@ def _masks(subject: Subject, slopes: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _scores(subject: Subject, slopes: dict[str, Tensor]) -> Generator[dict[str, Tensor]]:
     """Scores of weights, in parts; the slopes that they are made of, where bits are given by them, are put aside."""
-    aside = working_memory().aside()
     for part in scored(subject, subject.config.score_name):
-        slopes |= {path: aside.put(part.slopes.pop(path)) for path in list(part.slopes)}
+        slopes |= {path: subject.aside.put(part.slopes.pop(path)) for path in list(part.slopes)}
         yield part.weights
 
 

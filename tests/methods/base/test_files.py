@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from hf_compress.methods.base.files import CONFIG_FILE
 from hf_compress.methods.base.settings import CompressionConfig, config_class, method_names
@@ -41,9 +42,24 @@ def test_settings_of_another_method(tmp_path):
 
 @pytest.mark.parametrize("name", ["nowhere/at all", "me/nothing"])
 def test_where_there_are_none(hub, tmp_path, name):
-    for place in (name, tmp_path):
-        with pytest.raises(FileNotFoundError, match=f"{place} has no compression_config.json: it is neither a folder"):
-            MKAConfig.from_pretrained(place)
+    with pytest.raises(FileNotFoundError, match=rf"{name} has no compression_config\.json: it is neither a folder"):
+        MKAConfig.from_pretrained(name)
+    with pytest.raises(FileNotFoundError, match=rf"{tmp_path} has no compression_config\.json"):
+        MKAConfig.from_pretrained(tmp_path)
+    assert [request for request in hub.asked("resolve") if str(tmp_path) in request.path] == []
+
+
+def test_a_folder_in_a_folder_and_words_of_the_hub(tmp_path):
+    MKAConfig(ratio=0.5).save_pretrained(tmp_path)
+    CONFIG.save_pretrained(tmp_path / "sub")
+    assert CompressionConfig.from_pretrained(tmp_path, subfolder="sub") == CONFIG
+    with pytest.raises(TypeError, match="revision: of a repository on the Hub"):
+        MKAConfig.from_pretrained(tmp_path, revision="main")
+
+
+def test_a_hub_that_cannot_be_reached(monkeypatch, tmp_path):
+    with pytest.raises(LocalEntryNotFoundError):
+        MKAConfig.from_pretrained("me/settings", cache_dir=tmp_path, local_files_only=True)
 
 
 @pytest.mark.parametrize(
