@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -21,6 +21,7 @@ from hf_compress.anatomy.anatomy import Block
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.capture import hooked, inference, stream_tokens
 from hf_compress.calibration.data import Calibration
+from hf_compress.calibration.memory import working_memory
 from hf_compress.calibration.processes import from_one, total
 from hf_compress.calibration.sweep import Passed, Sweep
 from hf_compress.errors import CalibrationError
@@ -67,7 +68,8 @@ def fit_ffns(
 ) -> dict[int, LinearFit]:
     """The best affine maps for the FFNs of `blocks`, in one pass over the data, block by block.
 
-    The sums of a block take four matrices (hidden, hidden), whatever the amount of data and the number of blocks.
+    The sums of a block take four matrices (hidden, hidden), whatever the amount of data and the number of blocks. The
+    maps lie in files, until a few of them are chosen.
 
     Raises:
         CalibrationError: an FFN that does not run once a token, NaN or infinite activations, or one batch alone.
@@ -79,6 +81,7 @@ def fit_ffns(
         )
     held_out = [number for number in range(len(data)) if is_held_out(number)] or [len(data) - 1]
     fits: dict[int, LinearFit] = {}
+    aside = working_memory().aside()
     with inference(model):
         sweep = Sweep(model, stack, data)
         for index in sweep.blocks("reading FFNs", max(blocks, default=-1) + 1):
@@ -89,7 +92,8 @@ def fit_ffns(
                 for passed in sweep.past(index):
                     sums.add(passed, seen, held_out=passed.number in held_out)
             sums.reduce()
-            fits[index] = from_one(partial(sums.solve, penalty, rank))
+            found = from_one(partial(sums.solve, penalty, rank))
+            fits[index] = replace(found, maps=tuple(map(aside.put, found.maps)))
     return fits
 
 
