@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.calibration.conversations import is_conversation, written_out
 from hf_compress.calibration.decoder import has_decoder, one_later, read_before, start_id
@@ -20,20 +20,13 @@ from hf_compress.calibration.files import is_source
 from hf_compress.calibration.padding import pad_id, padded
 from hf_compress.calibration.reading import check_dimensions, read, texts_of
 from hf_compress.calibration.tables import PER_TOKEN, dimensions
+from hf_compress.calibration.vocabulary import beyond, check_ids, position_limit, special_ids
 from hf_compress.checks import check_fields, setting
 from hf_compress.errors import CalibrationError
 
 logger = logging.getLogger(__name__)
 
 _INPUTS = ("input_ids", "pixel_values", "input_values", "input_features", "inputs_embeds")
-_POSITIONS = (
-    "max_position_embeddings",
-    "n_positions",
-    "max_seq_len",
-    "max_sequence_length",
-    "max_target_positions",
-    "max_decoder_position_embeddings",
-)
 
 
 @dataclass(frozen=True)
@@ -221,26 +214,6 @@ def _is_row(item: Any) -> bool:
     return isinstance(ids, list) and dimensions(ids) == 1
 
 
-def position_limit(config: PreTrainedConfig) -> int | None:
-    """How many positions the text model has, or None where it says no limit."""
-    text = config.get_text_config()
-    limits = [value for name in _POSITIONS if isinstance(value := getattr(text, name, None), int) and value > 0]
-    # RoBERTa-like models count positions from the padding index on, and so lose as many.
-    lost = (getattr(text, "pad_token_id", None) or 0) + 1 if "roberta" in str(text.model_type) else 0
-    return min(limits) - lost if limits else None
-
-
-def special_ids(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
-    """Ids of beginning, end, padding and other special tokens: the tokenizer's, or else the config's."""
-    if tokenizer is not None:
-        ids = set(tokenizer.all_special_ids)
-    else:
-        text = config.get_text_config()
-        values = [getattr(text, f"{name}_token_id", None) for name in ("bos", "eos", "pad", "sep", "cls")]
-        ids = {i for value in values for i in (value if isinstance(value, list) else [value]) if i is not None}
-    return torch.tensor(sorted(ids), dtype=torch.long)
-
-
 def _tokenize(
     texts: list[str], tokenizer: PreTrainedTokenizerBase | None, length: int, add_special_tokens: bool = True
 ) -> list[Any]:
@@ -312,18 +285,18 @@ def _with_text(batch: Batch, special: Tensor, length: int, model: PreTrainedMode
     check_dimensions(ids)
     mask = inputs.get("attention_mask", torch.ones_like(ids)).bool()
     if mask.shape != ids.shape:  # MusicGen's ids have a row for every codebook
-        _check_ids(ids, model.config.get_text_config())
+        check_ids(ids, model.config.get_text_config())
         return replace(batch, inputs=inputs, real=mask)
     # At padding any token does: one that was added to the tokenizer alone has no embedding.
-    inputs["input_ids"] = ids = ids.masked_fill(~mask, pad_id(model.config, None)) if _beyond(ids, model) else ids
-    _check_ids(ids, model.config.get_text_config())
+    inputs["input_ids"] = ids = ids.masked_fill(~mask, pad_id(model.config, None)) if beyond(ids, model) else ids
+    check_ids(ids, model.config.get_text_config())
     if targets is not None and not has_decoder(model):
         if targets.shape != shape:
             raise CalibrationError(
                 f"labels of tokens must be of the shape of the token ids, {tuple(shape)}; got {tuple(targets.shape)}"
             )
         targets = targets[:, :length].masked_fill(~mask, -100)
-        _check_ids(targets.masked_fill(targets == -100, 0), model.config.get_text_config())
+        check_ids(targets.masked_fill(targets == -100, 0), model.config.get_text_config())
     return replace(batch, inputs=inputs, real=mask & ~torch.isin(ids.long(), special), targets=targets)
 
 
@@ -345,14 +318,14 @@ def _with_decoder(batch: Batch, special: Tensor, length: int, model: PreTrainedM
         )
     cut = {name: inputs[name][:, :length] for name in PER_TOKEN if name in inputs}
     ids, mask = cut["decoder_input_ids"], mask[:, :length]
-    _check_ids(ids, model.config.get_text_config(decoder=True))
+    check_ids(ids, model.config.get_text_config(decoder=True))
     pad = getattr(model.config, "pad_token_id", None)
     own = torch.tensor([start_id(model), *([] if pad is None else [pad])])
     if targets is not None:
         targets = targets[:, :length].masked_fill(~mask, -100)
         if pad is not None and pad != getattr(model.config, "eos_token_id", None):
             targets = targets.masked_fill(targets == pad, -100)  # of whom did not put -100 there
-        _check_ids(targets.masked_fill(targets == -100, 0), model.config.get_text_config(decoder=True))
+        check_ids(targets.masked_fill(targets == -100, 0), model.config.get_text_config(decoder=True))
     decoded = mask & ~torch.isin(ids.long(), torch.cat([special, own]))
     return replace(batch, inputs=inputs | cut, targets=targets, decoded=decoded)
 
@@ -395,20 +368,3 @@ def _own(values: Any) -> Tensor:
     """A tensor of ours, on the CPU: the user's gets no gradient, and autograd refuses one made under inference_mode."""
     tensor = torch.as_tensor(values).cpu()
     return tensor.clone() if tensor.is_inference() else tensor.detach()
-
-
-def _beyond(ids: Tensor, model: PreTrainedModel) -> bool:
-    vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
-    return bool(ids.numel()) and isinstance(vocabulary, int) and int(ids.max()) >= vocabulary
-
-
-def _check_ids(ids: Tensor, config: PreTrainedConfig) -> None:
-    """Ids outside the vocabulary would otherwise fail deep inside the embedding."""
-    vocabulary = getattr(config, "vocab_size", None)
-    if ids.is_floating_point():
-        raise CalibrationError(f"token ids must be whole numbers; got a tensor of {ids.dtype}")
-    if ids.numel() and isinstance(vocabulary, int) and (int(ids.max()) >= vocabulary or int(ids.min()) < 0):
-        raise CalibrationError(
-            f"token ids run from {int(ids.min())} to {int(ids.max())}, but the model knows 0 to {vocabulary - 1}; "
-            "is this the model's own tokenizer?"
-        )

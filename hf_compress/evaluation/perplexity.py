@@ -14,9 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.anatomy.dispatch import computing_device
 from hf_compress.calibration.capture import inference
-from hf_compress.calibration.data import position_limit
 from hf_compress.calibration.padding import pad_id
 from hf_compress.calibration.reading import read_texts
+from hf_compress.calibration.vocabulary import position_limit
 from hf_compress.checks import check
 from hf_compress.evaluation.kinds import check_predicts_text
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from hf_compress.anatomy.dispatch import computing_device
 from hf_compress.calibration.capture import inference
-from hf_compress.calibration.data import position_limit
+from hf_compress.calibration.vocabulary import position_limit
 from hf_compress.checks import check
 from hf_compress.modules.compact import CompactLinear
 

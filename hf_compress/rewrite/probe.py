@@ -15,7 +15,8 @@ from transformers.utils import logging as transformers_logging
 from hf_compress.anatomy.dispatch import computing_device, is_offloaded
 from hf_compress.anatomy.stacks import find_stacks
 from hf_compress.calibration.capture import forward, hooked, inference
-from hf_compress.calibration.data import Batch, prepare, special_ids
+from hf_compress.calibration.data import Batch, prepare
+from hf_compress.calibration.vocabulary import special_ids
 from hf_compress.errors import UnsupportedModelError, one_line
 from hf_compress.modules.compact import kept_dense
 from hf_compress.numerics.aside import give_back

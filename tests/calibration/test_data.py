@@ -7,7 +7,8 @@ import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader, TensorDataset
 
-from hf_compress.calibration.data import Batch, Calibration, DataOptions, position_limit, prepare, special_ids
+from hf_compress.calibration.data import Batch, Calibration, DataOptions, prepare
+from hf_compress.calibration.vocabulary import position_limit, special_ids
 from hf_compress.errors import CalibrationError
 from tests.helpers.language import POSITIONS, WORDS, words
 from tests.helpers.relevance import dense

@@ -9,7 +9,7 @@ from transformers import Trainer
 import hf_compress as hfc
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.calibration.capture import stream_tokens
-from hf_compress.calibration.data import special_ids
+from hf_compress.calibration.vocabulary import special_ids
 from hf_compress.methods.adaptive_compress.training import Joint, _keeper
 from tests.helpers.fitting import VARIANTS
 from tests.helpers.models import leftovers

@@ -8,7 +8,7 @@ import torch
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.parts import linear_map
 from hf_compress.api.compress import compress, make_plan
-from hf_compress.calibration.data import special_ids
+from hf_compress.calibration.vocabulary import special_ids
 from hf_compress.evaluation.size import parameter_count
 from hf_compress.methods.lrp import LRPConfig
 from hf_compress.modules.packed import MixedPrecisionLinear

@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 from hf_compress.anatomy.anatomy import Anatomy, Block
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.capture import inference, stream_of_output, stream_tokens
-from hf_compress.calibration.data import Batch, special_ids
+from hf_compress.calibration.data import Batch
 from hf_compress.calibration.decoder import has_decoder, read_before
 from hf_compress.calibration.processes import here, sharing, summed
+from hf_compress.calibration.vocabulary import special_ids
 from hf_compress.methods.adaptive_compress.config import AdaptiveCompressConfig
 from hf_compress.methods.adaptive_compress.fit import LEARNERS, layers_of, ordinary, stream_moments
 from hf_compress.methods.adaptive_compress.learner_run import LearnerRun
