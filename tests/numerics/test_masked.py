@@ -39,7 +39,7 @@ def error(weight, found, gram):
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("rows", [6, 40])
 def test_it_is_the_solution_of_every_row(rows, share, seed, monkeypatch):
-    """Where nothing stops it early; else its error is about 1% above the least."""
+    """Where nothing stops it early; else its error is within 1% of the least."""
     weight, gram, kept = problem(rows=rows, share=share, seed=seed)
     best = by_rows(weight, gram, kept)
     found = solve_masked(weight, gram, kept)
@@ -77,6 +77,8 @@ GRAMS = {
     "nearly alike, far from 0": low_rank(256, 1, 0.0, 8).abs() + low_rank(256, 48, 0.02, 8) / 100,
 }
 
+ALIKE = ("nearly alike", "nearly alike, far from 0")  # plain float32 ends 1.2% above the least there, too
+
 
 @pytest.mark.parametrize("name", GRAMS)
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.7])
@@ -87,7 +89,7 @@ def test_the_error_is_near_the_least(share, name, factor, monkeypatch):
     gram = GRAMS[name]
     weight, _, kept = problem(24, 256, share=share)
     best = error(weight, by_rows(weight, gram, kept), gram)
-    assert error(weight, solve_masked(weight, gram, kept), gram) <= 1.05 * best
+    assert error(weight, solve_masked(weight, gram, kept), gram) <= (1.02 if name in ALIKE else 1.01) * best
 
 
 @contextmanager
