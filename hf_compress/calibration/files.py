@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_compress.calibration.conversations import COLUMN, is_conversation
+from hf_compress.calibration.tables import likely_column
 from hf_compress.errors import CalibrationError
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -151,8 +152,7 @@ def _column(row: Mapping[str, Any], source: str, column: str | None) -> str:
     """The column to take the texts from."""
     strings = [name for name, value in row.items() if isinstance(value, str)]
     if column is None:
-        only = strings[0] if len(strings) == 1 else None
-        column = "text" if "text" in row else COLUMN if is_conversation(row.get(COLUMN)) else only
+        column = likely_column("text" in row, is_conversation(row.get(COLUMN)), strings)
     if column not in row:
         raise CalibrationError(
             f"{source} has the columns {', '.join(row)}: name the one with the texts by text_column="

@@ -70,14 +70,18 @@ class Table:
     def _text_column(self, given: str | None) -> str:
         column = given
         if given is None:
-            only = self.strings[0] if len(self.strings) == 1 else None
-            column = "text" if "text" in self.strings else COLUMN if self._has_conversations() else only
+            column = likely_column("text" in self.strings, self._has_conversations(), self.strings)
         if column is None or column not in self.names:
             raise CalibrationError(
                 f"the data has the columns {list(self.names)}; name the one with the texts by text_column= (got "
                 f"{given!r}), or pass it alone, as a list; pass numbers as a tensor"
             )
         return column
+
+
+def likely_column(text: bool, conversations: bool, strings: Sequence[str]) -> str | None:
+    """The column to read where none is named: "text" or "messages", where there are any, or the only one of strings."""
+    return "text" if text else COLUMN if conversations else strings[0] if len(strings) == 1 else None
 
 
 def table_of(data: Any) -> Table | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -25,7 +25,7 @@ class CompactLinear(nn.Linear):
         """The weight (outputs, inputs) that it computes with on inputs of a dtype."""
         if self._kept is None or torch.is_grad_enabled():
             return self._dense(dtype)
-        return self._kept.of(self, dtype, self._dense)
+        return self._kept.of(self, dtype)
 
     def _dense(self, dtype: torch.dtype) -> Tensor:
         raise NotImplementedError
@@ -56,12 +56,12 @@ class DenseWeights:
         self._room = room
         self._made: dict[tuple[int, torch.dtype], Tensor] = {}
 
-    def of(self, linear: nn.Module, dtype: torch.dtype, make: Callable[[torch.dtype], Tensor]) -> Tensor:
+    def of(self, linear: CompactLinear, dtype: torch.dtype) -> Tensor:
         """The one of a linear map and a dtype; made, and kept if there is room."""
         key = id(linear), dtype
         if key in self._made:
             return self._made[key]
-        weight = make(dtype)
+        weight = linear._dense(dtype)
         if weight.nbytes <= self._room:
             self._room -= weight.nbytes
             self._made[key] = weight

@@ -9,11 +9,11 @@ from typing import Any
 CONFIG_FILE = "compression_config.json"
 
 
-def write_settings(values: dict[str, Any], folder: str | Path) -> Path:
-    """Write settings into a folder, which is made where there is none; the path of the file."""
+def write_settings(text: str, folder: str | Path) -> Path:
+    """Write settings, as JSON text, into a folder, which is made where there is none; the path of the file."""
     path = Path(folder) / CONFIG_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    path.write_text(text + "\n", encoding="utf-8")
     return path
 
 
@@ -67,13 +67,12 @@ def _downloaded(name: str, where: dict[str, Any]) -> Path:
         ) from error
 
 
-def push_settings(values: dict[str, Any], repo_id: str, message: str, **where: Any) -> Any:
-    """Put settings into a repository of the Hub, which is made where there is none; the commit."""
+def push_settings(text: str, repo_id: str, message: str, **where: Any) -> Any:
+    """Put settings, as JSON text, into a repository of the Hub, which is made where there is none; the commit."""
     from huggingface_hub import HfApi
 
     api = HfApi(token=where.pop("token", None), library_name="hf_compress")
     repo = api.create_repo(repo_id, private=where.pop("private", None), exist_ok=True).repo_id
-    content = (json.dumps(values, indent=2) + "\n").encode()
     return api.upload_file(
-        path_or_fileobj=content, path_in_repo=CONFIG_FILE, repo_id=repo, commit_message=message, **where
+        path_or_fileobj=f"{text}\n".encode(), path_in_repo=CONFIG_FILE, repo_id=repo, commit_message=message, **where
     )

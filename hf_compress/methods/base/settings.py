@@ -113,7 +113,7 @@ class CompressionConfig:
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write the settings into a folder, as compression_config.json; the path of the file."""
-        return write_settings(self.to_dict(), folder)
+        return write_settings(self.to_json(), folder)
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **where: Any) -> Self:
@@ -144,7 +144,7 @@ class CompressionConfig:
         Returns:
             The commit, a `huggingface_hub.CommitInfo`.
         """
-        return push_settings(self.to_dict(), repo_id, commit_message, **where)
+        return push_settings(self.to_json(), repo_id, commit_message, **where)
 
 
 def config_class(method: str) -> type[CompressionConfig]:
