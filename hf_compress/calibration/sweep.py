@@ -215,9 +215,9 @@ def start_pairs(model: PreTrainedModel, stack: Stack, calibration: Calibration, 
 
 def advance(pairs: list[StreamPair], index: int) -> None:
     """Take the compressed stream past a block."""
-    with ExitStack() as held:
-        if pairs:
-            first = pairs[0]
-            held.enter_context(kept_dense(first.runner.stack.blocks[index], min(_DENSE, first.memory.streams)))
+    if not pairs:
+        return
+    room = min(_DENSE, pairs[0].memory.streams)
+    with kept_dense(pairs[0].runner.stack.blocks[index], room):
         for pair in pairs:
             pair.take_compressed(index)

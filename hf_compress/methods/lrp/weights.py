@@ -101,8 +101,9 @@ def _masks(subject: Subject, slopes: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _scores(subject: Subject, slopes: dict[str, Tensor]) -> Generator[dict[str, Tensor]]:
     """Scores of weights, in parts; the slopes that they are made of, where bits are given by them, are put aside."""
+    aside = working_memory().aside()  # of their own: files go with the last tensor in them, and masks stay longer
     for part in scored(subject, subject.config.score_name):
-        slopes |= {path: subject.aside.put(part.slopes.pop(path)) for path in list(part.slopes)}
+        slopes |= {path: aside.put(part.slopes.pop(path)) for path in list(part.slopes)}
         yield part.weights
 
 
@@ -110,7 +111,7 @@ def _split(subject: Subject, drafts: Drafts) -> dict[str, Any]:
     """The paper's mixed precision: of each layer's weights the half above the median in more bits, one by one."""
     config, stack = subject.config, subject.stack
     assert config.split is not None
-    halves = Masks(working_memory().aside())
+    halves = Masks(subject.aside)
     scores = scored(subject, config.score_name)
     with subject.context.step("score weights"), closing(scores):
         for part in scores:
