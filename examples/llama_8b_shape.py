@@ -183,7 +183,8 @@ def main() -> None:
         ]
         for method in args.methods:
             output = Path(folder) / method
-            lines += rows(method, compress(method, model, output, args.tokens, cap), output)
+            lines += (new := rows(method, compress(method, model, output, args.tokens, cap), output))
+            print(*new, sep="\n", flush=True)  # the next takes an hour
             shutil.rmtree(output)
     text = "\n".join(lines)
     print(text)
