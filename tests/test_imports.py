@@ -25,8 +25,8 @@ FLOORS = [
     {"rewrite"},
     {"attribution", "evaluation", "methods.base"},
     {"methods", "report"},
-    {"features", "storage", "api"},
-    {"training"},
+    {"features", "storage", "training"},
+    {"api"},
     {"cli"},
 ]
 LEVEL = {name: level for level, floor in enumerate(FLOORS) for name in floor}

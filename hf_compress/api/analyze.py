@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.compressible import check_model
 from hf_compress.anatomy.stacks import Stack
-from hf_compress.api.compress import check_model
 from hf_compress.calibration.data import Calibration, DataOptions, prepare
 from hf_compress.calibration.statistics import BlockStatistics, block_statistics
 from hf_compress.checks import check

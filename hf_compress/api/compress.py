@@ -10,29 +10,25 @@ from functools import partial
 from time import perf_counter
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_compress.anatomy.adapters import check_no_adapters
-from hf_compress.anatomy.dispatch import check_readable, is_dispatched, is_offloaded, retie
-from hf_compress.anatomy.residency import check_finite
+from hf_compress.anatomy.compressible import check_model
+from hf_compress.anatomy.dispatch import is_offloaded
 from hf_compress.api.identity import identity_of, known_in_memory, tensors_of
 from hf_compress.calibration.compute import Compute, bytes_of
 from hf_compress.calibration.data import Calibration, DataOptions, prepare
 from hf_compress.calibration.processes import agree, by_one, from_one, here, sharing
 from hf_compress.calibration.workdir import check_room, worked_in
-from hf_compress.errors import CalibrationError, UnsupportedModelError
+from hf_compress.errors import CalibrationError
 from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.base.journal import Journal
 from hf_compress.methods.base.registry import plan_for, work_for
 from hf_compress.methods.base.settings import CompressionConfig, config_class, settings_of
 from hf_compress.methods.base.work import Work
-from hf_compress.modules.kernels import check_no_kernels
-from hf_compress.numerics.defaults import check_not_inference, torch_defaults
+from hf_compress.numerics.defaults import torch_defaults
 from hf_compress.numerics.fingerprint import fingerprint
 from hf_compress.plan.plan import Plan
-from hf_compress.report.history import add_stage, history_of, model_size
-from hf_compress.report.stages import Size, Stage, Step
+from hf_compress.report.history import add_stage, history_of, model_size, stage_of
 from hf_compress.rewrite.apply import Change
 from hf_compress.rewrite.probe import Probe
 
@@ -187,41 +183,3 @@ def _check_words(config: Any, settings: Mapping[str, Any]) -> None:
                 raise TypeError(f"{name} belongs inside {argument}=, as {argument}={kind.__name__}({name}=…)")
         if close := get_close_matches(name, ("calibration", "tokenizer", "options", "compute"), n=1):
             raise TypeError(f"there is no argument {name!r} (did you mean {close[0]!r}?)")
-
-
-def check_model(model: Any) -> None:
-    """Raise unless `model` is a plain Transformers model, in one place or dispatched, whose weights can be had.
-
-    Offloaded weights are looked at when they are read.
-    """
-    if isinstance(model, torch.nn.Module):
-        check_no_adapters(model)
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model must be a transformers.PreTrainedModel; got {type(model).__name__}")
-    if getattr(model, "hf_quantizer", None) is not None:
-        raise UnsupportedModelError("the model is quantized: compress it first, quantize it afterwards")
-    check_no_kernels(model)
-    check_not_inference(model)
-    check_readable(model)
-    retie(model)
-    devices = {str(p.device) for p in model.parameters()}
-    if len(devices) > 1 and not is_dispatched(model):
-        raise UnsupportedModelError(f"the model is spread over {sorted(devices)}: put it on one device with model.to()")
-    for name, parameter in model.named_parameters():
-        if not parameter.is_meta:
-            check_finite(name, parameter)
-
-
-def stage_of(config: CompressionConfig, plan: Plan, context: CalibrationContext, before: Size, after: Size) -> Stage:
-    """The stage of a model's history that a plan was which has been carried out and checked."""
-    return Stage(
-        method=config.method,
-        config=config.to_dict(),
-        before=before,
-        after=after,
-        edits=plan.to_list(),
-        notes=plan.notes,
-        steps=[Step(name, seconds) for name, seconds in context.seconds.items()],
-        calibration=context.data.describe() if context.data else {},
-        parity=True,  # apply() raises otherwise
-    )

@@ -12,8 +12,11 @@ from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.dispatch import retie
 from hf_compress.errors import UnsupportedModelError
 from hf_compress.evaluation.size import parameter_count, stored_bytes
+from hf_compress.methods.base.context import CalibrationContext
+from hf_compress.methods.base.settings import CompressionConfig
+from hf_compress.plan.plan import Plan
 from hf_compress.report.report import REPORT_FILE, CompressionReport
-from hf_compress.report.stages import Size, Stage
+from hf_compress.report.stages import Size, Stage, Step
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +59,21 @@ def add_stage(model: PreTrainedModel, stage: Stage, history: CompressionReport |
     report = CompressionReport(base, [*(history.stages if history else ()), stage])
     model.compression_report = report  # type: ignore[assignment]
     return report
+
+
+def stage_of(config: CompressionConfig, plan: Plan, context: CalibrationContext, before: Size, after: Size) -> Stage:
+    """The stage of a model's history that a plan was which has been carried out and checked."""
+    return Stage(
+        method=config.method,
+        config=config.to_dict(),
+        before=before,
+        after=after,
+        edits=plan.to_list(),
+        notes=plan.notes,
+        steps=[Step(name, seconds) for name, seconds in context.seconds.items()],
+        calibration=context.data.describe() if context.data else {},
+        parity=True,  # apply() raises otherwise
+    )
 
 
 def read_report(folder: Path) -> CompressionReport | None:

@@ -21,7 +21,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_compress.api.compress import check_model, stage_of
+from hf_compress.anatomy.compressible import check_model
 from hf_compress.calibration.data import Calibration, DataOptions, prepare
 from hf_compress.calibration.processes import from_one, sharing, take_values_of_first
 from hf_compress.checks import check
@@ -31,7 +31,7 @@ from hf_compress.methods.base.schedule import TrainingSchedule
 from hf_compress.methods.base.settings import CompressionConfig
 from hf_compress.numerics.defaults import torch_defaults
 from hf_compress.plan.plan import Plan
-from hf_compress.report.history import add_stage, history_of, model_size
+from hf_compress.report.history import add_stage, history_of, model_size, stage_of
 from hf_compress.rewrite.apply import apply
 from hf_compress.rewrite.edits import edit_from_dict
 from hf_compress.rewrite.probe import Probe

@@ -22,7 +22,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_compress.api.compress import check_model
+from hf_compress.anatomy.compressible import check_model
 from hf_compress.calibration.data import Calibration, DataOptions, prepare
 from hf_compress.calibration.files import is_source
 from hf_compress.calibration.padding import pad_id, padded

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import BertForMaskedLM, LlamaForCausalLM, Qwen3MoeForCausalLM, T5ForConditionalGeneration
 
+from hf_compress.anatomy.compressible import check_model
 from hf_compress.anatomy.dispatch import (
     check_readable,
     computing_device,
@@ -18,7 +19,6 @@ from hf_compress.anatomy.dispatch import (
     without_values,
 )
 from hf_compress.anatomy.undo import Undo
-from hf_compress.api.compress import check_model
 from hf_compress.calibration.capture import inference
 from hf_compress.errors import OffloadError, UnsupportedModelError
 from hf_compress.evaluation.perplexity import perplexity
@@ -154,7 +154,7 @@ def test_a_missing_file_is_named(kind, tmp_path):
 
 def test_a_model_that_is_spread_without_hooks_is_refused(plain, monkeypatch):
     plain.model.norm.weight = nn.Parameter(plain.model.norm.weight.to("meta"))
-    monkeypatch.setattr("hf_compress.api.compress.check_readable", lambda _: None)
+    monkeypatch.setattr("hf_compress.anatomy.compressible.check_readable", lambda _: None)
     with pytest.raises(UnsupportedModelError, match=r"spread over \['cpu', 'meta'\]"):
         check_model(plain)
 
