@@ -28,32 +28,14 @@ from hf_compress.calibration.files import is_source
 from hf_compress.calibration.padding import pad_id, padded
 from hf_compress.calibration.reading import has_length, take, texts_of
 from hf_compress.calibration.tables import dimensions, table_of
-from hf_compress.checks import check_fields, setting
 from hf_compress.modules.compact import CompactLinear
 from hf_compress.numerics.defaults import torch_defaults
 from hf_compress.report.history import add_stage, history_of, model_size
-from hf_compress.report.stages import HEAL, Stage, Step
+from hf_compress.report.stages import HEAL, Size, Stage, Step
 from hf_compress.training.distillation import Distillation, check_teacher, corresponding_blocks
+from hf_compress.training.heal_config import DistillationConfig
 from hf_compress.training.objective import Objective, ObjectiveCallback, Terms
 from hf_compress.training.optimizer import check_trainable
-
-
-@dataclass(frozen=True)
-class DistillationConfig:
-    """What is learned: label_share · (the model's own loss) + (1 − label_share) · (KL + stream_weight · streams).
-
-    Attributes:
-        label_share: in [0, 1]; above 0 it needs labels, and a text is its own.
-        stream_weight: of the distance of the residual streams of corresponding blocks, at least 0.
-        temperature: of the distributions that KL compares, above 0.
-    """
-
-    label_share: float = setting(0.0, within="[0, 1]")
-    stream_weight: float = setting(1.0, within="[0, inf]")
-    temperature: float = setting(1.0, within="(0, inf]")
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
 
 @torch_defaults()
@@ -94,13 +76,41 @@ def heal(
             interruptions leave the model as it was with adapters, and half trained without.
     """
     check_model(model)
-    check_teacher(model, teacher)
-    distillation, lora = distillation or DistillationConfig(), _fitting(model, lora)
+    distillation = distillation or DistillationConfig()
     history, size, start = history_of(model), model_size(model), perf_counter()
+    trained = learn(model, teacher, dataset, tokenizer, lora, distillation, args, options)
+    told = {**asdict(distillation), "lora": trained.adapters}
+    add_stage(model, stage_of_healing(told, size, model_size(model), trained, perf_counter() - start), history)
+    return model
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What training came to: optimizer steps, the mean loss over them, and whether it was of adapters."""
+
+    steps: int
+    loss: float
+    adapters: bool
+
+
+def learn(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel,
+    dataset: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    lora: LoraConfig | Literal["default"] | None,
+    distillation: DistillationConfig,
+    args: TrainingArguments | None,
+    options: DataOptions | None,
+) -> Learned:
+    """Train `model` in place; its history gets nothing. Arguments and errors are those of `heal`."""
+    check_model(model)
+    check_teacher(model, teacher)
+    lora = _fitting(model, lora)
     endless = args is not None and args.max_steps > 0  # then a stream may be
     rows, collator = _training_data(dataset, model, tokenizer, options, bounded=not endless)
     with TemporaryDirectory() as folder:
-        args = args or _default_arguments(folder, 1e-4 if lora is None else 1e-3)
+        args = args or default_arguments(folder, adapters=lora is not None)
         if args.label_smoothing_factor:
             raise ValueError("label_smoothing_factor leaves no room for a teacher: set it to 0")
         with _adapters(model, lora) as student:
@@ -112,19 +122,24 @@ def heal(
             callback.objective = Objective(student, _terms(teaching, distillation))
             with teaching.watching():
                 result = trainer.train()
-    stage = Stage(
+    return Learned(result.global_step, result.training_loss, lora is not None)
+
+
+def stage_of_healing(
+    config: dict[str, Any], before: Size, after: Size, trained: Learned, seconds: float, data: Calibration | None = None
+) -> Stage:
+    """The stage of a model's history that a training was."""
+    return Stage(
         method=HEAL,
-        config={**asdict(distillation), "lora": lora is not None},
-        before=size,
-        after=model_size(model),
+        config=config,
+        before=before,
+        after=after,
         edits=[],
-        notes={"steps": result.global_step, "loss": result.training_loss},
-        steps=[Step("train", perf_counter() - start)],
-        calibration={},
+        notes={"steps": trained.steps, "loss": trained.loss},
+        steps=[Step("train", seconds)],
+        calibration=data.describe() if data else {},
         parity=None,
     )
-    add_stage(model, stage, history)
-    return model
 
 
 def _pairs(model: PreTrainedModel, teacher: PreTrainedModel, distillation: DistillationConfig) -> list[tuple[int, int]]:
@@ -154,8 +169,13 @@ def _fitting(model: PreTrainedModel, lora: Any) -> LoraConfig | None:
         return lora
     if lora != "default":
         raise TypeError(f"lora must be a peft.LoraConfig, 'default', or None for all weights; got {lora!r}")
+    return adapters_for(model, rank=16)
+
+
+def adapters_for(model: PreTrainedModel, rank: int) -> LoraConfig | None:
+    """Adapters on all linear maps; none where one of them cannot take in what was learned, or for rank 0."""
     compact = any(isinstance(module, CompactLinear) for module in model.modules())
-    return None if compact else LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
+    return None if compact or not rank else LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
 
 
 def _check_mergeable(student: Any) -> None:
@@ -196,19 +216,20 @@ def _adapters(model: PreTrainedModel, lora: LoraConfig | None) -> Iterator[Any]:
             model.config.use_cache = cached
 
 
-def _default_arguments(folder: str, learning_rate: float) -> TrainingArguments:
-    return TrainingArguments(
-        folder,
-        num_train_epochs=1,
-        learning_rate=learning_rate,
-        warmup_steps=0.05,  # of all steps
-        lr_scheduler_type="cosine",
-        logging_strategy="no",
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=not sys.stderr.isatty(),
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
+def default_arguments(folder: str, adapters: bool, **more: Any) -> TrainingArguments:
+    """Of one epoch, 8 samples a step, with all bars and logs on the terminal alone; `more` wins."""
+    values: dict[str, Any] = {
+        "num_train_epochs": 1,
+        "learning_rate": 1e-3 if adapters else 1e-4,
+        "warmup_steps": 0.05,  # of all steps
+        "lr_scheduler_type": "cosine",
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": not sys.stderr.isatty(),
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+    return TrainingArguments(folder, **values | more)
 
 
 def _training_data(

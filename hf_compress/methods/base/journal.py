@@ -57,22 +57,19 @@ class Journal:
 
         if self.folder is None:
             return make()
-        tensors, facts = self._result(name, pack)
+        tensors, facts = self.result(name, pack)
         return Plan(edits_from_list(PLAN_VERSION, facts["edits"]), tensors, facts["notes"])
 
     def tensors(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Tensors by names."""
-        return self._result(name, lambda: (make(), None))[0]
+        return self.result(name, lambda: (make(), None))[0]
 
     def facts(self, name: str, make: Callable[[], Any]) -> Any:
         """JSON values."""
-        return self._result(name, lambda: ({}, make()))[1]
+        return self.result(name, lambda: ({}, make()))[1]
 
-    @staticmethod
-    def _path(folder: Path, name: str) -> Path:
-        return folder / RESULTS / f"{re.sub('[^0-9A-Za-z_.]+', '-', name)}.safetensors"
-
-    def _result(self, name: str, make: Callable[[], Result]) -> Result:
+    def result(self, name: str, make: Callable[[], Result]) -> Result:
+        """Tensors by names, and JSON values."""
         if self.folder is None:
             return make()
         assert name not in self._asked, f"two results are called {name!r}"
@@ -82,6 +79,10 @@ class Journal:
             made = make()
             from_one(partial(_write, path, *made))
         return from_one(partial(_read, path))  # in either case the same
+
+    @staticmethod
+    def _path(folder: Path, name: str) -> Path:
+        return folder / RESULTS / f"{re.sub('[^0-9A-Za-z_.]+', '-', name)}.safetensors"
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], facts: Any) -> None:

@@ -18,7 +18,7 @@ from hf_compress.methods.mka.config import Similarity
 from hf_compress.numerics.clustering import CLUSTERINGS
 from hf_compress.numerics.manifold import MANIFOLDS
 from hf_compress.numerics.similarity import SIMILARITIES
-from hf_compress.training.heal import DistillationConfig
+from hf_compress.training.heal_config import DistillationConfig
 
 METHODS = {name: config_class(name) for name in method_names()}
 CLASSES: dict[str, type] = {**METHODS, "data": DataOptions, "distillation": DistillationConfig}
