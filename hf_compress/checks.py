@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import field, fields
+from difflib import get_close_matches
 from math import inf
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -45,6 +46,17 @@ def check_fields(settings: Any) -> None:
             raise ValueError(f"give {'= or '.join(group)}=, only one of them; got {told}")
 
 
+def check_names(what: str, given: Iterable[str], known: Iterable[str], hints: Mapping[str, str] | None = None) -> None:
+    """Raise TypeError for a name that is not known; it says which may be meant, unless `hints` say better."""
+    known = list(known)
+    for name in given:
+        if name not in known:
+            close = get_close_matches(str(name), known, n=1)
+            hint = (hints or {}).get(name) or (f"did you mean {close[0]!r}?" if close else "")
+            told = f" ({hint})" if hint else ""
+            raise TypeError(f"{what} has no setting {name!r}{told}; it has {', '.join(known)}")
+
+
 def check(name: str, value: Any, kind: Any, within: str = "", help: str = "") -> Any:
     """`value`, where it is of a kind and its numbers lie within an interval; a list as a tuple.
 
@@ -59,10 +71,10 @@ def check(name: str, value: Any, kind: Any, within: str = "", help: str = "") ->
     Raises:
         ValueError: it is not.
     """
-    several = any(get_origin(one) not in (None, Literal) for one in _kinds(kind))
+    several = any(get_origin(one) not in (None, Literal) for one in kinds(kind))
     listed = several and isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping, Set))
     found = tuple(value) if listed else value
-    if not any(_fits(found, one, within) for one in _kinds(kind)):
+    if not any(_fits(found, one, within) for one in kinds(kind)):
         told = f" ({help})" if help else ""
         raise ValueError(f"{name} must be {expected(kind, within)}{told}; got {value!r}")
     return found
@@ -70,7 +82,7 @@ def check(name: str, value: Any, kind: Any, within: str = "", help: str = "") ->
 
 def expected(kind: Any, within: str = "") -> str:
     """In words, what values are of a kind and lie within an interval, as for `check`."""
-    return " or ".join(_phrase(one, within) for one in _kinds(kind) if one is not NoneType)
+    return " or ".join(_phrase(one, within) for one in kinds(kind) if one is not NoneType)
 
 
 def _phrase(kind: Any, within: str) -> str:
@@ -85,7 +97,7 @@ def _phrase(kind: Any, within: str) -> str:
 def _range(within: str) -> str:
     if not within:
         return ""
-    low, high = _ends(within)
+    low, high = ends(within)
     if high < inf:
         return f" in {within}" if low > -inf else f" {'of at most' if within[-1] == ']' else 'below'} {high:g}"
     return f" {'of at least' if within[0] == '[' else 'above'} {low:g}" if low > -inf else " that are finite"
@@ -109,18 +121,20 @@ def _length(kind: Any) -> int | None:
 
 
 def _inside(value: float, within: str) -> bool:
-    low, high = _ends(within)
+    low, high = ends(within)
     return (low < value or (within[0] == "[" and value == low)) and (
         value < high or (within[-1] == "]" and value == high)
     )
 
 
-def _ends(within: str) -> tuple[float, float]:
+def ends(within: str) -> tuple[float, float]:
+    """The two ends of an interval."""
     low, high = within[1:-1].split(",")
     return float(low), float(high)
 
 
-def _kinds(kind: Any) -> tuple[Any, ...]:
+def kinds(kind: Any) -> tuple[Any, ...]:
+    """The kinds that a union is of, or the one."""
     return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
 
 

@@ -12,10 +12,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_compress.anatomy.dispatch import computing_device, is_offloaded
 from hf_compress.anatomy.residency import resident
 from hf_compress.anatomy.stacks import Stack
-from hf_compress.api.compress import check_arguments, disk_needed
+from hf_compress.api.arguments import check_arguments, prepared
+from hf_compress.api.one_method import disk_needed
 from hf_compress.calibration.capture import inference
 from hf_compress.calibration.compute import Compute, bytes_of, least_memory
-from hf_compress.calibration.data import Calibration, DataOptions, prepare
+from hf_compress.calibration.data import Calibration, DataOptions
 from hf_compress.calibration.runner import BlockRunner
 from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.base.registry import work_for
@@ -76,7 +77,7 @@ def estimate(
     """
     config = check_arguments(model, config, settings)
     compute = compute or Compute()
-    data = None if calibration is None else prepare(calibration, model, tokenizer, options)
+    data = prepared(calibration, model, tokenizer, options)
     context = CalibrationContext(model, data)
     stack = context.stack(getattr(config, "stack", None))
     with replace(compute, workdir=None).applied(model):

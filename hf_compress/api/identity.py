@@ -15,6 +15,7 @@ from hf_compress.anatomy.offloaded import values_of
 from hf_compress.calibration.data import Calibration
 from hf_compress.methods.base.settings import CompressionConfig
 from hf_compress.numerics.fingerprint import fingerprint
+from hf_compress.training.heal_config import HealConfig
 
 _UNSAID = ("_name_or_path", "architectures", "transformers_version")  # how it was saved, and not what it is
 _PACKAGES = ("torch", "transformers", "accelerate")
@@ -22,7 +23,7 @@ _PACKAGES = ("torch", "transformers", "accelerate")
 
 def identity_of(
     model: PreTrainedModel,
-    config: CompressionConfig,
+    config: CompressionConfig | HealConfig,
     data: Calibration | None,
     device: str | torch.device | None = None,
     processes: int = 1,

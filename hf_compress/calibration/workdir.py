@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from hf_compress.errors import WorkdirError, one_line
 RUN = "run.safetensors"  # what a run is known by, as facts of a file without tensors
 RESULTS, STREAMS, CHANGED, OFFLOADED = "results", "streams", "changed", "offloaded"  # folders in it
 _LOCK = "lock"
+_STAGE = re.compile(r"\d+-[a-z_]+")  # the folder of a stage among several
 _OWN = (RUN, _LOCK, "fitting.safetensors", RESULTS, STREAMS, CHANGED, OFFLOADED)
 
 
@@ -23,13 +25,22 @@ def _half_written(path: Path) -> bool:
     return path.suffix == ".partial" or path.name.startswith(".tmp")
 
 
+def stage_folder(folder: Path, number: int, method: str) -> Path:
+    """Where one of several stages keeps its work."""
+    return folder / f"{number}-{method}"
+
+
+def _is_stage(path: Path) -> bool:
+    return path.is_dir() and bool(_STAGE.fullmatch(path.name))
+
+
 def check_own(folder: Path) -> None:
     """Raise WorkdirError where a folder holds what no run has left there."""
     if not folder.is_dir() or (folder / RUN).is_file():
         return
     for path in sorted(folder.iterdir()):
         begun = path.name in _OWN and not (path.is_dir() and path.name == RESULTS and any(path.iterdir()))
-        if not begun and not _half_written(path):
+        if not begun and not _half_written(path) and not _is_stage(path):
             raise WorkdirError(
                 f"{folder} holds {path.name}, and is no folder of a run: give an empty one, or a new one"
             )
@@ -40,6 +51,8 @@ def empty(folder: Path) -> None:
     if not folder.is_dir():
         return
     for path in folder.iterdir():
+        if _is_stage(path):
+            empty(path)
         if path.name not in _OWN and not _half_written(path):
             continue
         if path.is_dir() and not path.is_symlink():

@@ -72,7 +72,7 @@ def work_of(config: DropBlocksConfig, context: CalibrationContext) -> Work:
     return Work(count * (1 + _TRIED / 2) + weighed * (1 + BACKWARD), sweeps=2 + count, rewrites=False)
 
 
-register(DropBlocksConfig, Method(plan_removals, steps=single_removals, work=work_of))
+register(DropBlocksConfig, Method(plan_removals, steps=single_removals, work=work_of, dense=False))
 
 
 def _count(config: DropBlocksConfig, stack: Stack) -> int:

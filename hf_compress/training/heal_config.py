@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
-from hf_compress.checks import check_fields, setting
+from hf_compress.checks import check_fields, check_names, setting
 from hf_compress.report.stages import HEAL
 
 
@@ -46,3 +47,15 @@ class HealConfig(DistillationConfig):
     def to_dict(self) -> dict[str, Any]:
         """The fields, and "heal" as the method: JSON values only."""
         return {"method": self.method, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> HealConfig:
+        """The inverse of `to_dict`; `method` may be left out.
+
+        Raises:
+            TypeError: an unknown setting.
+            ValueError: settings that make no sense.
+        """
+        given = {name: value for name, value in values.items() if name != "method"}
+        check_names(cls.method, given, (field.name for field in fields(cls)))
+        return cls(**given)

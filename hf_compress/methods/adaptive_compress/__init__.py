@@ -6,6 +6,6 @@ from hf_compress.methods.adaptive_compress.training import Joint
 from hf_compress.methods.adaptive_compress.work import work_of
 from hf_compress.methods.base.registry import Method, register
 
-register(AdaptiveCompressConfig, Method(plan_bottlenecks, Joint, work=work_of))
+register(AdaptiveCompressConfig, Method(plan_bottlenecks, Joint, work=work_of, dense=False))
 
 __all__ = ["AdaptiveCompressConfig"]

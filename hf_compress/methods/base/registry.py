@@ -17,6 +17,10 @@ def _no_steps(config: CompressionConfig, context: CalibrationContext) -> list[Co
     raise ValueError(f"{type(config).__name__} cannot be cut into steps; leave out every=")
 
 
+def _whole(config: CompressionConfig) -> str:
+    return ""
+
+
 @dataclass(frozen=True)
 class Method:
     """What a method does. All take its settings first.
@@ -26,12 +30,16 @@ class Method:
         schedule: what to do while a model is trained, for one run; when None, compress first, then heal.
         steps: settings that, planned and applied one after another, come to the same amount: for training in between.
         work: how much there is to do, for an estimate; None where nobody has counted.
+        leaves: in what form settings leave weights, "packed" or "sparse"; nothing where they stay whole matrices.
+        dense: whether it needs weights that are whole matrices.
     """
 
     plan: Callable[[Any, CalibrationContext], Plan]
     schedule: Callable[[Any], TrainingSchedule] | None = None
     steps: Callable[[Any, CalibrationContext], list[CompressionConfig]] = _no_steps
     work: Callable[[Any, CalibrationContext], Work] | None = None
+    leaves: Callable[[Any], str] = _whole
+    dense: bool = True
 
 
 _METHODS: dict[type[CompressionConfig], Method] = {}
@@ -68,6 +76,16 @@ def work_for(config: CompressionConfig, context: CalibrationContext) -> Work | N
     """How much there is to do with the model of a context; None where nobody has counted."""
     count = _method(config).work
     return None if count is None else count(config, context)
+
+
+def left_by(config: CompressionConfig) -> str:
+    """In what form these settings leave weights, "packed" or "sparse"; nothing where they stay whole matrices."""
+    return _method(config).leaves(config)
+
+
+def needs_dense_weights(config: CompressionConfig) -> bool:
+    """Whether a method cannot do with weights that an earlier one has left packed or sparse."""
+    return _method(config).dense
 
 
 class CompressFirst(TrainingSchedule):

@@ -12,7 +12,7 @@ from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any, ClassVar, Self
 
-from hf_compress.checks import check_fields
+from hf_compress.checks import check_fields, check_names
 from hf_compress.methods.base.amounts import AMOUNT, Amount
 from hf_compress.methods.base.files import push_settings, read_settings, write_settings
 from hf_compress.methods.base.recipes import read_recipe
@@ -57,16 +57,12 @@ class CompressionConfig:
     @classmethod
     def check_names(cls, names: Iterable[str]) -> None:
         """Raise TypeError for a name that is no setting; it says which may be meant."""
-        own = [field.name for field in fields(cls)]
-        for name in names:
-            if name in own:
-                continue
-            close = difflib.get_close_matches(name, own, n=1)
-            hint = f" (did you mean {close[0]!r}?)" if close else ""
-            if name in _amount_words():
-                words = [field.name for field in fields(cls) if field.metadata.get("group") == AMOUNT]
-                hint = f" (say how much by {'= or '.join(words)}=)"
-            raise TypeError(f"{cls.method} has no setting {name!r}{hint}; it has {', '.join(own)}")
+        own, names = [field.name for field in fields(cls)], list(names)
+        if set(names) <= set(own):
+            return  # without a look at the other methods
+        words = [field.name for field in fields(cls) if field.metadata.get("group") == AMOUNT]
+        hints = dict.fromkeys(_amount_words(), f"say how much by {'= or '.join(words)}=")
+        check_names(cls.method, names, own, hints)
 
     @property
     def amount(self) -> Amount | None:

@@ -164,3 +164,10 @@ class LRPConfig(CompressionConfig, method="lrp", paper="https://arxiv.org/abs/25
         """
         whole = self.per == "module"
         return (whole if self.symmetric is None else self.symmetric) or (whole and bits == MODULE_BITS[-1])
+
+
+def left_by(config: LRPConfig) -> str:
+    """In what form the weights are stored that are left."""
+    if config.quantizes:
+        return "packed"
+    return "sparse" if config.prunes and config.granularity not in STRUCTURED else ""
