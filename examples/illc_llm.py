@@ -21,7 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 import hf_compress as hfc
-from hf_compress.evaluation.size import parameter_count, speed_ratio
+from hf_compress.evaluation.size import parameter_count
+from hf_compress.evaluation.speed import speed_ratio
 from hf_compress.report.stages import environment
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"

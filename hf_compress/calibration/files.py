@@ -44,11 +44,11 @@ def load_texts(source: str | Path, text_column: str | None = None, limit: int | 
     if path.is_file() and path.suffix == ".txt":
         texts = [part.strip() for part in re.split(r"\n\s*\n", _read(path))]
     else:
-        rows = _rows(str(source), limit)
+        rows = read_rows(str(source), limit)
         try:
             texts = _texts(rows, str(source), text_column, limit)
         except (OSError, ValueError, TypeError) as error:  # files are parsed as they are read
-            raise _unreadable(str(source), error) from error
+            raise unreadable(str(source), error) from error
     texts = [text for text in texts if not isinstance(text, str) or text.strip()][:limit]
     if not texts:
         raise CalibrationError(f"{source} holds no texts; calibration needs at least a few dozen")
@@ -71,8 +71,17 @@ def _read(path: Path) -> str:
         raise CalibrationError(f"{path} is not UTF-8 text ({error}): convert it, for instance by iconv") from None
 
 
-def _rows(source: str, limit: int | None) -> Iterable[Mapping[str, Any]]:
-    """The rows of a file (read as they are asked for), a folder, or a dataset on the Hub."""
+def read_rows(source: str, limit: int | None = None) -> Iterable[Mapping[str, Any]]:
+    """The rows of a file (read as they are asked for), a folder, or a dataset on the Hub, all but a `.txt` file.
+
+    Args:
+        source: as for `load_texts`.
+        limit: of a dataset on the Hub no more than this is read.
+
+    Raises:
+        FileNotFoundError: no such file or folder.
+        CalibrationError: a kind of file that is not known, or a dataset that cannot be read.
+    """
     from datasets import load_dataset, load_from_disk
 
     path = Path(source)
@@ -92,7 +101,7 @@ def _rows(source: str, limit: int | None) -> Iterable[Mapping[str, Any]]:
     except FileNotFoundError as error:
         raise FileNotFoundError(_nothing_there(source)) from error
     except (OSError, ValueError) as error:
-        raise _unreadable(source, error) from error
+        raise unreadable(source, error) from error
 
 
 def _from_hub(source: str, limit: int | None) -> Iterable[Mapping[str, Any]]:
@@ -108,7 +117,8 @@ def _nothing_there(source: str) -> str:
     return f"{source}: no such file or folder, nor a dataset on the Hub that can be reached"
 
 
-def _unreadable(source: str, error: Exception) -> CalibrationError:
+def unreadable(source: str, error: Exception) -> CalibrationError:
+    """The error to raise where rows could not be read; files are parsed as they are iterated over."""
     if isinstance(error, CalibrationError):
         return error
     cause = error.__cause__ or error  # datasets wraps what the parser says

@@ -9,34 +9,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_compress.calibration.reading import read_texts
+from hf_compress.checks import check
+from hf_compress.evaluation.classification import Classification, classify
 from hf_compress.evaluation.harness import Paths, model_name, run_tasks
-from hf_compress.evaluation.kinds import check_predicts_text, reads_tokens_alone
+from hf_compress.evaluation.kinds import check_classifies, check_predicts_text, reads_tokens_alone
 from hf_compress.evaluation.loading import load_saved
 from hf_compress.evaluation.perplexity import Perplexity, perplexity
-from hf_compress.evaluation.size import Throughput, parameter_count, stored_bytes, tokens_per_second
-
-
-@dataclass(frozen=True)
-class TaskScore:
-    """One metric of one lm-eval task.
-
-    Attributes:
-        task: Name of the task or group.
-        metric: Name of the metric, with lm-eval's filter after a comma where there is one.
-        value: The metric, in its own unit (accuracies between 0 and 1).
-        standard_error: As lm-eval gives it, taking documents as independent; NaN where it gives none.
-        higher_is_better: None where the task does not say.
-        documents: Number of documents scored; None for a group.
-    """
-
-    task: str
-    metric: str
-    value: float
-    standard_error: float
-    higher_is_better: bool | None
-    documents: int | None
+from hf_compress.evaluation.scores import TaskScore, task_scores
+from hf_compress.evaluation.size import parameter_count, stored_bytes
+from hf_compress.evaluation.speed import Throughput, tokens_per_second
 
 
 @dataclass(frozen=True)
@@ -48,9 +32,10 @@ class EvaluationResult:
         parameters: Number of parameters, tied ones counted once.
         stored_bytes: Bytes of its safetensors files, or of what would stand in them for a live model.
         throughput: Prefill speed; to be compared within one run only. None for a model that reads something else than
-            tokens, or more.
+            tokens, or more, and where `compare` has measured speed instead.
         perplexity: On `texts`; None without them.
         scores: Every metric of every task.
+        labelled: On `labelled`; None without it.
         harness: What lm-eval returned, for all else that it knows; not part of the JSON.
     """
 
@@ -60,18 +45,23 @@ class EvaluationResult:
     throughput: Throughput | None
     perplexity: Perplexity | None = None
     scores: tuple[TaskScore, ...] = ()
+    labelled: Classification | None = None
     harness: dict[str, Any] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def all_scores(self) -> tuple[TaskScore, ...]:
+        """Those of the tasks, and accuracy and F1 on labelled data."""
+        return (*self.scores, *(self.labelled.scores() if self.labelled is not None else ()))
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data; numbers that are not known (NaN) become None."""
         content = {name: value for name, value in vars(self).items() if name != "harness"}
-        for name in ("throughput", "perplexity"):
-            content[name] = None if content[name] is None else asdict(content[name])
+        content["throughput"] = None if self.throughput is None else asdict(self.throughput)
         if self.perplexity is not None:
-            del content["perplexity"]["by_document"]
-            content["perplexity"]["value_standard_error"] = self.perplexity.value_standard_error
-        content["scores"] = [asdict(score) for score in self.scores]
-        return _without_nan(content)
+            content["perplexity"] = self.perplexity.to_dict()
+        content["scores"] = [score.to_dict() for score in self.scores]
+        content["labelled"] = None if self.labelled is None else self.labelled.to_dict()
+        return without_nan(content)
 
     def to_json(self) -> str:
         """`to_dict` as JSON text."""
@@ -87,7 +77,7 @@ class EvaluationResult:
             rows.append(("tokens/s", *_rounded(speed.tokens_per_second, speed.standard_error, 0)))
         if self.perplexity is not None:
             rows.append(("perplexity", *_rounded(self.perplexity.value, self.perplexity.value_standard_error, 2)))
-        for score in self.scores:
+        for score in self.all_scores:
             rows.append((f"{score.task} {score.metric}", *_rounded(score.value, score.standard_error, 4)))
         return rows
 
@@ -100,41 +90,51 @@ class EvaluationResult:
         return "\n".join(lines)
 
 
-def evaluate(
+def evaluate(  # noqa: PLR0913 (each of them is something else to measure, or how)
     model: PreTrainedModel | str | Path,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: Any = None,
     *,
     tasks: str | Sequence[str] = (),
     texts: Iterable[str] | None = None,
+    labelled: Any = None,
     include_path: Paths | None = None,
     batch_size: int = 8,
     limit: int | float | None = None,
+    speed: bool = True,
+    device: str | None = None,
     output_dir: str | Path | None = None,
 ) -> EvaluationResult:
-    """Measure size, speed, perplexity and task scores of a language model; of any other model, size and speed.
+    """Measure size, speed, and how good a model is: language models on texts and tasks, classifiers on labelled data.
 
-    `perplexity`, `run_tasks`, `tokens_per_second` and `speed_ratio` measure one of these, with more to set.
+    `perplexity`, `run_tasks`, `classify`, `tokens_per_second` and `speed_ratio` measure one of these, with more to set;
+    `compare` measures several models.
 
     Args:
         model: A live model, left as it is; or a directory (or a name on the Hub), loaded in the dtype it is stored in
             and with the head that it was saved with.
-        tokenizer: The model's; needed with a live model for `tasks` and `texts`. Default: the directory's.
+        tokenizer: The model's (of a classifier of images, its image processor); needed with a live model for `tasks`,
+            `texts` and `labelled`. Default: the directory's.
         tasks: Names of lm-eval tasks; "manuals_cloze" ships with this package.
         texts: Documents for perplexity, which must not have been calibrated on.
+        labelled: Documents with labels, for the accuracy of classifiers: what `classify` takes as data.
         include_path: Folder or folders with further lm-eval task files.
         batch_size: Sequences that go through the model at once.
-        limit: Documents of each task, or a fraction of them below 1.
+        limit: Documents of each task, of the texts and of the labelled data, or a fraction of them below 1.
+        speed: Whether to time the model.
+        device: Where a directory's model is loaded to; the CPU when None.
         output_dir: Where to write lm-eval's own files (for tasks) and `evaluation.json`.
 
     Raises:
         ImportError: `tasks` are given and lm-eval is not installed.
         TypeError: `model` or `texts` is not of a kind named above.
         ValueError: an argument out of range, an unknown task, or a missing tokenizer.
-        UnsupportedModelError: `tasks` or `texts` for a model that does not predict the next token; weights are missing.
+        UnsupportedModelError: `tasks` or `texts` for a model that does not predict the next token, `labelled` for one
+            that is no classifier; weights are missing.
         FileNotFoundError: the directory holds no safetensors.
     """
+    check("limit", limit, float | None, "(0, inf)")
     metric = "perplexity" if texts is not None else "scoring on lm-eval tasks" if tasks else None
-    live, tokenizer, stored = _resolve(model, tokenizer, metric)
+    live, tokenizer, stored = _resolve(model, tokenizer, metric, labelled is not None, device)
     harness = None
     # Tasks before texts: a name that is not known is found at once, and not after minutes of perplexity.
     if tasks:
@@ -147,13 +147,17 @@ def evaluate(
             limit=limit,
             output_dir=output_dir,
         )
+    measured = None
+    if texts is not None:
+        measured = perplexity(live, _given(tokenizer), first_texts(texts, limit), batch_size=batch_size)
     result = EvaluationResult(
         name=model_name(live),
         parameters=parameter_count(live),
         stored_bytes=stored,
-        throughput=tokens_per_second(live) if reads_tokens_alone(live) else None,
-        perplexity=None if texts is None else perplexity(live, _given(tokenizer), texts, batch_size=batch_size),
+        throughput=tokens_per_second(live) if speed and reads_tokens_alone(live) else None,
+        perplexity=measured,
         scores=() if harness is None else task_scores(harness),
+        labelled=None if labelled is None else classify(live, labelled, tokenizer, batch_size=batch_size, limit=limit),
         harness=harness,
     )
     if output_dir is not None:
@@ -164,9 +168,9 @@ def evaluate(
 
 
 def _resolve(
-    model: PreTrainedModel | str | Path, tokenizer: PreTrainedTokenizerBase | None, metric: str | None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, int]:
-    """The live model, its tokenizer and its stored bytes; `metric` is what needs a tokenizer, in words, if anything."""
+    model: PreTrainedModel | str | Path, tokenizer: Any, metric: str | None, labelled: bool, device: str | None
+) -> tuple[PreTrainedModel, Any, int]:
+    """The live model, its tokenizer and its stored bytes; `metric` is what needs it to predict text, if anything."""
     if not isinstance(model, (str, Path, PreTrainedModel)):
         raise TypeError(
             f"model is a {type(model).__name__}; expected a PreTrainedModel or a directory (merge a PEFT adapter "
@@ -174,14 +178,26 @@ def _resolve(
         )
     if isinstance(model, Path) and not model.is_dir():
         raise ValueError(f"model {str(model)!r} is not a directory; expected one that save_pretrained has written.")
-    live = model if isinstance(model, PreTrainedModel) else load_saved(str(model), dtype="auto")
+    live = model if isinstance(model, PreTrainedModel) else load_on(str(model), device)
+    # What does not fit is told before a tokenizer is missed, which other models need not have.
     if metric is not None:
-        check_predicts_text(live, metric)  # before a tokenizer is missed, which other models need not have
+        check_predicts_text(live, metric)
+    images = labelled and check_classifies(type(live), live.config) == "images"
     if isinstance(model, PreTrainedModel):
         return live, tokenizer, stored_bytes(live)
-    if tokenizer is None and metric is not None:
-        tokenizer = AutoTokenizer.from_pretrained(str(model))
+    if tokenizer is None and (metric is not None or labelled):
+        tokenizer = load_processor(str(model), images)
     return live, tokenizer, stored_bytes(model if Path(model).is_dir() else live)
+
+
+def load_on(name: str, device: str | None = None) -> PreTrainedModel:
+    """A saved model in the dtype that it is stored in, on a device; on the CPU when None."""
+    return load_saved(name, dtype="auto", **({} if device is None else {"device_map": {"": device}}))
+
+
+def load_processor(name: str, images: bool = False) -> Any:
+    """The tokenizer beside a saved model; the image processor of one that reads images."""
+    return (AutoImageProcessor if images else AutoTokenizer).from_pretrained(name)
 
 
 def _given(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
@@ -190,34 +206,18 @@ def _given(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase
     return tokenizer
 
 
-def task_scores(harness: dict[str, Any]) -> tuple[TaskScore, ...]:
-    """Every metric and its standard error in what lm-eval returned."""
-    scores = []
-    for task, metrics in harness["results"].items():
-        for key, value in metrics.items():
-            metric, comma, kind = key.partition(",")
-            if not comma or metric.endswith("_stderr"):
-                continue  # the task's name and the like
-            error = metrics.get(f"{metric}_stderr,{kind}")
-            scores.append(
-                TaskScore(
-                    task=task,
-                    metric=metric if kind == "none" else key,
-                    value=float(value),
-                    standard_error=float(error) if isinstance(error, (int, float)) else math.nan,
-                    higher_is_better=harness["higher_is_better"].get(task, {}).get(metric),
-                    documents=harness["n-samples"].get(task, {}).get("effective"),
-                )
-            )
-    return tuple(scores)
+def first_texts(texts: Iterable[str], limit: int | float | None) -> list[str]:
+    """The first so many texts, or a share of them below 1; all when None."""
+    read = read_texts(texts)
+    return read if limit is None else read[: int(limit) if limit >= 1 else math.ceil(limit * len(read))]
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
     """The same data with None in place of numbers that JSON cannot hold."""
     if isinstance(value, dict):
-        return {key: _without_nan(entry) for key, entry in value.items()}
+        return {key: without_nan(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_without_nan(entry) for entry in value]
+        return [without_nan(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -69,7 +69,8 @@ def run_tasks(  # noqa: PLR0913 (each of them is an argument of lm-eval's own)
         output_dir: Where lm-eval writes `results_*.json` and `samples_*.jsonl`, in a folder named after the model.
 
     Returns:
-        What `lm_eval.simple_evaluate` returns: `["results"][task]` holds the metrics and their standard errors.
+        What `lm_eval.simple_evaluate` returns: `["results"][task]` holds the metrics and their standard errors,
+        `["samples"][task]` what came of each document.
 
     Raises:
         ImportError: lm-eval is not installed.
@@ -98,7 +99,7 @@ def run_tasks(  # noqa: PLR0913 (each of them is an argument of lm-eval's own)
             limit=limit,
             evaluation_tracker=tracker,
             task_manager=manager,
-            log_samples=tracker is not None,
+            log_samples=True,
             random_seed=seed,
             numpy_random_seed=seed,
             torch_random_seed=seed,
@@ -196,7 +197,8 @@ def _task_manager(names: list[str], folders: list[Path]) -> Any:
 
 def _write(tracker: Any, results: dict[str, Any], folder: Path) -> None:
     """Have lm-eval write its files, and make sure that it did: it only logs its failures."""
-    samples = results.pop("samples")
+    samples = results["samples"]
+    results = {name: value for name, value in results.items() if name != "samples"}
     before = set(folder.glob("**/*.json*"))
     tracker.save_results_aggregated(results=results, samples=samples)
     for name, rows in samples.items():

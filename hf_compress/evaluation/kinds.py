@@ -1,16 +1,22 @@
-"""Which models a metric fits: text is scored by models that predict its next token from those before it, no others."""
+"""Which models a metric fits: text is scored by models that predict its next token, labels are by classifiers."""
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_compress.anatomy.dispatch import computing_device
 from hf_compress.calibration.capture import inference
 from hf_compress.errors import UnsupportedModelError
 
 _PROBE = 8  # tokens
+_CLASSIFIERS: dict[Literal["texts", "images"], str] = {
+    "texts": "ForSequenceClassification",
+    "images": "ForImageClassification",
+}
 _LEAK = 0.02  # of what a token changes at its own place: above what rounding in bfloat16 does where experts change
 
 
@@ -29,11 +35,7 @@ def check_predicts_text(model: PreTrainedModel, metric: str) -> None:
         UnsupportedModelError: it does not, so that the metric does not fit.
     """
     name = type(model).__name__
-    if not model.can_generate():
-        raise UnsupportedModelError(
-            f"{metric} needs a model that predicts the next token, which {name} does not: leave it out, measure what "
-            "this model was trained for, or load one with a language model's head"
-        )
+    check_generates(type(model), metric)
     if model.main_input_name != "input_ids":
         raise UnsupportedModelError(f"{metric} needs a model that reads text; {name} reads {model.main_input_name}")
     if not model.config.is_encoder_decoder and _reads_ahead(model):
@@ -41,6 +43,39 @@ def check_predicts_text(model: PreTrainedModel, metric: str) -> None:
             f"{metric} needs a model that sees only the tokens before the one to predict; {name} reads those after it, "
             "too (a masked language model, perhaps, or a decoder without is_decoder=True): leave it out"
         )
+
+
+def check_generates(kind: Any, metric: str) -> None:
+    """Raise UnsupportedModelError where the models of a class have no language model's head; `metric` as above."""
+    if not kind.can_generate():
+        raise UnsupportedModelError(
+            f"{metric} needs a model that predicts the next token, which {kind.__name__} does not: leave it out, "
+            "measure what this model was trained for, or load one with a language model's head"
+        )
+
+
+def check_classifies(kind: Any, config: PreTrainedConfig) -> Literal["texts", "images"]:
+    """What classifiers of a class and a config read; raise for models that are none.
+
+    Raises:
+        UnsupportedModelError: it has no head of a classifier of texts or images, or one that gives several labels at
+            once, or a number.
+    """
+    name = kind.__name__
+    heads = " ".join(base.__name__ for base in kind.__mro__)
+    reads = [what for what, head in _CLASSIFIERS.items() if head in heads]
+    if not reads:
+        raise UnsupportedModelError(
+            f"labelled data needs a classifier of texts or images (…ForSequenceClassification, "
+            f"…ForImageClassification), which {name} is not: leave it out, or load the model with its classifier's head"
+        )
+    problem = getattr(config, "problem_type", None)
+    if (config.num_labels or 0) < 2 or problem in ("regression", "multi_label_classification"):
+        told = problem or f"num_labels={config.num_labels}"
+        raise UnsupportedModelError(
+            f"accuracy and F1 need a model that gives each document one of several classes; {name} does not ({told})"
+        )
+    return reads[0]
 
 
 def reads_tokens_alone(model: PreTrainedModel) -> bool:

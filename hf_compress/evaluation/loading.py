@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from hf_compress import models
 from hf_compress.errors import UnsupportedModelError
@@ -23,11 +23,7 @@ def load_saved(name: str, **kwargs: Any) -> PreTrainedModel:
         UnsupportedModelError: it was saved by a class that is not known, or weights are missing, or of other shapes
             than the config says.
     """
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except OSError as error:  # offline, its message does not name the model
-        raise OSError(f"no model {name!r}: {error}") from error
-    load: Any = _class_of(config.architectures, name).from_pretrained  # annotated as if it gave no loading report
+    load: Any = saved_class(name)[0].from_pretrained  # annotated as if it gave no loading report
     # Sizes that do not match are told here, by name; Transformers' own error points to a log.
     model, found = load(name, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
     mismatched = [entry if isinstance(entry, str) else entry[0] for entry in found["mismatched_keys"]]
@@ -37,6 +33,19 @@ def load_saved(name: str, **kwargs: Any) -> PreTrainedModel:
             "have other shapes than its config says; they would be random"
         )
     return model
+
+
+def saved_class(name: str) -> tuple[Any, PreTrainedConfig]:
+    """The class that the model in a directory or on the Hub was saved by, and its config; no weights are read.
+
+    Raises:
+        OSError, UnsupportedModelError: as for `load_saved`.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except OSError as error:  # offline, its message does not name the model
+        raise OSError(f"no model {name!r}: {error}") from error
+    return _class_of(config.architectures, name), config
 
 
 def _class_of(architectures: Any, name: str) -> Any:

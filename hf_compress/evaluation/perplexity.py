@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +41,7 @@ class Perplexity:
         documents: Number of texts with at least one scored token.
         clustered_by: What the standard error took as independent: "documents" or "windows".
         by_document: Summed loss and number of scored tokens of each document, in the order of the texts.
+        tokens_sha256: Of the ids of the scored tokens, which tell another tokenizer; empty where not known.
     """
 
     value: float
@@ -48,6 +51,7 @@ class Perplexity:
     documents: int
     clustered_by: str
     by_document: tuple[tuple[float, int], ...] = field(default=(), repr=False)
+    tokens_sha256: str = field(default="", repr=False)
 
     @property
     def value_standard_error(self) -> float:
@@ -64,10 +68,16 @@ class Perplexity:
             ValueError: the two were not measured on the same tokens.
         """
         counts = [count for _, count in self.by_document]
-        if counts != [count for _, count in other.by_document]:
+        digests = {self.tokens_sha256, other.tokens_sha256} - {""}
+        if len(digests) > 1 or counts != [count for _, count in other.by_document]:
             raise ValueError("the two perplexities are of different texts or tokens, and cannot be compared in pairs")
         gaps = [mine - theirs for (mine, _), (theirs, _) in zip(self.by_document, other.by_document, strict=True)]
         return _ratio(list(zip(gaps, counts, strict=True)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, without the documents."""
+        content = {name: value for name, value in vars(self).items() if name not in ("by_document", "tokens_sha256")}
+        return content | {"value_standard_error": self.value_standard_error}
 
     def __str__(self) -> str:
         return f"{self.value:.2f} ± {self.value_standard_error:.2f}"
@@ -138,6 +148,7 @@ def perplexity(
             "The texts hold no token to score; expected at least one text of two tokens or more: check the file or "
             "column that they come from."
         )
+    digest = _digest(windows)
     # The longest first: little padding in a batch, and a batch too large for memory fails at once.
     windows.sort(key=lambda window: len(window.inputs), reverse=True)
     pad = pad_id(model.config, tokenizer)
@@ -147,7 +158,7 @@ def perplexity(
             batch = windows[start : start + batch_size]
             sums += _window_losses(model, batch, pad)
             bar.update(len(batch))
-    return _summarise(windows, sums)
+    return replace(_summarise(windows, sums), tokens_sha256=digest)
 
 
 def _lengths(
@@ -202,6 +213,18 @@ def _windows(document: int, ids: list[int], max_length: int, stride: int, unscor
         if any(target != -100 for target in targets):
             yield Window(document, ids[begin : end - 1], targets)
         done = end
+
+
+def _digest(windows: list[Window]) -> str:
+    """SHA-256 of the scored tokens of each document, however they are cut into windows."""
+    scored = sha256()
+    document = -1
+    for window in windows:
+        if window.document != document:
+            document = window.document
+            scored.update(b"\n%d" % document)
+        scored.update(b"".join(b" %d" % target for target in window.targets if target != -100))
+    return scored.hexdigest()
 
 
 def _window_losses(model: PreTrainedModel, batch: list[Window], pad: int) -> list[float]:

@@ -6,7 +6,8 @@ import torch
 
 from hf_compress.evaluation.evaluate import EvaluationResult, TaskScore, evaluate, task_scores
 from hf_compress.evaluation.perplexity import Perplexity, perplexity
-from hf_compress.evaluation.size import Throughput, parameter_count, stored_bytes
+from hf_compress.evaluation.size import parameter_count, stored_bytes
+from hf_compress.evaluation.speed import Throughput
 
 
 @pytest.fixture

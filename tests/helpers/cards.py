@@ -8,7 +8,8 @@ from markdown_it import MarkdownIt
 from hf_compress.api.compress import compress
 from hf_compress.evaluation.evaluate import EvaluationResult, TaskScore
 from hf_compress.evaluation.perplexity import Perplexity
-from hf_compress.evaluation.size import Throughput, parameter_count
+from hf_compress.evaluation.size import parameter_count
+from hf_compress.evaluation.speed import Throughput
 from hf_compress.methods.drop_blocks import DropBlocksConfig
 from hf_compress.report.history import add_stage, history_of, model_size
 from hf_compress.report.stages import HEAL, Stage, Step

@@ -1,0 +1,181 @@
+"""Two models or more, measured on the same data, one after another; their speed in turn."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from hf_compress.calibration.reading import read_texts
+from hf_compress.errors import one_line
+from hf_compress.evaluation.comparison import Comparison
+from hf_compress.evaluation.evaluate import EvaluationResult, evaluate, load_on, load_processor
+from hf_compress.evaluation.harness import Paths
+from hf_compress.evaluation.kinds import check_classifies, check_generates, reads_tokens_alone
+from hf_compress.evaluation.labelled import read_labelled
+from hf_compress.evaluation.loading import saved_class
+from hf_compress.evaluation.speed import Speed, speeds_in_turn
+
+logger = logging.getLogger(__name__)
+
+Model = PreTrainedModel | str | Path
+COMPARISON_FILE = "comparison.json"
+
+
+def compare(  # noqa: PLR0913 (as `evaluate`)
+    models: Mapping[str, Model] | Sequence[str | Path],
+    tokenizer: Any = None,
+    *,
+    tasks: str | Sequence[str] = (),
+    texts: Iterable[str] | None = None,
+    labelled: Any = None,
+    include_path: Paths | None = None,
+    batch_size: int = 8,
+    limit: int | float | None = None,
+    speed: bool = True,
+    device: str | None = None,
+    output_dir: str | Path | None = None,
+) -> Comparison:
+    """Measure several models on the same data, and how each differs from the first, document by document.
+
+    Documents differ more than models do. So the error of a difference that is taken document by document is far below
+    those of the two figures, and tells what is a difference and what is chance.
+
+    Models in directories are in memory one at a time, and, for their speed, in pairs: the first model and one of the
+    others run in turn, A B A B ….
+
+    Args:
+        models: Live models or directories by name, or directories alone; the first is the one that the others are held
+            against, usually the uncompressed one.
+        tokenizer: Of all models; needed with live ones. Default: each directory's own, or the first's where it has
+            none.
+        tasks, texts, labelled, include_path, batch_size, limit, device: As for `evaluate`.
+        speed: Whether to time the models and to watch the memory that they need, where they run on token ids alone.
+        output_dir: Where to write `comparison.json` and, in a folder for each model, what `evaluate` writes.
+
+    Raises:
+        ImportError, TypeError, UnsupportedModelError, FileNotFoundError: As for `evaluate`.
+        OSError: A directory holds no model.
+        ValueError: Fewer than two models, or one of them twice; or as for `evaluate`.
+    """
+    named = _named(models)
+    metric = "perplexity" if texts is not None else "scoring on lm-eval tasks" if tasks else None
+    images = {name: _check_fits(model, metric, labelled is not None) for name, model in named.items()}
+    if texts is not None:
+        texts = read_texts(texts)
+    if labelled is not None:
+        labelled = read_labelled(labelled, limit)
+    folder = None if output_dir is None else Path(output_dir)
+    results: dict[str, EvaluationResult] = {}
+    processor = None
+    for name, model in named.items():
+        own = tokenizer
+        if own is None and not isinstance(model, PreTrainedModel) and (metric is not None or labelled is not None):
+            own = _own_processor(model, images[name], processor)
+            processor = own if processor is None else processor
+        results[name] = evaluate(
+            model,
+            own,
+            tasks=tasks,
+            texts=texts,
+            labelled=labelled,
+            include_path=include_path,
+            batch_size=batch_size,
+            limit=limit,
+            speed=False,
+            device=device,
+            output_dir=None if folder is None else folder / _file_name(name),
+        )
+        _free()
+    comparison = Comparison(results, _speeds(named, device) if speed else {})
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / COMPARISON_FILE).write_text(comparison.to_json() + "\n", encoding="utf-8")
+    return comparison
+
+
+def _named(models: Any) -> dict[str, Model]:
+    """The models by name; directories by as many of their last folders as tell them apart."""
+    if isinstance(models, Mapping):
+        named = {str(name): model for name, model in models.items()}
+    elif isinstance(models, (list, tuple)) and all(isinstance(model, (str, Path)) for model in models):
+        named = _by_last_folders([Path(model) for model in models], list(models))
+    else:
+        raise TypeError(
+            f"models is a {type(models).__name__}; expected directories, or a mapping of names to models or directories"
+        )
+    if len(named) < 2:
+        raise ValueError(f"models must be two or more; got {list(named) or 'none'} (evaluate() measures one)")
+    seen: dict[Any, str] = {}
+    for name, model in named.items():
+        place = id(model) if isinstance(model, PreTrainedModel) else Path(model).resolve()
+        if place in seen:
+            raise ValueError(f"models has the same one twice, as {seen[place]!r} and {name!r}: leave one of them out")
+        seen[place] = name
+    return named
+
+
+def _by_last_folders(paths: Sequence[Path], models: Sequence[Model]) -> dict[str, Model]:
+    resolved = [path.resolve() if path.exists() else path for path in paths]
+    if len(set(resolved)) < len(resolved):
+        twice = next(str(path) for path, place in zip(paths, resolved, strict=True) if resolved.count(place) > 1)
+        raise ValueError(f"models has the same one twice: {twice}; leave one of them out")
+    for count in range(1, max(len(path.parts) for path in resolved) + 1):
+        names = ["/".join(path.parts[-count:]) for path in resolved]
+        if len(set(names)) == len(names):
+            break
+    return dict(zip(names, models, strict=True))
+
+
+def _check_fits(model: Model, metric: str | None, labelled: bool) -> bool:
+    """Raise where the metrics do not fit a model, before any weight is read; gives whether it reads images."""
+    kind, config = (type(model), model.config) if isinstance(model, PreTrainedModel) else saved_class(str(model))
+    if metric is not None:
+        check_generates(kind, metric)
+    return labelled and check_classifies(kind, config) == "images"
+
+
+def _own_processor(model: str | Path, images: bool, first: Any) -> Any:
+    """The tokenizer or image processor of a directory; that of the first model where it has none."""
+    try:
+        return load_processor(str(model), images)
+    except (OSError, ValueError, KeyError) as error:
+        if first is None:
+            raise
+        logger.warning("%s has no tokenizer that loads, so the first model's is used (%s)", model, one_line(error))
+        return first
+
+
+def _speeds(named: Mapping[str, Model], device: str | None) -> dict[str, tuple[Speed, Speed]]:
+    """The first model's speed and each other's, in turn; nothing of models that need more than token ids."""
+    (first, *others) = named
+    reference = _live(named[first], device)
+    speeds = {}
+    for name in others:
+        model = _live(named[name], device)
+        if reads_tokens_alone(reference) and reads_tokens_alone(model):
+            speeds[name] = tuple(speeds_in_turn([reference, model]))
+        del model
+        _free()
+    return speeds  # type: ignore[return-value]
+
+
+def _live(model: Model, device: str | None) -> PreTrainedModel:
+    return model if isinstance(model, PreTrainedModel) else load_on(str(model), device)
+
+
+def _free() -> None:
+    """Let go of a model that is no longer used, and of its memory."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _file_name(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", name).strip(".-") or "model"
