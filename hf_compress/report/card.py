@@ -34,6 +34,10 @@ from hf_compress.rewrite.record import recorded
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _IN_HUB_CACHE = re.compile(r"models--(?:([\w.-]+?)--)?([\w.-]+)[/\\]snapshots", re.ASCII)
 
+# What the limitations say of the evaluation.
+EVALUATED = "Beyond the table above, nothing was evaluated: not safety, bias, other languages, other text, or speed."
+NOT_EVALUATED = "Nothing was evaluated: not quality, safety, bias, languages, or speed."
+
 _SOMEWHERE = "path/to/"  # stands for the folders above a model's own, which a card does not tell
 _REPLACE = "# Replace the path by that of the folder that holds this card."
 
@@ -203,7 +207,6 @@ def _quoted(text: str) -> str:
 def _metadata(facts: _Facts) -> ModelCardData:
     details, report = facts.details, facts.report
     task = _auto_class(facts.model)[1]
-    # evaluate() measures nothing but language models
     scores = eval_results(facts.result, task or "text-generation", details.evaluation)
     # Of the Hub's relations (adapter, finetune, merge of several models, quantized), one alone can fit.
     edits = [edit for stage in report.stages for edit in stage.edits] if report else []
@@ -306,9 +309,7 @@ def _limits(facts: _Facts) -> str:
     untrained = [] if recorded_training else ["No training after compression is recorded."]
     lines = [
         *([f"Trained after compression: {trained}"] if trained else untrained),
-        "Beyond the table above, nothing was evaluated: not safety, bias, other languages, other text, or speed."
-        if is_evaluated(facts.result)
-        else "Nothing was evaluated: not quality, safety, bias, languages, or speed.",
+        EVALUATED if is_evaluated(facts.result) else NOT_EVALUATED,
         "The base model's intended uses and limitations apply here, too; what compression did to them was not tested.",
         *map(sentence, several(details.limitations)),
     ]

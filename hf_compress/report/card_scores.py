@@ -16,7 +16,7 @@ UNCOMPRESSED = "uncompressed"  # the base model's name among the controls
 
 def is_evaluated(result: EvaluationResult | None) -> bool:
     """Whether there is more than sizes and speed."""
-    return result is not None and (result.perplexity is not None or bool(result.scores))
+    return result is not None and (result.perplexity is not None or bool(result.all_scores))
 
 
 def eval_results(result: EvaluationResult | None, task: str, texts: str | None) -> list[EvalResult]:
@@ -30,6 +30,9 @@ def eval_results(result: EvaluationResult | None, task: str, texts: str | None) 
     for score in result.scores:
         name, metric = one_line(score.task), one_line(score.metric)
         found.append(EvalResult(task, name, name, metric.partition(",")[0], score.value, metric_name=metric))
+    for score, kind in zip(result.labelled.scores() if result.labelled else (), ("accuracy", "f1"), strict=False):
+        name = one_line(public(score.task))
+        found.append(EvalResult(task, name, name, kind, score.value, metric_name=one_line(score.metric)))
     return [entry for entry in found if math.isfinite(entry.metric_value)]
 
 
@@ -93,7 +96,7 @@ def _gap(ours: Perplexity, other: Perplexity) -> str:
 
 def _score_rows(results: Sequence[EvaluationResult]) -> list[list[str]]:
     """A row for every metric of the first result."""
-    found = [{(score.task, score.metric): score for score in result.scores} for result in results]
+    found = [{(score.task, score.metric): score for score in result.all_scores} for result in results]
     rows = []
     for key, ours in found[0].items():
         arrow = {True: " ↑", False: " ↓", None: ""}[ours.higher_is_better]
