@@ -1,0 +1,79 @@
+"""New scores in a card that is there already: its Evaluation section and its metadata's, and nothing else."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from hf_compress.evaluation.evaluate import EvaluationResult
+from hf_compress.report.card import EVALUATED, NOT_EVALUATED
+from hf_compress.report.card_scores import eval_results, evaluation
+
+_TITLE = "## Evaluation"
+_BEFORE = ("## How it was made", "## Limitations")  # the sections that follow it in a card of `model_card`
+_METADATA = re.compile(r"\A---[ \t]*\n(?P<yaml>.*?)^---[ \t]*$\n?", re.DOTALL | re.MULTILINE)
+_SCORES = re.compile(r"^model-index:.*\n(?:[ \t-].*\n|[ \t]*\n)*", re.MULTILINE)
+
+
+def with_scores(
+    card: str,
+    result: EvaluationResult,
+    controls: Mapping[str, EvaluationResult],
+    *,
+    name: str,
+    texts: str | None = None,
+) -> str:
+    """A card with what was measured in place of what it has told of that before.
+
+    Args:
+        card: the text of a README.md, edited perhaps. What stands in its Evaluation section and under `model-index` in
+            its metadata is replaced; the rest stays as it is, letter for letter, but for the line of its limitations
+            that says whether anything was evaluated.
+        result, controls: as for `model_card`.
+        name: the model's name in the metadata, where the card has none.
+        texts: what the texts of the perplexity are.
+
+    Raises:
+        ValueError: its metadata is no YAML.
+    """
+    found = _METADATA.match(card)
+    yaml, body = (found["yaml"], card[found.end() :]) if found else ("", card)
+    try:
+        data = ModelCard(card, ignore_metadata_errors=True).data
+    except Exception as error:
+        raise ValueError(f"the metadata at its beginning cannot be read: {' '.join(str(error).split())}") from error
+    scores = eval_results(result, data.get("pipeline_tag") or "text-generation", texts)
+    kept = _SCORES.sub("", yaml)
+    own = data.get("model_name") or name
+    added = ModelCardData(model_name=own, eval_results=scores).to_yaml() + "\n" if scores else ""
+    body = _with_section(body, evaluation(result, controls, texts))
+    return f"---\n{kept}{added}---\n{body.replace(NOT_EVALUATED, EVALUATED)}"
+
+
+def _with_section(body: str, section: str) -> str:
+    """The body with its Evaluation section replaced; with a new one where it has none."""
+    starts = [*_headings(body), (len(body), "")]
+    for (start, heading), (end, _) in pairwise(starts):
+        if heading == _TITLE:
+            rest = body[end:]
+            return body[:start] + section + ("\n\n" + rest if rest else "\n")
+    place = next((start for start, heading in starts if heading in _BEFORE), len(body))
+    before, after = body[:place].rstrip("\n"), body[place:]
+    return f"{before}\n\n{section}\n" + (f"\n{after}" if after else "")
+
+
+def _headings(body: str) -> Iterator[tuple[int, str]]:
+    """Where headings of the first two levels begin, and their lines; not those in blocks of code."""
+    fence, at = "", 0
+    for line in body.splitlines(keepends=True):
+        mark = re.match(r" {0,3}(`{3,}|~{3,})", line)
+        if mark and not fence:
+            fence = mark[1]
+        elif mark and mark[1].startswith(fence) and not line.strip().strip(fence[0]):
+            fence = ""
+        elif not fence and re.match(r"#{1,2}\s", line):
+            yield at, line.strip()
+        at += len(line)
