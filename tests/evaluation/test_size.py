@@ -1,14 +1,11 @@
 import json
-import math
-import time
 from collections.abc import Callable
-from functools import partial
 
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from hf_compress.evaluation.size import parameter_count, speed_ratio, stored_bytes, tokens_per_second
+from hf_compress.evaluation.size import parameter_count, stored_bytes
 
 MakeLlama = Callable[..., LlamaForCausalLM]
 
@@ -69,28 +66,3 @@ def test_parameters_are_counted_by_hand(make_llama):
     block = 2 * width * width + 2 * width * key_value + 3 * width * ffn + 2 * width
     assert parameter_count(make_llama(layers=3, tied=True)) == vocabulary * width + 3 * block + width
     assert parameter_count(make_llama(layers=3, tied=False)) == 2 * vocabulary * width + 3 * block + width
-
-
-def test_throughput_says_how_it_was_measured(model):
-    model.train()
-    measured = tokens_per_second(model, length=1000, batch_size=2, repeats=3)
-    assert model.training
-    assert (measured.length, measured.batch_size, measured.repeats) == (48, 2, 3)  # cut to the model's 48 positions
-    assert measured.tokens_per_second > 0
-    assert measured.standard_error >= 0
-    assert math.isnan(tokens_per_second(model, repeats=1).standard_error)
-
-
-def test_fewer_blocks_are_faster(make_llama, monkeypatch):
-    monkeypatch.setattr(time, "perf_counter", time.process_time)  # which other processes have no part in
-    ratio = speed_ratio(make_llama(layers=1), make_llama(layers=12), length=48, repeats=5)
-    assert ratio.value > 2  # a twelfth of the blocks
-    assert ratio.pairs == 5
-    assert ratio.standard_error >= 0
-
-
-@pytest.mark.parametrize("argument", ["length", "batch_size", "repeats"])
-def test_numbers_below_one_are_refused(model, argument):
-    for measure in (tokens_per_second, partial(speed_ratio, model)):
-        with pytest.raises(ValueError, match=f"{argument} must be a whole number of at least 1; got 0"):
-            measure(model, **{argument: 0})
