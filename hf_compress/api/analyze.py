@@ -89,7 +89,7 @@ class Analysis:
         blocks: a row a block.
         removals: a row a ratio.
         parameters: of the whole model.
-        calibration: samples, tokens, truncated samples.
+        calibration: samples, tokens, truncated samples, and how they were drawn (see `Stage`).
         note: why no FFN's linearity was measured; None where it was, or where no FFN can be one linear map.
     """
 
@@ -100,7 +100,7 @@ class Analysis:
     blocks: tuple[BlockRow, ...]
     removals: tuple[Removal, ...]
     parameters: int
-    calibration: dict[str, int]
+    calibration: dict[str, int | str]
     note: str | None = None
 
     def to_dict(self) -> dict[str, Any]:

@@ -134,9 +134,7 @@ def _check_healing(model: PreTrainedModel, calibration: Any) -> None:
     if calibration is None:
         raise CalibrationError(f"{HEAL} learns from data: pass calibration=, such as texts")
     if is_offloaded(model):
-        raise UnsupportedModelError(
-            f"{HEAL} trains weights in memory, and the model is offloaded: load it whole"
-        )
+        raise UnsupportedModelError(f"{HEAL} trains weights in memory, and the model is offloaded: load it whole")
 
 
 def _copied(model: PreTrainedModel) -> PreTrainedModel:

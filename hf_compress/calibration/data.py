@@ -6,7 +6,7 @@ import inspect
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -16,9 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.calibration.conversations import is_conversation, written_out
 from hf_compress.calibration.decoder import has_decoder, one_later, read_before, start_id
-from hf_compress.calibration.files import is_source
+from hf_compress.calibration.files import is_source, load
 from hf_compress.calibration.padding import pad_id, padded
-from hf_compress.calibration.reading import check_dimensions, read, texts_of
+from hf_compress.calibration.reading import check_dimensions, read
+from hf_compress.calibration.sampling import Drawn
 from hf_compress.calibration.tables import PER_TOKEN, dimensions
 from hf_compress.calibration.vocabulary import beyond, check_ids, position_limit, special_ids
 from hf_compress.checks import check_fields, setting
@@ -71,10 +72,16 @@ class Calibration:
     """Batches that can be iterated over as often as a method needs.
 
     Token ids are kept, as 32-bit integers; activations never are.
+
+    Attributes:
+        batches: what there is, in order.
+        truncated: how many samples were cut at the model's positions.
+        origin: where the samples are from and how they were drawn, as a report says it (see `Drawn.facts`).
     """
 
     batches: Sequence[Batch]
     truncated: int = 0
+    origin: Mapping[str, int | str] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Batch]:
         return iter(self.batches)
@@ -111,9 +118,9 @@ class Calibration:
         """The same, but that all tokens count which the model attends to."""
         return replace(self, batches=[_attended(batch) for batch in self.batches])
 
-    def describe(self) -> dict[str, int]:
-        """What a report says of the data."""
-        return {"samples": self.samples, "tokens": self.tokens, "truncated": self.truncated}
+    def describe(self) -> dict[str, int | str]:
+        """What a report says of the data: `source`, `of` and `seed` where there is such a thing, and the amounts."""
+        return {**self.origin, "samples": self.samples, "tokens": self.tokens, "truncated": self.truncated}
 
 
 @dataclass(frozen=True)
@@ -125,14 +132,20 @@ class DataOptions:
         max_length: tokens kept of a text; at most, and by default, the model's positions (2,048 where it has no limit).
         text_column: the column of a table (a Dataset, a DataFrame) that holds the texts or conversations; found when it
             is called "text" or "messages", or there is only one of strings.
-        max_samples: how many are read, the first ones; all when not given, but the first 4,096 of what has no length,
-            such as a generator or a streaming dataset. A batch of the user's is not cut.
+        max_samples: how many are used; all when not given, but 4,096 of what has no length, such as a generator, a
+            streaming dataset, or one on the Hub. A batch of the user's is not cut.
+        seed: with which they are drawn, each as likely as any other, where there are more; None for the first ones.
+            They stay in their order. Of what has no length they are drawn from the first 10,000 (or `max_samples`, if
+            that is more), of a file from its first 1,000,000 rows. A streaming dataset is shuffled by its own means,
+            in a buffer of 10,000. Batches of a DataLoader or a generator are the first ones: who makes batches says
+            what comes first.
     """
 
     batch_size: int = setting(8, within="[1, inf)")
     max_length: int | None = setting(None, within="[1, inf)")
     text_column: str | None = None
     max_samples: int | None = setting(None, within="[1, inf)")
+    seed: int | None = setting(0, within="[0, inf)")
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -149,12 +162,12 @@ def prepare(
             tensors, or (inputs, ...) tuples), a LongTensor of token ids (samples, positions), a float tensor of pixel
             values (samples, channels, height, width) or of other values (samples, features), or a mapping of such
             tensors, as a tokenizer gives it. NumPy arrays are taken for tensors. Or the name of a file, a folder or a
-            dataset on the Hub that holds texts (see `texts_of`).
+            dataset on the Hub that holds texts (see `load`).
             An encoder-decoder is given its labels, or what its decoder reads, with the inputs; where there are
             neither, it is to repeat its text.
         model: whose positions limit the texts' length and whose device the batches will go to.
         tokenizer: needed for texts; its special tokens are kept out of statistics.
-        options: batch size, length, text column.
+        options: batch size, length, text column, how many samples to draw.
 
     Raises:
         CalibrationError: the data is missing, empty, or of a kind that is not known; or texts came without a tokenizer.
@@ -166,11 +179,10 @@ def prepare(
     options = options or DataOptions()
     if is_conversation(data):
         raise CalibrationError("the data is a single conversation: pass a list of them, [conversation]")
-    if is_source(data):
-        data = texts_of(data, options.text_column, options.max_samples)
+    drawn = draw(data, options)
     limit = position_limit(model.config)
     length = min(options.max_length or limit or 2048, limit or 2**31)
-    raw, truncated = _raw_batches(data, model, tokenizer, options, length)
+    raw, truncated = _raw_batches(drawn.items, model, tokenizer, options.batch_size, length)
     special = special_ids(model.config, tokenizer)
     batches = [_batch(item, special, length, model) for item in raw]
     if not any(batch.samples for batch in batches):
@@ -186,14 +198,22 @@ def prepare(
         )
     if truncated:
         logger.warning("%d calibration samples are longer than %d positions and were truncated", truncated, length)
-    return Calibration(batches, truncated)
+    return Calibration(batches, truncated, drawn.facts())
+
+
+def draw(data: Any, options: DataOptions) -> Drawn:
+    """Samples of whatever `prepare` takes, as they are; what was drawn already stays as it is."""
+    if isinstance(data, Drawn):
+        return data
+    if is_source(data):
+        return load(data, options.text_column, options.max_samples, options.seed)
+    return read(data, options.text_column, options.max_samples, options.batch_size, options.seed)
 
 
 def _raw_batches(
-    data: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, options: DataOptions, length: int
+    items: list[Any], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, batch_size: int, length: int
 ) -> tuple[list[Any], int]:
-    """The data cut into batches of whatever kind it is of, and how many samples are longer than `length`."""
-    items = read(data, options.text_column, options.max_samples, options.batch_size)
+    """Samples as batches of whatever kind they are of, and how many of them are longer than `length`."""
     if any(isinstance(item, str) for item in items):
         items = _tokenize(items, tokenizer, length)
     elif any(map(is_conversation, items)):  # the template writes special tokens too
@@ -203,8 +223,7 @@ def _raw_batches(
     pad = pad_id(model.config, tokenizer)
     items = [item for item in items if item["input_ids"]]
     rows = [{name: torch.tensor(values[:length], dtype=torch.int32) for name, values in row.items()} for row in items]
-    starts = range(0, len(rows), options.batch_size)
-    batches = [padded(rows[start : start + options.batch_size], pad) for start in starts]
+    batches = [padded(rows[start : start + batch_size], pad) for start in range(0, len(rows), batch_size)]
     return batches, sum(any(len(values) > length for values in row.values()) for row in items)
 
 

@@ -4,21 +4,40 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hf_compress.calibration.conversations import COLUMN, is_conversation
+from hf_compress.calibration.sampling import BOUND, Drawn, choose, from_stream, one, reservoir
 from hf_compress.calibration.tables import likely_column
 from hf_compress.errors import CalibrationError
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+ROWS = 1_000_000  # of a file that are looked at, to draw some
+_AT_ONCE = 1000  # rows that are read together
 _LONGEST = 1000  # characters of a name: a text has more
 _HUB_NAME = re.compile(r"^\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+){0,2}$")
 
 
 def load_texts(source: str | Path, text_column: str | None = None, limit: int | None = None) -> list[Any]:
-    """The texts, or conversations, that a file, a folder or a dataset on the Hub holds; empty ones are left out.
+    """All texts, or conversations, that `load` finds under a name; or the first `limit`.
+
+    Raises:
+        FileNotFoundError, CalibrationError: as for `load`.
+        ValueError: `limit` is below 1.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"the number of texts must be at least 1; got {limit}")
+    return _load(str(source), text_column, limit, None).items
+
+
+def load(
+    source: str | Path, text_column: str | None = None, max_samples: int | None = None, seed: int | None = 0
+) -> Drawn:
+    """Texts, or conversations, of a file, a folder or a dataset on the Hub; empty ones are left out.
 
     Args:
         source: one of
@@ -29,30 +48,68 @@ def load_texts(source: str | Path, text_column: str | None = None, limit: int | 
             - a dataset on the Hub: `name`, `name:configuration` or `name:configuration:split`, such as
               `Salesforce/wikitext:wikitext-2-raw-v1`.
         text_column: the column that holds them; when not given, "text", "messages", or else the only one of strings.
-        limit: at most so many texts, the first ones. A dataset on the Hub is then read only so far.
+        max_samples: so many are drawn; all when not given, but `BOUND` of a dataset on the Hub. Of files the first
+            `ROWS` rows are looked at; of a dataset on the Hub those that its shuffling reads (see `from_stream`).
+        seed: for the draw; None for the first ones.
 
     Raises:
         FileNotFoundError: no such file or folder.
         CalibrationError: a kind of file that is not known, a dataset that cannot be read, a missing column, no texts.
-        ValueError: `limit` is below 1.
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"the number of texts must be at least 1; got {limit}")
+    there = os.path.exists(source)
+    count = max_samples if there else max_samples or BOUND
+    drawn = _load(str(source), text_column, count, seed)
+    drawn.tell(asked=max_samples is not None)
+    return replace(drawn, source=Path(source).name if there else str(source))
+
+
+def _load(source: str, text_column: str | None, count: int | None, seed: int | None) -> Drawn:
     path = Path(source)
-    if not str(source):
+    if not source:
         raise FileNotFoundError("texts come from a file, a folder or a dataset on the Hub; got ''")
     if path.is_file() and path.suffix == ".txt":
-        texts = [part.strip() for part in re.split(r"\n\s*\n", _read(path))]
+        paragraphs = [part.strip() for part in re.split(r"\n\s*\n", _read(path))]
+        drawn = reservoir(paragraphs, count or len(paragraphs), seed, len(paragraphs))
     else:
-        rows = read_rows(str(source), limit)
+        rows = read_rows(source, count)
         try:
-            texts = _texts(rows, str(source), text_column, limit)
+            drawn = _drawn(rows, source, text_column, count, seed)
         except (OSError, ValueError, TypeError) as error:  # files are parsed as they are read
-            raise unreadable(str(source), error) from error
-    texts = [text for text in texts if not isinstance(text, str) or text.strip()][:limit]
-    if not texts:
+            raise unreadable(source, error) from error
+    if not drawn.items:
         raise CalibrationError(f"{source} holds no texts; calibration needs at least a few dozen")
-    return texts
+    return drawn
+
+
+def _drawn(rows: Any, source: str, text_column: str | None, count: int | None, seed: int | None) -> Drawn:
+    """`count` texts of rows, or all of them."""
+    if (first := next(iter(rows), None)) is None:
+        return Drawn([], 0, 0)
+    column = _column(first, source, text_column)
+    checked = partial(_checked, source, column, ", ".join(first))
+    if hasattr(rows, "__len__"):
+        return choose(rows[column], count or len(rows), seed, lambda value: one(checked(value)))
+    texts = partial(_texts, column, checked)
+    if count is None or os.path.exists(source):
+        return reservoir(texts(rows), count or 2**63, seed, 2**63 if seed is None else ROWS)
+    return from_stream(rows, count, seed, texts)
+
+
+def _texts(column: str, checked: Callable[[Any, int], Any], rows: Any) -> Iterator[Any]:
+    """The texts or conversations of rows that stream, with those that are empty."""
+    values = (value for batch in rows.iter(_AT_ONCE) for value in batch[column])
+    return (checked(value, number) for number, value in enumerate(values))
+
+
+def _checked(source: str, column: str, columns: str, value: Any, number: int | None = None) -> Any:
+    """A text or a conversation; an empty text where there is none."""
+    if value and not isinstance(value, str) and not is_conversation(value):
+        row = "a row" if number is None else f"row {number}"
+        raise CalibrationError(
+            f"{source}: {row} has a {type(value).__name__} in the column {column!r}, not a text; name another column "
+            f"of {columns}"
+        )
+    return value or ""
 
 
 def is_source(data: Any) -> bool:
@@ -71,7 +128,7 @@ def _read(path: Path) -> str:
         raise CalibrationError(f"{path} is not UTF-8 text ({error}): convert it, for instance by iconv") from None
 
 
-def read_rows(source: str, limit: int | None = None) -> Iterable[Mapping[str, Any]]:
+def read_rows(source: str, limit: int | None = None) -> Any:
     """The rows of a file (read as they are asked for), a folder, or a dataset on the Hub, all but a `.txt` file.
 
     Args:
@@ -104,7 +161,7 @@ def read_rows(source: str, limit: int | None = None) -> Iterable[Mapping[str, An
         raise unreadable(source, error) from error
 
 
-def _from_hub(source: str, limit: int | None) -> Iterable[Mapping[str, Any]]:
+def _from_hub(source: str, limit: int | None) -> Any:
     from datasets import load_dataset
 
     if not _HUB_NAME.match(source) or Path(source).suffix in (".txt", *_BUILDERS):
@@ -125,7 +182,7 @@ def unreadable(source: str, error: Exception) -> CalibrationError:
     return CalibrationError(f"{source} cannot be read: {type(cause).__name__}: {' '.join(str(cause).split())[:300]}")
 
 
-def _one_split(data: Any, source: str) -> Iterable[Mapping[str, Any]]:
+def _one_split(data: Any, source: str) -> Any:
     """The only split of a dataset, or the training split of several."""
     if not isinstance(data, Mapping):
         return data
@@ -137,25 +194,6 @@ def _one_split(data: Any, source: str) -> Iterable[Mapping[str, Any]]:
             f"name:configuration:{next(iter(data))}"
         )
     return data["train"]
-
-
-def _texts(rows: Iterable[Mapping[str, Any]], source: str, column: str | None, limit: int | None) -> list[Any]:
-    """The first `limit` texts or conversations of the rows; none where there are no rows."""
-    texts: list[Any] = []
-    for number, row in enumerate(rows):
-        if number == 0:
-            column = _column(row, source, column)
-        text = row[str(column)]
-        if text and not isinstance(text, str) and not is_conversation(text):
-            raise CalibrationError(
-                f"{source}: row {number} has a {type(text).__name__} in the column {column!r}, not a text; "
-                f"name another column of {', '.join(row)}"
-            )
-        if text and (not isinstance(text, str) or text.strip()):
-            texts.append(text)
-        if len(texts) == limit:
-            break
-    return texts
 
 
 def _column(row: Mapping[str, Any], source: str, column: str | None) -> str:

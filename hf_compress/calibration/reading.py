@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import logging
-import os
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -13,72 +12,89 @@ import torch
 from torch import Tensor
 
 from hf_compress.calibration.conversations import is_conversation
-from hf_compress.calibration.files import is_source, load_texts
+from hf_compress.calibration.files import is_source, load
+from hf_compress.calibration.sampling import (
+    BOUND,
+    POOL,
+    Drawn,
+    choose,
+    drawn_from,
+    from_stream,
+    indices,
+    one,
+    reservoir,
+)
 from hf_compress.calibration.tables import Table, dimensions, is_row, table_of, table_of_rows
 from hf_compress.errors import CalibrationError
 
-logger = logging.getLogger(__name__)
 
-BOUND = 4096  # samples: what has no length (a generator, a streaming dataset) may have no end
-_BOUNDED = (
-    "the data has no length, so only its first %d samples are read: pass a list to have all of them, or "
-    "DataOptions(max_samples=) for another number"
-)
-
-
-def read(data: Any, text_column: str | None = None, max_samples: int | None = None, batch_size: int = 8) -> list[Any]:
+def read(
+    data: Any,
+    text_column: str | None = None,
+    max_samples: int | None = None,
+    batch_size: int = 8,
+    seed: int | None = 0,
+) -> Drawn:
     """What a container holds: texts; rows, which are mappings of `input_ids` and labels (positions); or batches.
 
     Args:
         data: a list or another iterable of texts, of lists of token ids, of rows, or of batches; a table (see
             `table_of`); a tensor or an array; a mapping of tensors.
         text_column: the column of a table that holds the texts.
-        max_samples: so many are read, the first ones, and the rest of the batch that the last of them is in; all when
-            not given, but `BOUND` of what has no length.
+        max_samples: so many are drawn, and the rest of the batch that the last of them is in; all when not given, but
+            `BOUND` of what has no length.
         batch_size: of the batches that tensors are cut into.
+        seed: for the draw; None for the first ones. Batches that are made as they are asked for, by a DataLoader, are
+            always the first ones.
 
     Raises:
         CalibrationError: it iterates over something else than samples, or no column can be told to be the texts.
     """
-    content = _content(data, text_column, max_samples)
-    if isinstance(content, Mapping):
-        return _batches(content, batch_size, max_samples)
-    if isinstance(content, Tensor):
-        check_dimensions(content)
-        return list(content[:max_samples].split(batch_size))
-    return content
+    drawn = _drawn(data, text_column, max_samples, seed)
+    drawn.tell(asked=max_samples is not None)
+    if isinstance(drawn.items, Mapping):
+        return replace(drawn, items=_batches(drawn.items, batch_size))
+    if isinstance(drawn.items, Tensor):
+        return replace(drawn, items=list(drawn.items.split(batch_size)))
+    return drawn
 
 
-def _content(data: Any, text_column: str | None, max_samples: int | None) -> Any:
-    """The data as a list, a mapping, or a tensor."""
+def _drawn(data: Any, text_column: str | None, max_samples: int | None, seed: int | None) -> Drawn:
+    """Samples of the data, as a list, a mapping, or a tensor."""
     if isinstance(data, (str, bytes)):
         raise CalibrationError(f"the data must be a list of texts, not one string ({data[:40]!r}...): pass [text]")
     if isinstance(data, (set, frozenset)):
         raise CalibrationError("the data is a set, which has another order in every run: pass a list")
     data = _only_split(_as_tensor(data))
     if isinstance(table := table_of(data), Table):
-        content = table.content(text_column)
-        return content[:max_samples] if isinstance(content, list) else content
-    if isinstance(data, (Mapping, Tensor)):
-        return data
-    items = take(data, max_samples)
+        return table.sample(max_samples, seed, text_column)
+    if isinstance(data, Mapping):
+        return _of_tensors({name: _as_tensor(value) for name, value in data.items()}, max_samples, seed)
+    if isinstance(data, Tensor):
+        check_dimensions(data)
+        chosen = indices(len(data), max_samples, seed)
+        return drawn_from(data if max_samples is None else data[chosen], len(chosen), len(data), seed)
+    drawn = take(data, max_samples, seed)
+    items = drawn.items
     if items and (all(map(is_row, items)) or hasattr(data, "column_names")):
-        return table_of_rows(items).content(text_column)
-    return [{"input_ids": list(item)} for item in items] if all(map(_is_ids, items)) else items
+        return replace(drawn, items=table_of_rows(items).sample(None, None, text_column).items)
+    return replace(drawn, items=[{"input_ids": list(item)} for item in items]) if all(map(_is_ids, items)) else drawn
 
 
 def read_texts(data: Any) -> list[str]:
-    """The texts of a list, another iterable or a table, read as by `read`; or of a file, by its name (`load_texts`).
+    """The texts of a list, another iterable or a table, read as by `read`; or of a file, by its name (`load`).
+
+    Of what has no length, the first `BOUND`.
 
     Raises:
         TypeError: there is something else than texts.
         CalibrationError: no column can be told to be the texts.
     """
     if is_source(data):
-        data = texts_of(data)
+        data = load(data, seed=None)
     if isinstance(data, str):
         raise TypeError("texts is a single string; expected several documents: pass [text].")
-    texts = read(data)
+    texts = data.items if isinstance(data, Drawn) else read(data, seed=None).items
     for number, text in enumerate(texts):
         if not isinstance(text, str):
             kind = "conversation" if is_conversation(text) else type(text).__name__
@@ -86,31 +102,36 @@ def read_texts(data: Any) -> list[str]:
     return texts
 
 
-def texts_of(source: str | Path, text_column: str | None = None, max_samples: int | None = None) -> list[Any]:
-    """What `load_texts` finds under a name; of a dataset on the Hub the first `BOUND` when not told otherwise."""
-    endless = max_samples is None and not os.path.exists(source)
-    texts = load_texts(source, text_column, BOUND if endless else max_samples)
-    if endless and len(texts) == BOUND:
-        logger.warning(_BOUNDED, len(texts))
-    return texts
+def take(data: Any, max_samples: int | None = None, seed: int | None = 0) -> Drawn:
+    """The items of a container or a stream that hold `max_samples` samples, drawn as `read` says."""
+    if max_samples is None and has_length(data):
+        items = list(_iterate(data))
+        return Drawn(items, len(items), len(items))
+    bound = max_samples or BOUND
+    if has_length(data) and hasattr(data, "__getitem__"):
+        indexed = data.to_list() if hasattr(data, "to_list") else data  # a Series has names for its items
+        return choose(indexed, bound, seed, _samples)
+    if hasattr(data, "column_names"):
+        return from_stream(data, bound, seed)
+    stream = _iterate(data)
+    if (first := next(stream, None)) is None:
+        return Drawn([], 0, 0)
+    whole = chain([first], stream)
+    if _batched(first) is not None:
+        return _first(whole, bound)
+    return reservoir(whole, bound, seed, len(data) if has_length(data) else POOL)
 
 
-def take(data: Any, max_samples: int | None = None) -> list[Any]:
-    """The items of an iterable that hold the first `max_samples` samples.
-
-    All when not given; but of what has no length those with the first `BOUND` samples, and a warning if there are more.
-    """
-    bound = max_samples or (None if has_length(data) else BOUND)
-    items: list[Any] = []
-    count = 0
-    for item in _iterate(data):
-        if bound is not None and count >= bound:
-            if max_samples is None:
-                logger.warning(_BOUNDED, count)
-            break
-        items.append(item)
-        count += _samples(item)
-    return items
+def _first(batches: Iterable[Any], count: int) -> Drawn:
+    """The batches that hold the first `count` samples. Who makes batches has decided what comes first."""
+    found: list[Any] = []
+    held = 0
+    for batch in batches:
+        if held >= count:
+            return Drawn(found, held, more=True)
+        found.append(batch)
+        held += _samples(batch)
+    return Drawn(found, held, held)
 
 
 def has_length(data: Any) -> bool:
@@ -133,11 +154,17 @@ def _iterate(data: Any) -> Iterator[Any]:
 
 def _samples(item: Any) -> int:
     """How many samples an item holds. An empty batch is one too: endlessly many would never reach a bound."""
+    values = _batched(item)
+    return one(item) if values is None else max(1, len(values))
+
+
+def _batched(item: Any) -> Any:
+    """What has a row for each sample, in an item that is a batch; None where it is a single sample."""
     if isinstance(item, (list, tuple)) and item and isinstance(item[0], (Tensor, Mapping)):
         item = item[0]  # (inputs, labels)
     if isinstance(item, Mapping):
-        item = next((value for value in item.values() if dimensions(value) > 1), None)
-    return max(1, len(item)) if item is not None and not _is_ids(item) and dimensions(item) > 1 else 1
+        return next((value for value in item.values() if dimensions(value) > 1), None)
+    return item if dimensions(item) > 1 and not _is_ids(item) else None
 
 
 def _only_split(data: Any) -> Any:
@@ -157,16 +184,32 @@ def _as_tensor(value: Any) -> Any:
     return torch.as_tensor(value) if is_numbers else value
 
 
-def _batches(data: Mapping[str, Any], batch_size: int, max_samples: int | None) -> list[Any]:
+def _of_tensors(data: Mapping[str, Any], max_samples: int | None, seed: int | None) -> Drawn:
+    """Samples of a mapping of tensors; all of it where not every tensor has a row for each sample."""
+    if (samples := _rows_of(data)) is None:
+        return Drawn(data, 1, 1)
+    if max_samples is None:
+        return Drawn(data, samples, samples)
+    chosen = indices(samples, max_samples, seed)
+    return drawn_from({name: value[chosen] for name, value in data.items()}, len(chosen), samples, seed)
+
+
+def _sized(data: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: value for name, value in data.items() if isinstance(value, Tensor) and value.ndim}
+
+
+def _rows_of(data: Mapping[str, Any]) -> int | None:
+    """How many rows all tensors have; None where they differ, or something has none."""
+    sizes = {len(value) for value in _sized(data).values()}
+    return sizes.pop() if len(sizes) == 1 and len(_sized(data)) == len(data) else None
+
+
+def _batches(data: Mapping[str, Any], batch_size: int) -> list[Any]:
     """A mapping of tensors cut into batches; one batch where that cannot be."""
-    data = {name: _as_tensor(value) for name, value in data.items()}
-    tensors = {name: value for name, value in data.items() if isinstance(value, Tensor) and value.ndim}
-    sizes = {len(value) for value in tensors.values()}
-    if len(tensors) < len(data) or len(sizes) != 1:
+    if (samples := _rows_of(data)) is None:
         return [data]
-    samples = min(sizes.pop(), max_samples or 2**63)
-    parts = [value[:samples].split(batch_size) for value in tensors.values()]
-    return [dict(zip(tensors, part, strict=True)) for part in zip(*parts, strict=True)] if samples else []
+    parts = [value.split(batch_size) for value in data.values()]
+    return [dict(zip(data, part, strict=True)) for part in zip(*parts, strict=True)] if samples else []
 
 
 def check_dimensions(values: Tensor) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_compress.calibration.conversations import COLUMN, is_conversation
+from hf_compress.calibration.sampling import Drawn, choose, drawn_from, indices
 from hf_compress.errors import CalibrationError
 
 VALUES = ("pixel_values", "input_values", "input_features")
@@ -25,20 +26,34 @@ class Table:
         names: of the columns.
         strings: of those that hold strings.
         column: the values under a name.
+        length: how many samples there are.
+        rows_at: the table of the samples at some indices.
     """
 
     names: Sequence[str]
     strings: Sequence[str]
     column: Callable[[str], Any]
+    length: int
+    rows_at: Callable[[Sequence[int]], Table]
 
-    def content(self, text_column: str | None = None) -> list[Any] | dict[str, Tensor]:
-        """The texts or conversations; or rows of token ids, with labels of tokens; or other values in one tensor."""
-        if text_column is None and "input_ids" in self.names:
+    def sample(self, count: int | None, seed: int | None, text_column: str | None = None) -> Drawn:
+        """`count` samples, or all of them, in their order, drawn with a seed or the first ones.
+
+        They are texts or conversations; or rows of token ids, with labels of tokens; or other values in one tensor.
+        """
+        if text_column is None and not {"input_ids", *VALUES}.isdisjoint(self.names):
+            some = self if count is None else self.rows_at(indices(self.length, count, seed))
+            return drawn_from(some._numbers(), some.length, self.length, seed)
+        column = self.column(self._text_column(text_column))
+        if count is None:
+            return drawn_from(list(column), self.length, self.length, seed)
+        return choose(column, count, seed)
+
+    def _numbers(self) -> list[Any] | dict[str, Tensor]:
+        if "input_ids" in self.names:
             return self._token_rows()
-        for name in VALUES:
-            if text_column is None and name in self.names:
-                return {name: _stacked(name, list(self.column(name)))} | self._labels()
-        return list(self.column(self._text_column(text_column)))
+        name = next(name for name in VALUES if name in self.names)
+        return {name: _stacked(name, list(self.column(name)))} | self._labels()
 
     def rows(self) -> list[dict[str, Any]]:
         """The samples, with all there is of them."""
@@ -95,9 +110,19 @@ def table_of(data: Any) -> Table | None:
         return _of_columns(data) if is_table and not is_row(data) else None
     if not hasattr(data, "column_names") or not hasattr(data, "__len__"):
         return None
+    return _of_dataset(data)
+
+
+def _of_dataset(data: Any) -> Table:
     names = list(data.column_names)
     strings = [name for name in names if getattr(data.features[name], "dtype", None) in ("string", "large_string")]
-    return Table(names, strings, lambda name: data.with_format("torch" if name in VALUES else None)[name])
+    return Table(
+        names,
+        strings,
+        column=lambda name: data.with_format("torch" if name in VALUES else None)[name],
+        length=len(data),
+        rows_at=lambda chosen: _of_dataset(data.select(chosen)),
+    )
 
 
 def table_of_rows(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -111,7 +136,13 @@ def table_of_rows(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 def _of_columns(columns: Mapping[str, Any]) -> Table:
     strings = [name for name, values in columns.items() if any(isinstance(value, str) for value in values)]
-    return Table(list(columns), strings, columns.__getitem__)
+    return Table(
+        list(columns),
+        strings,
+        column=columns.__getitem__,
+        length=len(next(iter(columns.values()), ())),
+        rows_at=lambda chosen: _of_columns({n: [values[i] for i in chosen] for n, values in columns.items()}),
+    )
 
 
 def is_row(item: Any) -> bool:

@@ -15,6 +15,7 @@ from hf_compress.cli.output import (
     MaxLength,
     Model,
     Samples,
+    Seed,
     TextColumn,
     Texts,
     console,
@@ -55,14 +56,14 @@ def compress(  # noqa: PLR0913 (each of them is an option of the command)
     plan: Annotated[bool, typer.Option(help="Show the plan and the sizes; write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace the output directory, if it exists.")] = False,
     portable: Annotated[bool, typer.Option(help="For trust_remote_code=True where the plugin is needed.")] = False,
-    seed: Annotated[int, typer.Option(help="Of whatever is random.", min=0, max=2**32 - 1)] = 0,
+    seed: Seed = 0,
 ) -> None:
     """Make a model smaller and save it.
 
     The new model is saved only if it loads again with identical outputs.
     """
     from hf_compress.calibration.data import DataOptions
-    from hf_compress.calibration.files import load_texts
+    from hf_compress.calibration.files import load
     from hf_compress.storage.save import check_target
 
     config = config_from(method, recipe, ratio, num, settings, seed)
@@ -74,15 +75,15 @@ def compress(  # noqa: PLR0913 (each of them is an option of the command)
     looks = output is None or dry_run or plan
     work = WorkFolder.of(None if looks else output, workdir, resume)
     quiet_libraries()
-    texts = load_texts(calibration, text_column, samples) if calibration else None
+    data = load(calibration, text_column, samples, seed) if calibration else None
     out = console()
     with with_others(device) as own, work.opened() as folder:
         place, compute = where(own, max_memory, work.path)
-        given, tokenizer = _loaded(model, dtype, place, folder, texts is not None, seed)
+        given, tokenizer = _loaded(model, dtype, place, folder, data is not None, seed)
         if dry_run:
-            _tell(out, given, config, texts, tokenizer, options, compute)
+            _tell(out, given, config, data, tokenizer, options, compute)
             return
-        small = _compressed(given, config, texts, tokenizer, options, compute)
+        small = _compressed(given, config, data, tokenizer, options, compute)
         _show(out, small.compression_report)
         if looks or output is None:
             out.print("The smaller model was made in memory and checked; nothing was written.")

@@ -16,6 +16,7 @@ from hf_compress.cli.output import (
     MaxLength,
     Model,
     Samples,
+    Seed,
     TextColumn,
     console,
     human_bytes,
@@ -44,6 +45,7 @@ def analyze(  # noqa: PLR0913 (each of them is an option of the command)
     text_column: TextColumn = None,
     dtype: Dtype = "auto",
     device: Device = None,
+    seed: Seed = 0,
 ) -> None:
     """Show how alike a model's blocks are, how linear their FFNs, and what each ratio would take out.
 
@@ -51,7 +53,7 @@ def analyze(  # noqa: PLR0913 (each of them is an option of the command)
     """
     from hf_compress.api.analyze import analyze
     from hf_compress.calibration.data import DataOptions
-    from hf_compress.calibration.files import load_texts
+    from hf_compress.calibration.files import load
     from hf_compress.cli.loading import load_model, load_tokenizer
     from hf_compress.methods.mka import MKAConfig
     from hf_compress.storage.staging import check_writable
@@ -61,9 +63,9 @@ def analyze(  # noqa: PLR0913 (each of them is an option of the command)
     options = DataOptions(batch_size, max_length, text_column)
     if output is not None:
         check_writable(output)  # before any work is done
-    texts = load_texts(calibration, text_column, samples)
+    data = load(calibration, text_column, samples, seed)
     loaded, tokenizer = load_model(model, dtype, device), load_tokenizer(model, needed=True)
-    found = analyze(loaded, texts, tokenizer, config=config, options=options)
+    found = analyze(loaded, data, tokenizer, config=config, options=options)
     out = console()
     out.print(found.table(), found.removals_table())
     if output is not None:

@@ -38,7 +38,8 @@ Texts = Annotated[
         "(name:configuration:split). Never the data that you will test on.",
     ),
 ]
-Samples = Annotated[int, typer.Option(help="Texts to take, the first ones.", min=1)]
+Samples = Annotated[int, typer.Option(help="Samples to use; drawn with --seed where there are more.", min=1)]
+Seed = Annotated[int, typer.Option(help="Of whatever is random.", min=0, max=2**32 - 1)]
 MaxLength = Annotated[
     int | None, typer.Option(help="Tokens to keep of a text; as many as the model has positions.", min=1)
 ]

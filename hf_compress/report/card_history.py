@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Mapping
 
 from transformers import PreTrainedModel
 
 from hf_compress.evaluation.size import parameter_count, stored_bytes
 from hf_compress.methods.base.settings import config_class, method_names
 from hf_compress.report.card_edits import edits_table
-from hf_compress.report.markdown import escape, fence, json_values, table
+from hf_compress.report.markdown import escape, fence, json_values, public, table
 from hf_compress.report.report import CompressionReport
 from hf_compress.report.stages import HEAL, Size, Stage
 
@@ -109,12 +110,22 @@ def _making(stage: Stage, named: str | None) -> str:
 
 def _calibration(stage: Stage, named: str | None) -> str:
     """How much data was used and, unless `named` is None because it is said elsewhere, what it is."""
-    counts = escape(", ".join(f"{n:,} {what}" for what, n in stage.calibration.items() if n))
+    counts = escape(_amounts(stage.calibration))
+    source = escape(public(str(stage.calibration.get("source", ""))))
     if counts and named is None:
-        return f"Calibration data: {counts}."
+        return f"Calibration data: {counts}{f'; from {source}' if source else ''}."
     if counts:
-        return f"Calibration data: {counts}; {named or 'what the data is, is not recorded here.'}"
+        unnamed = f"from {source}." if source else "what the data is, is not recorded here."
+        return f"Calibration data: {counts}; {named or unnamed}"
     return f"Calibration data: {named or 'none was used.'}"
+
+
+def _amounts(facts: Mapping[str, int | str]) -> str:
+    """How much data was used and how it was drawn: "256 samples of 10,000, drawn with seed 0, 4,096 tokens"."""
+    drawn = {"of": " of {:,}", "of_the_first": " of the first {:,}", "seed": ", drawn with seed {}"}
+    how = "".join(words.format(facts[name]) for name, words in drawn.items() if name in facts)
+    named = {"samples": f"samples{how}", "tokens": "tokens", "truncated": "truncated"}
+    return ", ".join(f"{facts[name]:,} {what}" for name, what in named.items() if facts.get(name))
 
 
 def training(stage: Stage) -> str:

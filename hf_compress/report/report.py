@@ -66,7 +66,7 @@ class CompressionReport:
         return self.stages[-1].notes
 
     @property
-    def calibration(self) -> dict[str, int]:
+    def calibration(self) -> dict[str, int | str]:
         """The calibration data of the last stage."""
         return self.stages[-1].calibration
 

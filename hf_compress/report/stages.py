@@ -47,7 +47,9 @@ class Stage:
         edits: the plan's edits, as JSON values; blocks are counted as they were before this stage.
         notes: what the method found out: similarities, choices, errors.
         steps: what was done one after another, and the wall time of each.
-        calibration: samples, tokens, truncated samples; empty when none was used.
+        calibration: samples, tokens, truncated samples; empty when none was used. Where the data came by name, its
+            `source`; where not all of it was used, `of` how many samples (`of_the_first`, where there are more), and
+            the `seed` they were drawn with.
         parity: whether a model rebuilt from the saved config gave the same outputs bit for bit; None where the
             structure stayed as it was, and nothing was rebuilt.
         environment: versions that it was done with.
@@ -60,7 +62,7 @@ class Stage:
     edits: list[dict[str, Any]]
     notes: dict[str, Any]
     steps: list[Step]
-    calibration: dict[str, int]
+    calibration: dict[str, int | str]
     parity: bool | None
     environment: dict[str, str] = field(default_factory=lambda: environment())
 

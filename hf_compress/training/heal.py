@@ -23,10 +23,11 @@ from transformers import (
 )
 
 from hf_compress.anatomy.compressible import check_model
-from hf_compress.calibration.data import Calibration, DataOptions, prepare
+from hf_compress.calibration.data import Calibration, DataOptions, draw, prepare
 from hf_compress.calibration.files import is_source
 from hf_compress.calibration.padding import pad_id, padded
-from hf_compress.calibration.reading import has_length, take, texts_of
+from hf_compress.calibration.reading import has_length, take
+from hf_compress.calibration.sampling import indices
 from hf_compress.calibration.tables import dimensions, table_of
 from hf_compress.modules.compact import CompactLinear
 from hf_compress.numerics.defaults import torch_defaults
@@ -66,7 +67,7 @@ def heal(
         distillation: what the loss is made of.
         args: of the Trainer; one epoch over the dataset when not given, 8 samples a step, at a learning rate of 1e-3
             with adapters and 1e-4 without.
-        options: length and column of texts.
+        options: length and column of texts; how many samples to draw.
 
     Returns:
         `model`. The healing is the last stage of its `compression_report`.
@@ -241,13 +242,18 @@ def _training_data(
 ) -> tuple[Any, _Collator]:
     """A dataset for a Trainer, and what makes batches of its rows."""
     collator = _Collator(pad_id(model.config, tokenizer))
+    options = options or DataOptions()
     if is_source(data):
-        data = texts_of(data, None if options is None else options.text_column)
-    if bounded and not has_length(data):
-        data = take(data, options.max_samples if options is not None else None)
+        data = draw(data, options).items
+    elif bounded and not has_length(data):
+        drawn = take(data, options.max_samples, options.seed)
+        drawn.tell(asked=options.max_samples is not None)
+        data = drawn.items
     if not isinstance(data, Mapping) and not hasattr(data, "features") and (table := table_of(data)) is not None:
         data = table.rows()
     if _names(data) & {"label", "labels"}:
+        if options.max_samples is not None and has_length(data):
+            data = [data[index] for index in indices(len(data), options.max_samples, options.seed)]
         return data, collator
     return list(_rows(prepare(data, model, tokenizer, options), model)), collator
 

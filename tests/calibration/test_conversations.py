@@ -59,7 +59,7 @@ def test_every_container(kind, model, chatting, tmp_path):
 
 def test_a_column_of_another_name_and_a_length(model, chatting):
     data = Dataset.from_list([{"turns": chat, "text": "w9"} for chat in CHATS])
-    options = DataOptions(text_column="turns", max_length=3, max_samples=1)
+    options = DataOptions(text_column="turns", max_length=3, max_samples=1, seed=None)
     (batch,) = prepare(data, model, chatting, options).batches
     assert batch.inputs["input_ids"].tolist() == [chatting(WRITTEN[0], add_special_tokens=False)["input_ids"][:3]]
     texts = prepare(data, model, chatting).batches[0].inputs["input_ids"]

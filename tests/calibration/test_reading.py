@@ -56,7 +56,7 @@ def test_texts(kind, model, tokenizer):
     def make():
         return TABLES[kind](ROWS) if kind in TABLES else TEXT_ALONE[kind](TEXTS)
 
-    assert read(make()) == read_texts(make()) == TEXTS
+    assert read(make()).items == read_texts(make()) == TEXTS
     (batch,) = prepare(make(), model, tokenizer).batches
     assert [row[mask].tolist() for row, mask in zip(batch.inputs["input_ids"], batch.real, strict=True)] == IDS
 
@@ -65,7 +65,7 @@ def test_texts(kind, model, tokenizer):
 def test_the_column_is_found_or_named(kind):
     rows = [{"a": number, "b": text} for number, text in enumerate(TEXTS)]
     make = TABLES[kind]
-    assert read(make(rows)) == read(make(rows), text_column="b") == TEXTS
+    assert read(make(rows)).items == read(make(rows), text_column="b").items == TEXTS
     with pytest.raises(CalibrationError, match=r"columns \['a', 'b'\].*text_column= \(got 'c'\)"):
         read(make(rows), text_column="c")
 
@@ -140,7 +140,7 @@ ENDLESS = {
 def test_what_never_ends_is_read_up_to_a_bound_that_is_told(kind, model, tokenizer, monkeypatch, caplog):
     monkeypatch.setattr(reading, "BOUND", 10)
     samples = prepare(ENDLESS[kind](), model, tokenizer).samples
-    assert "no length, so only its first 1" in caplog.text
+    assert "nobody has said how much" in caplog.text
     assert samples == (1 if kind == "empty texts" else 12 if "batch" in kind or "loader" in kind else 10)
     caplog.clear()
     assert prepare(ENDLESS[kind](), model, tokenizer, DataOptions(max_samples=2)).samples <= 3

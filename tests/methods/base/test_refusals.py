@@ -151,7 +151,7 @@ OUTSIDE: dict[str, dict[str, tuple[Any, ...]]] = {
         **dict.fromkeys(("num_merges", "components", "neighbors", "choice_samples", "refit_tokens"), (0, 2.5)),
         "bandwidth": (0,),
     },
-    "data": dict.fromkeys(("batch_size", "max_length", "max_samples"), (0, -1, 1.5)),
+    "data": dict.fromkeys(("batch_size", "max_length", "max_samples"), (0, -1, 1.5)) | {"seed": (-1, 1.5)},
     "distillation": {"label_share": (-0.1, 1.5), "stream_weight": (-1.0,), "temperature": (0.0,)},
 }
 
