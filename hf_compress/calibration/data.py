@@ -150,6 +150,11 @@ class DataOptions:
     def __post_init__(self) -> None:
         check_fields(self)
 
+    def facts(self) -> dict[str, int | str]:
+        """What a report says of how data was read that came by name, so that it can be read so again."""
+        given = {"batch_size": self.batch_size, "max_length": self.max_length, "text_column": self.text_column}
+        return {name: value for name, value in given.items() if value is not None}
+
 
 def prepare(
     data: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, options: DataOptions | None = None
@@ -198,7 +203,8 @@ def prepare(
         )
     if truncated:
         logger.warning("%d calibration samples are longer than %d positions and were truncated", truncated, length)
-    return Calibration(batches, truncated, drawn.facts())
+    read_as = options.facts() if drawn.source else {}
+    return Calibration(batches, truncated, {**drawn.facts(), **read_as})
 
 
 def draw(data: Any, options: DataOptions) -> Drawn:

@@ -60,7 +60,7 @@ def load(
     count = max_samples if there else max_samples or BOUND
     drawn = _load(str(source), text_column, count, seed)
     drawn.tell(asked=max_samples is not None)
-    return replace(drawn, source=Path(source).name if there else str(source))
+    return replace(drawn, source=str(source))
 
 
 def _load(source: str, text_column: str | None, count: int | None, seed: int | None) -> Drawn:

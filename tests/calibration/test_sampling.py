@@ -149,9 +149,10 @@ def test_a_stream_is_shuffled_by_its_own_means_in_a_bounded_buffer(monkeypatch):
 
 def test_of_a_file_so_many_rows_are_looked_at(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "ROWS", 10)
-    found = load(jsonl(tmp_path, NUMBERED), max_samples=4)
+    path = jsonl(tmp_path, NUMBERED)
+    found = load(path, max_samples=4)
     assert set(found.items) <= set(NUMBERED[:10])
-    assert found.facts() == {"source": "texts.jsonl", "of_the_first": 10, "seed": 0}
+    assert found.facts() == {"source": str(path), "of_the_first": 10, "seed": 0}
 
 
 def test_batches_of_a_loader_are_the_first_and_those_of_a_list_are_drawn():
@@ -171,8 +172,12 @@ FACTS = {
     "the first of a list": (lambda path: NUMBERED, {"max_samples": 4, "seed": None}, {"of": 40}),
     "some of a generator": (lambda path: iter(NUMBERED), {"max_samples": 4, "seed": 2}, {"of": 40, "seed": 2}),
     "the first of a generator": (lambda path: iter(NUMBERED), {"max_samples": 4, "seed": None}, {}),
-    "all of a file": (lambda path: path, {}, {"source": "texts.jsonl"}),
-    "some of a file": (lambda path: str(path), {"max_samples": 4}, {"source": "texts.jsonl", "of": 40, "seed": 0}),
+    "all of a file": (lambda path: path, {}, {"source": "texts.jsonl", "batch_size": 8}),
+    "some of a file": (
+        lambda path: str(path),
+        {"max_samples": 4, "max_length": 9, "text_column": "text"},
+        {"source": "texts.jsonl", "of": 40, "seed": 0, "batch_size": 8, "max_length": 9, "text_column": "text"},
+    ),
 }
 
 
@@ -181,6 +186,9 @@ def test_what_was_drawn_is_told(kind, tmp_path, model, tokenizer, caplog):
     make, options, expected = FACTS[kind]
     caplog.set_level(logging.INFO, logger="hf_compress")
     found = prepare(make(jsonl(tmp_path, NUMBERED)), model, tokenizer, DataOptions(**options)).describe()
+    if "source" in found:
+        assert found["source"] == str(tmp_path / expected["source"])
+        found["source"] = expected["source"]
     samples = options.get("max_samples", 40)
     assert found == expected | {"samples": samples, "tokens": samples, "truncated": 0}
     told = [record.getMessage() for record in caplog.records]
