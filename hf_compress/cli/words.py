@@ -43,6 +43,8 @@ def _parameter(name: str, parameters: dict[str, Any]) -> Any:
     """The parameter of a command that stands for a name; whichever amount a method counts, it is `num` there."""
     if name not in parameters and name.startswith("num_") and name in _settings():
         name = "num"
+    if name not in parameters and getattr(parameters.get(name.removesuffix("s")), "multiple", False):
+        name = name.removesuffix("s")  # several values there are one option here, given several times
     return parameters.get(name)
 
 

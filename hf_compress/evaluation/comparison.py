@@ -15,9 +15,12 @@ from hf_compress.evaluation.scores import TaskScore
 from hf_compress.evaluation.speed import Speed, median, median_ratio
 
 _NOTE = (
-    "± is one standard error. × is a ratio to {reference}, + or − a difference from it; of texts, tasks and labelled "
-    "data they are taken document by document, of speed round by round."
+    "± is one standard error; ↓ lower is better, ↑ higher is better. × is a ratio to {reference}, + or − a difference "
+    "from it: of texts, tasks and labelled data taken document by document, of speed round by round. A difference of "
+    "less than two of its standard errors may be chance."
 )
+_SPEED_NOTE = " Speed: a prompt of {prompt} random tokens, and {new} generated after them; medians of {rounds} rounds."
+_MEMORY_NOTE = " Memory: the weights, and the most that this takes beside them."
 _ARROWS = {True: " ↑", False: " ↓", None: ""}
 
 
@@ -110,7 +113,12 @@ class Comparison:
 
     def note(self) -> str:
         """What the table's signs mean."""
-        return _NOTE.format(reference=self.reference) if len(self.results) > 1 else "± is one standard error."
+        note = _NOTE.format(reference=self.reference)
+        for speed, _ in list(self.speeds.values())[:1]:
+            told = _SPEED_NOTE.format(prompt=speed.prompt, new=speed.new_tokens, rounds=len(speed.first_token))
+            note += told if speed.new_tokens else told.replace(f", and {speed.new_tokens} generated after them", "")
+            note += _MEMORY_NOTE if speed.memory is not None else ""
+        return note
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data; numbers that are not known (NaN) become None."""

@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult
 
 from hf_compress.evaluation.evaluate import EvaluationResult
 from hf_compress.evaluation.perplexity import Perplexity
+from hf_compress.evaluation.scores import TaskScore
 from hf_compress.report.markdown import escape, measured, one_line, public, table
 
 UNCOMPRESSED = "uncompressed"  # the base model's name among the controls
@@ -42,19 +43,22 @@ def evaluation(result: EvaluationResult | None, controls: Mapping[str, Evaluatio
         return "## Evaluation\n\nThis model was **not evaluated**: how well it does its work is not known."
     results = [result, *controls.values()]
     gaps = _gap_row(result.perplexity, [control.perplexity for control in controls.values()])
+    scores = _score_rows(results)
     rows = [
         ["parameters", *(f"{each.parameters:,}" for each in results)],
         ["stored bytes", *(f"{each.stored_bytes:,}" for each in results)],
         *_perplexity_row(result.perplexity, [each.perplexity for each in results]),
         *gaps,
-        *_score_rows(results),
+        *scores,
     ]
     header = ["", "**this model**", *(escape(public(name)) for name in controls)]
     notes = ["± are standard errors; ↓ lower is better, ↑ higher is better; an empty cell was not measured."]
     if result.perplexity is not None:
         notes.append(f"Perplexity: on {escape(texts or '') or 'texts that are not named here'}.")
     if gaps:
-        notes.append("Differences of the loss, in nats per token, are taken document by document, in pairs.")
+        notes.append("Differences of the loss are in nats per token.")
+    if gaps or any(" above this model's" in row[0] for row in scores):
+        notes.append("Differences are taken document by document, in pairs, and so are their errors.")
     return f"## Evaluation\n\n{table(header, rows)}\n\n{' '.join([*notes, *_missing(controls)])}"
 
 
@@ -95,17 +99,29 @@ def _gap(ours: Perplexity, other: Perplexity) -> str:
 
 
 def _score_rows(results: Sequence[EvaluationResult]) -> list[list[str]]:
-    """A row for every metric of the first result."""
+    """A row for every metric of the first result, and one for the differences from it."""
     found = [{(score.task, score.metric): score for score in result.all_scores} for result in results]
     rows = []
     for key, ours in found[0].items():
         arrow = {True: " ↑", False: " ↓", None: ""}[ours.higher_is_better]
         count = f" ({ours.documents:,} documents)" if ours.documents is not None else ""
-        cells = [f"{escape(ours.task)} {escape(ours.metric)}{arrow}{count}"]
+        cells = [f"{escape(public(ours.task))} {escape(ours.metric)}{arrow}{count}"]
         for scores in found:
             score = scores.get(key)
             cells.append("" if score is None else measured(score.value, score.standard_error))
             if score is not None and score.documents not in (None, ours.documents):
                 cells[-1] += f" ({score.documents:,} documents)"
-        rows.append(cells)
+        rows += [cells, *_score_gaps(ours, [scores.get(key) for scores in found[1:]])]
     return rows
+
+
+def _score_gaps(ours: TaskScore, others: Sequence[TaskScore | None]) -> list[list[str]]:
+    """By how much the others' scores are above ours, document by document; nothing where that is not known."""
+    cells = []
+    for other in others:
+        try:
+            cells.append(measured(*other.difference(ours), sign="+") if other is not None else "")
+        except ValueError:
+            cells.append("")
+    title = f"{escape(public(ours.task))} {escape(ours.metric)} above this model's"
+    return [[title, "(reference)", *cells]] if any(cells) else []

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
+from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+import yaml
+from huggingface_hub import ModelCardData
 
 from hf_compress.evaluation.evaluate import EvaluationResult
 from hf_compress.report.card import EVALUATED, NOT_EVALUATED
@@ -40,17 +42,31 @@ def with_scores(
         ValueError: its metadata is no YAML.
     """
     found = _METADATA.match(card)
-    yaml, body = (found["yaml"], card[found.end() :]) if found else ("", card)
-    try:
-        data = ModelCard(card, ignore_metadata_errors=True).data
-    except Exception as error:
-        raise ValueError(f"the metadata at its beginning cannot be read: {' '.join(str(error).split())}") from error
-    scores = eval_results(result, data.get("pipeline_tag") or "text-generation", texts)
-    kept = _SCORES.sub("", yaml)
-    own = data.get("model_name") or name
+    metadata, body = (found["yaml"], card[found.end() :]) if found else ("", card)
+    data = _read(metadata)
+    scores = eval_results(result, str(data.get("pipeline_tag") or "text-generation"), texts)
+    kept = _SCORES.sub("", metadata)
+    own = _model_name(data) or name
     added = ModelCardData(model_name=own, eval_results=scores).to_yaml() + "\n" if scores else ""
     body = _with_section(body, evaluation(result, controls, texts))
     return f"---\n{kept}{added}---\n{body.replace(NOT_EVALUATED, EVALUATED)}"
+
+
+def _read(metadata: str) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(metadata) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"the metadata at its beginning cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise ValueError("the metadata at its beginning are no fields with values")
+    return data
+
+
+def _model_name(metadata: dict[str, Any]) -> str | None:
+    """The name under which the scores stood before."""
+    index = metadata.get("model-index")
+    entry = index[0] if isinstance(index, list) and index else None
+    return str(entry["name"]) if isinstance(entry, dict) and entry.get("name") else None
 
 
 def _with_section(body: str, section: str) -> str:
