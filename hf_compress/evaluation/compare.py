@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import get_max_memory
 from transformers import PreTrainedModel
 
 from hf_compress.calibration.reading import read_texts
@@ -20,6 +21,7 @@ from hf_compress.evaluation.harness import Paths
 from hf_compress.evaluation.kinds import check_classifies, check_generates, reads_tokens_alone
 from hf_compress.evaluation.labelled import read_labelled
 from hf_compress.evaluation.loading import saved_class
+from hf_compress.evaluation.size import stored_bytes
 from hf_compress.evaluation.speed import Speed, speeds_in_turn
 
 logger = logging.getLogger(__name__)
@@ -47,8 +49,8 @@ def compare(  # noqa: PLR0913 (as `evaluate`)
     Documents differ more than models do. So the error of a difference that is taken document by document is far below
     those of the two figures, and tells what is a difference and what is chance.
 
-    Models in directories are in memory one at a time, and, for their speed, in pairs: the first model and one of the
-    others run in turn, A B A B ….
+    Models in directories are in memory one at a time. For their speed all run in turn, A B C A B C …; where less than
+    twice what they take is free, the first and one of the others do.
 
     Args:
         models: Live models or directories by name, or directories alone; the first is the one that the others are held
@@ -153,17 +155,34 @@ def _own_processor(model: str | Path, images: bool, first: Any) -> Any:
 
 
 def _speeds(named: Mapping[str, Model], device: str | None) -> dict[str, tuple[Speed, Speed]]:
-    """The first model's speed and each other's, in turn; nothing of models that need more than token ids."""
+    """The first model's speed and each other's, in turn; nothing of models that need more than token ids.
+
+    All run in turn where there is room for all of them, and otherwise the first with one of the others at a time.
+    """
     (first, *others) = named
     reference = _live(named[first], device)
-    speeds = {}
-    for name in others:
-        model = _live(named[name], device)
-        if reads_tokens_alone(reference) and reads_tokens_alone(model):
-            speeds[name] = tuple(speeds_in_turn([reference, model]))
-        del model
+    speeds: dict[str, tuple[Speed, Speed]] = {}
+    if not reads_tokens_alone(reference):
+        return speeds
+    for group in [others] if _fit_together(named.values(), device) else [[name] for name in others]:
+        loaded = {name: _live(named[name], device) for name in group}
+        models = {name: model for name, model in loaded.items() if reads_tokens_alone(model)}
+        if models:
+            own, *theirs = speeds_in_turn([reference, *models.values()])
+            speeds |= {name: (own, speed) for name, speed in zip(models, theirs, strict=True)}
+        del loaded, models
         _free()
-    return speeds  # type: ignore[return-value]
+    return speeds
+
+
+def _fit_together(models: Iterable[Model], device: str | None) -> bool:
+    """Whether those of the models that are in directories take less than half of the memory that is free."""
+    place = torch.device(device or "cpu")
+    room = get_max_memory().get("cpu" if place.type == "cpu" else place.index or 0, 0)
+    try:
+        return sum(stored_bytes(model) for model in models if not isinstance(model, PreTrainedModel)) < int(room) / 2
+    except FileNotFoundError:  # a name on the Hub: how large it is, is not known
+        return False
 
 
 def _live(model: Model, device: str | None) -> PreTrainedModel:

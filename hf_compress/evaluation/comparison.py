@@ -167,7 +167,7 @@ class Comparison:
             pairs = {name: (getattr(a, field_name), getattr(b, field_name)) for name, (a, b) in self.speeds.items()}
             if not pairs or not all(ours and theirs for ours, theirs in pairs.values()):
                 continue
-            own = [sample for first, _ in pairs.values() for sample in first]
+            own = [sample for first in self._first_speeds() for sample in getattr(first, field_name)]
             title = _read(metric, self.speeds)
             rows.append(ComparedMetric(title, self.reference, *median(own), higher_is_better=better))
             for name, (first, other) in pairs.items():
@@ -175,13 +175,23 @@ class Comparison:
                 rows.append(ComparedMetric(title, name, *measured, higher_is_better=better))
         return rows + self._memory()
 
+    def _first_speeds(self) -> list[Speed]:
+        """The first model's speed: once where all ran in turn, once for each of the others otherwise."""
+        return list({id(first): first for first, _ in self.speeds.values()}.values())
+
     def _memory(self) -> list[ComparedMetric]:
         pairs = {name: (a.memory, b.memory) for name, (a, b) in self.speeds.items()}
         if not pairs or any(None in pair for pair in pairs.values()):
             return []
-        firsts = [first for first, _ in pairs.values() if first is not None]
         metric = "bytes of memory to run"
-        rows = [ComparedMetric(metric, self.reference, max(firsts), higher_is_better=False)]
+        rows = [
+            ComparedMetric(
+                metric,
+                self.reference,
+                max(first for first, _ in pairs.values() if first is not None),
+                higher_is_better=False,
+            )
+        ]
         for name, (first, own) in pairs.items():
             assert first is not None
             assert own is not None

@@ -34,6 +34,7 @@ SETTINGS = {field.name for name in method_names() for field in fields(config_cla
         ("compress", "give split=(8, 4), or prune=False", "give --set 'split=[8, 4]', or --set prune=false"),
         ("compress", "compare within layers (scope=); or", "compare within layers (--set scope=…); or"),
         ("analyze", "for similarity='cka' with components=8", "for --similarity cka with components=8"),
+        ("evaluate", "no column 'a' for text_columns=; it has b", "no column 'a' for --text-column; it has b"),
         ("push", "create_pr=True opens: leave revision='z' out", "--pull-request opens: leave --revision z out"),
         ("push", "repo_id must be 'a/b'; commit_message is empty", "REPO_ID must be 'a/b'; --message is empty"),
     ],

@@ -124,6 +124,24 @@ def test_live_models_with_their_speed(tokenizer, texts):
     assert found.get("generated tokens/s", "b").change > 0
 
 
+@pytest.mark.parametrize(("room", "turns"), [(2**40, ["abc"]), (0, ["ab", "ac"])])
+def test_models_run_in_turn_as_far_as_there_is_room(tmp_path, monkeypatch, room, turns):
+    for name, layers in {"a": 1, "b": 2, "c": 3}.items():
+        tiny_llama(layers).save_pretrained(tmp_path / name)
+    seen = []
+
+    def in_turn(models):
+        seen.append("".join("_abc"[model.config.num_hidden_layers] for model in models))
+        return [Speed(8, 8, (float(model.config.num_hidden_layers),), (1.0,), 9) for model in models]
+
+    monkeypatch.setattr("hf_compress.evaluation.compare.speeds_in_turn", in_turn)
+    monkeypatch.setattr("hf_compress.evaluation.compare.get_max_memory", lambda: {"cpu": room})
+    found = compare([tmp_path / name for name in "abc"])
+    assert seen == turns
+    assert found.get("seconds to first token", "c").change == 3
+    assert len(found._first_speeds()) == len(turns)
+
+
 def test_classifiers_document_by_document(tokenizer):
     models = {"first": tiny_classifier(seed=0), "second": tiny_classifier(seed=1)}
     found = compare(models, tokenizer, labelled=labelled_rows(), speed=False)
