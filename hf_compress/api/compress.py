@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.api.arguments import check_arguments, prepared
 from hf_compress.api.one_method import compress_by, plan_by
-from hf_compress.api.stages import StageSettings, compress_in_stages, is_several
+from hf_compress.api.stages import StageSettings, check_stages, compress_in_stages, is_several
 from hf_compress.calibration.compute import Compute
 from hf_compress.calibration.data import DataOptions
 from hf_compress.calibration.processes import sharing
@@ -62,13 +62,17 @@ def compress(
             trained.
         ProcessesError: of several processes one has failed, has ended, or has another model, settings or data.
     """
-    compute = compute or Compute()
     if is_several(config):
-        return compress_in_stages(model, config, calibration, tokenizer, options, compute, teacher, settings)
-    method = check_arguments(model, config, settings)
+        stages = check_stages(model, config, calibration, settings)
+    else:
+        method = check_arguments(model, config, settings)
     start = perf_counter()
     data = prepared(calibration, model, tokenizer, options)
-    compress_by(model, method, data, compute, perf_counter() - start)
+    compute, preparing = compute or Compute(), perf_counter() - start
+    if is_several(config):
+        compress_in_stages(model, stages, data, compute, teacher, preparing)
+    else:
+        compress_by(model, method, data, compute, preparing)
     return model
 
 

@@ -23,7 +23,7 @@ _PACKAGES = ("torch", "transformers", "accelerate")
 
 def identity_of(
     model: PreTrainedModel,
-    config: CompressionConfig | HealConfig,
+    config: CompressionConfig | HealConfig | None,
     data: Calibration | None,
     device: str | torch.device | None = None,
     processes: int = 1,
@@ -31,6 +31,7 @@ def identity_of(
     """JSON values: a hash of the model's weights and its config, the settings, a hash of the data, versions.
 
     Args:
+        config: the settings of the run; None where it is of several.
         device: where it is computed; where the model is when None.
         processes: how many share the work.
     """
@@ -39,7 +40,7 @@ def identity_of(
     return {
         "model": f"{type(model).__name__} {fingerprint(values_of(model))}",
         "config of the model": {name: value for name, value in model.config.to_dict().items() if name not in _UNSAID},
-        "settings": config.to_dict(),
+        **({} if config is None else {"settings": config.to_dict()}),
         "data": fingerprint(tensors_of(data)),
         "device": torch.device(device or computing_device(model)).type,
         "processes": processes,

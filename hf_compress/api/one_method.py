@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields
 from functools import partial
+from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -16,9 +21,10 @@ from hf_compress.calibration.data import Calibration
 from hf_compress.calibration.processes import agree, by_one, from_one, here
 from hf_compress.calibration.workdir import check_room, worked_in
 from hf_compress.errors import CalibrationError
+from hf_compress.methods.base.amounts import AMOUNT, SIZE
 from hf_compress.methods.base.context import CalibrationContext
-from hf_compress.methods.base.journal import Journal
-from hf_compress.methods.base.registry import plan_for, work_for
+from hf_compress.methods.base.journal import Journal, Shared
+from hf_compress.methods.base.registry import common_results, plan_for, work_for
 from hf_compress.methods.base.settings import CompressionConfig
 from hf_compress.methods.base.work import Work
 from hf_compress.numerics.fingerprint import fingerprint
@@ -34,16 +40,18 @@ def compress_by(
     data: Calibration | None,
     compute: Compute,
     preparing: float = 0.0,
+    common: Path | None = None,
 ) -> None:
     """Change `model` by one method, and add a stage to its history; after an error it is as it was.
 
     Args:
         preparing: seconds that it took to make the data, for the history.
+        common: beside a workdir, a folder for results that are the same whatever the amount, for runs with others.
     """
     _check_alike(model, config, data, compute)
     context = CalibrationContext(model, data, {"prepare calibration data": preparing} if data else {})
     history, before = history_of(model), model_size(model)
-    with _computing(compute, config, context), Change(model) as change:
+    with _computing(compute, config, context, common), Change(model) as change:
         start = perf_counter()
         probe = Probe.of(model, data.batches[0] if data else None)
         probing = perf_counter() - start
@@ -65,7 +73,9 @@ def plan_by(model: PreTrainedModel, config: CompressionConfig, data: Calibration
 
 
 @contextmanager
-def _computing(compute: Compute, config: CompressionConfig, context: CalibrationContext) -> Iterator[None]:
+def _computing(
+    compute: Compute, config: CompressionConfig, context: CalibrationContext, common: Path | None = None
+) -> Iterator[None]:
     """Inside, work is done as `compute` says, and its results are kept where that says."""
     with ExitStack() as held:
         if compute.folder is not None:
@@ -73,11 +83,23 @@ def _computing(compute: Compute, config: CompressionConfig, context: Calibration
             with context.step("look for an earlier run"):
                 known_by = partial(identity_of, context.model, config, context.data, compute.device, here()[1])
                 identity = from_one(known_by)
-                context.journal = Journal(compute.folder, identity)
+                context.journal = Journal(compute.folder, identity, _shared(config, identity, common))
                 needed = disk_needed(context, work_for(config, context))
                 from_one(partial(check_room, compute.folder, needed))
         held.enter_context(compute.applied(context.model))
         yield
+
+
+def _shared(config: CompressionConfig, identity: dict[str, Any], folder: Path | None) -> Shared | None:
+    """Where results lie that do not depend on how much is taken out."""
+    names = common_results(config)
+    if folder is None or not names:
+        return None
+    amounts = {field.name for field in fields(config) if field.metadata.get("group") in (AMOUNT, SIZE)}
+    settings = {name: value for name, value in identity["settings"].items() if name not in amounts}
+    own = {**identity, "settings": settings}
+    digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]
+    return Shared(folder / f"{config.method}-{digest}", own, names)
 
 
 def disk_needed(context: CalibrationContext, work: Work | None) -> int:

@@ -7,18 +7,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from time import perf_counter
 from typing import Any, TypeGuard
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from hf_compress.anatomy.compressible import check_model
 from hf_compress.anatomy.dispatch import is_offloaded
-from hf_compress.api.arguments import prepared
 from hf_compress.api.identity import identity_of, known_in_memory
 from hf_compress.api.one_method import compress_by
 from hf_compress.calibration.compute import Compute
-from hf_compress.calibration.data import Calibration, DataOptions
+from hf_compress.calibration.data import Calibration
 from hf_compress.calibration.processes import by_one, here
 from hf_compress.calibration.workdir import stage_folder, worked_in
 from hf_compress.errors import CalibrationError, UnsupportedModelError
@@ -89,32 +87,43 @@ def stages_of(given: Iterable[Any]) -> tuple[StageSettings, ...]:
     return stages
 
 
-def compress_in_stages(
-    model: PreTrainedModel,
-    given: Sequence[Any],
-    calibration: Any,
-    tokenizer: PreTrainedTokenizerBase | None,
-    options: DataOptions | None,
-    compute: Compute,
-    teacher: PreTrainedModel | None,
-    settings: Mapping[str, Any],
-) -> PreTrainedModel:
-    """`compress` by several stages. In a workdir each has a folder of its own.
-
-    A run that was killed goes through all stages again, and takes from their folders what took the time. So where it
-    ends is the same to the bit.
-    """
+def check_stages(
+    model: Any, given: Sequence[Any], calibration: Any, settings: Mapping[str, Any]
+) -> tuple[StageSettings, ...]:
+    """The stages of a call; raises unless they can follow each other, and the model can go through them."""
     if settings:
         raise TypeError(f"{', '.join(settings)}: with several stages, settings belong inside each of them")
     stages = stages_of(given)
     check_model(model)
-    heals = any(isinstance(stage, HealConfig) for stage in stages)
-    if heals:
-        _check_healing(model, calibration)
-        teacher = teacher if teacher is not None else _copied(model)
-    start = perf_counter()
-    data = prepared(calibration, model, tokenizer, options)
-    preparing = perf_counter() - start
+    if any(isinstance(stage, HealConfig) for stage in stages):
+        if calibration is None:
+            raise CalibrationError(f"{HEAL} learns from data: pass calibration=, such as texts")
+        if is_offloaded(model):
+            raise UnsupportedModelError(f"{HEAL} trains weights in memory, and the model is offloaded: load it whole")
+    return stages
+
+
+def compress_in_stages(
+    model: PreTrainedModel,
+    stages: Sequence[StageSettings],
+    data: Calibration | None,
+    compute: Compute,
+    teacher: PreTrainedModel | None = None,
+    preparing: float = 0.0,
+    common: Path | None = None,
+) -> None:
+    """Change `model` by several stages. In a workdir each has a folder of its own.
+
+    A run that was killed goes through all stages again, and takes from their folders what took the time. So where it
+    ends is the same to the bit.
+
+    Args:
+        stages: what `check_stages` gave.
+        teacher: for healing; a copy of the model as it is when None.
+        preparing, common: of the first stage, as for `compress_by`. The others begin with a model of this run alone.
+    """
+    if teacher is None and any(isinstance(stage, HealConfig) for stage in stages):
+        teacher = _copied(model)
     with ExitStack() as held:
         if compute.folder is not None:
             held.enter_context(by_one(worked_in)(compute.folder))
@@ -125,16 +134,8 @@ def compress_in_stages(
                 assert data is not None
                 _heal(model, stage, teacher, data, folder)
             else:
-                compress_by(model, stage, data, replace(compute, workdir=folder), preparing)
-            preparing = 0.0
-    return model
-
-
-def _check_healing(model: PreTrainedModel, calibration: Any) -> None:
-    if calibration is None:
-        raise CalibrationError(f"{HEAL} learns from data: pass calibration=, such as texts")
-    if is_offloaded(model):
-        raise UnsupportedModelError(f"{HEAL} trains weights in memory, and the model is offloaded: load it whole")
+                compress_by(model, stage, data, replace(compute, workdir=folder), preparing, common)
+            preparing, common = 0.0, None
 
 
 def _copied(model: PreTrainedModel) -> PreTrainedModel:

@@ -22,7 +22,7 @@ from hf_compress.cli.output import (
     quiet_libraries,
 )
 from hf_compress.cli.settings import config_from
-from hf_compress.cli.work import MaxMemory, Workdir, WorkFolder, where, with_others
+from hf_compress.cli.work import MaxMemory, Resume, Workdir, WorkFolder, where, with_others
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -51,7 +51,7 @@ def compress(  # noqa: PLR0913 (each of them is an option of the command)
     device: Device = None,
     max_memory: MaxMemory = None,
     workdir: Workdir = None,
-    resume: Annotated[bool, typer.Option(help="Go on from what a run that was killed has left there.")] = False,
+    resume: Resume = False,
     dry_run: Annotated[bool, typer.Option(help="Say what it would take: time, memory, disk. Do nothing.")] = False,
     plan: Annotated[bool, typer.Option(help="Show the plan and the sizes; write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace the output directory, if it exists.")] = False,
@@ -137,7 +137,7 @@ def _save(
 
     save(model, output, tokenizer, overwrite=overwrite, portable=portable)
     out.print(f"Saved to {output}; loaded again with identical outputs. In Python:", markup=False)
-    out.print(f"  {how_to_load(model, output)}", markup=False)
+    out.print(f"  {how_to_load(output)}", markup=False)
 
 
 def edits_table(edits: list[dict[str, Any]], title: str = "plan") -> Any:

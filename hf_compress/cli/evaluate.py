@@ -159,9 +159,18 @@ def _show(result: EvaluationResult, output: Path | None) -> None:
 
 
 def _show_comparison(comparison: Comparison, output: Path | None) -> None:
-    from rich.table import Table
-
     from hf_compress.evaluation.compare import COMPARISON_FILE
+
+    out = console()
+    out.print(comparison_table(comparison))
+    out.print(comparison.note(), markup=False)
+    if output is not None:
+        out.print(f"Wrote {output / COMPARISON_FILE}", markup=False)
+
+
+def comparison_table(comparison: Comparison) -> Any:
+    """A comparison, for `rich.print`."""
+    from rich.table import Table
 
     table = Table("", "model", title=f"{len(comparison.results)} models, on the same data")
     table.add_column("value", justify="right")
@@ -170,11 +179,7 @@ def _show_comparison(comparison: Comparison, output: Path | None) -> None:
         if what and number:
             table.add_section()
         table.add_row(what, *cells)
-    out = console()
-    out.print(table)
-    out.print(comparison.note(), markup=False)
-    if output is not None:
-        out.print(f"Wrote {output / COMPARISON_FILE}", markup=False)
+    return table
 
 
 @app.command()

@@ -60,16 +60,18 @@ def load_tokenizer(name: str, needed: bool = False) -> PreTrainedTokenizerBase |
         return None
 
 
-def how_to_load(model: PreTrainedModel, directory: Path) -> str:
+def how_to_load(directory: Path) -> str:
     """The Python line that loads a saved model again."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     from hf_compress import models
+    from hf_compress.evaluation.loading import saved_class
     from hf_compress.rewrite.record import recorded
 
-    name = type(model).__name__
+    kind, config = saved_class(str(directory))
+    name = kind.__name__
     own = hasattr(models, name)
     if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         name = "AutoModelForCausalLM"
-    plugin = "import hf_compress; " if recorded(model.config) or own else ""
+    plugin = "import hf_compress; " if recorded(config) or own else ""
     return f'{plugin}{"hf_compress." * own}{name}.from_pretrained("{directory}")'

@@ -30,6 +30,7 @@ MaxMemory = Annotated[
 Workdir = Annotated[
     Path | None, typer.Option(help="Keeps what is finished until the end.", show_default="OUTPUT.partial")
 ]
+Resume = Annotated[bool, typer.Option(help="Go on from what a run that was killed has left there.")]
 _PATIENCE = timedelta(days=1)  # with a process that saves or solves while the others wait
 
 

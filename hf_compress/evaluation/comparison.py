@@ -53,6 +53,14 @@ class ComparedMetric:
     documents: int | None = None
     note: str = ""
 
+    def change_text(self) -> str:
+        """What it is beside the first model's: "× 1.021 ± 0.004", "−0.03 ± 0.01", or why that is not known."""
+        if math.isnan(self.change):
+            return self.note
+        text = figure(self.change, self.change_error, "" if self.kind == "ratio" else "+")
+        text = f"× {text}" if self.kind == "ratio" else text.replace("-", "−", 1)
+        return f"{text} ({self.note})" if self.note else text
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -108,7 +116,7 @@ class Comparison:
         for row in self.rows():
             title = _title(row) if row.metric != before else ""
             before = row.metric
-            cells.append((title, row.model, _figure(row.value, row.standard_error), _change(row)))
+            cells.append((title, row.model, figure(row.value, row.standard_error), row.change_text()))
         return cells
 
     def note(self) -> str:
@@ -278,16 +286,7 @@ def _title(row: ComparedMetric) -> str:
     return f"{row.metric}{_ARROWS[row.higher_is_better]}{count}"
 
 
-def _change(row: ComparedMetric) -> str:
-    if math.isnan(row.change):
-        return row.note
-    sign = "" if row.kind == "ratio" else "+"
-    text = _figure(row.change, row.change_error, sign)
-    text = f"× {text}" if row.kind == "ratio" else text.replace("-", "−", 1)
-    return f"{text} ({row.note})" if row.note else text
-
-
-def _figure(value: float, error: float = math.nan, sign: str = "") -> str:
+def figure(value: float, error: float = math.nan, sign: str = "") -> str:
     """A figure to two digits of its standard error where that is known."""
     if not math.isfinite(value):
         return "not finite"

@@ -48,8 +48,8 @@ class Stage:
         notes: what the method found out: similarities, choices, errors.
         steps: what was done one after another, and the wall time of each.
         calibration: samples, tokens, truncated samples; empty when none was used. Where the data came by name, its
-            `source`, and how it was read; where not all of it was used, `of` how many samples (`of_the_first`, where there are more), and
-            the `seed` they were drawn with.
+            `source`, and how it was read; where not all of it was used, `of` how many samples (`of_the_first`, where
+            there are more), and the `seed` they were drawn with.
         parity: whether a model rebuilt from the saved config gave the same outputs bit for bit; None where the
             structure stayed as it was, and nothing was rebuilt.
         environment: versions that it was done with.

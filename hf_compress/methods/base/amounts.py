@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 AMOUNT = "amount"  # the group of the settings that say it; those with `keeps` say how much stays
+SIZE = "size"  # the group of the settings that say how much space is left for what stays
 
 
 @dataclass(frozen=True)

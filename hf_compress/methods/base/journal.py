@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,22 +28,42 @@ from hf_compress.rewrite.edits import edits_from_list
 Result = tuple[dict[str, Tensor], Any]  # tensors, and JSON values
 
 
+@dataclass(frozen=True)
+class Shared:
+    """Results that several runs have in common, such as those of one method with more or less to take out.
+
+    Attributes:
+        folder: where they lie.
+        identity: what these runs are known by.
+        names: how the names of such results begin.
+    """
+
+    folder: Path
+    identity: Mapping[str, Any]
+    names: tuple[str, ...]
+
+
 class Journal:
     """Keeps results by their names; none where it has no folder. Of several processes the first reads and writes.
 
     Args:
         folder: made where it is missing.
         identity: what the run is known by, JSON values: its model, settings, data and versions.
+        shared: results that are looked for, and kept, where other runs find them too.
 
     Raises:
         WorkdirError: the folder is another run's, or holds something else; or it cannot be written.
     """
 
-    def __init__(self, folder: Path | None = None, identity: Mapping[str, Any] | None = None) -> None:
-        self.folder = folder
+    def __init__(
+        self, folder: Path | None = None, identity: Mapping[str, Any] | None = None, shared: Shared | None = None
+    ) -> None:
+        self.folder, self.shared = folder, shared
         self._asked: set[str] = set()
         if folder is not None:
             from_one(partial(_open, folder, json.loads(json.dumps(identity or {}))))
+        if shared is not None:
+            from_one(partial(_open, shared.folder, json.loads(json.dumps(shared.identity))))
 
     def has(self, name: str) -> bool:
         """Whether a result is there from an earlier run."""
@@ -80,8 +101,9 @@ class Journal:
             from_one(partial(_write, path, *made))
         return from_one(partial(_read, path))  # in either case the same
 
-    @staticmethod
-    def _path(folder: Path, name: str) -> Path:
+    def _path(self, folder: Path, name: str) -> Path:
+        if self.shared is not None and name.startswith(self.shared.names):
+            folder = self.shared.folder
         return folder / RESULTS / f"{re.sub('[^0-9A-Za-z_.]+', '-', name)}.safetensors"
 
 

@@ -21,6 +21,10 @@ def _whole(config: CompressionConfig) -> str:
     return ""
 
 
+def _nothing(config: CompressionConfig) -> tuple[str, ...]:
+    return ()
+
+
 @dataclass(frozen=True)
 class Method:
     """What a method does. All take its settings first.
@@ -32,6 +36,7 @@ class Method:
         work: how much there is to do, for an estimate; None where nobody has counted.
         leaves: in what form settings leave weights, "packed" or "sparse"; nothing where they stay whole matrices.
         dense: whether it needs weights that are whole matrices.
+        common: how the names begin of those results in its journal that are the same however much is taken out.
     """
 
     plan: Callable[[Any, CalibrationContext], Plan]
@@ -40,6 +45,7 @@ class Method:
     work: Callable[[Any, CalibrationContext], Work] | None = None
     leaves: Callable[[Any], str] = _whole
     dense: bool = True
+    common: Callable[[Any], tuple[str, ...]] = _nothing
 
 
 _METHODS: dict[type[CompressionConfig], Method] = {}
@@ -86,6 +92,11 @@ def left_by(config: CompressionConfig) -> str:
 def needs_dense_weights(config: CompressionConfig) -> bool:
     """Whether a method cannot do with weights that an earlier one has left packed or sparse."""
     return _method(config).dense
+
+
+def common_results(config: CompressionConfig) -> tuple[str, ...]:
+    """How the names begin of the results in a journal that are the same however much is taken out."""
+    return _method(config).common(config)
 
 
 class CompressFirst(TrainingSchedule):

@@ -7,7 +7,7 @@ from typing import Literal
 
 from hf_compress.attribution.composites import COMPOSITES
 from hf_compress.checks import setting
-from hf_compress.methods.base.amounts import AMOUNT
+from hf_compress.methods.base.amounts import AMOUNT, SIZE
 from hf_compress.methods.base.settings import CompressionConfig
 
 Score = Literal["relevance", "signed", "wanda", "magnitude", "random"]
@@ -50,8 +50,8 @@ class LRPConfig(CompressionConfig, method="lrp", paper="https://arxiv.org/abs/25
     compensation: Literal["auto", "none"] = setting(
         "auto", "auto: what is left makes up for what went, by least squares; or none"
     )
-    bits: float | None = setting(None, "bits a weight in the mean, with all that is stored", "[2, 16]", group="size")
-    target_bytes: int | None = setting(None, "bytes of the linear maps, instead of bits", "[1, inf)", group="size")
+    bits: float | None = setting(None, "bits a weight in the mean, with all that is stored", "[2, 16]", group=SIZE)
+    target_bytes: int | None = setting(None, "bytes of the linear maps, instead of bits", "[1, inf)", group=SIZE)
     split: tuple[int, int] | None = setting(
         None, "in the paper's variant: bits of the more and of the less relevant half", "[2, 16]"
     )
@@ -171,3 +171,10 @@ def left_by(config: LRPConfig) -> str:
     if config.quantizes:
         return "packed"
     return "sparse" if config.prunes and config.granularity not in STRUCTURED else ""
+
+
+def common_results(config: LRPConfig) -> tuple[str, ...]:
+    """Results that are the same however many units go, or however many bits weights get: those of the whole model."""
+    if config.prunes:
+        return ("scores",) if config.granularity in STRUCTURED else ()
+    return ("energies", "unexplained inputs ")
