@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM
 
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.cli.demo import REFERENCE
-from hf_compress.cli.output import human_bytes
 from hf_compress.cli.settings import config_from
 from hf_compress.methods.drop_blocks import DropBlocksConfig
 from hf_compress.methods.illc import ILLCConfig
 from hf_compress.methods.mka import MKAConfig
+from hf_compress.report.markdown import human_bytes
 from hf_compress.rewrite.apply import apply
 from hf_compress.rewrite.builders import narrow_ffn
 from hf_compress.storage.save import save
