@@ -1,4 +1,4 @@
-"""A plan's edits as Markdown, for the model card: a table, behind a line that opens if it is long, and bits as a histogram."""
+"""A plan's edits as Markdown, for the model card: a table, which opens on demand if it is long, and bits."""
 
 from __future__ import annotations
 

@@ -61,8 +61,9 @@ def bits_of(edits: Iterable[Mapping[str, Any]]) -> Bits | None:
     maps = header = 0
     for edit in edits:
         planes, size = edit.get("planes"), edit.get("group_size")
-        counts = [size, *planes] if isinstance(planes, (list, tuple)) and planes else [None]
-        if not all(isinstance(count, int) for count in counts):  # no planes, or none of ours
+        if not isinstance(planes, (list, tuple)) or not planes or not isinstance(size, int):
+            continue
+        if not all(isinstance(plane, int) for plane in planes):  # of a kind that is not known here
             continue
         maps += 1
         header += 8 * (_HEADER + (edit.get("symmetric") is False)) * planes[0]
