@@ -1,6 +1,6 @@
 """The command line, `hf-compress`: it parses, calls, and prints. Nothing slow is imported until a command runs."""
 
-from hf_compress.cli import compress, evaluate, hub, inspect  # noqa: F401 (each adds its commands to `app`)
+from hf_compress.cli import compress, evaluate, hub, inspect, report  # noqa: F401 (each adds its commands to `app`)
 from hf_compress.cli.app import app
 
 

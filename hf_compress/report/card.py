@@ -18,6 +18,10 @@ from hf_compress.report.card_summary import summary
 from hf_compress.report.history import history_of
 from hf_compress.report.markdown import escape, fence, public, sentence, several
 
+# What the limitations say of the evaluation.
+EVALUATED = "Beyond the table above, nothing was evaluated: not safety, bias, other languages, other text, or speed."
+NOT_EVALUATED = "Nothing was evaluated: not quality, safety, bias, languages, or speed."
+
 
 def model_card(
     model: PreTrainedModel,
@@ -119,9 +123,7 @@ def _limits(facts: Facts) -> str:
     untrained = [] if recorded_training else ["No training after compression is recorded."]
     lines = [
         *([f"Trained after compression: {trained}"] if trained else untrained),
-        "Beyond the table above, nothing was evaluated: not safety, bias, other languages, other text, or speed."
-        if is_evaluated(facts.result)
-        else "Nothing was evaluated: not quality, safety, bias, languages, or speed.",
+        EVALUATED if is_evaluated(facts.result) else NOT_EVALUATED,
         "The base model's intended uses and limitations apply here, too; what compression did to them was not tested.",
         *map(sentence, several(details.limitations)),
     ]

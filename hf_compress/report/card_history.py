@@ -9,7 +9,6 @@ import re
 from transformers import PreTrainedModel
 
 from hf_compress.evaluation.size import parameter_count, stored_bytes
-from hf_compress.methods.base.settings import config_class, method_names
 from hf_compress.report.card_edits import bits_table, edits_table
 from hf_compress.report.markdown import escape, fence, json_values, table
 from hf_compress.report.report import CompressionReport
@@ -24,9 +23,8 @@ def methods(report: CompressionReport) -> str:
 def _method(stage: Stage) -> str:
     if stage.method == HEAL:
         return "distillation of the uncompressed model"
-    paper = config_class(stage.method).paper if stage.method in method_names() else None
-    number = re.fullmatch(r"https://arxiv\.org/abs/([\d.]+(?:v\d+)?)", paper or "")
-    link = f"[arXiv {number[1]}]({paper})" if number else escape(paper or "")
+    number = re.fullmatch(r"https://arxiv\.org/abs/([\d.]+(?:v\d+)?)", stage.paper or "")
+    link = f"[arXiv {number[1]}]({stage.paper})" if number else escape(stage.paper or "")
     return f"the method {escape(stage.method)}" + (f" ({link})" if link else "")
 
 

@@ -23,7 +23,7 @@ def summary(facts: Facts) -> str:
     lines = {
         "Made of": _made_of(facts),
         "Size": _size(facts),
-        "Quality": _quality(facts.result, facts.controls),
+        "Quality": quality(facts.result, facts.controls),
         "Loading": f"needs `import hf_compress` (`{INSTALL}`)."
         if facts.needs_plugin
         else "plain checkpoint: stock Transformers loads it.",
@@ -95,7 +95,8 @@ def _beside(now: int, then: int, original: str, less: str) -> str:
     return f"{abs(100 * (now / then - 1)):.1f}% {less if now < then else 'more'} than {original}"
 
 
-def _quality(result: EvaluationResult | None, controls: Mapping[str, EvaluationResult]) -> str:
+def quality(result: EvaluationResult | None, controls: Mapping[str, EvaluationResult]) -> str:
+    """How good the model is, beside the uncompressed one where that was measured on the same documents."""
     if result is None or not is_evaluated(result):
         return "not measured."
     dense = controls.get(UNCOMPRESSED)

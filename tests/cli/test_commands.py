@@ -28,7 +28,7 @@ from tests.helpers.command_line import LAST, done, refused, run
 from tests.helpers.language import tiny_llama
 from tests.helpers.tiny import tiny_kind
 
-COMMANDS = ("compress", "analyze", "evaluate", "info", "verify", "push", "demo", "methods")
+COMMANDS = ("compress", "analyze", "evaluate", "info", "report", "verify", "push", "demo", "methods")
 
 
 # --- help -------------------------------------------------------------------------------------------------------------
