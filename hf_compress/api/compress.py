@@ -31,6 +31,7 @@ from hf_compress.modules.kernels import check_no_kernels
 from hf_compress.numerics.defaults import check_not_inference, torch_defaults
 from hf_compress.numerics.fingerprint import fingerprint
 from hf_compress.plan.plan import Plan
+from hf_compress.report.edits import log_decisions
 from hf_compress.report.history import add_stage, history_of, model_size
 from hf_compress.report.stages import Size, Stage, Step
 from hf_compress.rewrite.apply import Change
@@ -140,7 +141,9 @@ def disk_needed(context: CalibrationContext, work: Work | None) -> int:
 
 def _plan(config: CompressionConfig, context: CalibrationContext) -> Plan:
     with context.naming_failures():
-        return plan_for(config, context)
+        plan = plan_for(config, context)
+    log_decisions(config.method, plan.to_list())
+    return plan
 
 
 def _prepare(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,10 +10,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from hf_compress.calibration.processes import here
 from hf_compress.errors import PlanError
 from hf_compress.plan.edits import runs
 from hf_compress.report.markdown import in_words
 from hf_compress.rewrite.edits import edit_from_dict
+
+logger = logging.getLogger(__name__)
 
 _MODULE = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)\.(\d{1,6})((?:\.\w+)*)", re.ASCII)  # a path with a block in it
 _NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?")
@@ -101,10 +105,20 @@ def decisions(edits: Sequence[Mapping[str, Any]]) -> list[str]:
         if "stack" in alike[0]:
             lines.append(f"{before}: {'; '.join(told)}")
         elif (bits := bits_of(alike)) is not None:
-            lines.append(f"{kind}, {bits.maps:,} linear maps: {bits.describe()}")
+            kept = sum(number for edit in alike if isinstance(number := edit.get("kept"), int))
+            left = f"{kept:,} weights kept, in " if kept else ""
+            lines.append(f"{kind}, {bits.maps:,} linear maps: {left}{bits.describe()}")
         else:
             lines.append(f"{kind}, {_place(before, blocks, after)}: {_ranges(told)}")
     return lines
+
+
+def log_decisions(method: str, edits: Sequence[Mapping[str, Any]]) -> None:
+    """Log what a method has decided, a line for each decision; of several processes the first does."""
+    if here()[0] or not logger.isEnabledFor(logging.INFO):
+        return
+    for line in decisions(edits):
+        logger.info("%s: %s", method, line)
 
 
 def _ranges(told: Sequence[str]) -> str:

@@ -1,10 +1,11 @@
-"""`hf-compress report` writes one page, and says in a line why it does not."""
+"""`hf-compress report` writes one page, or says in a line why not; `-v` tells decisions."""
 
 import json
+import logging
 
 import pytest
 
-from tests.helpers.command_line import LAST, done, refused
+from tests.helpers.command_line import LAST, done, refused, run
 from tests.helpers.web_pages import check_self_contained
 
 
@@ -43,3 +44,13 @@ def test_what_cannot_be_shown(small, model_folder, tmp_path):
     (small / "compression_report.json").write_text("{}")
     assert "is no compression report of this version" in refused("report", small, "--output", page)
     assert not page.exists()
+
+
+def test_decisions_are_told_when_asked_for(model_folder, tmp_path):
+    told = "drop_blocks: model.layers: left out: 4–5"
+    arguments = ("compress", model_folder, *LAST, "--num", "2", "--plan")
+    assert told in run("-v", *arguments).stderr.splitlines()
+    assert told in run("--verbose", *arguments).stderr.splitlines()
+    assert told not in run(*arguments).stderr
+    logger = logging.getLogger("hf_compress")
+    assert (logger.handlers, logger.level) == ([], logging.NOTSET)

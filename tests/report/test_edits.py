@@ -64,6 +64,10 @@ CASES = {
         [pack("h.0.up", [4, 4, 2]), pack("h.1.down", [4, 4])],
         ["PackLinear, 2 linear maps: 2.25 bits a weight on average (2 to 3), 3.75 with the steps of groups"],
     ),
+    "sparse and packed": (
+        [pack("h.0.up", [4, 4]) | {"edit": "SparsifyLinear", "kept": 60, "rest": False}],
+        ["SparsifyLinear, 1 linear maps: 60 weights kept, in 2 bits a weight on average, 3.5 with the steps of groups"],
+    ),
     "unheard of": ([{"edit": "New", "size": 3}, {"edit": "New", "size": 5}], ["New, : size: 3 to 5"]),
     "nothing": ([], []),
 }
