@@ -16,6 +16,7 @@ from hf_compress.evaluation.kinds import check_predicts_text, reads_tokens_alone
 from hf_compress.evaluation.loading import load_saved
 from hf_compress.evaluation.perplexity import Perplexity, perplexity
 from hf_compress.evaluation.size import Throughput, parameter_count, stored_bytes, tokens_per_second
+from hf_compress.plan.notebook import html_table
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,13 @@ class EvaluationResult:
         lines = [f"{what:<{wide[0]}}  {value:>{wide[1]}}  {error:>{wide[2]}}".rstrip() for what, value, error in rows]
         lines.insert(1, "-" * (sum(wide) + 4))
         return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def _repr_html_(self) -> str:
+        """The table for notebooks."""
+        return html_table(self.name, ("", "value", "std. error"), self.rows())
 
 
 def evaluate(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections import Counter
 from collections.abc import Sequence
 
+from hf_compress.plan.notebook import html_table
 from hf_compress.report.markdown import one_line
 from hf_compress.report.stages import Size, Stage
 
@@ -26,11 +26,7 @@ def summary_text(stages: Sequence[Stage], base_model: str) -> str:
 
 def summary_html(stages: Sequence[Stage], base_model: str) -> str:
     """The same as a table."""
-    head = "".join(f"<th>{name}</th>" for name in COLUMNS)
-    body = "".join(
-        f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in history_rows(stages)
-    )
-    return f"<table><caption>{html.escape(_title(stages, base_model))}</caption><tr>{head}</tr>{body}</table>"
+    return html_table(_title(stages, base_model), COLUMNS, history_rows(stages))
 
 
 def _title(stages: Sequence[Stage], base_model: str) -> str:
