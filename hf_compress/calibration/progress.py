@@ -18,19 +18,20 @@ _Item = TypeVar("_Item")
 def bar(items: Iterable[_Item], description: str) -> Iterable[_Item]:
     """Items that have a length, with a bar, which goes when they are done.
 
-    It is shown on terminals and in notebooks, unless TQDM_DISABLE is set; of several processes by the first.
+    It is shown on terminals and in notebooks, unless TQDM_DISABLE is set, and of several processes by the first.
     """
-    return tqdm(items, desc=description, leave=False, disable=not _shown())
+    return tqdm(items, desc=description, leave=False, disable=not shows_bars())
 
 
 @contextmanager
 def meter(total: int, description: str, unit: str) -> Iterator[Any]:
     """The same, to be moved on by `update(count)`."""
-    with tqdm(total=total, desc=description, unit=unit, leave=False, disable=not _shown()) as shown:
+    with tqdm(total=total, desc=description, unit=unit, leave=False, disable=not shows_bars()) as shown:
         yield shown
 
 
-def _shown() -> bool:
+def shows_bars() -> bool:
+    """Whether bars are shown here."""
     if here()[0] or os.environ.get("TQDM_DISABLE", "0") not in ("", "0"):
         return False
     return sys.stderr.isatty() or _in_notebook()

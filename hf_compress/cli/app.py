@@ -87,7 +87,7 @@ def _print_version(asked: bool) -> None:
 @contextmanager
 def _verbosely() -> Iterator[None]:
     """Inside, what the library decides is told on standard error, a line each, above the bars that are there."""
-    from tqdm import tqdm
+    from tqdm.auto import tqdm
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -26,6 +25,7 @@ from hf_compress.api.compress import check_model
 from hf_compress.calibration.data import Calibration, DataOptions, prepare
 from hf_compress.calibration.files import is_source
 from hf_compress.calibration.padding import pad_id, padded
+from hf_compress.calibration.progress import shows_bars
 from hf_compress.calibration.reading import has_length, take, texts_of
 from hf_compress.calibration.tables import dimensions, table_of
 from hf_compress.checks import check_fields, setting
@@ -206,7 +206,7 @@ def _default_arguments(folder: str, learning_rate: float) -> TrainingArguments:
         logging_strategy="no",
         save_strategy="no",
         report_to=[],
-        disable_tqdm=not sys.stderr.isatty(),
+        disable_tqdm=not shows_bars(),
         dataloader_pin_memory=torch.cuda.is_available(),
     )
 
