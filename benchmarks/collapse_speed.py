@@ -28,7 +28,7 @@ from common import write_result
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from transformers import AutoModel, BertConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel, ViTConfig
 
 from hf_compress.anatomy.anatomy import Anatomy

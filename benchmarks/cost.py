@@ -23,7 +23,7 @@ from statistics import mean
 import torch
 from common import peak_of_this_process, plain_pass, seconds, write_result
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 from hf_compress import (

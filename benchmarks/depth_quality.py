@@ -20,7 +20,7 @@ from statistics import mean
 
 from common import REFERENCE, WINDOW, calibration_windows, held_out_passages, load, write_result
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress import DropBlocksConfig, MKAConfig, Plan, compress, make_plan, perplexity

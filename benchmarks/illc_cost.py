@@ -17,7 +17,7 @@ from statistics import median
 import torch
 from common import REFERENCE, calibration_windows, cost_ratios, load, seconds, write_result
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from hf_compress import ILLCConfig
 from hf_compress.numerics.clustering import AGGLOMERATIVE_LIMIT, cluster

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from common import write_result
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_compress import (

@@ -25,7 +25,7 @@ from common import (
     plain_pass,
     write_result,
 )
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from hf_compress import MKAConfig, compress
 

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from common import peak_of_this_process, write_result
 from cost import CASES, POSITIONS, SAMPLES, Shape, windows
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from hf_compress import DataOptions, compress
 

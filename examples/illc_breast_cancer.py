@@ -28,7 +28,7 @@ from sklearn.model_selection import train_test_split
 from sklearn.neural_network import MLPClassifier
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 import hf_compress as hfc
 from hf_compress.evaluation.faithfulness import activations, faithfulness, input_output_unfaithfulness

@@ -24,7 +24,7 @@ from layer_collapse_bert import default_model, mrpc_task
 from layer_collapse_vit import SHARED as CIFAR
 from layer_collapse_vit import vit_task
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 import hf_compress as hfc

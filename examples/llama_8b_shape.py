@@ -27,7 +27,7 @@ import torch
 from llm import REFERENCE
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from transformers import LlamaConfig
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"

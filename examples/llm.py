@@ -14,7 +14,8 @@ from transformers.utils import logging
 
 import hf_compress as hfc
 from hf_compress.calibration.files import load_texts
-from hf_compress.report.card import CardDetails, model_card
+from hf_compress.report.card import model_card
+from hf_compress.report.card_facts import CardDetails
 
 REFERENCE = Path(__file__).parent / "reference"
 CARDS = Path(__file__).parent.parent / "model_cards"

@@ -25,7 +25,7 @@ from collapse_columns import save_table
 from sklearn.datasets import load_digits, make_classification
 from sklearn.model_selection import train_test_split
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 import hf_compress as hfc
 from hf_compress.evaluation.size import stored_bytes

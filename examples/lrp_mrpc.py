@@ -20,7 +20,7 @@ from typing import Any
 from collapse_columns import save_table
 from illc_classifiers import TASKS, probabilities
 from lrp_llm import PAPER, PRECISION, PRUNING
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification
 
 import hf_compress as hfc

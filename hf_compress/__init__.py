@@ -18,7 +18,7 @@ _PUBLIC = {
     "AdaptiveCompressConfig": "hf_compress.methods.adaptive_compress",
     "Anatomy": "hf_compress.anatomy.anatomy",
     "Bottlenecks": "hf_compress.rewrite.bottlenecks",
-    "CardDetails": "hf_compress.report.card",
+    "CardDetails": "hf_compress.report.card_facts",
     "Composite": "hf_compress.attribution.composites",
     "Comparison": "hf_compress.evaluation.comparison",
     "CompressionCallback": "hf_compress.training.callback",

@@ -22,6 +22,7 @@ from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.base.registry import work_for
 from hf_compress.methods.base.settings import CompressionConfig
 from hf_compress.numerics.defaults import torch_defaults
+from hf_compress.plan.notebook import html_table
 
 _SIDE = 1024  # of the float32 matrices whose product is timed
 _STREAMS = 2  # of each batch that are kept
@@ -49,15 +50,24 @@ class Estimate:
     disk: tuple[int, int]
 
     def __str__(self) -> str:
+        """A line each for time, memory and disk."""
+        return "\n".join(f"{name}: {told}" for name, told in self._rows())
+
+    def _repr_html_(self) -> str:
+        """The same for notebooks."""
+        return html_table("estimate", ("", "what it would take"), self._rows())
+
+    def _rows(self) -> list[tuple[str, str]]:
         if self.seconds is None or self.passes is None or self.products is None:
-            time = f"time: not known for this method; a plain pass over the data takes {_time(self.pass_seconds)}"
+            time = f"not known for this method; a plain pass over the data takes {_time(self.pass_seconds)}"
         else:
             time = (
-                f"time: about {_time(self.seconds)}, for {self.passes:.1f} passes over the data of "
+                f"about {_time(self.seconds)}, for {self.passes:.1f} passes over the data of "
                 f"{_time(self.pass_seconds)} each, and {self.products / 1e12:.2f} T multiplications to solve"
             )
         memory, workdir, saved = map(_size, (self.memory, *self.disk))
-        return f"{time}\nmemory: about {memory}\ndisk: at most {workdir} of new weights in the workdir, {saved} saved"
+        disk = f"at most {workdir} of new weights in the workdir, {saved} saved"
+        return [("time", time), ("memory", f"about {memory}"), ("disk", disk)]
 
 
 @torch_defaults()

@@ -29,6 +29,7 @@ from hf_compress.methods.base.settings import CompressionConfig
 from hf_compress.methods.base.work import Work
 from hf_compress.numerics.fingerprint import fingerprint
 from hf_compress.plan.plan import Plan
+from hf_compress.report.edits import log_decisions
 from hf_compress.report.history import add_stage, history_of, model_size, stage_of
 from hf_compress.rewrite.apply import Change
 from hf_compress.rewrite.probe import Probe
@@ -112,7 +113,9 @@ def disk_needed(context: CalibrationContext, work: Work | None) -> int:
 
 def _plan(config: CompressionConfig, context: CalibrationContext) -> Plan:
     with context.naming_failures():
-        return plan_for(config, context)
+        plan = plan_for(config, context)
+    log_decisions(config.method, plan.to_list())
+    return plan
 
 
 def _check_alike(model: PreTrainedModel, config: CompressionConfig, data: Calibration | None, compute: Compute) -> None:

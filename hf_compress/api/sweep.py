@@ -17,7 +17,6 @@ from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
 
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.anatomy.compressible import check_model
@@ -28,6 +27,7 @@ from hf_compress.api.stages import StageSettings, compress_in_stages, is_several
 from hf_compress.calibration.compute import Compute
 from hf_compress.calibration.data import Calibration, DataOptions
 from hf_compress.calibration.files import load_texts
+from hf_compress.calibration.progress import bar
 from hf_compress.calibration.workdir import worked_in
 from hf_compress.errors import UnsupportedModelError
 from hf_compress.evaluation.comparison import ComparedMetric, Comparison
@@ -118,7 +118,7 @@ def sweep(  # noqa: PLR0913 (what is compressed, by what, and what is measured)
         journal = Journal(place / MEASURED, _identity(model, data, {**asked, "speed": speed}))
         runs = _Runs(model, data, tokenizer, compute or Compute(), place, asked, speed)
         found = []
-        for entry in tqdm(entries, desc="sweeping", leave=False):
+        for entry in bar(entries, "sweeping"):
             facts = journal.facts(f"measured {entry.digest}", partial(runs.facts, entry))
             found.append(replace(Measured.from_dict(facts), name=entry.name, control=entry.control))
         result = SweepResult(runs.original_metrics(journal), found)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
 from hf_compress.attribution.attach import lrp_rules, normalises
 from hf_compress.attribution.composites import Composite, resolve
-from hf_compress.attribution.targets import Target, explained
+from hf_compress.attribution.targets import Target, explained_classes
 from hf_compress.calibration.capture import forward, hooked, inference, stream_of_output
 from hf_compress.calibration.data import Batch
 from hf_compress.calibration.memory import working_memory
@@ -117,18 +117,28 @@ def _logits(model: PreTrainedModel, batch: Batch, sources: Sources, run: Callabl
     return logits
 
 
-def explain(model: PreTrainedModel, batch: Batch, sources: Sources, target: Target) -> tuple[Tensor, dict[str, Tensor]]:
-    """A forward and backward pass under `explaining`.
+class Explanation(NamedTuple):
+    """What a backward pass has found.
 
-    Returns:
-        What is explained of each sample, (samples), and the relevance at every source, of the source's shape.
+    Attributes:
+        values: what is explained of each sample, (samples).
+        sources: the relevance at every source, of the source's shape.
+        classes: the class or word explained of each sample, (samples); None where it is all labels.
     """
-    values = explained(model, logits_of(model, batch, sources), batch, target)
+
+    values: Tensor
+    sources: dict[str, Tensor]
+    classes: Tensor | None
+
+
+def explain(model: PreTrainedModel, batch: Batch, sources: Sources, target: Target) -> Explanation:
+    """A forward and backward pass under `explaining`."""
+    values, classes = explained_classes(model, logits_of(model, batch, sources), batch, target)
     slopes = gradients(values.sum(), list(sources.tensors.values()))
     relevances = {
         name: (tensor * slope).detach() for (name, tensor), slope in zip(sources.tensors.items(), slopes, strict=True)
     }
-    return values.detach(), relevances
+    return Explanation(values.detach(), relevances, classes)
 
 
 def check_conserved(

@@ -14,7 +14,7 @@ from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.parts import is_linear, linear_map
 from hf_compress.attribution.composites import Composite, resolve
 from hf_compress.attribution.passes import check_conserved, check_open, explain, explaining, word_embeddings
-from hf_compress.attribution.targets import Target
+from hf_compress.attribution.targets import Target, in_words
 from hf_compress.attribution.watch import watch_inputs, watch_linears
 from hf_compress.calibration.data import Batch, DataOptions, prepare
 from hf_compress.numerics.defaults import torch_defaults
@@ -36,6 +36,8 @@ class Relevance:
         neurons: of each hidden unit, summed over positions, (samples, width), by path of an FFN's output projection.
         heads: of each attention head, summed over positions, (samples, heads), by the path of the output projection.
         weights: w ⊙ ∂w summed over samples, (outputs, inputs), by the path of a linear map; empty unless asked for.
+        targets: what is explained of each sample, in words.
+        composite: the name of the rules; empty where they have none.
     """
 
     explained: Tensor
@@ -45,6 +47,8 @@ class Relevance:
     neurons: dict[str, Tensor] = field(default_factory=dict)
     heads: dict[str, Tensor] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
+    targets: Sequence[str] = ()
+    composite: str = ""
 
 
 @torch_defaults()
@@ -92,12 +96,14 @@ def relevance(
         if weights:
             linears = {path: module for path, module in model.named_modules() if is_linear(module)}
             stack.enter_context(watch_linears(linears, collected.take_weights(linears)))
-        values, found = explain(model, batch, sources, target)
+        values, found, classes = explain(model, batch, sources, target)
     words = next((path for path, module in model.named_modules() if module is word_embeddings(model)), None)
     ids = batch.inputs.get("input_ids")
     units = collected.units
     return Relevance(
         explained=values,
+        targets=in_words(model, classes, len(values), tokenizer),
+        composite=composite if isinstance(composite, str) else "",
         inputs=found,
         tokens=found[words].float().sum(dim=-1) if words in found else None,
         words=[] if tokenizer is None or ids is None else [_words(tokenizer, row) for row in ids.tolist()],

@@ -21,9 +21,10 @@ from hf_compress.calibration.capture import inference
 from hf_compress.calibration.data import Batch
 from hf_compress.calibration.descent import Descent
 from hf_compress.calibration.processes import by_first, own, summed, summed_by_name, total
+from hf_compress.calibration.progress import bar
 from hf_compress.calibration.routing import Route, watch_routes
 from hf_compress.calibration.runner import BlockRunner
-from hf_compress.calibration.sweep import Streams, bar
+from hf_compress.calibration.sweep import Streams
 from hf_compress.errors import CalibrationError
 
 _CHUNK = 2**19  # weights whose sums are added to together

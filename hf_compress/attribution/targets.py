@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.calibration.capture import decoder_tokens, real_tokens
 from hf_compress.calibration.data import Batch
@@ -18,7 +18,14 @@ Target = Literal["predicted", "label"] | int | Tensor
 
 
 def explained(model: PreTrainedModel, logits: Tensor, batch: Batch, target: Target) -> Tensor:
-    """The logits to explain, summed for each sample, (samples).
+    """The logits to explain, summed for each sample, (samples); see `explained_classes`."""
+    return explained_classes(model, logits, batch, target)[0]
+
+
+def explained_classes(
+    model: PreTrainedModel, logits: Tensor, batch: Batch, target: Target
+) -> tuple[Tensor, Tensor | None]:
+    """The logits to explain, summed for each sample, (samples), and the class or word of each; None for all labels.
 
     Of a classifier, (samples, classes): the logit of the class predicted, of the batch's label, or of a class named. Of
     a language model, (samples, positions, words): after the last real token, the logit of the word predicted or of a
@@ -42,7 +49,26 @@ def explained(model: PreTrainedModel, logits: Tensor, batch: Batch, target: Targ
             "target='label' explains the logit of each sample's label, and the data has none: give batches with "
             "'labels', or take target='predicted'"
         )
-    return logits.gather(1, _chosen(logits, batch, target)[:, None])[:, 0]
+    return _of(logits, _chosen(logits, batch, target))
+
+
+def in_words(
+    model: PreTrainedModel, classes: Tensor | None, samples: int, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[str, ...]:
+    """What is explained of each of some samples, by the classes or words that `explained_classes` gave."""
+    if classes is None:
+        return ("all labels of the text",) * samples
+    chosen = classes.tolist()
+    if model.get_output_embeddings() is None:
+        names = getattr(model.config, "id2label", None) or {}
+        return tuple(f"the class {names.get(one, one)}" for one in chosen)
+    where = "the next word" if model.can_generate() else "the word at the last token"
+    words = [f"number {one}" if tokenizer is None else repr(str(tokenizer.decode([one]))) for one in chosen]
+    return tuple(f"{where}, {word}" for word in words)
+
+
+def _of(logits: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+    return logits.gather(1, classes[:, None])[:, 0], classes
 
 
 def _chosen(logits: Tensor, batch: Batch, target: Any) -> Tensor:
@@ -63,7 +89,7 @@ def _chosen(logits: Tensor, batch: Batch, target: Any) -> Tensor:
     return chosen.long()
 
 
-def _of_words(model: PreTrainedModel, logits: Tensor, batch: Batch, target: Target) -> Tensor:
+def _of_words(model: PreTrainedModel, logits: Tensor, batch: Batch, target: Target) -> tuple[Tensor, Tensor | None]:
     if isinstance(target, str) and target == "label":
         if not speaks(model, batch):
             raise CalibrationError("target='label' explains what is to be said, and the data has no text: give labels")
@@ -71,9 +97,9 @@ def _of_words(model: PreTrainedModel, logits: Tensor, batch: Batch, target: Targ
         counts = said != -100
         if batch.targets is None and not has_decoder(model):
             counts &= real_tokens(batch, logits)
-        return (logits.gather(-1, said.clamp(min=0)[..., None])[..., 0] * counts).sum(dim=-1)
+        return (logits.gather(-1, said.clamp(min=0)[..., None])[..., 0] * counts).sum(dim=-1), None
     real = decoder_tokens(batch, logits) if has_decoder(model) else real_tokens(batch, logits)
     positions = torch.arange(real.shape[1], device=real.device)
     last = torch.where(real, positions, -1).amax(dim=1).clamp(min=0)
     ends = logits[torch.arange(len(logits), device=logits.device), last]
-    return ends.gather(1, _chosen(ends, batch, target)[:, None])[:, 0]
+    return _of(ends, _chosen(ends, batch, target))

@@ -6,31 +6,24 @@ is kept, or two where the original model's and the compressed one's go up side b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
 
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from hf_compress.anatomy.residency import resident
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.data import Batch, Calibration
 from hf_compress.calibration.memory import WorkingMemory, working_memory
-from hf_compress.calibration.processes import here, own
+from hf_compress.calibration.processes import own
+from hf_compress.calibration.progress import bar
 from hf_compress.calibration.runner import BlockRunner, stopped_by_errors
 from hf_compress.modules.compact import kept_dense
 from hf_compress.numerics.aside import give_back
 
-_Item = TypeVar("_Item")
 _DENSE = 2**28  # bytes of a block's packed weights that are kept unpacked while batches run past it
-
-
-def bar(items: Sequence[_Item], description: str) -> Iterable[_Item]:
-    """Items, with a bar that tells how far one has come, on a terminal; of several processes the first shows it."""
-    return tqdm(items, desc=description, disable=True if here()[0] else None)
 
 
 def turns(

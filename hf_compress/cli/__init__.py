@@ -1,6 +1,14 @@
 """The command line, `hf-compress`: it parses, calls, and prints. Nothing slow is imported until a command runs."""
 
-from hf_compress.cli import compress, evaluate, hub, inspect, recipes, sweep  # noqa: F401 (each adds its commands to `app`)
+from hf_compress.cli import (  # noqa: F401 (each adds its commands to `app`)
+    compress,
+    evaluate,
+    hub,
+    inspect,
+    recipes,
+    report,
+    sweep,
+)
 from hf_compress.cli.app import app
 
 

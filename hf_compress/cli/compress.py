@@ -145,7 +145,7 @@ def edits_table(edits: list[dict[str, Any]], title: str = "plan") -> Any:
     from rich.markup import escape
     from rich.table import Table
 
-    from hf_compress.report.card_edits import in_rows
+    from hf_compress.report.edits import in_rows
 
     table = Table("edit", "where", "what", title=title)
     for row in in_rows(edits):

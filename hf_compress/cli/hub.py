@@ -30,7 +30,7 @@ def push(
     from huggingface_hub import ModelCard
 
     from hf_compress.cli.loading import load_model, load_tokenizer
-    from hf_compress.report.card import for_the_hub
+    from hf_compress.report.card_loading import for_the_hub
     from hf_compress.report.history import read_report
     from hf_compress.storage.hub import push_to_hub
     from hf_compress.storage.manifest import CARD_FILE

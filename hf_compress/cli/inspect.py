@@ -19,7 +19,6 @@ from hf_compress.cli.output import (
     Seed,
     TextColumn,
     console,
-    human_bytes,
     quiet_libraries,
 )
 
@@ -88,6 +87,7 @@ def info(
     from hf_compress.errors import UnsupportedModelError
     from hf_compress.evaluation.size import stored_bytes
     from hf_compress.report.history import read_report
+    from hf_compress.report.markdown import human_bytes
 
     quiet_libraries()
     if not directory.is_dir():

@@ -77,16 +77,6 @@ def errors() -> Console:
     return Console(stderr=True, highlight=False)
 
 
-def human_bytes(count: int) -> str:
-    """A number of bytes, such as "20.4 MB" (powers of 1,000)."""
-    size = float(count)
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
-
-
 def quiet_libraries() -> None:
     """Keep Transformers and datasets from flooding the terminal: bars on terminals alone, and errors of theirs once."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

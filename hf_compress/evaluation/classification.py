@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from hf_compress.calibration.capture import forward, inference
 from hf_compress.calibration.data import Batch
 from hf_compress.calibration.padding import pad_id, padded
+from hf_compress.calibration.progress import meter
 from hf_compress.calibration.vocabulary import position_limit
 from hf_compress.checks import check
 from hf_compress.evaluation.kinds import check_classifies
@@ -136,7 +136,7 @@ def _predictions(model: PreTrainedModel, examples: Examples, processor: Any, bat
             batch_size = 1  # a decoder finds a text's last token by its padding
         batches = _text_batches(model, rows, processor, batch_size)
     found: dict[int, int] = {}
-    with inference(model), tqdm(total=len(examples.inputs), desc=examples.name, unit="doc", disable=None) as bar:
+    with inference(model), meter(len(examples.inputs), examples.name, "doc") as shown:
         for numbers, inputs in batches:
             logits = forward(model, Batch(inputs, None)).logits.float()
             if not bool(torch.isfinite(logits).all()):
@@ -145,7 +145,7 @@ def _predictions(model: PreTrainedModel, examples: Examples, processor: Any, bat
                     "what was done to its weights"
                 )
             found.update(zip(numbers, logits.argmax(-1).tolist(), strict=True))
-            bar.update(len(numbers))
+            shown.update(len(numbers))
     return [found[number] for number in range(len(found))], truncated
 
 

@@ -21,6 +21,7 @@ from hf_compress.evaluation.perplexity import Perplexity, perplexity
 from hf_compress.evaluation.scores import TaskScore, task_scores
 from hf_compress.evaluation.size import parameter_count, stored_bytes
 from hf_compress.evaluation.speed import Throughput, tokens_per_second
+from hf_compress.plan.notebook import html_table
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,13 @@ class EvaluationResult:
         lines = [f"{what:<{wide[0]}}  {value:>{wide[1]}}  {error:>{wide[2]}}".rstrip() for what, value, error in rows]
         lines.insert(1, "-" * (sum(wide) + 4))
         return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def _repr_html_(self) -> str:
+        """The table for notebooks."""
+        return html_table(self.name, ("", "value", "std. error"), self.rows())
 
 
 def evaluate(  # noqa: PLR0913 (each of them is something else to measure, or how)

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.anatomy.dispatch import computing_device
 from hf_compress.calibration.capture import inference
 from hf_compress.calibration.padding import pad_id
+from hf_compress.calibration.progress import meter
 from hf_compress.calibration.reading import read_texts
 from hf_compress.calibration.vocabulary import position_limit
 from hf_compress.checks import check
@@ -153,11 +153,11 @@ def perplexity(
     windows.sort(key=lambda window: len(window.inputs), reverse=True)
     pad = pad_id(model.config, tokenizer)
     sums: list[float] = []
-    with inference(model), tqdm(total=len(windows), desc="perplexity", unit="window", disable=None) as bar:
+    with inference(model), meter(len(windows), "perplexity", "window") as shown:
         for start in range(0, len(windows), batch_size):
             batch = windows[start : start + batch_size]
             sums += _window_losses(model, batch, pad)
-            bar.update(len(batch))
+            shown.update(len(batch))
     return replace(_summarise(windows, sums), tokens_sha256=digest)
 
 

@@ -17,6 +17,7 @@ from hf_compress.anatomy.dispatch import computing_device
 from hf_compress.calibration.capture import forward, inference
 from hf_compress.calibration.data import Batch, DataOptions, prepare
 from hf_compress.calibration.objective import first_tensor
+from hf_compress.calibration.progress import bar
 from hf_compress.modules.bottleneck import Bottleneck
 from hf_compress.rewrite.bottlenecks import Bottlenecks, replaced_streams
 
@@ -165,7 +166,7 @@ def splice_qualities(
     sums = torch.zeros(len(bottlenecks), 4, dtype=torch.float64)
     tokens = 0
     with inference(model):
-        for batch in prepare(data, model, tokenizer, options):
+        for batch in bar(prepare(data, model, tokenizer, options).batches, "measuring splices"):
             targets, counts = _targets(batch, computing_device(model))
             clean = _predictions(model, batch)
             zeroed: dict[tuple[int, ...], float] = {}

@@ -20,6 +20,7 @@ from hf_compress.calibration.capture import (
     stream_tokens,
 )
 from hf_compress.calibration.data import Batch, Calibration
+from hf_compress.calibration.progress import bar
 from hf_compress.features.reconstruction import ReconstructionSums
 from hf_compress.features.subjects import Subject
 
@@ -86,7 +87,7 @@ def tallied(model: PreTrainedModel, subjects: list[Subject], data: Calibration, 
     """One pass over the data; of each batch it ends when all bottlenecks have been seen."""
     tallies = [Tally(subject, examples) for subject in subjects]
     first = 0
-    for batch in data:
+    for batch in bar(data.batches, "reading features"):
         missing = set(range(len(subjects)))
         with inference(model), hooked(_reading(subjects, batch, first, tallies, missing)):
             forward(model, batch)

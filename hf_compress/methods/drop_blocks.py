@@ -9,6 +9,7 @@ import torch
 
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.losses import losses_without
+from hf_compress.calibration.progress import bar
 from hf_compress.calibration.sensitivity import COST_TOKENS, costs_without
 from hf_compress.calibration.statistics import block_statistics
 from hf_compress.checks import setting
@@ -110,7 +111,7 @@ def _greedy(context: CalibrationContext, stack: Stack, count: int) -> tuple[list
     removed: list[int] = []
     touched: list[int] = []
     history = []
-    for _ in range(count):
+    for _ in bar(range(count), "choosing blocks to leave out"):
         best, losses = cheapest(
             left, estimates, lambda some: losses_without(model, stack, data, some, skipped=removed), touched, _TRIED
         )

@@ -11,9 +11,19 @@ from torch import Tensor
 from hf_compress.errors import PlanError
 from hf_compress.plan.algebra import Removal, composed
 from hf_compress.plan.edits import Edit, ModuleEdit, StackEdit
+from hf_compress.plan.notebook import html_table
 
 PLAN_VERSION = 1
 METHOD = "hf_compress"  # what a config calls its record of edits
+
+_SHOWN = 100  # edits
+
+
+def _place(edit: Edit) -> str:
+    """The stack, or the last of the modules, that an edit changes."""
+    if isinstance(edit, StackEdit):
+        return edit.stack
+    return edit.paths[-1] if isinstance(edit, ModuleEdit) and edit.paths else ""
 
 
 @dataclass(frozen=True)
@@ -29,8 +39,8 @@ class Plan:
     """
 
     edits: tuple[Edit, ...] = ()
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    notes: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    notes: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def stack_edits(self) -> tuple[StackEdit, ...]:
@@ -70,6 +80,23 @@ class Plan:
         taken = Removal.of(edits)
         old = {name: tensor for name, tensor in self.tensors.items() if name not in new and not taken.takes(name)}
         return Plan(edits, old | new, self.notes | other.notes)
+
+    def __str__(self) -> str:
+        """A line for each edit."""
+        return "\n".join([self._title(), *("  ".join(row) for row in self._rows())])
+
+    def _repr_html_(self) -> str:
+        """The same for notebooks."""
+        return html_table(self._title(), ("edit", "where", "what"), self._rows())
+
+    def _title(self) -> str:
+        size = sum(tensor.nbytes for tensor in self.tensors.values())
+        return f"plan; edits: {len(self.edits):,}; new tensors: {len(self.tensors):,}, of {size:,} bytes"
+
+    def _rows(self) -> list[tuple[str, str, str]]:
+        shown = [(type(edit).__name__, _place(edit), edit.describe()) for edit in self.edits[:_SHOWN]]
+        more = len(self.edits) - len(shown)
+        return [*shown, ("…", "", f"and {more:,} more")] if more else shown
 
     def to_list(self) -> list[dict[str, Any]]:
         """The edits as JSON values, with lists for tuples, as they come back from a file."""

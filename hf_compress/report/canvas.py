@@ -6,6 +6,9 @@ shape says as well.
 
 from __future__ import annotations
 
+import html
+import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -35,3 +38,25 @@ def write_figure(figure: Any, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=144)
     return path
+
+
+def inline_svg(figure: Any, label: str, prefix: str) -> str:
+    """A figure as an SVG element of a page, with its texts as text and nothing outside it.
+
+    Args:
+        label: what it shows, for those who do not see it.
+        prefix: of its ids, which no other figure of the page has.
+    """
+    import matplotlib
+
+    written = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        figure.savefig(written, format="svg", metadata={"Date": None})
+    text = written.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    head, rest = re.split(r"(?<=>)", text, maxsplit=1)
+    size = re.search(r'viewBox="[^"]*"', head)
+    assert size is not None, "matplotlib writes a viewBox"
+    rest = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", rest)
+    whole = f'<svg {size[0]} role="img" aria-label="{html.escape(label)}">{rest.strip()}'
+    return "".join(c if c.isprintable() or c == "\n" else " " for c in whole)  # names in it come from anywhere

@@ -2,141 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-import transformers
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedModel
-from transformers.models.auto import modeling_auto
 
 from hf_compress.evaluation.evaluate import EvaluationResult
 from hf_compress.evaluation.size import parameter_count
-from hf_compress.report.card_history import changes, making, methods, sizes, training
+from hf_compress.report.card_facts import CardDetails, Facts
+from hf_compress.report.card_history import changes, making, sizes, training
+from hf_compress.report.card_loading import loading
 from hf_compress.report.card_scores import eval_results, evaluation, is_evaluated
+from hf_compress.report.card_summary import summary
 from hf_compress.report.history import history_of
-from hf_compress.report.markdown import (
-    escape,
-    fence,
-    last_part,
-    one_line,
-    public,
-    sentence,
-    several,
-)
-from hf_compress.report.report import CompressionReport
-from hf_compress.rewrite.record import recorded
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-_IN_HUB_CACHE = re.compile(r"models--(?:([\w.-]+?)--)?([\w.-]+)[/\\]snapshots", re.ASCII)
+from hf_compress.report.markdown import escape, fence, public, sentence, several
 
 # What the limitations say of the evaluation.
 EVALUATED = "Beyond the table above, nothing was evaluated: not safety, bias, other languages, other text, or speed."
 NOT_EVALUATED = "Nothing was evaluated: not quality, safety, bias, languages, or speed."
-
-_SOMEWHERE = "path/to/"  # stands for the folders above a model's own, which a card does not tell
-_REPLACE = "# Replace the path by that of the folder that holds this card."
-
-# The Auto class that loads a model, its table in Transformers, and the Hub's task where the class leaves no doubt.
-# In this order: a class that takes images and text stands in the table of language models, too.
-_AUTO_CLASSES = (
-    ("ImageTextToText", "IMAGE_TEXT_TO_TEXT", "image-text-to-text"),
-    ("SpeechSeq2Seq", "SPEECH_SEQ_2_SEQ", "automatic-speech-recognition"),
-    ("CTC", "CTC", "automatic-speech-recognition"),
-    ("CausalLM", "CAUSAL_LM", "text-generation"),
-    ("Seq2SeqLM", "SEQ_TO_SEQ_CAUSAL_LM", None),
-    ("MaskedLM", "MASKED_LM", "fill-mask"),
-    ("SequenceClassification", "SEQUENCE_CLASSIFICATION", "text-classification"),
-    ("TokenClassification", "TOKEN_CLASSIFICATION", "token-classification"),
-    ("QuestionAnswering", "QUESTION_ANSWERING", "question-answering"),
-    ("ImageClassification", "IMAGE_CLASSIFICATION", "image-classification"),
-    ("ObjectDetection", "OBJECT_DETECTION", "object-detection"),
-    ("DepthEstimation", "DEPTH_ESTIMATION", "depth-estimation"),
-    ("AudioClassification", "AUDIO_CLASSIFICATION", "audio-classification"),
-)
-
-
-@dataclass(frozen=True)
-class CardDetails:
-    """What only the user knows. Every field may be left out; the card then says so, or says nothing.
-
-    Attributes:
-        name: the model's name; made of the base model's and the method's when not given.
-        repo_id: where it will be on the Hub ("org/name"); the example loads it from there, and otherwise from a folder
-            of the model's name at a place to be filled in.
-        base_model: the base model's id on the Hub, where the model was loaded from a folder.
-        license: the licence's id on the Hub, such as "apache-2.0".
-        language: language codes.
-        datasets: of calibration and training: ids on the Hub, or names.
-        calibration: what the calibration data is.
-        evaluation: what the texts of the perplexity are.
-        training: what was trained after compression.
-        limitations: to be added to those that hold for every compressed model.
-        tokenizer: whether a tokenizer lies beside the model.
-        portable: whether the model was saved with `portable=True`.
-    """
-
-    name: str | None = None
-    repo_id: str | None = None
-    base_model: str | None = None
-    license: str | None = None
-    language: str | Sequence[str] = ()
-    datasets: str | Sequence[str] = ()
-    calibration: str | None = None
-    evaluation: str | None = None
-    training: str | None = None
-    limitations: str | Sequence[str] = ()
-    tokenizer: bool = True
-    portable: bool = False
-
-    def __post_init__(self) -> None:
-        for field in ("repo_id", "base_model"):
-            value = getattr(self, field)
-            if value is not None and not _HUB_ID.fullmatch(value):
-                raise ValueError(f"{field} is {value!r}; expected an id on the Hub, such as 'org/name', or None")
-
-
-@dataclass(frozen=True)
-class _Facts:
-    """All that the card is made of."""
-
-    model: PreTrainedModel
-    report: CompressionReport | None
-    result: EvaluationResult | None
-    controls: Mapping[str, EvaluationResult]
-    command: str | None
-    details: CardDetails
-
-    @property
-    def origin(self) -> str:
-        """Where the base model came from: a Hub id, a path, or nothing."""
-        return self.report.base_model if self.report else str(self.model.name_or_path or "")
-
-    @property
-    def base_id(self) -> str | None:
-        """The base model's id on the Hub."""
-        return self.details.base_model or _hub_id(self.origin)
-
-    @property
-    def base_name(self) -> str:
-        """What the base model is called: never the folders that it was loaded from."""
-        return one_line(self.base_id or last_part(self.origin))
-
-    @property
-    def name(self) -> str:
-        """What the model is called."""
-        given = one_line(public(self.details.name or "")) or (self.details.repo_id or "").partition("/")[2]
-        base = last_part(self.base_name) or type(self.model).__name__
-        return given or (f"{base}-{one_line('-'.join(self.report.methods))}" if self.report else base)
-
-    @property
-    def needs_plugin(self) -> bool:
-        """Whether it loads only after `import hf_compress`."""
-        return bool(recorded(self.model.config))
 
 
 def model_card(
@@ -148,6 +32,9 @@ def model_card(
     details: CardDetails | None = None,
 ) -> ModelCard:
     """The card of a compressed model, from its history and what was measured; nothing is measured here.
+
+    License, languages and datasets are taken over from the base model's own card, where it lies beside the files that
+    the base was loaded from, unless `details` say otherwise.
 
     Args:
         model: as `compress` or `from_pretrained` gave it; one without a history gets a card that says what is known.
@@ -163,13 +50,13 @@ def model_card(
     """
     _check(model, result, controls or {})
     report = history_of(model)
-    facts = _Facts(model, report, result, controls or {}, command, details or CardDetails())
+    facts = Facts(model, report, result, controls or {}, command, details or CardDetails())
     sections = (
-        _head(facts),
-        _loading(facts),
-        changes(report) if report else "",
+        summary(facts),
+        loading(facts),
         sizes(model, report),
         evaluation(result, facts.controls, facts.details.evaluation),
+        changes(report) if report else "",
         _making(facts),
         _limits(facts),
     )
@@ -191,103 +78,30 @@ def _check(model: Any, result: Any, controls: Mapping[str, Any]) -> None:
         )
 
 
-def for_the_hub(card: ModelCard, name: str, repo_id: str) -> ModelCard:
-    """A card that `save` made for a folder called `name`, with an example that loads the model from the Hub."""
-    here, there = (f".from_pretrained({_quoted(place)})" for place in (f"{_SOMEWHERE}{name}", repo_id))
-    return ModelCard(str(card).replace(f"{_REPLACE}\n", "").replace(here, there))
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
-
-
-# --- metadata ---------------------------------------------------------------------------------------------------------
-
-
-def _metadata(facts: _Facts) -> ModelCardData:
-    details, report = facts.details, facts.report
-    task = _auto_class(facts.model)[1]
-    scores = eval_results(facts.result, task or "text-generation", details.evaluation)
+def _metadata(facts: Facts) -> ModelCardData:
+    report, bases = facts.report, facts.base_models
+    # evaluate() measures nothing but language models
+    scores = eval_results(facts.result, facts.task or "text-generation", facts.details.evaluation)
     # Of the Hub's relations (adapter, finetune, merge of several models, quantized), one alone can fit.
     edits = [edit for stage in report.stages for edit in stage.edits] if report else []
     packed = any(edit.get("edit") == "PackLinear" or edit.get("planes") for edit in edits)
     return ModelCardData(
-        base_model=facts.base_id,
-        base_model_relation="quantized" if facts.base_id and packed else None,
-        datasets=[found for name in several(details.datasets) if (found := _hub_id(name))] or None,
+        base_model=(bases[0] if len(bases) == 1 else bases) if bases else None,
+        base_model_relation="quantized" if len(bases) == 1 and packed else None,
+        datasets=facts.datasets or None,
         eval_results=scores or None,
-        language=several(details.language) or None,
+        language=facts.language or None,
         library_name="transformers",
-        license=one_line(details.license or "") or None,
+        license=facts.license,
+        license_name=facts.base.license_name if facts.is_bases_license else None,
+        license_link=facts.base.license_link if facts.is_bases_license else None,
         model_name=facts.name if scores else None,
-        pipeline_tag=task,
+        pipeline_tag=facts.task,
         tags=["hf-compress", *several(report.methods if report else ())],
     )
 
 
-def _auto_class(model: PreTrainedModel) -> tuple[str | None, str | None]:
-    """The Auto class that loads the model as the class it is, and the Hub's task; None where there is no such."""
-    kind, name = model.config.model_type, type(model).__name__
-    for head, listed, task in _AUTO_CLASSES:
-        if name in _names(getattr(modeling_auto, f"MODEL_FOR_{listed}_MAPPING_NAMES").get(kind)):
-            return f"AutoModelFor{head}", task
-    return ("AutoModel" if name in _names(modeling_auto.MODEL_MAPPING_NAMES.get(kind)) else None), None
-
-
-def _names(entry: str | Sequence[str] | None) -> Sequence[str]:
-    return [entry] if isinstance(entry, str) else entry or []
-
-
-def _hub_id(name: str) -> str | None:
-    """The Hub id that a name is, or that a folder of the Hub's cache belongs to; None for any other folder."""
-    if cached := _IN_HUB_CACHE.search(name):
-        return "/".join(filter(None, cached.groups()))
-    return name if _HUB_ID.fullmatch(name) and not Path(name).exists() else None
-
-
-# --- sections ---------------------------------------------------------------------------------------------------------
-
-
-def _head(facts: _Facts) -> str:
-    base = escape(facts.base_name)
-    base = f"[{base}](https://huggingface.co/{facts.base_id})" if facts.base_id else base
-    if facts.report is None:
-        origin = f" It was loaded from {base}." if base else ""
-        text = f"A {type(facts.model).__name__}, saved with hf_compress. No compression report came with it.{origin}"
-    else:
-        smaller = facts.report.after.bytes < facts.report.before.bytes
-        done = "made smaller" if smaller else "changed"  # bottlenecks are parameters more
-        text = f"{base or 'A model of unknown origin'}, {done} by {methods(facts.report)} with hf_compress."
-    return f"# {escape(facts.name)}\n\n{text}"
-
-
-def _loading(facts: _Facts) -> str:
-    cls = type(facts.model).__name__
-    auto = _auto_class(facts.model)[0] or cls
-    place = _quoted(facts.details.repo_id or f"{_SOMEWHERE}{facts.name}")
-    tokenizer = ["AutoTokenizer"] if facts.details.tokenizer and facts.model.main_input_name == "input_ids" else []
-    lines = ["import hf_compress  # teaches Transformers the model's structure"] if facts.needs_plugin else []
-    if hasattr(transformers, auto):
-        lines += [f"from transformers import {', '.join([auto, *tokenizer])}"]
-    else:
-        lines += [f"# {cls} is no part of Transformers: import it from where it is defined."]
-        lines += ["from transformers import AutoTokenizer"] if tokenizer else []
-    lines += ["", *([] if facts.details.repo_id else [_REPLACE])]
-    lines += [f"model = {auto}.from_pretrained({place})"]
-    lines += [f"tokenizer = AutoTokenizer.from_pretrained({place})"] if tokenizer else []
-    text = "It is a plain checkpoint: stock Transformers loads it, without hf_compress."
-    if facts.needs_plugin:
-        text = (
-            "The plugin hf_compress must be installed, and imported first, for the model's structure is one that its "
-            "class in Transformers does not have. Without the plugin, stock Transformers stops with a size-mismatch "
-            "error."
-        )
-        if facts.details.portable:
-            text += " In place of the import, `trust_remote_code=True` will do, where hf_compress is installed."
-    return "\n\n".join(("## How to load it", text, fence("\n".join(lines), "python")))
-
-
-def _making(facts: _Facts) -> str:
+def _making(facts: Facts) -> str:
     details = facts.details
     parts = []
     if facts.command and facts.command.strip():
@@ -302,7 +116,7 @@ def _making(facts: _Facts) -> str:
     return "\n\n".join(("## How it was made", *parts)) if parts else ""
 
 
-def _limits(facts: _Facts) -> str:
+def _limits(facts: Facts) -> str:
     details = facts.details
     trained = sentence(details.training or "")
     recorded_training = facts.report is not None and any(map(training, facts.report.stages))

@@ -1,21 +1,19 @@
-"""A plan's edits in words, for the model card."""
+"""A plan's edits as Markdown, for the model card: a table, which opens on demand if it is long, and bits."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
-from hf_compress.errors import PlanError
-from hf_compress.plan.edits import runs
-from hf_compress.report.markdown import escape, in_words, table
+from hf_compress.report.edits import Bits, bits_of, in_rows
+from hf_compress.report.markdown import escape, table
 from hf_compress.report.report import REPORT_FILE
-from hf_compress.rewrite.edits import edit_from_dict
+from hf_compress.report.stages import Size
 
-MOST_ROWS = 24  # of the table; the report beside the card has every edit
+SHORT = 8  # rows of a table that stands open
+MOST_ROWS = 200  # of one behind a line that opens it; the report beside the card has every edit
 
-_MODULE = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)\.(\d{1,6})((?:\.\w+)*)", re.ASCII)  # a path with a block in it
+_BARS = "▁▂▃▄▅▆▇█"
 
 
 def edits_table(edits: Sequence[Mapping[str, Any]]) -> str:
@@ -24,43 +22,29 @@ def edits_table(edits: Sequence[Mapping[str, Any]]) -> str:
     text = table(["edit", "where", "what"], [[escape(cell) for cell in row] for row in rows[:MOST_ROWS]])
     if more := rows[MOST_ROWS:]:
         text += f"\n\nAnd {len(more):,} more lines; {REPORT_FILE} has every one of the {len(edits):,} edits."
-    return text
+    return text if len(rows) <= SHORT else folded(f"All {len(edits):,} edits", text)
 
 
-def in_rows(edits: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
-    """Kind, place and effect of edits, as a report has them; those that differ by their block alone are one row."""
-    groups: dict[tuple[str, str, str, str], list[int]] = {}
-    for edit in edits:
-        kind, where, what = str(edit.get("edit")), _where(edit), _what(edit)
-        path = _MODULE.fullmatch(where)
-        before, block, after = path.groups() if path else (where, None, "")
-        groups.setdefault((kind, what, before, after), []).extend([] if block is None else [int(block)])
-    return [
-        (kind, f"{before}.{', '.join(runs(sorted(set(blocks))))}{after}" if blocks else before, what)
-        for (kind, what, before, after), blocks in groups.items()
+def folded(title: str, text: str) -> str:
+    """Markdown behind a line that opens it."""
+    return f"<details>\n<summary>{title}</summary>\n\n{text}\n\n</details>"
+
+
+def bits_table(edits: Sequence[Mapping[str, Any]], original: Size) -> str:
+    """How many of the packed weights are stored in how many bits, with bars; nothing where none are packed."""
+    bits = bits_of(edits)
+    if bits is None:
+        return ""
+    shares = {width: count / bits.total for width, count in bits.weights.items()}
+    tallest = max(shares.values())
+    header = ["bits", *map(str, shares)]
+    rows = [
+        ["share of the weights", *(f"{100 * share:.1f}%" for share in shares.values())],
+        ["", *(_BARS[round((len(_BARS) - 1) * share / tallest)] for share in shares.values())],
     ]
+    return f"{_told(bits, original)}\n\n{table(header, rows)}"
 
 
-def _where(edit: Mapping[str, Any]) -> str:
-    """The stack or the module that an edit changes: of several, the first that it names by itself."""
-    paths = (value for value in edit.values() if _is_module(value))
-    return str(edit["stack"]) if "stack" in edit else next(paths, "")
-
-
-def _what(edit: Mapping[str, Any]) -> str:
-    """What an edit does; of one that is not known here, its fields but for the modules' paths."""
-    with suppress(PlanError):
-        return edit_from_dict(edit).describe()
-    return ", ".join(
-        f"{key}: {in_words(value)}"
-        for key, value in edit.items()
-        if key not in ("edit", "stack") and not _is_module(value) and not _are_modules(value)
-    )
-
-
-def _is_module(value: Any) -> bool:
-    return isinstance(value, str) and _MODULE.fullmatch(value) is not None
-
-
-def _are_modules(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and bool(value) and all(map(_is_module, value))
+def _told(bits: Bits, original: Size) -> str:
+    before = f"; the original has {8 * original.bytes / original.parameters:.4g}" if original.parameters else ""
+    return f"{bits.maps:,} linear maps, of {bits.total:,} weights: {bits.describe()}{before}."

@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from transformers import PreTrainedModel
 
 from hf_compress.evaluation.size import parameter_count, stored_bytes
-from hf_compress.methods.base.settings import config_class, method_names
-from hf_compress.report.card_edits import edits_table
+from hf_compress.report.card_edits import bits_table, edits_table
 from hf_compress.report.markdown import escape, fence, json_values, public, table
 from hf_compress.report.report import CompressionReport
 from hf_compress.report.stages import HEAL, Size, Stage
@@ -25,9 +24,8 @@ def methods(report: CompressionReport) -> str:
 def _method(stage: Stage) -> str:
     if stage.method == HEAL:
         return "distillation of the uncompressed model"
-    paper = config_class(stage.method).paper if stage.method in method_names() else None
-    number = re.fullmatch(r"https://arxiv\.org/abs/([\d.]+(?:v\d+)?)", paper or "")
-    link = f"[arXiv {number[1]}]({paper})" if number else escape(paper or "")
+    number = re.fullmatch(r"https://arxiv\.org/abs/([\d.]+(?:v\d+)?)", stage.paper or "")
+    link = f"[arXiv {number[1]}]({stage.paper})" if number else escape(stage.paper or "")
     return f"the method {escape(stage.method)}" + (f" ({link})" if link else "")
 
 
@@ -44,13 +42,17 @@ def changes(report: CompressionReport) -> str:
     several = len(report.stages) > 1
     parts = []
     for stage in report.stages:
-        text = edits_table(stage.edits) if stage.edits else _unedited(stage)
+        text = _edited(stage, report.before) if stage.edits else _unedited(stage)
         if stage.edits:
             text += f"\n\nBlocks are counted from 0, in the {'model before this change' if several else 'base model'}."
         if several and stage.before != stage.after:
             text += f"\n\n{_left(stage.before, stage.after)}"
         parts.append(text)
     return f"## What was changed\n\n{_by_stage(report, parts)}"
+
+
+def _edited(stage: Stage, original: Size) -> str:
+    return "\n\n".join(filter(None, (bits_table(stage.edits, original), edits_table(stage.edits))))
 
 
 def _unedited(stage: Stage) -> str:

@@ -13,10 +13,12 @@ from huggingface_hub import ModelCardData
 from hf_compress.evaluation.evaluate import EvaluationResult
 from hf_compress.report.card import EVALUATED, NOT_EVALUATED
 from hf_compress.report.card_scores import eval_results, evaluation
+from hf_compress.report.card_summary import quality_line
 
 _TITLE = "## Evaluation"
 _BEFORE = ("## How it was made", "## Limitations")  # the sections that follow it in a card of `model_card`
 _METADATA = re.compile(r"\A---[ \t]*\n(?P<yaml>.*?)^---[ \t]*$\n?", re.DOTALL | re.MULTILINE)
+_QUALITY = re.compile(r"^- \*\*Quality:\*\* .*$", re.MULTILINE)
 _SCORES = re.compile(r"^model-index:.*\n(?:[ \t-].*\n|[ \t]*\n)*", re.MULTILINE)
 
 
@@ -32,8 +34,8 @@ def with_scores(
 
     Args:
         card: the text of a README.md, edited perhaps. What stands in its Evaluation section and under `model-index` in
-            its metadata is replaced; the rest stays as it is, letter for letter, but for the line of its limitations
-            that says whether anything was evaluated.
+            its metadata is replaced; the rest stays as it is, letter for letter, but for the lines of its summary
+            and of its limitations that say what was evaluated.
         result, controls: as for `model_card`.
         name: the model's name in the metadata, where the card has none.
         texts: what the texts of the perplexity are.
@@ -49,6 +51,7 @@ def with_scores(
     own = _model_name(data) or name
     added = ModelCardData(model_name=own, eval_results=scores).to_yaml() + "\n" if scores else ""
     body = _with_section(body, evaluation(result, controls, texts))
+    body = _QUALITY.sub(lambda _: quality_line(result, controls), body, count=1)
     return f"---\n{kept}{added}---\n{body.replace(NOT_EVALUATED, EVALUATED)}"
 
 

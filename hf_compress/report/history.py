@@ -34,7 +34,8 @@ def history_of(model: PreTrainedModel) -> CompressionReport | None:
     carried = getattr(model, "compression_report", None)
     if isinstance(carried, CompressionReport):
         return carried
-    path = _beside(model)
+    revision = getattr(model.config, "_commit_hash", None)
+    path = beside(str(model.name_or_path or ""), REPORT_FILE, revision)
     if path is None:
         return None
     try:
@@ -96,15 +97,19 @@ def model_size(model: PreTrainedModel) -> Size:
     return Size(parameter_count(model), stored_bytes(model), blocks)
 
 
-def _beside(model: PreTrainedModel) -> Path | None:
-    """The report's file where the model was loaded from."""
-    source = str(model.name_or_path or "")
+def beside(source: str, name: str, revision: str | None = None) -> Path | None:
+    """A file beside the weights of a model: in its folder, or in the local cache of the Hub; nothing is downloaded.
+
+    Args:
+        source: the folder, or the model's name on the Hub.
+        name: of the file.
+        revision: the commit on the Hub; the main branch's when None.
+    """
     if not source or Path(source).is_dir():
-        path = Path(source) / REPORT_FILE
+        path = Path(source) / name
         return path if source and path.is_file() else None
     try:
-        revision = getattr(model.config, "_commit_hash", None)
-        cached = try_to_load_from_cache(source, REPORT_FILE, revision=revision)
+        cached = try_to_load_from_cache(source, name, revision=revision)
     except ValueError:  # no name on the Hub, but of a folder that is no more, say
         return None
     return Path(cached) if isinstance(cached, str) else None

@@ -53,6 +53,16 @@ def measured(value: float, error: float = math.nan, sign: str = "") -> str:
     return f"{value:{sign},.{digits}f} ± {error:,.{digits}f}"
 
 
+def human_bytes(count: int) -> str:
+    """A number of bytes, such as "20.4 MB" (powers of 1,000)."""
+    size = float(count)
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
 def sentence(text: str) -> str:
     """`text`, escaped, as a sentence with its full stop; nothing of nothing."""
     text = one_line(text)

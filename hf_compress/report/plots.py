@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_compress.report.axes import draw_heatmap
-from hf_compress.report.canvas import INK, new_figure, picture_path, write_figure
-from hf_compress.report.panels import changed_stacks, panels_of, sizes_panel, square
+from hf_compress.report.canvas import INK, inline_svg, new_figure, picture_path, write_figure
+from hf_compress.report.panels import Panel, changed_stacks, panels_of, sizes_panel, square
 from hf_compress.report.stages import Stage
 
 
@@ -58,14 +58,29 @@ def plot_stages(stages: Sequence[Stage], path: str | Path, base_model: str = "")
     """
     path = picture_path(path)
     shown = next((one for one in reversed(stages) if panels_of(one)), stages[-1])
-    panels = panels_of(shown) or [sizes_panel(stages)]
+    return write_figure(_figure(shown, panels_of(shown) or [sizes_panel(stages)], base_model), path)
+
+
+def stage_svg(stage: Stage, prefix: str, base_model: str = "") -> str:
+    """The same of one stage, as an SVG element of a page; empty where it has nothing to draw.
+
+    Args:
+        prefix: of the ids in it, which no other figure of the page has.
+    """
+    panels = panels_of(stage)
+    label = f"What {stage.method} measured of the blocks, and what became of them"
+    return inline_svg(_figure(stage, panels, base_model), label, prefix) if panels else ""
+
+
+def _figure(stage: Stage, panels: Sequence[Panel], base_model: str) -> Any:
+    """A stage's panels, one below the other."""
     heights = [panel.height for panel in panels]
-    widest = max(shown.before.blocks.values(), default=0)
+    widest = max(stage.before.blocks.values(), default=0)
     figure = new_figure(min(16.0, max(7.0, 2.5 + 0.4 * widest)), sum(heights) + 0.9)
     axes = figure.subplots(len(heights), 1, gridspec_kw={"height_ratios": heights}, squeeze=False)[:, 0]
     for axis, panel in zip(axes, panels, strict=True):
         panel.draw(figure, axis)
-    counts = [f"{shown.before.blocks[s]} → {shown.after.blocks.get(s, 0)} blocks" for s in changed_stacks(shown)]
+    counts = [f"{stage.before.blocks[s]} → {stage.after.blocks.get(s, 0)} blocks" for s in changed_stacks(stage)]
     name = Path(base_model).name or "model"
-    figure.suptitle(", ".join([f"{name}: {shown.method}", *counts]), fontsize=12, color=INK, parse_math=False)
-    return write_figure(figure, path)
+    figure.suptitle(", ".join([f"{name}: {stage.method}", *counts]), fontsize=12, color=INK, parse_math=False)
+    return figure

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from hf_compress.methods.base.settings import config_class, method_names
 from hf_compress.plan.algebra import survivors
 from hf_compress.rewrite.edits import edit_from_dict
 
@@ -65,6 +66,11 @@ class Stage:
     calibration: dict[str, int | str]
     parity: bool | None
     environment: dict[str, str] = field(default_factory=lambda: environment())
+
+    @property
+    def paper(self) -> str | None:
+        """The address of the method's paper; None where it names none, or the method is not known here."""
+        return config_class(self.method).paper if self.method in method_names() else None
 
     def survivors(self, stack: str) -> dict[int, int]:
         """The blocks that were left of a stack, each with the last of those that it stands for since.

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections import Counter
 from collections.abc import Sequence
 
+from hf_compress.plan.notebook import html_table
 from hf_compress.report.markdown import one_line
 from hf_compress.report.stages import Size, Stage
 
-_COLUMNS = ("", "parameters", "stored bytes", "blocks", "time", "what changed")
+COLUMNS = ("", "parameters", "stored bytes", "blocks", "time", "what changed")
 
 
 def summary_text(stages: Sequence[Stage], base_model: str) -> str:
     """A line for the original and one for each stage, its sizes beside the original's; for `print`."""
-    rows = [_COLUMNS, *_rows(stages)]
+    rows = [COLUMNS, *history_rows(stages)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         [cell.ljust(w) if n in (0, 5) else cell.rjust(w) for n, (cell, w) in enumerate(zip(row, widths, strict=True))]
@@ -26,16 +26,15 @@ def summary_text(stages: Sequence[Stage], base_model: str) -> str:
 
 def summary_html(stages: Sequence[Stage], base_model: str) -> str:
     """The same as a table."""
-    head = "".join(f"<th>{name}</th>" for name in _COLUMNS)
-    body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in _rows(stages))
-    return f"<table><caption>{html.escape(_title(stages, base_model))}</caption><tr>{head}</tr>{body}</table>"
+    return html_table(_title(stages, base_model), COLUMNS, history_rows(stages))
 
 
 def _title(stages: Sequence[Stage], base_model: str) -> str:
     return f"{one_line(base_model) or 'model'}: {', '.join(one_line(stage.method) for stage in stages)}"
 
 
-def _rows(stages: Sequence[Stage]) -> list[tuple[str, ...]]:
+def history_rows(stages: Sequence[Stage]) -> list[tuple[str, ...]]:
+    """The cells, as text."""
     first = stages[0].before
     rows: list[tuple[str, ...]] = [("original", *_sizes(first, first), "", "")]
     for number, stage in enumerate(stages, 1):

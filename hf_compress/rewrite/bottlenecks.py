@@ -26,6 +26,7 @@ from hf_compress.calibration.capture import (
     with_stream,
 )
 from hf_compress.calibration.data import Calibration, DataOptions, prepare
+from hf_compress.calibration.progress import bar
 from hf_compress.calibration.statistics import pool
 from hf_compress.errors import CalibrationError
 from hf_compress.modules.bottleneck import BOTTLENECK, Bottleneck, Form
@@ -113,7 +114,7 @@ class Bottlenecks:
             if index == last:
                 raise StopForward
 
-        for batch in data:
+        for batch in bar(data.batches, "reading streams"):
             found.clear()
             with inference(model), watch_blocks(stack, keep):
                 forward(model, batch)

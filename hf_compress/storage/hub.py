@@ -26,7 +26,8 @@ from hf_compress import __version__
 from hf_compress.calibration.data import Batch
 from hf_compress.calibration.processes import by_first
 from hf_compress.errors import HubError
-from hf_compress.report.card import CardDetails, model_card
+from hf_compress.report.card import model_card
+from hf_compress.report.card_facts import CardDetails
 from hf_compress.report.history import history_of
 from hf_compress.report.report import REPORT_FILE, CompressionReport
 from hf_compress.storage.portable import SHIM_MODULE

@@ -18,7 +18,8 @@ from hf_compress.anatomy.offloaded import whole_state
 from hf_compress.calibration.data import Batch
 from hf_compress.calibration.processes import by_first
 from hf_compress.errors import ParityError
-from hf_compress.report.card import CardDetails, model_card
+from hf_compress.report.card import model_card
+from hf_compress.report.card_facts import CardDetails
 from hf_compress.rewrite.aligned import aligned
 from hf_compress.rewrite.probe import Probe, outputs_on, same_outputs, same_tensor
 from hf_compress.storage.beside import write_beside

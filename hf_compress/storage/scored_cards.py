@@ -8,7 +8,8 @@ from pathlib import Path
 
 from hf_compress.evaluation.comparison import Comparison
 from hf_compress.evaluation.evaluate import EvaluationResult, load_on
-from hf_compress.report.card import CardDetails, model_card
+from hf_compress.report.card import model_card
+from hf_compress.report.card_facts import CardDetails
 from hf_compress.report.card_scores import UNCOMPRESSED
 from hf_compress.report.card_update import with_scores
 from hf_compress.report.history import read_report

@@ -31,6 +31,7 @@ from hf_compress.methods.base.schedule import TrainingSchedule
 from hf_compress.methods.base.settings import CompressionConfig
 from hf_compress.numerics.defaults import torch_defaults
 from hf_compress.plan.plan import Plan
+from hf_compress.report.edits import log_decisions
 from hf_compress.report.history import add_stage, history_of, model_size, stage_of
 from hf_compress.rewrite.apply import apply
 from hf_compress.rewrite.edits import edit_from_dict
@@ -281,6 +282,7 @@ class CompressionCallback(ObjectiveCallback):
                 return
             self._changes = self._changes.then(replace(plan, tensors={}))
             if plan.edits:
+                log_decisions(self.config.method, plan.to_list())
                 apply(plan, model, Probe.of(model, self._data.batches[0] if self._data else None))
 
 

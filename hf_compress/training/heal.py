@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -26,6 +25,7 @@ from hf_compress.anatomy.compressible import check_model
 from hf_compress.calibration.data import Calibration, DataOptions, draw, prepare
 from hf_compress.calibration.files import is_source
 from hf_compress.calibration.padding import pad_id, padded
+from hf_compress.calibration.progress import shows_bars
 from hf_compress.calibration.reading import has_length, take
 from hf_compress.calibration.sampling import indices
 from hf_compress.calibration.tables import dimensions, table_of
@@ -227,7 +227,7 @@ def default_arguments(folder: str, adapters: bool, **more: Any) -> TrainingArgum
         "logging_strategy": "no",
         "save_strategy": "no",
         "report_to": [],
-        "disable_tqdm": not sys.stderr.isatty(),
+        "disable_tqdm": not shows_bars(),
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
     return TrainingArguments(folder, **values | more)

@@ -63,7 +63,8 @@ def test_classes(family):
     found = logits(model, batch)
     rows = torch.arange(3)
     same_as(explained(model, batch, "predicted"), found.max(dim=1).values)
-    same_as(explained(model, batch, "label"), found[rows, batch.labels])
+    same_as(labelled := explained(model, batch, "label"), found[rows, batch.labels])
+    assert labelled.targets == tuple(f"the class {model.config.id2label[one]}" for one in (2, 0, 1))
     for one in (1, torch.tensor(1), np.int64(1)):
         same_as(explained(model, batch, one), found[:, 1])
     for dtype in (torch.int64, torch.int32, torch.uint8):
@@ -126,7 +127,11 @@ def test_next_words_after_padded_texts(family, side):
     model, batch = made(family), padded(side)
     ends = torch.stack([alone(model, row, side)[1][-1] for row in range(3)])
     same_as(explained(model, batch, "predicted"), ends.max(dim=1).values)
-    same_as(explained(model, batch, 42), ends[:, 42])
+    same_as(named := explained(model, batch, 42), ends[:, 42])
+    assert (
+        named.targets
+        == (f"{'the next word' if model.can_generate() else 'the word at the last token'}, number 42",) * 3
+    )
     words = torch.tensor([98, 0, 5])
     same_as(explained(model, batch, words), ends[torch.arange(3), words])
 
@@ -137,6 +142,7 @@ def test_every_next_word_of_padded_texts(family, side):
     """The logit at every real token of the real token that follows; a text of one has none."""
     model, batch = made(family), padded(side)
     result = explained(model, batch, "label")
+    assert result.targets == ("all labels of the text",) * 3
     totals = []
     for row in range(3):
         ids, found = alone(model, row, side)

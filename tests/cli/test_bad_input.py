@@ -23,7 +23,9 @@ def refused(home, *arguments):
 
 
 REQUIRED = {"compress": ("HOME/model",), "analyze": ("HOME/model", "--calibration", "HOME/texts.jsonl")}
-REQUIRED |= dict.fromkeys(("evaluate", "info", "verify"), ("HOME/model",)) | {"push": ("HOME/model", "me/small")}
+REQUIRED |= dict.fromkeys(("evaluate", "info", "report", "verify"), ("HOME/model",)) | {
+    "push": ("HOME/model", "me/small")
+}
 HINTS = {command.callback.__name__: get_type_hints(command.callback) for command in app.registered_commands}
 NUMBERS = [
     (command, parameter.opts[0])
@@ -119,7 +121,7 @@ def test_broken_models(kind, home, tmp_path):
     assert str(folder) in refused(home, "evaluate", str(folder), "--texts", "HOME/texts.jsonl", "--limit", "3")
 
 
-@pytest.mark.parametrize("command", ["compress", "analyze", "evaluate", "info", "verify", "push"])
+@pytest.mark.parametrize("command", ["compress", "analyze", "evaluate", "info", "report", "verify", "push"])
 @pytest.mark.parametrize("name", ["HOME/nowhere", "HOME/an empty folder", "HOME/a file", "no such name"])
 def test_no_models(command, name, home):
     more = {"compress": (*DROP, "--plan"), "analyze": ("--calibration", "HOME/texts.jsonl"), "push": ("me/small",)}

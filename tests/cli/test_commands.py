@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM
 
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.cli.demo import REFERENCE
-from hf_compress.cli.output import human_bytes
 from hf_compress.cli.settings import config_from
 from hf_compress.methods.drop_blocks import DropBlocksConfig
 from hf_compress.methods.illc import ILLCConfig
 from hf_compress.methods.mka import MKAConfig
+from hf_compress.report.markdown import human_bytes
 from hf_compress.rewrite.apply import apply
 from hf_compress.rewrite.builders import narrow_ffn
 from hf_compress.storage.save import save
@@ -28,7 +28,7 @@ from tests.helpers.command_line import LAST, done, refused, run
 from tests.helpers.language import tiny_llama
 from tests.helpers.tiny import tiny_kind
 
-COMMANDS = ("compress", "analyze", "evaluate", "info", "verify", "push", "demo", "methods")
+COMMANDS = ("compress", "analyze", "evaluate", "info", "report", "verify", "push", "demo", "methods")
 
 
 # --- help -------------------------------------------------------------------------------------------------------------

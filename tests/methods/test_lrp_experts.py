@@ -311,7 +311,7 @@ def test_relevance_is_what_it_was_before_the_split(name, attention):
     for one in (model, split):
         with explaining(one, attention) as sources:
             found.append(explain(one, batch, sources, "predicted"))
-    (explained, before), (again, after) = found
+    (explained, before, _), (again, after, _) = found
     torch.testing.assert_close(again, explained, rtol=1e-4, atol=1e-4)
     assert after.keys() == before.keys()
     for source, values in before.items():

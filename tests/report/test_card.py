@@ -11,7 +11,8 @@ from huggingface_hub import EvalResult, ModelCard
 
 from hf_compress.evaluation.evaluate import TaskScore
 from hf_compress.evaluation.size import parameter_count
-from hf_compress.report.card import CardDetails, model_card
+from hf_compress.report.card import model_card
+from hf_compress.report.card_facts import CardDetails
 from hf_compress.report.stages import Step
 from tests.helpers.cards import code_of, cut_down, ours, perplexity, restage, result, rows_of
 

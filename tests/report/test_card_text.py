@@ -11,12 +11,15 @@ from hf_compress.api.compress import compress
 from hf_compress.evaluation.size import parameter_count, stored_bytes
 from hf_compress.methods.base.settings import CompressionConfig
 from hf_compress.methods.mka import MKAConfig
-from hf_compress.report.card import CardDetails, model_card
-from hf_compress.report.card_edits import MOST_ROWS
+from hf_compress.report.card import model_card
+from hf_compress.report.card_edits import MOST_ROWS, SHORT
+from hf_compress.report.card_facts import CardDetails
+from hf_compress.report.edits import decisions
+from hf_compress.report.markdown import escape
 from hf_compress.report.report import REPORT_FILE
 from hf_compress.rewrite.edits.sealed import Seal
 from hf_compress.rewrite.record import entry_of
-from tests.helpers.cards import code_of, cut_down, healed, restage, rows_of
+from tests.helpers.cards import code_of, cut_down, healed, ours, perplexity, restage, rows_of
 from tests.helpers.tiny import tiny_kind
 
 
@@ -125,12 +128,65 @@ def test_edits_in_words(small):
     ]
 
 
+def narrowed(count):
+    return [{"edit": "NarrowFFN", "output": f"h.{i}.fc", "width": i + 1} for i in range(count)]
+
+
 def test_many_edits_are_cut_short(small):
-    edits = [{"edit": "NarrowFFN", "output": f"h.{i}.fc", "width": i + 1} for i in range(MOST_ROWS + 7)]
+    edits = narrowed(MOST_ROWS + 7)
     restage(small, edits=edits)
     card = model_card(small)
     assert len(rows_of(card, "What was changed")) == 1 + MOST_ROWS
     assert f"And 7 more lines; {REPORT_FILE} has every one of the {len(edits)} edits." in card.text
+
+
+@pytest.mark.parametrize("count", [SHORT, SHORT + 1])
+def test_a_long_table_opens_on_demand(count, small):
+    restage(small, edits=narrowed(count))
+    text = model_card(small).text
+    opening = f"<details>\n<summary>All {count} edits</summary>\n\n| edit |"
+    assert (opening in text) is (count > SHORT)
+    assert text.count("</details>") == (count > SHORT)
+
+
+def test_bits_are_a_histogram(small):
+    """Of 192 weights, two thirds have one bit and a sixth each two and three."""
+    packed = {"edit": "PackLinear", "group_size": 16, "symmetric": False}
+    restage(
+        small,
+        edits=[{**packed, "module": "h.0.a", "planes": [4, 2, 2]}, {**packed, "module": "h.0.b", "planes": [8, 2]}],
+    )
+    card = model_card(small)
+    assert rows_of(card, "What was changed")[:3] == [
+        ["bits", "1", "2", "3"],
+        ["share of the weights", "66.7%", "16.7%", "16.7%"],
+        ["", "█", "▃", "▃"],
+    ]
+    before = small.compression_report.before
+    told = "2 linear maps, of 192 weights: 1.5 bits a weight on average (1 to 3), 3.5 with the steps of groups"
+    assert f"{told}; the original has {8 * before.bytes / before.parameters:.4g}." in card.text
+
+
+def test_the_summary_stands_first(model, tokenizer, texts):
+    """What it is made of, how much smaller, how good, how it loads: before any section."""
+    before = parameter_count(model)
+    compress(model, MKAConfig(num_merges=2), texts, tokenizer)
+    kept = parameter_count(model)
+    base = replace(ours(model), parameters=before, perplexity=perplexity([200.0, 300.0, 250.0]))
+    first = model_card(model, result=ours(model), controls={"uncompressed": base}).text.partition("\n## ")[0]
+    assert "- **Made of:** a LlamaForCausalLM, 3 blocks of the original's 5. " in first
+    assert all(escape(line) in first for line in decisions(model.compression_report.edits))
+    share = 100 * (1 - kept / before)
+    assert f"kB stored, {share:.1f}% less than the original's " in first
+    assert f"; {kept:,} parameters, {share:.1f}% fewer than its {before:,}." in first
+    assert "- **Quality:** perplexity 17.00 ± 0.85 (uncompressed: 12.18 ± 0.61); cloze acc 0.625 ± 0.034 (unc" in first
+    assert "- **Loading:** plain checkpoint: stock Transformers loads it.\n" in first
+
+
+def test_figures_of_other_texts_do_not_stand_beside(small):
+    other = ours(small, perplexity=perplexity([1.0, 2.0]), scores=())
+    first = model_card(small, result=ours(small), controls={"uncompressed": other}).text.partition("\n## ")[0]
+    assert "perplexity 17.00 ± 0.85; cloze acc 0.625 ± 0.034; " in first
 
 
 MODELS = {
@@ -190,6 +246,7 @@ def test_the_plugin_is_imported_where_it_is_needed(small, config, plugin):
     card = model_card(small, details=CardDetails(repo_id="me/small"))
     code = code_of(card, "python")
     assert code.startswith("import hf_compress") is plugin
+    assert ("- **Loading:** needs `import hf_compress` (`pip install hf-compress`)." in card.text) is plugin
     assert 'from_pretrained("me/small")' in code
     assert ("Without the plugin, stock Transformers stops with a size-mismatch error." in card.text) is plugin
     assert ("It is a plain checkpoint" in card.text) is not plugin

@@ -7,7 +7,8 @@ from huggingface_hub import EvalResult, ModelCard
 
 from hf_compress.evaluation.classification import Classification
 from hf_compress.evaluation.size import parameter_count
-from hf_compress.report.card import CardDetails, model_card
+from hf_compress.report.card import model_card
+from hf_compress.report.card_facts import CardDetails
 from hf_compress.report.card_update import with_scores
 from tests.helpers.cards import cut_down, ours, result, rows_of
 

@@ -184,7 +184,7 @@ def test_the_card_tells_all_stages(model):
     sizes = {row[0]: row[1:3] for row in rows_of(card, "Size")}
     assert sizes["parameters"] == [f"{before.parameters:,}", f"{after.parameters:,}"]
     assert sizes["blocks in model.layers"] == ["5", "3"]
-    changed = card.text.partition("## What was changed")[2].partition("## Size")[0]
+    changed = card.text.partition("## What was changed")[2].partition("## How it was made")[0]
     headings = [line for line in changed.splitlines() if line.startswith("###")]
     assert headings == ["### 1. drop_blocks", "### 2. illc", "### 3. heal"]
     assert changed.count("in the model before this change") == 2

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from hf_compress.evaluation.evaluate import TaskScore
 from hf_compress.evaluation.size import parameter_count, stored_bytes
-from hf_compress.report.card import CardDetails, model_card
+from hf_compress.report.card import model_card
+from hf_compress.report.card_facts import CardDetails
 from hf_compress.report.markdown import escape, fence, in_words, measured, one_line
 from hf_compress.report.report import CompressionReport
 from hf_compress.report.stages import Size, Stage, Step
@@ -19,7 +20,7 @@ from tests.helpers.language import tiny_llama
 
 LINK = {"link_open", "link_close"}
 OTHER_BLOCKS = {"html_block", "hr", "blockquote_open", "ordered_list_open", "code_block"}
-SECTIONS = ["How to load it", "What was changed", "Size", "Evaluation", "How it was made", "Limitations"]
+SECTIONS = ["How to load it", "Size", "Evaluation", "What was changed", "How it was made", "Limitations"]
 NASTY = [
     "---\nlicense: mit\n---",
     "a | b \\| c",
@@ -105,14 +106,21 @@ def test_no_text_breaks_the_card(texts):
     headings = [tokens[i + 1].content for i, token in enumerate(tokens) if token.type == "heading_open"]
     assert headings[1:] == SECTIONS
     assert sum(token.type == "table_open" for token in tokens) == 3
-    assert sum(token.type == "bullet_list_open" for token in tokens) == 1
-    limits = 3 + len([text for text in (limit, about) if one_line(text)])
-    assert sum(token.type == "list_item_open" for token in tokens) == limits
+    assert sum(token.type == "bullet_list_open" for token in tokens) == 2
+    points = 6 + 3 + len([text for text in (limit, about) if one_line(text)])
+    assert sum(token.type == "list_item_open" for token in tokens) == points
     assert sum(token.type == "fence" for token in tokens) == (3 if command.strip() else 2)
     assert not {token.type for token in tokens} & OTHER_BLOCKS
     inline = [child for token in tokens if token.type == "inline" for child in token.children]
     links = [child.attrs["href"] for child in inline if child.type == "link_open"]
-    assert {child.type for child in inline} <= {"text", "softbreak", "strong_open", "strong_close", *LINK}
+    assert {child.type for child in inline} <= {
+        "text",
+        "softbreak",
+        "code_inline",
+        "strong_open",
+        "strong_close",
+        *LINK,
+    }
     assert all(link.startswith("https://huggingface.co/") for link in links)
 
 

@@ -8,10 +8,13 @@ from transformers import Trainer
 
 import hf_compress as hfc
 from hf_compress.methods.base.settings import method_names
+from hf_compress.report.edits import decisions
+from hf_compress.report.page import report_page
 from hf_compress.report.report import CompressionReport
 from tests.helpers.cards import healed
 from tests.helpers.language import tiny_llama
 from tests.helpers.runs import arguments, token_rows
+from tests.helpers.web_pages import check_self_contained
 
 IDS = torch.randint(4, 30, (12, 8), generator=torch.Generator().manual_seed(5))
 SPARSE = {"method": "lrp", "sparsity": 0.5}
@@ -80,6 +83,8 @@ def check(report, words, tmp_path):
     page = Cells(report._repr_html_())
     assert (page.open, len(page.rows)) == ([], len(sizes) + 1)
     assert all(cell in text for row in page.rows for cell in row)
+    whole = report_page(report.stages, report.base_model, "small")
+    assert all(line in check_self_contained(whole).words for stage in report.stages for line in decisions(stage.edits))
     picture = report.plot(tmp_path / "plot.svg").read_text()
     for word in words:
         assert word in picture.replace("&#45;", "-"), word

@@ -17,7 +17,7 @@ from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.capture import StopForward, check_stream, forward, inference, stream_tokens, watch_blocks
 from hf_compress.calibration.data import Batch, Calibration, DataOptions, prepare
 from hf_compress.calibration.processes import here, sharing
-from hf_compress.calibration.sweep import bar
+from hf_compress.calibration.progress import bar
 from hf_compress.checks import check
 from hf_compress.errors import CalibrationError
 from hf_compress.methods.adaptive_compress.adaptive import Adaptive, Paper

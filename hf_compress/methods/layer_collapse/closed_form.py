@@ -12,7 +12,7 @@ from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.capture import inference
 from hf_compress.calibration.losses import LossSweep
-from hf_compress.calibration.sweep import bar
+from hf_compress.calibration.progress import bar
 from hf_compress.errors import UnsupportedModelError
 from hf_compress.methods.base.choice import cheapest
 from hf_compress.methods.base.context import CalibrationContext

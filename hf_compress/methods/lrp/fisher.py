@@ -28,9 +28,10 @@ from hf_compress.calibration.descent import NOT_BY_BLOCKS, Descent
 from hf_compress.calibration.memory import working_memory
 from hf_compress.calibration.objective import drawn_gradient, draws, first_tensor
 from hf_compress.calibration.processes import own, summed_by_name
+from hf_compress.calibration.progress import bar
 from hf_compress.calibration.routing import watch_routes
 from hf_compress.calibration.runner import BlockRunner
-from hf_compress.calibration.sweep import Streams, bar
+from hf_compress.calibration.sweep import Streams
 from hf_compress.errors import CalibrationError, UnsupportedModelError, one_line
 from hf_compress.methods.lrp.linears import linears_of
 from hf_compress.methods.lrp.scores import real_rows

@@ -20,8 +20,8 @@ from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.data import Batch
 from hf_compress.calibration.losses import LossSweep
 from hf_compress.calibration.processes import here, spread
+from hf_compress.calibration.progress import bar
 from hf_compress.calibration.sensitivity import estimated_costs
-from hf_compress.calibration.sweep import bar
 from hf_compress.methods.base.choice import VERIFIED, cheapest
 from hf_compress.methods.base.context import CalibrationContext, Drafts
 from hf_compress.methods.mka.writers import Rows, Writers

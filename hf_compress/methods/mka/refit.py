@@ -17,7 +17,8 @@ from typing import Any
 from hf_compress.anatomy.residency import resident
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.capture import inference
-from hf_compress.calibration.sweep import StreamPair, bar, start_pairs
+from hf_compress.calibration.progress import bar
+from hf_compress.calibration.sweep import StreamPair, start_pairs
 from hf_compress.errors import CalibrationError
 from hf_compress.methods.base.context import CalibrationContext, Drafts
 from hf_compress.methods.mka.choice import Chooser
