@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from hf_compress.calibration.conversations import is_conversation, written_out
+from hf_compress.calibration.audio import SECONDS
+from hf_compress.calibration.conversations import is_conversation
 from hf_compress.calibration.decoder import has_decoder, one_later, read_before, start_id
+from hf_compress.calibration.encoding import raw_batches
 from hf_compress.calibration.files import is_source, load
-from hf_compress.calibration.padding import pad_id, padded
+from hf_compress.calibration.media import SOUNDS, Kind, Processor, kind_read, tokenizer_of
+from hf_compress.calibration.padding import pad_id
 from hf_compress.calibration.reading import check_dimensions, read
 from hf_compress.calibration.sampling import Drawn
-from hf_compress.calibration.tables import PER_TOKEN, dimensions
-from hf_compress.calibration.vocabulary import beyond, check_ids, position_limit, special_ids
+from hf_compress.calibration.tables import PER_TOKEN
+from hf_compress.calibration.vocabulary import accepts, beyond, check_ids, position_limit, special_ids
 from hf_compress.checks import check_fields, setting
 from hf_compress.errors import CalibrationError
 
@@ -75,7 +76,7 @@ class Calibration:
 
     Attributes:
         batches: what there is, in order.
-        truncated: how many samples were cut at the model's positions.
+        truncated: how many samples were cut: texts at the model's positions, sounds after 30 seconds.
         origin: where the samples are from and how they were drawn, as a report says it (see `Drawn.facts`).
     """
 
@@ -131,14 +132,14 @@ class DataOptions:
         batch_size: samples in a forward pass.
         max_length: tokens kept of a text; at most, and by default, the model's positions (2,048 where it has no limit).
         text_column: the column of a table (a Dataset, a DataFrame) that holds the texts or conversations; found when it
-            is called "text" or "messages", or there is only one of strings.
-        max_samples: how many are used; all when not given, but 4,096 of what has no length, such as a generator, a
-            streaming dataset, or one on the Hub. A batch of the user's is not cut.
+            is called "text" or "messages", or there is only one of strings. Or that of images or sounds.
+        max_samples: how many are used; all when not given, but 4,096 of images and sounds, and of what has no length,
+            such as a generator, a streaming dataset, or one on the Hub. A batch of the user's is not cut.
         seed: with which they are drawn, each as likely as any other, where there are more; None for the first ones.
             They stay in their order. Of what has no length they are drawn from the first 10,000 (or `max_samples`, if
             that is more), of a file from its first 1,000,000 rows. A streaming dataset is shuffled by its own means,
             in a buffer of 10,000. Batches of a DataLoader or a generator are the first ones: who makes batches says
-            what comes first.
+            what comes first. Of images and sounds in rows of a file, as of a streaming dataset.
     """
 
     batch_size: int = setting(8, within="[1, inf)")
@@ -157,7 +158,7 @@ class DataOptions:
 
 
 def prepare(
-    data: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, options: DataOptions | None = None
+    data: Any, model: PreTrainedModel, tokenizer: Processor | None, options: DataOptions | None = None
 ) -> Calibration:
     """Batches of `data` for `model`.
 
@@ -166,12 +167,16 @@ def prepare(
             `datasets.Dataset`, streaming or not, a DataFrame), a DataLoader or other iterable of batches (mappings,
             tensors, or (inputs, ...) tuples), a LongTensor of token ids (samples, positions), a float tensor of pixel
             values (samples, channels, height, width) or of other values (samples, features), or a mapping of such
-            tensors, as a tokenizer gives it. NumPy arrays are taken for tensors. Or the name of a file, a folder or a
-            dataset on the Hub that holds texts (see `load`).
+            tensors, as a tokenizer gives it. NumPy arrays are taken for tensors. For a model that reads images, a list
+            of `PIL.Image`s or of file names, or a table with a column of images; for one that reads sounds, a list of
+            arrays (positions) at the rate of its feature extractor, of mappings of `array` and `sampling_rate`, or of
+            file names, or a table with a column of them. Or the name of a file, a folder or a dataset on the Hub that
+            holds texts, images or sounds (see `load`).
             An encoder-decoder is given its labels, or what its decoder reads, with the inputs; where there are
             neither, it is to repeat its text.
         model: whose positions limit the texts' length and whose device the batches will go to.
-        tokenizer: needed for texts; its special tokens are kept out of statistics.
+        tokenizer: needed for texts; its special tokens are kept out of statistics. For images the model's image
+            processor, for sounds its feature extractor; a processor that has several of these serves for all.
         options: batch size, length, text column, how many samples to draw.
 
     Raises:
@@ -184,11 +189,12 @@ def prepare(
     options = options or DataOptions()
     if is_conversation(data):
         raise CalibrationError("the data is a single conversation: pass a list of them, [conversation]")
-    drawn = draw(data, options)
+    wanted = kind_read(model, tokenizer)
+    drawn = draw(data, options, wanted)
     limit = position_limit(model.config)
     length = min(options.max_length or limit or 2048, limit or 2**31)
-    raw, truncated = _raw_batches(drawn.items, model, tokenizer, options.batch_size, length)
-    special = special_ids(model.config, tokenizer)
+    raw, truncated = raw_batches(drawn.items, model, tokenizer, options.batch_size, length)
+    special = special_ids(model.config, tokenizer_of(tokenizer))
     batches = [_batch(item, special, length, model) for item in raw]
     if not any(batch.samples for batch in batches):
         raise CalibrationError("the calibration data is empty; pass at least a few dozen texts or images")
@@ -202,65 +208,22 @@ def prepare(
             "the labels of all tokens are -100, so nothing is to be learned: give some, or leave them out"
         )
     if truncated:
-        logger.warning("%d calibration samples are longer than %d positions and were truncated", truncated, length)
+        most = f"{SECONDS} seconds" if wanted is SOUNDS else f"{length} positions"
+        logger.warning("%d calibration samples are longer than %s and were truncated", truncated, most)
     read_as = options.facts() if drawn.source else {}
     return Calibration(batches, truncated, {**drawn.facts(), **read_as})
 
 
-def draw(data: Any, options: DataOptions) -> Drawn:
-    """Samples of whatever `prepare` takes, as they are; what was drawn already stays as it is."""
+def draw(data: Any, options: DataOptions, wanted: Kind | None = None) -> Drawn:
+    """Samples of whatever `prepare` takes, as they are; what was drawn already stays as it is.
+
+    `wanted` is what a model reads in place of texts.
+    """
     if isinstance(data, Drawn):
         return data
     if is_source(data):
-        return load(data, options.text_column, options.max_samples, options.seed)
-    return read(data, options.text_column, options.max_samples, options.batch_size, options.seed)
-
-
-def _raw_batches(
-    items: list[Any], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, batch_size: int, length: int
-) -> tuple[list[Any], int]:
-    """Samples as batches of whatever kind they are of, and how many of them are longer than `length`."""
-    if any(isinstance(item, str) for item in items):
-        items = _tokenize(items, tokenizer, length)
-    elif any(map(is_conversation, items)):  # the template writes special tokens too
-        items = _tokenize(written_out(items, tokenizer), tokenizer, length, add_special_tokens=False)
-    if not items or not all(map(_is_row, items)):
-        return items, sum(map(partial(_too_long, length), items))
-    pad = pad_id(model.config, tokenizer)
-    items = [item for item in items if item["input_ids"]]
-    rows = [{name: torch.tensor(values[:length], dtype=torch.int32) for name, values in row.items()} for row in items]
-    batches = [padded(rows[start : start + batch_size], pad) for start in range(0, len(rows), batch_size)]
-    return batches, sum(any(len(values) > length for values in row.values()) for row in items)
-
-
-def _is_row(item: Any) -> bool:
-    """Whether an item is the token ids of one sample, with what else there is of them, as lists."""
-    ids = item.get("input_ids") if isinstance(item, Mapping) else None
-    return isinstance(ids, list) and dimensions(ids) == 1
-
-
-def _tokenize(
-    texts: list[str], tokenizer: PreTrainedTokenizerBase | None, length: int, add_special_tokens: bool = True
-) -> list[Any]:
-    """Rows of token ids; texts without any are left out."""
-    if other := next(((i, item) for i, item in enumerate(texts) if not isinstance(item, str)), None):
-        raise CalibrationError(
-            f"calibration must be all texts or none; entry {other[0]} is a {type(other[1]).__name__}: leave it out"
-        )
-    if tokenizer is None:
-        raise CalibrationError("calibration is text: pass tokenizer= as well")
-    # One token more than fits, so that truncation can be seen and told.
-    settings = {"truncation": True, "max_length": length + 1, "add_special_tokens": add_special_tokens}
-    encoded = tokenizer(texts, **settings)["input_ids"]
-    return [{"input_ids": ids} for ids in encoded]
-
-
-def _too_long(length: int, item: Any) -> int:
-    """How many samples of a batch of the user's have more tokens than `length`."""
-    given = item if isinstance(item, Mapping) else {"input_ids": item}
-    tokens = [given.get(name) for name in ("input_ids", *PER_TOKEN)]
-    shapes = [ids.shape for ids in tokens if isinstance(ids, Tensor) and ids.ndim == 2]
-    return max((samples for samples, positions in shapes if positions > length), default=0)
+        return load(data, options.text_column, options.max_samples, options.seed, wanted)
+    return read(data, options.text_column, options.max_samples, options.batch_size, options.seed, wanted)
 
 
 def _attended(batch: Batch) -> Batch:
@@ -379,8 +342,7 @@ def _input_name(values: Tensor, model: PreTrainedModel) -> str:
 
 def _accepted(item: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Tensor]:
     """The entries of a batch that the model's forward knows by name, as tensors; labels are not among its inputs."""
-    known = inspect.signature(model.forward).parameters
-    inputs = {n: _own(v) for n, v in item.items() if n in known and n != "labels" and v is not None}
+    inputs = {n: _own(v) for n, v in item.items() if accepts(model, n) and n != "labels" and v is not None}
     if not any(name in inputs for name in _INPUTS):
         raise CalibrationError(
             f"{type(model).__name__} takes none of {', '.join(sorted(map(str, item)))}; its main input is "

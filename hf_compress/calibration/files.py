@@ -1,4 +1,4 @@
-"""Texts from files, folders and datasets on the Hub, by name."""
+"""Texts, images and sounds from files, folders and datasets on the Hub, by name."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from hf_compress.calibration.conversations import COLUMN, is_conversation
+from hf_compress.calibration.media import KINDS, Kind, Medium, encoded, files_in, kind_of
 from hf_compress.calibration.sampling import BOUND, Drawn, choose, from_stream, one, reservoir
-from hf_compress.calibration.tables import likely_column
+from hf_compress.calibration.tables import likely_column, table_of, table_of_rows
 from hf_compress.errors import CalibrationError
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -35,9 +36,13 @@ def load_texts(source: str | Path, text_column: str | None = None, limit: int | 
 
 
 def load(
-    source: str | Path, text_column: str | None = None, max_samples: int | None = None, seed: int | None = 0
+    source: str | Path,
+    text_column: str | None = None,
+    max_samples: int | None = None,
+    seed: int | None = 0,
+    wanted: Kind | None = None,
 ) -> Drawn:
-    """Texts, or conversations, of a file, a folder or a dataset on the Hub; empty ones are left out.
+    """Texts, conversations, images or sounds of a file, a folder or a dataset on the Hub; empty texts are left out.
 
     Args:
         source: one of
@@ -46,24 +51,52 @@ def load(
             - a `.jsonl`, `.json`, `.csv` or `.parquet` file, with a text a row;
             - a folder written by `datasets.Dataset.save_to_disk`, or one with files of the kinds above;
             - a dataset on the Hub: `name`, `name:configuration` or `name:configuration:split`, such as
-              `Salesforce/wikitext:wikitext-2-raw-v1`.
-        text_column: the column that holds them; when not given, "text", "messages", or else the only one of strings.
-        max_samples: so many are drawn; all when not given, but `BOUND` of a dataset on the Hub. Of files the first
-            `ROWS` rows are looked at; of a dataset on the Hub those that its shuffling reads (see `from_stream`).
+              `Salesforce/wikitext:wikitext-2-raw-v1`;
+            - a folder of images or sounds, those in its folders included, or one such file. Datasets may hold them too.
+        text_column: the column that holds them; when not given, "text", "messages", or else the only one of strings; or
+            the one of images or sounds, where these are wanted.
+        max_samples: so many are drawn; all when not given, but `BOUND` of images and sounds, and of a dataset on the
+            Hub. Of files the first `ROWS` rows are looked at; of a dataset on the Hub, and of images and sounds in
+            rows, those that its shuffling reads (see `from_stream`).
         seed: for the draw; None for the first ones.
+        wanted: what a model reads in place of texts; a folder that holds nothing else gives images or sounds, too.
 
     Raises:
         FileNotFoundError: no such file or folder.
-        CalibrationError: a kind of file that is not known, a dataset that cannot be read, a missing column, no texts.
+        CalibrationError: a kind of file that is not known, a dataset that cannot be read, a missing column, no texts
+            or images.
     """
     there = os.path.exists(source)
     count = max_samples if there else max_samples or BOUND
-    drawn = _load(str(source), text_column, count, seed)
+    drawn = _media(Path(source), count or BOUND, seed, wanted) or _load(str(source), text_column, count, seed, wanted)
     drawn.tell(asked=max_samples is not None)
     return replace(drawn, source=str(source))
 
 
-def _load(source: str, text_column: str | None, count: int | None, seed: int | None) -> Drawn:
+def _media(path: Path, count: int, seed: int | None, wanted: Kind | None) -> Drawn | None:
+    """The images or sounds that are files at a path; None where it names something else, or files of texts."""
+    if path.is_file():
+        found = [Medium(kind, path) for kind in KINDS if path.suffix.lower() in kind.suffixes]
+        return Drawn(found, 1, 1) if found else None
+    if not path.is_dir() or _is_saved(path):
+        return None
+    texts = any(file.suffix in (".txt", *_BUILDERS) for file in path.rglob("*"))
+    for kind in () if texts and wanted is None else KINDS if wanted is None else (wanted,):
+        if media := files_in(path, kind):
+            return choose(media, count, seed)
+    if wanted is not None and not texts:
+        raise CalibrationError(f"{path} holds no {wanted.name}: no {', '.join(wanted.suffixes)} file, and no dataset")
+    return None
+
+
+def _is_saved(path: Path) -> bool:
+    """Whether `datasets` has written a folder by `save_to_disk`."""
+    return (path / "state.json").exists() or (path / "dataset_dict.json").exists()
+
+
+def _load(
+    source: str, text_column: str | None, count: int | None, seed: int | None, wanted: Kind | None = None
+) -> Drawn:
     path = Path(source)
     if not source:
         raise FileNotFoundError("texts come from a file, a folder or a dataset on the Hub; got ''")
@@ -73,18 +106,24 @@ def _load(source: str, text_column: str | None, count: int | None, seed: int | N
     else:
         rows = read_rows(source, count)
         try:
-            drawn = _drawn(rows, source, text_column, count, seed)
+            drawn = _of_rows(rows, source, text_column, count, seed, wanted)
         except (OSError, ValueError, TypeError) as error:  # files are parsed as they are read
             raise unreadable(source, error) from error
     if not drawn.items:
-        raise CalibrationError(f"{source} holds no texts; calibration needs at least a few dozen")
+        what = "texts" if wanted is None else wanted.name
+        raise CalibrationError(f"{source} holds no {what}; calibration needs at least a few dozen")
     return drawn
 
 
-def _drawn(rows: Any, source: str, text_column: str | None, count: int | None, seed: int | None) -> Drawn:
-    """`count` texts of rows, or all of them."""
+def _of_rows(
+    rows: Any, source: str, text_column: str | None, count: int | None, seed: int | None, wanted: Kind | None
+) -> Drawn:
+    """`count` samples of rows, or all of them."""
+    rows = encoded(rows)
     if (first := next(iter(rows), None)) is None:
         return Drawn([], 0, 0)
+    if wanted is not None and any(kind_of(v, wanted) for n, v in first.items() if text_column in (None, n)):
+        return _media_of_rows(rows, text_column, count or BOUND, seed, wanted)
     column = _column(first, source, text_column)
     checked = partial(_checked, source, column, ", ".join(first))
     if hasattr(rows, "__len__"):
@@ -93,6 +132,14 @@ def _drawn(rows: Any, source: str, text_column: str | None, count: int | None, s
     if count is None or os.path.exists(source):
         return reservoir(texts(rows), count or 2**63, seed, 2**63 if seed is None else ROWS)
     return from_stream(rows, count, seed, texts)
+
+
+def _media_of_rows(rows: Any, column: str | None, count: int, seed: int | None, wanted: Kind) -> Drawn:
+    """`count` images or sounds of rows, with their classes."""
+    if (table := table_of(rows)) is not None:
+        return table.sample(count, seed, column, wanted)
+    drawn = from_stream(rows, count, seed)
+    return replace(drawn, items=table_of_rows(drawn.items).sample(count, seed, column, wanted).items)
 
 
 def _texts(column: str, checked: Callable[[Any, int], Any], rows: Any) -> Iterator[Any]:
@@ -113,7 +160,7 @@ def _checked(source: str, column: str, columns: str, value: Any, number: int | N
 
 
 def is_source(data: Any) -> bool:
-    """Whether something names a file, a folder or a dataset for `load_texts`, and is no text."""
+    """Whether something names a file, a folder or a dataset for `load`, and is no text."""
     if isinstance(data, Path):
         return True
     if not isinstance(data, str) or not 0 < len(data) < _LONGEST or "\n" in data:
@@ -152,7 +199,7 @@ def read_rows(source: str, limit: int | None = None) -> Any:
             return []
     try:
         if path.is_dir():
-            saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
+            saved = _is_saved(path)
             return _one_split(load_from_disk(source) if saved else load_dataset(source, streaming=True), source)
         return _from_hub(source, limit)
     except FileNotFoundError as error:

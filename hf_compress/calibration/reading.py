@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hf_compress.calibration.conversations import is_conversation
 from hf_compress.calibration.files import is_source, load
+from hf_compress.calibration.media import Kind, encoded, media_in
 from hf_compress.calibration.sampling import (
     BOUND,
     POOL,
@@ -34,23 +35,25 @@ def read(
     max_samples: int | None = None,
     batch_size: int = 8,
     seed: int | None = 0,
+    wanted: Kind | None = None,
 ) -> Drawn:
-    """What a container holds: texts; rows, which are mappings of `input_ids` and labels (positions); or batches.
+    """What a container holds: texts, images or sounds; rows, mappings of `input_ids` and labels (positions); batches.
 
     Args:
-        data: a list or another iterable of texts, of lists of token ids, of rows, or of batches; a table (see
-            `table_of`); a tensor or an array; a mapping of tensors.
+        data: a list or another iterable of texts, of images, of sounds, of lists of token ids, of rows, or of batches;
+            a table (see `table_of`); a tensor or an array; a mapping of tensors.
         text_column: the column of a table that holds the texts.
         max_samples: so many are drawn, and the rest of the batch that the last of them is in; all when not given, but
-            `BOUND` of what has no length.
+            `BOUND` of images and sounds, and of what has no length.
         batch_size: of the batches that tensors are cut into.
         seed: for the draw; None for the first ones. Batches that are made as they are asked for, by a DataLoader, are
             always the first ones.
+        wanted: what a model reads in place of texts.
 
     Raises:
         CalibrationError: it iterates over something else than samples, or no column can be told to be the texts.
     """
-    drawn = _drawn(data, text_column, max_samples, seed)
+    drawn = _drawn(data, text_column, max_samples, seed, wanted)
     drawn.tell(asked=max_samples is not None)
     if isinstance(drawn.items, Mapping):
         return replace(drawn, items=_batches(drawn.items, batch_size))
@@ -59,7 +62,7 @@ def read(
     return drawn
 
 
-def _drawn(data: Any, text_column: str | None, max_samples: int | None, seed: int | None) -> Drawn:
+def _drawn(data: Any, text_column: str | None, max_samples: int | None, seed: int | None, wanted: Kind | None) -> Drawn:
     """Samples of the data, as a list, a mapping, or a tensor."""
     if isinstance(data, (str, bytes)):
         raise CalibrationError(f"the data must be a list of texts, not one string ({data[:40]!r}...): pass [text]")
@@ -67,7 +70,7 @@ def _drawn(data: Any, text_column: str | None, max_samples: int | None, seed: in
         raise CalibrationError("the data is a set, which has another order in every run: pass a list")
     data = _only_split(_as_tensor(data))
     if isinstance(table := table_of(data), Table):
-        return table.sample(max_samples, seed, text_column)
+        return table.sample(max_samples, seed, text_column, wanted)
     if isinstance(data, Mapping):
         return _of_tensors({name: _as_tensor(value) for name, value in data.items()}, max_samples, seed)
     if isinstance(data, Tensor):
@@ -76,9 +79,15 @@ def _drawn(data: Any, text_column: str | None, max_samples: int | None, seed: in
         return drawn_from(data if max_samples is None else data[chosen], len(chosen), len(data), seed)
     drawn = take(data, max_samples, seed)
     items = drawn.items
-    if items and (all(map(is_row, items)) or hasattr(data, "column_names")):
-        return replace(drawn, items=table_of_rows(items).sample(None, None, text_column).items)
-    return replace(drawn, items=[{"input_ids": list(item)} for item in items]) if all(map(_is_ids, items)) else drawn
+    if media := media_in(items, wanted):
+        drawn = choose(media, max_samples or BOUND, seed) if drawn.all_there_are else replace(drawn, items=media)
+    elif items and (all(map(is_row, items)) or hasattr(data, "column_names")):
+        table = table_of_rows(items)
+        found = table.sample(max_samples, seed, text_column, wanted)
+        drawn = found if drawn.all_there_are else replace(drawn, items=found.items)
+    elif all(map(_is_ids, items)):
+        drawn = replace(drawn, items=[{"input_ids": list(item)} for item in items])
+    return drawn
 
 
 def read_texts(data: Any) -> list[str]:
@@ -112,7 +121,7 @@ def take(data: Any, max_samples: int | None = None, seed: int | None = 0) -> Dra
         indexed = data.to_list() if hasattr(data, "to_list") else data  # a Series has names for its items
         return choose(indexed, bound, seed, _samples)
     if hasattr(data, "column_names"):
-        return from_stream(data, bound, seed)
+        return from_stream(encoded(data), bound, seed)
     stream = _iterate(data)
     if (first := next(stream, None)) is None:
         return Drawn([], 0, 0)

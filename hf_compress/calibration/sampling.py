@@ -16,10 +16,7 @@ logger = logging.getLogger(__name__)
 
 BOUND = 4096  # samples that are read, where nobody says how many, of what may have no end
 POOL = 10_000  # samples that are looked at, to draw some, of what may have no end or comes over a network
-_UNTOLD = (
-    "nobody has said how much of the calibration data to read, so it is %s: DataOptions(max_samples=) says so, and a "
-    "list is read whole"
-)
+_UNTOLD = "not all of the calibration data is read, but %s: DataOptions(max_samples=) gives another number"
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from hf_compress.calibration.conversations import COLUMN, is_conversation
-from hf_compress.calibration.sampling import Drawn, choose, drawn_from, indices
+from hf_compress.calibration.media import Kind, Medium, columns_of, encoded, is_encoded, kind_of, media_in
+from hf_compress.calibration.sampling import BOUND, Drawn, choose, drawn_from, indices
 from hf_compress.errors import CalibrationError
 
 VALUES = ("pixel_values", "input_values", "input_features")
@@ -28,6 +29,7 @@ class Table:
         column: the values under a name.
         length: how many samples there are.
         rows_at: the table of the samples at some indices.
+        media: the columns that are known to hold images or sounds.
     """
 
     names: Sequence[str]
@@ -35,19 +37,46 @@ class Table:
     column: Callable[[str], Any]
     length: int
     rows_at: Callable[[Sequence[int]], Table]
+    media: Mapping[str, Kind]
 
-    def sample(self, count: int | None, seed: int | None, text_column: str | None = None) -> Drawn:
+    def sample(
+        self, count: int | None, seed: int | None, text_column: str | None = None, wanted: Kind | None = None
+    ) -> Drawn:
         """`count` samples, or all of them, in their order, drawn with a seed or the first ones.
 
-        They are texts or conversations; or rows of token ids, with labels of tokens; or other values in one tensor.
+        They are texts or conversations; or rows of token ids, with labels of tokens; or other values in one tensor; or
+        images or sounds, where these are wanted, or there is nothing else.
         """
         if text_column is None and not {"input_ids", *VALUES}.isdisjoint(self.names):
             some = self if count is None else self.rows_at(indices(self.length, count, seed))
             return drawn_from(some._numbers(), some.length, self.length, seed)
+        if (name := self._media_column(text_column, wanted)) is not None:
+            some = self.rows_at(indices(self.length, count or BOUND, seed))
+            return drawn_from(some._media(name, wanted), some.length, self.length, seed)
         column = self.column(self._text_column(text_column))
         if count is None:
             return drawn_from(list(column), self.length, self.length, seed)
         return choose(column, count, seed)
+
+    def _media_column(self, given: str | None, wanted: Kind | None) -> str | None:
+        """The column of images or sounds to read; None where texts are to be read."""
+        if given is not None or (wanted is None and self._likely_column() is not None):
+            return given if self._kind(given, wanted) is not None else None
+        found = [name for name in self.names if self._kind(name, wanted) is not None]
+        usual = [name for name in found if wanted is not None and name == wanted.column]
+        return next(iter(usual + found), None)
+
+    def _kind(self, name: str | None, wanted: Kind | None) -> Kind | None:
+        if name is None or name not in self.names:
+            return None
+        if (known := self.media.get(name)) is not None:
+            return known if wanted in (None, known) else None
+        first = next((value for value in self.column(name) if value is not None), None)
+        return kind_of(first, wanted)
+
+    def _media(self, name: str, wanted: Kind | None) -> list[Medium]:
+        labels = next((list(self.column(name)) for name in ("label", "labels") if name in self.names), None)
+        return media_in(list(self.column(name)), self.media.get(name, wanted), labels) or []
 
     def _numbers(self) -> list[Any] | dict[str, Tensor]:
         if "input_ids" in self.names:
@@ -82,10 +111,13 @@ class Table:
         values = self.column(COLUMN) if COLUMN in self.names else []
         return any(map(is_conversation, values[:1]))
 
+    def _likely_column(self) -> str | None:
+        return likely_column("text" in self.strings, self._has_conversations(), self.strings)
+
     def _text_column(self, given: str | None) -> str:
         column = given
         if given is None:
-            column = likely_column("text" in self.strings, self._has_conversations(), self.strings)
+            column = self._likely_column()
         if column is None or column not in self.names:
             raise CalibrationError(
                 f"the data has the columns {list(self.names)}; name the one with the texts by text_column= (got "
@@ -114,6 +146,8 @@ def table_of(data: Any) -> Table | None:
 
 
 def _of_dataset(data: Any) -> Table:
+    media = dict(columns_of(data))
+    data = encoded(data)
     names = list(data.column_names)
     strings = [name for name in names if getattr(data.features[name], "dtype", None) in ("string", "large_string")]
     return Table(
@@ -122,6 +156,7 @@ def _of_dataset(data: Any) -> Table:
         column=lambda name: data.with_format("torch" if name in VALUES else None)[name],
         length=len(data),
         rows_at=lambda chosen: _of_dataset(data.select(chosen)),
+        media=media,
     )
 
 
@@ -142,16 +177,20 @@ def _of_columns(columns: Mapping[str, Any]) -> Table:
         column=columns.__getitem__,
         length=len(next(iter(columns.values()), ())),
         rows_at=lambda chosen: _of_columns({n: [values[i] for i in chosen] for n, values in columns.items()}),
+        media={},
     )
 
 
 def is_row(item: Any) -> bool:
-    """Whether this is one sample by name: with a text, a conversation, or token ids in one dimension."""
+    """Whether this is one sample by name: with a text, an image, a conversation, or token ids in one dimension."""
     if not isinstance(item, Mapping) or any(name in item for name in VALUES):
         return False
     if "input_ids" in item:
         return dimensions(item["input_ids"]) == 1
-    return any(isinstance(value, str) for value in item.values()) or is_conversation(item.get(COLUMN))
+    if is_encoded(item) or kind_of(item) is not None:
+        return False
+    held = any(isinstance(value, str) or is_encoded(value) or kind_of(value) is not None for value in item.values())
+    return held or is_conversation(item.get(COLUMN))
 
 
 def dimensions(value: Any) -> int:

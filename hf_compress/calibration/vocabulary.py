@@ -1,6 +1,8 @@
-"""What token ids and positions a model knows."""
+"""What inputs, token ids and positions a model knows."""
 
 from __future__ import annotations
+
+import inspect
 
 import torch
 from torch import Tensor
@@ -36,6 +38,11 @@ def special_ids(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | N
         values = [getattr(text, f"{name}_token_id", None) for name in ("bos", "eos", "pad", "sep", "cls")]
         ids = {i for value in values for i in (value if isinstance(value, list) else [value]) if i is not None}
     return torch.tensor(sorted(ids), dtype=torch.long)
+
+
+def accepts(model: PreTrainedModel, name: str) -> bool:
+    """Whether a model's forward knows an input by its name."""
+    return name in inspect.signature(model.forward).parameters
 
 
 def beyond(ids: Tensor, model: PreTrainedModel) -> bool:

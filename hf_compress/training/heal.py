@@ -15,7 +15,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from transformers import (
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
     TrainingArguments,
@@ -24,6 +23,7 @@ from transformers import (
 from hf_compress.anatomy.compressible import check_model
 from hf_compress.calibration.data import Calibration, DataOptions, draw, prepare
 from hf_compress.calibration.files import is_source
+from hf_compress.calibration.media import Kind, Processor, columns_of, kind_of, kind_read, tokenizer_of
 from hf_compress.calibration.padding import pad_id, padded
 from hf_compress.calibration.progress import shows_bars
 from hf_compress.calibration.reading import has_length, take
@@ -44,7 +44,7 @@ def heal(
     model: PreTrainedModel,
     teacher: PreTrainedModel,
     dataset: Any,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: Processor | None = None,
     lora: LoraConfig | Literal["default"] | None = "default",
     distillation: DistillationConfig | None = None,
     args: TrainingArguments | None = None,
@@ -57,10 +57,10 @@ def heal(
     Args:
         model: compressed, say, by `compress`.
         teacher: the model as it was before, with the same vocabulary or labels.
-        dataset: texts, token ids or pixel values as for `compress`; or anything with labels that a Trainer takes: a
-            `datasets.Dataset` or a list of mappings, whose text is tokenized. Labels of tokens may be of any lengths.
-            Of what has no length the first 4,096 samples are read, unless `args` say how many steps there are.
-        tokenizer: for texts, and to pad rows of a dataset.
+        dataset: texts, images, sounds, token ids or pixel values as for `compress`; or anything with labels that a
+            Trainer takes: a `datasets.Dataset` or a list of mappings, whose text is tokenized. Labels of tokens may be
+            of any lengths. Of what has no length 4,096 samples are drawn, unless `args` say how many steps there are.
+        tokenizer: for texts, and to pad rows of a dataset; or the processor for images and sounds, as for `compress`.
         lora: adapters to train, merged into the weights at the end: all linear maps with rank 16 by default; None
             trains all weights. Packed and sparse linear maps cannot take in an adapter without loss, so where there are
             any, the default is None: the sparse ones learn, and of a packed model what is not packed.
@@ -236,26 +236,32 @@ def default_arguments(folder: str, adapters: bool, **more: Any) -> TrainingArgum
 def _training_data(
     data: Any,
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: Processor | None,
     options: DataOptions | None,
     bounded: bool,
 ) -> tuple[Any, _Collator]:
     """A dataset for a Trainer, and what makes batches of its rows."""
-    collator = _Collator(pad_id(model.config, tokenizer))
-    options = options or DataOptions()
+    collator = _Collator(pad_id(model.config, tokenizer_of(tokenizer)))
+    options, wanted = options or DataOptions(), kind_read(model, tokenizer)
     if is_source(data):
-        data = draw(data, options).items
+        data = draw(data, options, wanted).items
     elif bounded and not has_length(data):
         drawn = take(data, options.max_samples, options.seed)
         drawn.tell(asked=options.max_samples is not None)
         data = drawn.items
     if not isinstance(data, Mapping) and not hasattr(data, "features") and (table := table_of(data)) is not None:
         data = table.rows()
-    if _names(data) & {"label", "labels"}:
+    if _names(data) & {"label", "labels"} and not _has_media(data, wanted):
         if options.max_samples is not None and has_length(data):
             data = [data[index] for index in indices(len(data), options.max_samples, options.seed)]
         return data, collator
     return list(_rows(prepare(data, model, tokenizer, options), model)), collator
+
+
+def _has_media(data: Any, wanted: Kind | None) -> bool:
+    """Whether there are images or sounds among what the rows hold, which the processor turns into inputs."""
+    row = data[0] if isinstance(data, list) and data else {}
+    return any(columns_of(data)) or any(kind_of(value, wanted) is not None for value in row.values())
 
 
 def _names(data: Any) -> set[str]:

@@ -221,7 +221,7 @@ def forms_of(rows):
 def test_labels_of_tokens_of_unequal_lengths(form, monkeypatch):
     """Every container gives the Trainer the same samples, and padding is not learned."""
     monkeypatch.setattr(reading, "BOUND", len(ROWS))
-    rows, collator = _training_data(forms_of(ROWS)[form](), tiny_llama(2), None, None, bounded=True)
+    rows, collator = _training_data(forms_of(ROWS)[form](), tiny_llama(2), None, DataOptions(seed=None), True)
     batch = collator([rows[index] for index in range(len(rows))])
     expected = padded(ROWS, 0)
     assert (batch["labels"] == expected["labels"]).all()
@@ -240,7 +240,7 @@ def test_healing_on_labels_of_tokens(form):
 def test_healing_on_a_stream_without_an_end(monkeypatch, caplog):
     monkeypatch.setattr(reading, "BOUND", 16)
     heal(compressed(), tiny_llama(4), itertools.cycle(ROWS))
-    assert "no length, so only its first 16 samples are read" in caplog.text
+    assert "read, but 16 of the first 10,000 samples, drawn with seed 0" in caplog.text
 
 
 def test_a_trainer_with_steps_has_its_stream(tmp_path):
