@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.compressible import check_model
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.data import Calibration, DataOptions, prepare
+from hf_compress.calibration.media import Processor
 from hf_compress.calibration.statistics import BlockStatistics, block_statistics
 from hf_compress.checks import check
 from hf_compress.evaluation.size import parameter_count
@@ -156,7 +157,7 @@ class Analysis:
 def analyze(
     model: PreTrainedModel,
     calibration: Any,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: Processor | None = None,
     *,
     config: MKAConfig | None = None,
     ratios: Sequence[float] = RATIOS,
@@ -172,7 +173,7 @@ def analyze(
     Args:
         model: any Transformers model whose blocks can be found.
         calibration: as for `compress`.
-        tokenizer: the model's own; needed for texts.
+        tokenizer: as for `compress`.
         config: which similarity to measure, how, and in which stack; how much to merge is not read.
         ratios: shares of the blocks to say the removals for.
         options: batch size, maximum length, and text column of the calibration data.

@@ -7,16 +7,17 @@ from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from hf_compress.anatomy.compressible import check_model
 from hf_compress.calibration.compute import Compute
 from hf_compress.calibration.data import Calibration, DataOptions, prepare
+from hf_compress.calibration.media import Processor
 from hf_compress.methods.base.settings import CompressionConfig, config_class, settings_of
 
 
 def prepared(
-    data: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, options: DataOptions | None
+    data: Any, model: PreTrainedModel, tokenizer: Processor | None, options: DataOptions | None
 ) -> Calibration | None:
     """Calibration data in batches; None where there is none."""
     return None if data is None else prepare(data, model, tokenizer, options)

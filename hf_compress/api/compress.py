@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from time import perf_counter
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from hf_compress.api.arguments import check_arguments, prepared
 from hf_compress.api.one_method import compress_by, plan_by
 from hf_compress.api.stages import StageSettings, check_stages, compress_in_stages, is_several
 from hf_compress.calibration.compute import Compute
 from hf_compress.calibration.data import DataOptions
+from hf_compress.calibration.media import Processor
 from hf_compress.calibration.processes import sharing
 from hf_compress.methods.base.settings import CompressionConfig
 from hf_compress.numerics.defaults import torch_defaults
@@ -25,7 +26,7 @@ def compress(
     model: PreTrainedModel,
     config: StageSettings | str | Sequence[StageSettings | str],
     calibration: Any = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: Processor | None = None,
     options: DataOptions | None = None,
     compute: Compute | None = None,
     teacher: PreTrainedModel | None = None,
@@ -41,11 +42,11 @@ def compress(
         config: a method's settings, such as `MKAConfig(ratio=0.25)`; or its name, "mka". Or several of them, one after
             another, with `HealConfig(...)`, or "heal", where the model is to learn from what it was:
             `[MKAConfig(ratio=0.25), "heal", LRPConfig(bits=4.25)]`.
-        calibration: texts, a `datasets.Dataset`, a DataLoader or other iterable of batches, a LongTensor of token ids,
-            pixel values, or the name of a file, a folder or a dataset with texts; see
-            `hf_compress.calibration.data.prepare`. Some methods need none.
-        tokenizer: the model's own; needed for texts.
-        options: batch size, maximum length, and text column of the calibration data.
+        calibration: texts, images, sounds, a `datasets.Dataset`, a DataLoader or other iterable of batches, a
+            LongTensor of token ids, pixel values, or the name of a file, a folder or a dataset with texts, images or
+            sounds; see `hf_compress.calibration.data.prepare`. Some methods need none.
+        tokenizer: the model's own; needed for texts. Its image processor, feature extractor or processor for others.
+        options: batch size, maximum length, and text column of the calibration data; how many samples to draw.
         compute: where it is done and within how much memory, and a folder from which a run that was killed goes on.
         teacher: whom "heal" learns from; a copy of `model` as it is now when not given.
         settings: of the method, where `config` is a name: `ratio=0.25`.
@@ -82,7 +83,7 @@ def make_plan(
     model: PreTrainedModel,
     config: CompressionConfig | str,
     calibration: Any = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: Processor | None = None,
     options: DataOptions | None = None,
     compute: Compute | None = None,
     **settings: Any,

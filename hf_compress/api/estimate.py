@@ -7,7 +7,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from hf_compress.anatomy.dispatch import computing_device, is_offloaded
 from hf_compress.anatomy.residency import resident
@@ -17,6 +17,7 @@ from hf_compress.api.one_method import disk_needed
 from hf_compress.calibration.capture import inference
 from hf_compress.calibration.compute import Compute, bytes_of, least_memory
 from hf_compress.calibration.data import Calibration, DataOptions
+from hf_compress.calibration.media import Processor
 from hf_compress.calibration.runner import BlockRunner
 from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.base.registry import work_for
@@ -75,7 +76,7 @@ def estimate(
     model: PreTrainedModel,
     config: CompressionConfig | str,
     calibration: Any = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: Processor | None = None,
     options: DataOptions | None = None,
     compute: Compute | None = None,
     **settings: Any,

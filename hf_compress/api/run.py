@@ -7,11 +7,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate.utils import set_seed
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_compress.api.compress import compress
 from hf_compress.api.recipe import EvaluationPlan, Recipe
@@ -23,6 +22,7 @@ from hf_compress.evaluation.compare import compare
 from hf_compress.evaluation.comparison import Comparison
 from hf_compress.evaluation.kinds import check_generates
 from hf_compress.evaluation.loading import load_saved, saved_class
+from hf_compress.evaluation.processors import kind_read_by, load_processor
 from hf_compress.report.card_scores import UNCOMPRESSED
 from hf_compress.report.history import history_of, read_report
 from hf_compress.report.report import CompressionReport
@@ -113,8 +113,8 @@ def _check_metrics(recipe: Recipe) -> None:
 def _make(recipe: Recipe, folder: Path, compute: Compute, device: str | None, overwrite: bool) -> CompressionReport:
     """Compress and save the model; its report."""
     set_seed(recipe.seed)
-    given = recipe.calibration
-    data = None if given is None else load(given.data, given.text_column, given.samples, given.seed)
+    given, kind = recipe.calibration, kind_read_by(recipe.model)
+    data = None if given is None else load(given.data, given.text_column, given.samples, given.seed, kind)
     with ExitStack() as held:
         if compute.folder is None:
             offloaded = Path(held.enter_context(TemporaryDirectory(prefix="hf_compress-")))
@@ -122,20 +122,12 @@ def _make(recipe: Recipe, folder: Path, compute: Compute, device: str | None, ov
             offloaded = compute.folder / OFFLOADED
         place = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model = load_saved(recipe.model, dtype=recipe.dtype, device_map={"": place}, offload_folder=offloaded)
-        tokenizer = _tokenizer(recipe.model)
-        compress(model, recipe.stages, data, tokenizer, None if given is None else given.options, compute)
-        save(model, folder, tokenizer, overwrite=overwrite, portable=recipe.portable)
+        processor = load_processor(recipe.model, needed=data is not None)
+        compress(model, recipe.stages, data, processor, None if given is None else given.options, compute)
+        save(model, folder, processor, overwrite=overwrite, portable=recipe.portable)
         report = history_of(model)
         assert report is not None
         return report
-
-
-def _tokenizer(name: str) -> PreTrainedTokenizerBase | None:
-    """The tokenizer beside a model; None where there is none."""
-    try:
-        return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(name))
-    except (OSError, ValueError, KeyError):
-        return None
 
 
 @by_first

@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from hf_compress.anatomy.compressible import check_model
 from hf_compress.anatomy.dispatch import is_dispatched
@@ -27,6 +27,7 @@ from hf_compress.api.stages import StageSettings, compress_in_stages, is_several
 from hf_compress.calibration.compute import Compute
 from hf_compress.calibration.data import Calibration, DataOptions
 from hf_compress.calibration.files import load_texts
+from hf_compress.calibration.media import Processor
 from hf_compress.calibration.progress import bar
 from hf_compress.calibration.workdir import worked_in
 from hf_compress.errors import UnsupportedModelError
@@ -66,7 +67,7 @@ def sweep(  # noqa: PLR0913 (what is compressed, by what, and what is measured)
     model: PreTrainedModel,
     configs: Mapping[str, Any] | Iterable[Any],
     calibration: Any = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: Processor | None = None,
     options: DataOptions | None = None,
     compute: Compute | None = None,
     *,
@@ -136,7 +137,7 @@ class _Runs:
 
     model: PreTrainedModel
     data: Calibration | None
-    tokenizer: PreTrainedTokenizerBase | None
+    tokenizer: Processor | None
     compute: Compute
     place: Path
     asked: dict[str, Any]

@@ -17,6 +17,7 @@ from hf_compress.attribution.passes import check_conserved, check_open, explain,
 from hf_compress.attribution.targets import Target, in_words
 from hf_compress.attribution.watch import watch_inputs, watch_linears
 from hf_compress.calibration.data import Batch, DataOptions, prepare
+from hf_compress.calibration.media import Processor, tokenizer_of
 from hf_compress.numerics.defaults import torch_defaults
 
 _ALL = DataOptions(batch_size=2**31)
@@ -55,7 +56,7 @@ class Relevance:
 def relevance(
     model: PreTrainedModel,
     data: Any,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: Processor | None = None,
     target: Target = "predicted",
     *,
     weights: bool = False,
@@ -66,6 +67,7 @@ def relevance(
 
     Args:
         data: a few samples, as `compress` takes calibration data; they go through in one pass.
+        tokenizer: as for `compress`.
         target: "predicted", the class or next word that the model holds most likely; "label", the labels in the data,
             or every next word of the text itself; or a class or word, one for all samples or (samples).
         weights: whether the relevance of single weights is wanted, as large as the weights themselves.
@@ -97,16 +99,17 @@ def relevance(
             linears = {path: module for path, module in model.named_modules() if is_linear(module)}
             stack.enter_context(watch_linears(linears, collected.take_weights(linears)))
         values, found, classes = explain(model, batch, sources, target)
+    reader = tokenizer_of(tokenizer)
     words = next((path for path, module in model.named_modules() if module is word_embeddings(model)), None)
     ids = batch.inputs.get("input_ids")
     units = collected.units
     return Relevance(
         explained=values,
-        targets=in_words(model, classes, len(values), tokenizer),
+        targets=in_words(model, classes, len(values), reader),
         composite=composite if isinstance(composite, str) else "",
         inputs=found,
         tokens=found[words].float().sum(dim=-1) if words in found else None,
-        words=[] if tokenizer is None or ids is None else [_words(tokenizer, row) for row in ids.tolist()],
+        words=[] if reader is None or ids is None else [_words(reader, row) for row in ids.tolist()],
         neurons={path: units[path] for path in writers if path in units and path not in heads},
         heads={path: units[path].unflatten(1, (count, -1)).sum(-1) for path, count in heads.items() if path in units},
         weights=collected.weights,

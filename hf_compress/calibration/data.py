@@ -139,7 +139,7 @@ class DataOptions:
             They stay in their order. Of what has no length they are drawn from the first 10,000 (or `max_samples`, if
             that is more), of a file from its first 1,000,000 rows. A streaming dataset is shuffled by its own means,
             in a buffer of 10,000. Batches of a DataLoader or a generator are the first ones: who makes batches says
-            what comes first. Of images and sounds in rows of a file, as of a streaming dataset.
+            what comes first.
     """
 
     batch_size: int = setting(8, within="[1, inf)")

@@ -56,8 +56,8 @@ def load(
         text_column: the column that holds them; when not given, "text", "messages", or else the only one of strings; or
             the one of images or sounds, where these are wanted.
         max_samples: so many are drawn; all when not given, but `BOUND` of images and sounds, and of a dataset on the
-            Hub. Of files the first `ROWS` rows are looked at; of a dataset on the Hub, and of images and sounds in
-            rows, those that its shuffling reads (see `from_stream`).
+            Hub. Of files the first `ROWS` rows are looked at; of a dataset on the Hub those that its shuffling reads
+            (see `from_stream`).
         seed: for the draw; None for the first ones.
         wanted: what a model reads in place of texts; a folder that holds nothing else gives images or sounds, too.
 
@@ -122,23 +122,24 @@ def _of_rows(
     rows = encoded(rows)
     if (first := next(iter(rows), None)) is None:
         return Drawn([], 0, 0)
+    local = os.path.exists(source)
     if wanted is not None and any(kind_of(v, wanted) for n, v in first.items() if text_column in (None, n)):
-        return _media_of_rows(rows, text_column, count or BOUND, seed, wanted)
+        return _media_of_rows(rows, text_column, count or BOUND, seed, wanted, local)
     column = _column(first, source, text_column)
     checked = partial(_checked, source, column, ", ".join(first))
     if hasattr(rows, "__len__"):
         return choose(rows[column], count or len(rows), seed, lambda value: one(checked(value)))
     texts = partial(_texts, column, checked)
-    if count is None or os.path.exists(source):
+    if count is None or local:
         return reservoir(texts(rows), count or 2**63, seed, 2**63 if seed is None else ROWS)
     return from_stream(rows, count, seed, texts)
 
 
-def _media_of_rows(rows: Any, column: str | None, count: int, seed: int | None, wanted: Kind) -> Drawn:
+def _media_of_rows(rows: Any, column: str | None, count: int, seed: int | None, wanted: Kind, local: bool) -> Drawn:
     """`count` images or sounds of rows, with their classes."""
     if (table := table_of(rows)) is not None:
         return table.sample(count, seed, column, wanted)
-    drawn = from_stream(rows, count, seed)
+    drawn = reservoir(rows, count, seed, ROWS) if local else from_stream(rows, count, seed)
     return replace(drawn, items=table_of_rows(drawn.items).sample(count, seed, column, wanted).items)
 
 

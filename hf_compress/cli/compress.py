@@ -10,6 +10,7 @@ import typer
 from hf_compress.cli.app import app
 from hf_compress.cli.output import (
     BatchSize,
+    Data,
     Device,
     Dtype,
     MaxLength,
@@ -17,7 +18,6 @@ from hf_compress.cli.output import (
     Samples,
     Seed,
     TextColumn,
-    Texts,
     console,
     quiet_libraries,
 )
@@ -26,8 +26,9 @@ from hf_compress.cli.work import MaxMemory, Resume, Workdir, WorkFolder, where, 
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
+    from hf_compress.calibration.media import Processor
     from hf_compress.methods.base.settings import CompressionConfig
 
 
@@ -37,7 +38,7 @@ def compress(  # noqa: PLR0913 (each of them is an option of the command)
     method: Annotated[str | None, typer.Option(help="See `hf-compress methods`.", show_default="mka")] = None,
     ratio: Annotated[float | None, typer.Option(help="Share to take out, in (0, 1).")] = None,
     num: Annotated[int | None, typer.Option(help="Number to take out, in place of a ratio.")] = None,
-    calibration: Texts = None,
+    calibration: Data = None,
     output: Annotated[Path | None, typer.Option(help="Where the smaller model goes.")] = None,
     settings: Annotated[
         list[str], typer.Option("--set", metavar="FIELD=VALUE", help="A setting of the method; as often as needed.")
@@ -64,6 +65,7 @@ def compress(  # noqa: PLR0913 (each of them is an option of the command)
     """
     from hf_compress.calibration.data import DataOptions
     from hf_compress.calibration.files import load
+    from hf_compress.evaluation.processors import kind_read_by
     from hf_compress.storage.save import check_target
 
     config = config_from(method, recipe, ratio, num, settings, seed)
@@ -75,33 +77,34 @@ def compress(  # noqa: PLR0913 (each of them is an option of the command)
     looks = output is None or dry_run or plan
     work = WorkFolder.of(None if looks else output, workdir, resume)
     quiet_libraries()
-    data = load(calibration, text_column, samples, seed) if calibration else None
+    data = load(calibration, text_column, samples, seed, kind_read_by(model)) if calibration else None
     out = console()
     with with_others(device) as own, work.opened() as folder:
         place, compute = where(own, max_memory, work.path)
-        given, tokenizer = _loaded(model, dtype, place, folder, data is not None, seed)
+        given, processor = _loaded(model, dtype, place, folder, data is not None, seed)
         if dry_run:
-            _tell(out, given, config, data, tokenizer, options, compute)
+            _tell(out, given, config, data, processor, options, compute)
             return
-        small = _compressed(given, config, data, tokenizer, options, compute)
+        small = _compressed(given, config, data, processor, options, compute)
         _show(out, small.compression_report)
         if looks or output is None:
             out.print("The smaller model was made in memory and checked; nothing was written.")
             return
-        _save(small, output, tokenizer, out, overwrite=overwrite, portable=portable)
+        _save(small, output, processor, out, overwrite=overwrite, portable=portable)
     work.delete()
 
 
 def _loaded(
-    name: str, dtype: str, place: str | None, folder: Path, texts: bool, seed: int
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """The model, in memory or on the disk, and its tokenizer."""
+    name: str, dtype: str, place: str | None, folder: Path, data: bool, seed: int
+) -> tuple[PreTrainedModel, Processor | None]:
+    """The model, in memory or on the disk, and what reads data for it."""
     from accelerate.utils import set_seed  # Transformers' own comes with its Trainer, PEFT and bitsandbytes
 
-    from hf_compress.cli.loading import load_model, load_tokenizer
+    from hf_compress.cli.loading import load_model
+    from hf_compress.evaluation.processors import load_processor
 
     set_seed(seed)
-    return load_model(name, dtype, place, folder), load_tokenizer(name, needed=texts)
+    return load_model(name, dtype, place, folder), load_processor(name, needed=data)
 
 
 def _compressed(model: PreTrainedModel, config: CompressionConfig, *given: Any) -> PreTrainedModel:
@@ -126,7 +129,7 @@ def _show(out: Console, report: Any) -> None:
 def _save(
     model: PreTrainedModel,
     output: Path,
-    tokenizer: PreTrainedTokenizerBase | None,
+    processor: Processor | None,
     out: Console,
     *,
     overwrite: bool,
@@ -135,7 +138,7 @@ def _save(
     from hf_compress.cli.loading import how_to_load
     from hf_compress.storage.save import save
 
-    save(model, output, tokenizer, overwrite=overwrite, portable=portable)
+    save(model, output, processor, overwrite=overwrite, portable=portable)
     out.print(f"Saved to {output}; loaded again with identical outputs. In Python:", markup=False)
     out.print(f"  {how_to_load(output)}", markup=False)
 

@@ -29,7 +29,8 @@ def push(
     """
     from huggingface_hub import ModelCard
 
-    from hf_compress.cli.loading import load_model, load_tokenizer
+    from hf_compress.cli.loading import load_model
+    from hf_compress.evaluation.processors import load_processor
     from hf_compress.report.card_loading import for_the_hub
     from hf_compress.report.history import read_report
     from hf_compress.storage.hub import push_to_hub
@@ -43,7 +44,7 @@ def push(
     commit = push_to_hub(
         load_model(str(directory), device="cpu"),
         repo_id,
-        load_tokenizer(str(directory)),
+        load_processor(str(directory)),
         report=read_report(directory),
         card=card,
         portable=portable,

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 @app.command()
 def analyze(  # noqa: PLR0913 (each of them is an option of the command)
     model: Model,
-    calibration: Annotated[str, typer.Option(help="Texts; as for `compress`.", show_default=False)],
+    calibration: Annotated[str, typer.Option(help="Data; as for `compress`.", show_default=False)],
     output: Annotated[
         Path | None, typer.Option(help="Folder for similarity.png and analysis.json; nothing is written without.")
     ] = None,
@@ -48,12 +48,13 @@ def analyze(  # noqa: PLR0913 (each of them is an option of the command)
 ) -> None:
     """Show how alike a model's blocks are, how linear their FFNs, and what each ratio would take out.
 
-    Two passes over the texts, more for a wide model; the model stays as it is.
+    Two passes over the data, more for a wide model; the model stays as it is.
     """
     from hf_compress.api.analyze import analyze
     from hf_compress.calibration.data import DataOptions
     from hf_compress.calibration.files import load
-    from hf_compress.cli.loading import load_model, load_tokenizer
+    from hf_compress.cli.loading import load_model
+    from hf_compress.evaluation.processors import kind_read_by, load_processor
     from hf_compress.methods.mka import MKAConfig
     from hf_compress.storage.staging import check_writable
 
@@ -62,9 +63,9 @@ def analyze(  # noqa: PLR0913 (each of them is an option of the command)
     options = DataOptions(batch_size, max_length, text_column)
     if output is not None:
         check_writable(output)  # before any work is done
-    data = load(calibration, text_column, samples, seed)
-    loaded, tokenizer = load_model(model, dtype, device), load_tokenizer(model, needed=True)
-    found = analyze(loaded, data, tokenizer, config=config, options=options)
+    data = load(calibration, text_column, samples, seed, kind_read_by(model))
+    loaded, processor = load_model(model, dtype, device), load_processor(model, needed=True)
+    found = analyze(loaded, data, processor, config=config, options=options)
     out = console()
     out.print(found.table(), found.removals_table())
     if output is not None:

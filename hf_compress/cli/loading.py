@@ -1,4 +1,4 @@
-"""Models and texts, as the commands name them."""
+"""Models, and what reads data for them, as the commands name them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
+
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -42,22 +43,6 @@ def check_folder(name: str) -> None:
         raise FileNotFoundError(f"{name} holds no config.json: it is no model that save_pretrained has written")
     if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise FileNotFoundError(f"{name}: no such directory")
-
-
-def load_tokenizer(name: str, needed: bool = False) -> PreTrainedTokenizerBase | None:
-    """The tokenizer beside a model; None where there is none, as with vision models, unless it is needed for texts."""
-    from transformers import AutoTokenizer
-
-    from hf_compress.errors import one_line
-
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        if needed:
-            raise ValueError(
-                f"{name} has no tokenizer that loads, and texts need one: save the model's there ({one_line(error)})"
-            ) from error
-        return None
 
 
 def how_to_load(directory: Path) -> str:

@@ -30,12 +30,13 @@ def _checked_device(name: str | None) -> str | None:
 Model = Annotated[
     str, typer.Argument(help="A directory with a model, or a model's name on the Hub.", show_default=False)
 ]
-Texts = Annotated[
+Data = Annotated[
     str | None,
     typer.Option(
         "--calibration",
         help="Texts: a .txt, .jsonl, .json, .csv or .parquet file, a folder, or a dataset on the Hub "
-        "(name:configuration:split). Never the data that you will test on.",
+        "(name:configuration:split); for a model of images or sounds a folder of those, or such a dataset. Never the "
+        "data that you will test on.",
     ),
 ]
 Samples = Annotated[int, typer.Option(help="Samples to use; drawn with --seed where there are more.", min=1)]
@@ -43,8 +44,8 @@ Seed = Annotated[int, typer.Option(help="Of whatever is random.", min=0, max=2**
 MaxLength = Annotated[
     int | None, typer.Option(help="Tokens to keep of a text; as many as the model has positions.", min=1)
 ]
-BatchSize = Annotated[int, typer.Option(help="Texts that go through the model at once.", min=1)]
-TextColumn = Annotated[str | None, typer.Option(help="The column with the texts, where there are several.")]
+BatchSize = Annotated[int, typer.Option(help="Samples that go through the model at once.", min=1)]
+TextColumn = Annotated[str | None, typer.Option(help="The column with the texts (or images), where there are several.")]
 Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
 Device = Annotated[
     str | None,

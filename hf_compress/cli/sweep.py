@@ -10,6 +10,7 @@ import typer
 from hf_compress.cli.app import app
 from hf_compress.cli.output import (
     BatchSize,
+    Data,
     Device,
     Dtype,
     MaxLength,
@@ -17,7 +18,6 @@ from hf_compress.cli.output import (
     Samples,
     Seed,
     TextColumn,
-    Texts,
     console,
     quiet_libraries,
 )
@@ -40,7 +40,7 @@ def sweep(  # noqa: PLR0913 (each of them is an option of the command)
         ),
     ] = "mka,layer_collapse,illc,lrp:granularity=neuron",
     ratios: Annotated[str, typer.Option(help="Shares to take out, with commas between.")] = "0.125,0.25,0.375,0.5",
-    calibration: Texts = None,
+    calibration: Data = None,
     texts: Annotated[str | None, typer.Option(help="Texts for perplexity; kinds as for --calibration.")] = None,
     tasks: Annotated[str, typer.Option(help="lm-eval tasks, with commas between.")] = "",
     labelled: Annotated[str | None, typer.Option(help="Labelled data for a classifier, as for `evaluate`.")] = None,
@@ -63,7 +63,8 @@ def sweep(  # noqa: PLR0913 (each of them is an option of the command)
     from hf_compress.api.sweep import sweep
     from hf_compress.calibration.data import DataOptions
     from hf_compress.calibration.files import load, load_texts
-    from hf_compress.cli.loading import load_model, load_tokenizer
+    from hf_compress.cli.loading import load_model
+    from hf_compress.evaluation.processors import kind_read_by, load_processor
     from hf_compress.storage.staging import check_writable
 
     configs = _configs(methods, ratios)
@@ -71,14 +72,14 @@ def sweep(  # noqa: PLR0913 (each of them is an option of the command)
         raise ValueError("say what to measure: --texts, --tasks or --labelled")
     check_writable(output)
     quiet_libraries()
-    data = load(calibration, text_column, samples, seed) if calibration else None
+    data = load(calibration, text_column, samples, seed, kind_read_by(model)) if calibration else None
     held_out = load_texts(texts, text_column, limit) if texts else None
     loaded = load_model(model, dtype, device)
     result = sweep(
         loaded,
         configs,
         data,
-        load_tokenizer(model, needed=bool(data or texts or tasks)),
+        load_processor(model, needed=bool(data or texts or tasks)),
         DataOptions(batch_size, max_length, text_column),
         texts=held_out,
         tasks=[name.strip() for name in tasks.split(",") if name.strip()],

@@ -16,11 +16,12 @@ from transformers import PreTrainedModel
 from hf_compress.calibration.reading import read_texts
 from hf_compress.errors import one_line
 from hf_compress.evaluation.comparison import Comparison
-from hf_compress.evaluation.evaluate import EvaluationResult, evaluate, load_on, load_processor
+from hf_compress.evaluation.evaluate import EvaluationResult, evaluate, load_on
 from hf_compress.evaluation.harness import Paths
 from hf_compress.evaluation.kinds import check_classifies, check_generates, reads_tokens_alone
 from hf_compress.evaluation.labelled import read_labelled
 from hf_compress.evaluation.loading import saved_class
+from hf_compress.evaluation.processors import load_processor
 from hf_compress.evaluation.size import stored_bytes
 from hf_compress.evaluation.speed import Speed, speeds_in_turn
 
@@ -68,7 +69,8 @@ def compare(  # noqa: PLR0913 (as `evaluate`)
     """
     named = _named(models)
     metric = "perplexity" if texts is not None else "scoring on lm-eval tasks" if tasks else None
-    images = {name: _check_fits(model, metric, labelled is not None) for name, model in named.items()}
+    for model in named.values():
+        _check_fits(model, metric, labelled is not None)
     if texts is not None:
         texts = read_texts(texts)
     if labelled is not None:
@@ -79,7 +81,7 @@ def compare(  # noqa: PLR0913 (as `evaluate`)
     for name, model in named.items():
         own = tokenizer
         if own is None and not isinstance(model, PreTrainedModel) and (metric is not None or labelled is not None):
-            own = _own_processor(model, images[name], processor)
+            own = _own_processor(model, processor)
             processor = own if processor is None else processor
         results[name] = evaluate(
             model,
@@ -135,18 +137,19 @@ def _by_last_folders(paths: Sequence[Path], models: Sequence[Model]) -> dict[str
     return dict(zip(names, models, strict=True))
 
 
-def _check_fits(model: Model, metric: str | None, labelled: bool) -> bool:
-    """Raise where the metrics do not fit a model, before any weight is read; gives whether it reads images."""
+def _check_fits(model: Model, metric: str | None, labelled: bool) -> None:
+    """Raise where the metrics do not fit a model, before any weight is read."""
     kind, config = (type(model), model.config) if isinstance(model, PreTrainedModel) else saved_class(str(model))
     if metric is not None:
         check_generates(kind, metric)
-    return labelled and check_classifies(kind, config) == "images"
+    if labelled:
+        check_classifies(kind, config)
 
 
-def _own_processor(model: str | Path, images: bool, first: Any) -> Any:
+def _own_processor(model: str | Path, first: Any) -> Any:
     """The tokenizer or image processor of a directory; that of the first model where it has none."""
     try:
-        return load_processor(str(model), images)
+        return load_processor(str(model), needed=True)
     except (OSError, ValueError, KeyError) as error:
         if first is None:
             raise

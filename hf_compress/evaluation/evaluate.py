@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.calibration.reading import read_texts
 from hf_compress.checks import check
@@ -18,6 +18,7 @@ from hf_compress.evaluation.harness import Paths, model_name, run_tasks
 from hf_compress.evaluation.kinds import check_classifies, check_predicts_text, reads_tokens_alone
 from hf_compress.evaluation.loading import load_saved
 from hf_compress.evaluation.perplexity import Perplexity, perplexity
+from hf_compress.evaluation.processors import load_processor
 from hf_compress.evaluation.scores import TaskScore, task_scores
 from hf_compress.evaluation.size import parameter_count, stored_bytes
 from hf_compress.evaluation.speed import Throughput, tokens_per_second
@@ -190,22 +191,18 @@ def _resolve(
     # What does not fit is told before a tokenizer is missed, which other models need not have.
     if metric is not None:
         check_predicts_text(live, metric)
-    images = labelled and check_classifies(type(live), live.config) == "images"
+    if labelled:
+        check_classifies(type(live), live.config)
     if isinstance(model, PreTrainedModel):
         return live, tokenizer, stored_bytes(live)
     if tokenizer is None and (metric is not None or labelled):
-        tokenizer = load_processor(str(model), images)
+        tokenizer = load_processor(str(model), needed=True)
     return live, tokenizer, stored_bytes(model if Path(model).is_dir() else live)
 
 
 def load_on(name: str, device: str | None = None) -> PreTrainedModel:
     """A saved model in the dtype that it is stored in, on a device; on the CPU when None."""
     return load_saved(name, dtype="auto", **({} if device is None else {"device_map": {"": device}}))
-
-
-def load_processor(name: str, images: bool = False) -> Any:
-    """The tokenizer beside a saved model; the image processor of one that reads images."""
-    return (AutoImageProcessor if images else AutoTokenizer).from_pretrained(name)
 
 
 def _given(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.dispatch import computing_device
 from hf_compress.calibration.capture import forward, inference
 from hf_compress.calibration.data import Batch, DataOptions, prepare
+from hf_compress.calibration.media import Processor
 from hf_compress.calibration.objective import first_tensor
 from hf_compress.calibration.progress import bar
 from hf_compress.modules.bottleneck import Bottleneck
@@ -91,7 +92,7 @@ def reconstruction(
     model: PreTrainedModel,
     bottlenecks: Bottlenecks,
     data: Any,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: Processor | None = None,
     options: DataOptions | None = None,
 ) -> dict[int, Reconstruction]:
     """Of each bottleneck by itself, on the streams of the model as it is; data as for `compress`.
@@ -141,7 +142,7 @@ def splice_quality(
     model: PreTrainedModel,
     bottlenecks: Bottlenecks,
     data: Any,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: Processor | None = None,
     options: DataOptions | None = None,
 ) -> SpliceQuality:
     """Splice bottlenecks, all at once, into a causal language model for a while. Data as for `compress`.
@@ -157,7 +158,7 @@ def splice_qualities(
     model: PreTrainedModel,
     bottlenecks: Sequence[Bottlenecks],
     data: Any,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: Processor | None = None,
     options: DataOptions | None = None,
 ) -> list[SpliceQuality]:
     """`splice_quality` of one set of bottlenecks after another; the model as it is, and with zeros, is run but once."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from hf_compress.anatomy.anatomy import Anatomy, Block
 from hf_compress.anatomy.stacks import Stack
@@ -26,6 +26,7 @@ from hf_compress.calibration.capture import (
     with_stream,
 )
 from hf_compress.calibration.data import Calibration, DataOptions, prepare
+from hf_compress.calibration.media import Processor
 from hf_compress.calibration.progress import bar
 from hf_compress.calibration.statistics import pool
 from hf_compress.errors import CalibrationError
@@ -126,7 +127,7 @@ class Bottlenecks:
         self,
         model: PreTrainedModel,
         data: Any,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        tokenizer: Processor | None = None,
         options: DataOptions | None = None,
     ) -> dict[int, tuple[Tensor, Tensor]]:
         """By block, a row for each text: the mean over its real tokens of their codes, (samples, features), and of

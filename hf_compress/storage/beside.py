@@ -8,8 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from huggingface_hub import ModelCard
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
+from hf_compress.calibration.media import Processor
 from hf_compress.report.history import history_of, model_size, read_report
 from hf_compress.report.report import REPORT_FILE, CompressionReport
 from hf_compress.storage.manifest import CARD_FILE
@@ -21,7 +22,7 @@ def write_beside(
     model: PreTrainedModel,
     folder: Path,
     target: Path,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: Processor | None,
     card: ModelCard | None,
     make_card: Callable[[], ModelCard] | None = None,
 ) -> None:

@@ -12,11 +12,12 @@ import transformers
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from hf_compress.anatomy.adapters import check_no_adapters
 from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.data import Batch
+from hf_compress.calibration.media import Processor
 from hf_compress.calibration.processes import by_first
 from hf_compress.errors import ParityError, UnsupportedModelError, one_line
 from hf_compress.modules.kernels import check_no_kernels
@@ -39,7 +40,7 @@ _REMEDY = f"compress with LRPConfig(bits=…, per='module'), or {_OTHERWISE}"
 def save_compressed_tensors(
     model: PreTrainedModel,
     directory: str | Path,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: Processor | None = None,
     *,
     overwrite: bool = False,
     probe: Batch | Mapping[str, Any] | None = None,

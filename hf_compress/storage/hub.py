@@ -20,10 +20,11 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import build_hf_headers, validate_repo_id
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from hf_compress import __version__
 from hf_compress.calibration.data import Batch
+from hf_compress.calibration.media import Processor
 from hf_compress.calibration.processes import by_first
 from hf_compress.errors import HubError
 from hf_compress.report.card import model_card
@@ -83,7 +84,7 @@ _ANSWERS = {
 def push_to_hub(  # noqa: PLR0913 (they are those of save, and of Transformers' own push_to_hub)
     model: PreTrainedModel,
     repo_id: str,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: Processor | None = None,
     *,
     report: CompressionReport | None = None,
     card: ModelCard | None = None,

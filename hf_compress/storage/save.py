@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from huggingface_hub import ModelCard
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from hf_compress.anatomy.adapters import check_no_adapters
 from hf_compress.anatomy.dispatch import computing_device, is_offloaded
 from hf_compress.anatomy.offloaded import whole_state
 from hf_compress.calibration.data import Batch
+from hf_compress.calibration.media import Processor
 from hf_compress.calibration.processes import by_first
 from hf_compress.errors import ParityError
 from hf_compress.report.card import model_card
@@ -34,7 +35,7 @@ from hf_compress.storage.written import load, outputs_of, same_bits, written
 def save(
     model: PreTrainedModel,
     directory: str | Path,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: Processor | None = None,
     *,
     overwrite: bool = False,
     probe: Batch | Mapping[str, Any] | None = None,
@@ -55,7 +56,7 @@ def save(
     Args:
         model: any model in memory. What is known of its history (see `history_of`) goes into a report beside it.
         directory: where it goes; its parents are made. Of a link, what it points to is replaced.
-        tokenizer: saved beside the model.
+        tokenizer: saved beside the model; or its image processor, feature extractor, or processor.
         overwrite: whether a directory that exists may be replaced. It is replaced whole, not written into; `card` says
             when its README.md stays.
         probe: inputs for the comparison: a batch, or keyword arguments of the model's forward. When None, those that
@@ -120,7 +121,7 @@ def _write(
     model: PreTrainedModel,
     folder: Path,
     target: Path,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: Processor | None,
     card: ModelCard | None,
     portable: bool,
 ) -> None:

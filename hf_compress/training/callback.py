@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import (
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     Trainer,
     TrainerControl,
     TrainerState,
@@ -23,6 +22,7 @@ from transformers import (
 
 from hf_compress.anatomy.compressible import check_model
 from hf_compress.calibration.data import Calibration, DataOptions, prepare
+from hf_compress.calibration.media import Processor
 from hf_compress.calibration.processes import from_one, sharing, take_values_of_first
 from hf_compress.checks import check
 from hf_compress.methods.base.context import CalibrationContext
@@ -57,7 +57,7 @@ class CompressionCallback(ObjectiveCallback):
         config: a method's settings.
         calibration: as for `compress`. What is decided at the end can do without: the first 64 batches of the training
             data then serve.
-        tokenizer: for texts; the Trainer's `processing_class` when not given.
+        tokenizer: as for `compress`; the Trainer's `processing_class` when not given.
         options: how calibration data is read.
         every: make one change of structure (such as one merge) every so many optimizer steps, instead of all at the
             start; in one process only.
@@ -75,7 +75,7 @@ class CompressionCallback(ObjectiveCallback):
         self,
         config: CompressionConfig,
         calibration: Any = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        tokenizer: Processor | None = None,
         options: DataOptions | None = None,
         *,
         every: int | None = None,

@@ -98,7 +98,7 @@ def learn(
     model: PreTrainedModel,
     teacher: PreTrainedModel,
     dataset: Any,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: Processor | None,
     lora: LoraConfig | Literal["default"] | None,
     distillation: DistillationConfig,
     args: TrainingArguments | None,

@@ -43,7 +43,7 @@ def tiny_wav2vec2() -> Wav2Vec2ForSequenceClassification:
     sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "classifier_proj_size": 8}
     convolutions = {"conv_dim": (16, 16), "conv_kernel": (10, 3), "conv_stride": (5, 2), "num_feat_extract_layers": 2}
     positions = {"num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2}
-    config = Wav2Vec2Config(num_hidden_layers=3, num_labels=3, **sizes, **convolutions, **positions)
+    config = Wav2Vec2Config(num_hidden_layers=3, num_labels=3, layerdrop=0.0, **sizes, **convolutions, **positions)
     return Wav2Vec2ForSequenceClassification(config).eval()
 
 

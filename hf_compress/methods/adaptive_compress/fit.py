@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, overload
 
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.capture import StopForward, check_stream, forward, inference, stream_tokens, watch_blocks
 from hf_compress.calibration.data import Batch, Calibration, DataOptions, prepare
+from hf_compress.calibration.media import Processor
 from hf_compress.calibration.processes import here, sharing
 from hf_compress.calibration.progress import bar
 from hf_compress.checks import check
@@ -49,7 +50,7 @@ def fit(
     model: PreTrainedModel,
     config: AdaptiveCompressConfig,
     calibration: Any,
-    tokenizer: PreTrainedTokenizerBase | None = ...,
+    tokenizer: Processor | None = ...,
     options: DataOptions | None = ...,
     *,
     checkpoint: str | Path | None = ...,
@@ -60,7 +61,7 @@ def fit(
     model: PreTrainedModel,
     config: Sequence[AdaptiveCompressConfig],
     calibration: Any,
-    tokenizer: PreTrainedTokenizerBase | None = ...,
+    tokenizer: Processor | None = ...,
     options: DataOptions | None = ...,
     *,
     checkpoint: str | Path | None = ...,
@@ -71,7 +72,7 @@ def fit(
     model: PreTrainedModel,
     config: AdaptiveCompressConfig | Sequence[AdaptiveCompressConfig],
     calibration: Any,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: Processor | None = None,
     options: DataOptions | None = None,
     *,
     checkpoint: str | Path | None = None,
