@@ -7,11 +7,16 @@ import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from hf_compress import DropBlocksConfig, compress
 from hf_compress.calibration.data import DataOptions, prepare
 from hf_compress.calibration.files import load_texts
 from hf_compress.calibration.reading import read_texts
 from hf_compress.errors import CalibrationError
+from tests.helpers.language import word_tokenizer
+from tests.helpers.media import images
 
 CHATS = [
     [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3"}],
@@ -98,3 +103,67 @@ def test_something_else_among_them(model, chatting):
         prepare([CHATS[0], [{"said": "w1"}]], model, chatting)
     with pytest.raises(CalibrationError, match=r"does not take conversation 1: .*no system, please"):
         prepare([CHATS[0], [{"role": "system", "content": "w1"}]], model, chatting)
+
+
+# --- with images ------------------------------------------------------------------------------------------------------
+
+SEEING = (
+    "{% for message in messages %}<s> {% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{{ '<image>' if part['type'] == 'image' else part['text'] }} {% endfor %}"
+    "{% endif %} </s>{% endfor %}"
+)
+
+
+def seen(image, text):
+    return [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": text}]}]
+
+
+PICTURES = [seen(image, text) for image, text in zip(images(5), ["w1", "w1 w2", "w3", "w4 w5", "w6"], strict=True)]
+
+
+@pytest.fixture
+def seeing():
+    """A model of texts and images, and its processor."""
+    tokenizer = word_tokenizer(add_special=False)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    side = {"height": 16, "width": 16}
+    processor = LlavaProcessor(
+        CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=side),
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        chat_template=SEEING,
+        num_additional_image_tokens=1,
+    )
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    vision = CLIPVisionConfig(num_hidden_layers=2, image_size=16, patch_size=8, **sizes)
+    text = LlamaConfig(vocab_size=len(tokenizer), num_hidden_layers=4, max_position_embeddings=64, **sizes)
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    torch.manual_seed(0)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=image, vision_feature_layer=-1)
+    return LlavaForConditionalGeneration(config).eval(), processor
+
+
+def test_conversations_with_images(seeing):
+    model, processor = seeing
+    data = prepare(PICTURES, model, processor, DataOptions(batch_size=3))
+    assert [batch.samples for batch in data] == [3, 2]
+    assert data.tokens == 7, "neither padding, nor special tokens, nor what stands for an image"
+    pixels = torch.cat([batch.inputs["pixel_values"] for batch in data])
+    assert torch.equal(pixels, processor.image_processor(images(5), return_tensors="pt")["pixel_values"])
+    small = compress(model, DropBlocksConfig(num_blocks=1, criterion="block_influence"), PICTURES, processor)
+    assert len(small.model.language_model.layers) == 3
+    written = prepare([[{"role": "user", "content": "w1 w2"}]], model, processor).batches[0]
+    assert written.inputs["input_ids"].tolist() == [processor.tokenizer("<s> w1 w2 </s>")["input_ids"]]
+
+
+def test_what_of_conversations_with_images_is_refused(seeing):
+    model, processor = seeing
+    with pytest.raises(CalibrationError, match="conversations with images or sounds: pass the model's processor"):
+        prepare(PICTURES, model, processor.tokenizer)
+    with pytest.raises(CalibrationError, match="has 8 tokens with its images, and at most 6 fit: leave it out"):
+        prepare(PICTURES, model, processor, DataOptions(max_length=6))
+    with pytest.raises(CalibrationError, match="processor does not take conversations 0 to 0"):
+        prepare([seen("no such file.png", "w1")], model, processor)
+    with pytest.raises(CalibrationError, match=r"data is images, and Llava.* reads input_ids: pass conversations with"):
+        prepare(images(2), model, processor)
