@@ -52,7 +52,8 @@ def load(
             - a folder written by `datasets.Dataset.save_to_disk`, or one with files of the kinds above;
             - a dataset on the Hub: `name`, `name:configuration` or `name:configuration:split`, such as
               `Salesforce/wikitext:wikitext-2-raw-v1`;
-            - a folder of images or sounds, those in its folders included, or one such file. Datasets may hold them too.
+            - a folder of images or sounds, those in its folders included, whose names are not read as classes; or one
+              such file. Datasets may hold them too.
         text_column: the column that holds them; when not given, "text", "messages", or else the only one of strings; or
             the one of images or sounds, where these are wanted.
         max_samples: so many are drawn; all when not given, but `BOUND` of images and sounds, and of a dataset on the
@@ -80,11 +81,12 @@ def _media(path: Path, count: int, seed: int | None, wanted: Kind | None) -> Dra
         return Drawn(found, 1, 1) if found else None
     if not path.is_dir() or _is_saved(path):
         return None
-    texts = any(file.suffix in (".txt", *_BUILDERS) for file in path.rglob("*"))
-    for kind in () if texts and wanted is None else KINDS if wanted is None else (wanted,):
-        if media := files_in(path, kind):
-            return choose(media, count, seed)
-    if wanted is not None and not texts:
+    rows = any(file.suffix in (".txt", *_BUILDERS) for file in path.rglob("*"))
+    if wanted is not None and (media := files_in(path, wanted)):
+        return choose(media, count, seed)
+    if wanted is None and not rows:  # so that a model of texts can say that these are none
+        return next((choose(media, count, seed) for kind in KINDS if (media := files_in(path, kind))), None)
+    if wanted is not None and not rows:
         raise CalibrationError(f"{path} holds no {wanted.name}: no {', '.join(wanted.suffixes)} file, and no dataset")
     return None
 
