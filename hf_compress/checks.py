@@ -71,13 +71,17 @@ def check(name: str, value: Any, kind: Any, within: str = "", help: str = "") ->
     Raises:
         ValueError: it is not.
     """
-    several = any(get_origin(one) not in (None, Literal) for one in kinds(kind))
-    listed = several and isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping, Set))
+    listed = takes_several(kind) and isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping, Set))
     found = tuple(value) if listed else value
     if not any(_fits(found, one, within) for one in kinds(kind)):
         told = f" ({help})" if help else ""
         raise ValueError(f"{name} must be {expected(kind, within)}{told}; got {value!r}")
     return found
+
+
+def takes_several(kind: Any) -> bool:
+    """Whether values of a kind may be several of something."""
+    return any(get_origin(one) not in (None, Literal) for one in kinds(kind))
 
 
 def expected(kind: Any, within: str = "") -> str:

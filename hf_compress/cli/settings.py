@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 if TYPE_CHECKING:
     from hf_compress.methods.base.settings import CompressionConfig
@@ -43,7 +43,7 @@ def config_from(
     cls = config_class(method)
     method = cls.method
     names = [field.name for field in fields(cls)]
-    given = dict(_setting(text) for text in settings)
+    given = _listed(cls, dict(_setting(text) for text in settings))
     if ratio is not None:
         given["ratio"] = ratio
     if num is not None:
@@ -64,6 +64,19 @@ def _setting(text: str) -> tuple[str, Any]:
     if not equals or not name.strip():
         raise ValueError(f"--set takes field=value; got {text!r}")
     return name.strip(), as_number(parse_yaml(value, f"--set {text}"))
+
+
+def _listed(cls: type[CompressionConfig], given: dict[str, Any]) -> dict[str, Any]:
+    """Settings of several values as lists, from what has commas between: `layers=2,5`, or `layers=2`."""
+    from hf_compress.checks import takes_several
+    from hf_compress.methods.base.recipes import as_number, parse_yaml
+
+    kinds = get_type_hints(cls)
+    listed = {}
+    for name, value in given.items():
+        if name in kinds and takes_several(kinds[name]) and isinstance(value, str | int | float):
+            listed[name] = [as_number(parse_yaml(part, name)) for part in str(value).split(",")]
+    return given | listed
 
 
 def _num_field(method: str, names: list[str]) -> str:

@@ -393,3 +393,17 @@ def test_the_demo_beats_its_controls(tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert (len(dense.model.layers), len(loaded.model.layers)) == (12, 9)
     assert loaded.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("method", "setting", "name", "expected"),
+    [
+        ("AdaptiveCompress", "layers=2,5", "layers", (2, 5)),
+        ("adaptive-compress", "layers=3", "layers", (3,)),
+        ("adaptive_compress", "layers=[2, 5]", "layers", (2, 5)),
+        ("LRP", "pattern=1,2", "pattern", (1, 2)),
+    ],
+)
+def test_lists_are_written_with_commas(method, setting, name, expected):
+    more = ["granularity=n:m"] if method == "LRP" else []
+    assert getattr(config_from(method, settings=[setting, *more]), name) == expected
