@@ -97,9 +97,10 @@ class Distillation:
         if not self.pairs:
             return weight * divergence, None
         real = _real(kwargs, seen[self.pairs[0][1]])
-        gaps = [_gap(self._streams[own][real], seen[other][real]) for own, other in self.pairs]
+        ran = [(own, other) for own, other in self.pairs if own in self._streams]  # layerdrop skips some in training
+        gaps = [_gap(self._streams[own][real], seen[other][real]) for own, other in ran]
         self._streams.clear()
-        return weight * divergence, weight * torch.stack(gaps).mean()
+        return weight * divergence, weight * torch.stack(gaps).mean() if gaps else None
 
 
 def check_teacher(student: PreTrainedModel, teacher: Any) -> None:

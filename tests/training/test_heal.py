@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import OPTConfig, OPTForCausalLM, ViTConfig, ViTForImageClassification
 
 from hf_compress import (
     DataOptions,
@@ -201,6 +201,16 @@ ROWS = [
     {"input_ids": row[:length].tolist(), "labels": [-100, *row[1:length].tolist()]}
     for row, length in zip(IDS[:32], LENGTHS, strict=True)
 ]
+
+
+def test_blocks_that_layerdrop_skips():
+    """They give no stream in that step, and there is nothing to compare."""
+    sizes = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 32, "num_attention_heads": 2}
+    teacher = OPTForCausalLM(OPTConfig(vocab_size=64, num_hidden_layers=3, layerdrop=0.7, **sizes)).eval()
+    model = copy.deepcopy(teacher)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(3)
+    assert heals(model, teacher, TEACHING % 60, inputs=HELD_OUT % 60, lora=None)
 
 
 def forms_of(rows):
