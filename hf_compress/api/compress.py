@@ -64,9 +64,11 @@ def compress(
         ProcessesError: of several processes one has failed, has ended, or has another model, settings or data.
     """
     if is_several(config):
-        stages = check_stages(model, config, calibration, settings)
+        stages = check_stages(model, config, calibration, settings, teacher)
     else:
         method = check_arguments(model, config, settings)
+        if teacher is not None:
+            raise ValueError("teacher= is whom heal learns from, and a single method has no healing: leave it out")
     start = perf_counter()
     data = prepared(calibration, model, tokenizer, options)
     compute, preparing = compute or Compute(), perf_counter() - start

@@ -89,8 +89,8 @@ class Recipe:
     Attributes:
         model: a folder with a model, or a model's name on the Hub.
         stages: methods' settings, and `HealConfig` between them; see `stages_of`.
-        calibration: None where no method needs any.
-        evaluate: what is measured; nothing when None.
+        calibration: a `CalibrationSource`, a mapping of its fields, or a name; None where no method needs any.
+        evaluate: an `EvaluationPlan`, or a mapping of its fields; nothing is measured when None.
         output: the folder that the smaller model goes to.
         dtype: auto (as stored), float32, bfloat16 or float16.
         seed: of whatever is random.
@@ -108,6 +108,13 @@ class Recipe:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", stages_of(self.stages))
+        object.__setattr__(self, "calibration", _calibration(self.calibration))
+        object.__setattr__(self, "evaluate", _evaluation(self.evaluate))
+        if self.calibration and self.evaluate and self.calibration.data == self.evaluate.texts:
+            raise ValueError(
+                f"calibration and evaluate are given the same texts, {self.evaluate.texts}: a score on data that the "
+                "model was fitted to says nothing; give others"
+            )
         if self.calibration is None and any(isinstance(stage, HealConfig) for stage in self.stages):
             raise ValueError("heal learns from data, and the recipe has none: give it calibration: texts.jsonl")
         check("model", self.model, str)
@@ -130,12 +137,7 @@ class Recipe:
                 raise ValueError(f"a recipe needs {name!r}; got {', '.join(values) or 'nothing'}")
         if not isinstance(values["stages"], (list, tuple)):
             raise TypeError(f"stages is a list of methods and their settings; got {values['stages']!r}")
-        sections: dict[str, Any] = {}
-        if values.get("calibration") is not None:
-            sections["calibration"] = _calibration(values["calibration"])
-        if values.get("evaluate") is not None:
-            sections["evaluate"] = EvaluationPlan.from_dict("evaluate", values["evaluate"])
-        return Recipe(**{**values, **sections})
+        return Recipe(**values)
 
     @staticmethod
     def from_file(path: str | Path) -> Recipe:
@@ -165,15 +167,24 @@ class Recipe:
         Raises:
             ValueError: a stage was given what no file can say, such as a Trainer's arguments or data from memory.
         """
-        stages = []
         for number, stage in enumerate(report.stages, 1):
             if "method" not in stage.config:
                 raise ValueError(
                     f"stage {number} ({stage.method}) was made in Python, by arguments that no recipe can hold: write "
                     "one by hand"
                 )
-            stages.append(stage.config)
-        return Recipe.from_dict({"model": report.base_model, "stages": stages, "calibration": _source_in(report)})
+            if "trained_steps" in stage.notes:
+                raise ValueError(
+                    f"stage {number} ({stage.method}) was made while a Trainer trained, which no recipe does"
+                )
+            if stage.notes.get("taught_by"):
+                raise ValueError(
+                    f"stage {number} ({stage.method}) learned from a model that was compressed already, and a recipe's "
+                    "teacher is the original: write one by hand"
+                )
+        values = {"model": report.base_model, "stages": [stage.config for stage in report.stages]}
+        dtype = report.stages[0].environment.get("dtype", "auto")
+        return Recipe.from_dict({**values, "calibration": _source_in(report), "dtype": dtype})
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values only, the inverse of `from_dict`; what is not given is left out."""
@@ -203,11 +214,16 @@ def names_of(cls: Any) -> list[str]:
     return [field.name for field in fields(cls)]
 
 
-def _calibration(given: Any) -> CalibrationSource:
+def _calibration(given: Any) -> CalibrationSource | None:
     """Calibration data as a section, or by its name alone."""
-    if isinstance(given, CalibrationSource):
+    if given is None or isinstance(given, CalibrationSource):
         return given
     return CalibrationSource.from_dict("calibration", {"data": given} if isinstance(given, str) else given)
+
+
+def _evaluation(given: Any) -> EvaluationPlan | None:
+    """What is measured, as a section."""
+    return given if given is None or isinstance(given, EvaluationPlan) else EvaluationPlan.from_dict("evaluate", given)
 
 
 def _exact(settings: Any, values: dict[str, Any]) -> dict[str, Any]:
@@ -235,7 +251,4 @@ def _source_in(report: CompressionReport) -> CalibrationSource | None:
 
 def _source_of(facts: Mapping[str, Any]) -> CalibrationSource:
     read_as = {name: facts[name] for name in ("max_length", "batch_size", "text_column") if name in facts}
-    drawn = "of" in facts or "of_the_first" in facts or "seed" in facts  # else all there was
-    return CalibrationSource(
-        facts["source"], facts["samples"] if drawn else None, seed=facts.get("seed") if drawn else 0, **read_as
-    )
+    return CalibrationSource(facts["source"], facts.get("asked"), seed=facts.get("drawn_with"), **read_as)

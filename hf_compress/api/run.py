@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from accelerate.utils import set_seed
+from transformers import PreTrainedModel
 
 from hf_compress.api.compress import compress
 from hf_compress.api.recipe import EvaluationPlan, Recipe
 from hf_compress.calibration.compute import Compute
 from hf_compress.calibration.files import load, load_texts
-from hf_compress.calibration.processes import by_first
-from hf_compress.calibration.workdir import OFFLOADED
-from hf_compress.evaluation.compare import compare
+from hf_compress.calibration.processes import by_first, here
+from hf_compress.calibration.workdir import MADE, OFFLOADED
+from hf_compress.evaluation.compare import check_metrics, compare
 from hf_compress.evaluation.comparison import Comparison
-from hf_compress.evaluation.kinds import check_generates
-from hf_compress.evaluation.loading import load_saved, saved_class
+from hf_compress.evaluation.loading import default_device, load_saved
 from hf_compress.evaluation.processors import kind_read_by, load_processor
-from hf_compress.report.card_scores import UNCOMPRESSED
 from hf_compress.report.history import history_of, read_report
 from hf_compress.report.report import CompressionReport
 from hf_compress.storage.save import check_target, save
-from hf_compress.storage.scored_cards import write_scores
+from hf_compress.storage.scored_cards import texts_told, write_scores
 
 
 @dataclass(frozen=True)
@@ -62,8 +61,7 @@ def run(
         device: where the model is loaded; "disk" leaves it there, to be read a block at a time. A CUDA device, if there
             is one, or else the CPU when None.
         overwrite: whether the output may be replaced.
-        resume: whether a model that the same stages have made, in the output already, is taken for the result, so that
-            what is left is to measure it.
+        resume: whether the output may be there, if this recipe has made it by this workdir; then it is measured alone.
 
     Raises:
         ValueError, TypeError: no recipe, no output, data that cannot be read, or a metric that does not fit the model;
@@ -72,13 +70,16 @@ def run(
     """
     recipe = recipe_of(recipe)
     folder = output_of(recipe)
-    report = made_already(recipe, folder) if resume else None
+    compute = compute or Compute()
+    report = _made_already(recipe, folder, compute) if resume else None
     if report is None:
         check_target(folder, overwrite)  # before any work is done
     _check_metrics(recipe)
     if report is None:
-        report = _make(recipe, folder, compute or Compute(), device, overwrite)
-    return Outcome(folder, report, None if recipe.evaluate is None else _compared(recipe, recipe.evaluate, folder))
+        report = _make(recipe, folder, compute, device, overwrite)
+    place = None if device == "disk" else device
+    asked = recipe.evaluate
+    return Outcome(folder, report, None if asked is None else _compared(recipe, asked, folder, place))
 
 
 def recipe_of(given: Recipe | str | Path | Mapping[str, Any]) -> Recipe:
@@ -95,19 +96,25 @@ def output_of(recipe: Recipe) -> Path:
     return Path(recipe.output)
 
 
-def made_already(recipe: Recipe, folder: Path) -> CompressionReport | None:
-    """The report of the model in a folder, if it is what the recipe makes."""
-    report = read_report(folder) if folder.is_dir() else None
-    stages = [stage.to_dict() for stage in recipe.stages]
-    return report if report is not None and [stage.config for stage in report.stages] == stages else None
+def _made_already(recipe: Recipe, folder: Path, compute: Compute) -> CompressionReport | None:
+    """The report of the model in a folder, if it is this recipe that has made it, by this workdir."""
+    note = None if compute.folder is None else compute.folder / MADE
+    if note is None or not note.is_file() or json.loads(note.read_text(encoding="utf-8")) != _makes(recipe):
+        return None
+    return read_report(folder) if folder.is_dir() else None
+
+
+def _makes(recipe: Recipe) -> dict[str, Any]:
+    """What of a recipe decides about the model, and where it goes."""
+    made: dict[str, Any] = json.loads(json.dumps(replace(recipe, evaluate=None).to_dict()))
+    return made
 
 
 def _check_metrics(recipe: Recipe) -> None:
-    """Raise where the model is of a kind that what is to be measured does not fit; no weights are read."""
-    if recipe.evaluate is not None:
-        kind, _ = saved_class(recipe.model)
-        check_generates(kind, "perplexity" if recipe.evaluate.texts else "scoring on lm-eval tasks")
-        _texts(recipe.evaluate)
+    """Raise where what is to be measured does not fit the model, or is not there; no weights are read."""
+    if (asked := recipe.evaluate) is not None:
+        check_metrics(recipe.model, asked.texts is not None, asked.tasks or (), include_path=asked.include_path)
+        _texts(asked)
 
 
 def _make(recipe: Recipe, folder: Path, compute: Compute, device: str | None, overwrite: bool) -> CompressionReport:
@@ -119,30 +126,43 @@ def _make(recipe: Recipe, folder: Path, compute: Compute, device: str | None, ov
         if compute.folder is None:
             offloaded = Path(held.enter_context(TemporaryDirectory(prefix="hf_compress-")))
         else:
-            offloaded = compute.folder / OFFLOADED
-        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model = load_saved(recipe.model, dtype=recipe.dtype, device_map={"": place}, offload_folder=offloaded)
+            offloaded = compute.folder / OFFLOADED / str(here()[0])
+        place = {"": device or default_device()}
+        model = load_saved(recipe.model, dtype=recipe.dtype, device_map=place, offload_folder=offloaded)
         processor = load_processor(recipe.model, needed=data is not None)
         compress(model, recipe.stages, data, processor, None if given is None else given.options, compute)
         save(model, folder, processor, overwrite=overwrite, portable=recipe.portable)
+        if compute.folder is not None:
+            by_first((compute.folder / MADE).write_text)(json.dumps(_makes(recipe)), encoding="utf-8")
         report = history_of(model)
         assert report is not None
         return report
 
 
 @by_first
-def _compared(recipe: Recipe, asked: EvaluationPlan, folder: Path) -> Comparison:
-    """The smaller model beside the uncompressed one; the figures go into its card."""
+def _compared(recipe: Recipe, asked: EvaluationPlan, folder: Path, device: str | None) -> Comparison:
+    """The smaller model beside the original; the figures go into its card."""
+    name = Path(recipe.model).name
+    name = f"{name} (original)" if name == folder.name else name
     comparison = compare(
-        {UNCOMPRESSED: recipe.model, folder.name: folder},
+        {name: _as_made(recipe, device), folder.name: folder},
+        load_processor(recipe.model),
         tasks=asked.tasks or (),
         texts=_texts(asked),
         include_path=asked.include_path,
         batch_size=asked.batch_size,
         limit=asked.limit,
+        device=device or default_device(),
     )
-    write_scores(comparison, {folder.name: folder}, None if asked.texts is None else Path(asked.texts).name)
+    write_scores(comparison, {folder.name: folder}, texts_told(asked.texts, asked.limit))
     return comparison
+
+
+def _as_made(recipe: Recipe, device: str | None) -> PreTrainedModel | str:
+    """The original, in the dtype that the smaller one was made in."""
+    if recipe.dtype == "auto":
+        return recipe.model
+    return load_saved(recipe.model, dtype=recipe.dtype, device_map={"": device or default_device()})
 
 
 def _texts(asked: EvaluationPlan) -> list[Any] | None:

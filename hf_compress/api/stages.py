@@ -24,6 +24,7 @@ from hf_compress.methods.base.journal import Journal
 from hf_compress.methods.base.registry import left_by, needs_dense_weights
 from hf_compress.methods.base.settings import CompressionConfig, config_class, method_names
 from hf_compress.report.stages import HEAL
+from hf_compress.training.distillation import check_teacher
 from hf_compress.training.heal_config import HealConfig
 from hf_compress.training.heal_stage import heal_by
 
@@ -88,14 +89,19 @@ def stages_of(given: Iterable[Any]) -> tuple[StageSettings, ...]:
 
 
 def check_stages(
-    model: Any, given: Sequence[Any], calibration: Any, settings: Mapping[str, Any]
+    model: Any, given: Sequence[Any], calibration: Any, settings: Mapping[str, Any], teacher: Any = None
 ) -> tuple[StageSettings, ...]:
     """The stages of a call; raises unless they can follow each other, and the model can go through them."""
     if settings:
         raise TypeError(f"{', '.join(settings)}: with several stages, settings belong inside each of them")
     stages = stages_of(given)
     check_model(model)
-    if any(isinstance(stage, HealConfig) for stage in stages):
+    heals = any(isinstance(stage, HealConfig) for stage in stages)
+    if teacher is not None:
+        if not heals:
+            raise ValueError(f"teacher= is whom {HEAL} learns from, and no stage is {HEAL}: leave it out")
+        check_teacher(model, teacher)
+    if heals:
         if calibration is None:
             raise CalibrationError(f"{HEAL} learns from data: pass calibration=, such as texts")
         if is_offloaded(model):

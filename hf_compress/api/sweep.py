@@ -23,28 +23,33 @@ from hf_compress.anatomy.compressible import check_model
 from hf_compress.anatomy.dispatch import is_dispatched
 from hf_compress.api.arguments import prepared
 from hf_compress.api.identity import identity_of
-from hf_compress.api.stages import StageSettings, compress_in_stages, is_several, stages_of
+from hf_compress.api.stages import StageSettings, check_stages, compress_in_stages, is_several, stages_of
 from hf_compress.calibration.compute import Compute
 from hf_compress.calibration.data import Calibration, DataOptions
 from hf_compress.calibration.files import load_texts
 from hf_compress.calibration.media import Processor
 from hf_compress.calibration.progress import bar
+from hf_compress.calibration.reading import read_texts
 from hf_compress.calibration.workdir import worked_in
-from hf_compress.errors import UnsupportedModelError
-from hf_compress.evaluation.comparison import ComparedMetric, Comparison
+from hf_compress.errors import MemoryBudgetError, OffloadError, UnsupportedModelError, WorkdirError
+from hf_compress.evaluation.compare import check_metrics
+from hf_compress.evaluation.comparison import ComparedMetric, Comparison, file_name
 from hf_compress.evaluation.evaluate import EvaluationResult, evaluate
 from hf_compress.evaluation.kinds import reads_tokens_alone
+from hf_compress.evaluation.labelled import Examples, read_labelled
 from hf_compress.evaluation.speed import Speed, speeds_in_turn
 from hf_compress.methods.base.journal import Journal
 from hf_compress.methods.base.settings import CompressionConfig
 from hf_compress.methods.drop_blocks import DropBlocksConfig
+from hf_compress.numerics.defaults import torch_defaults
 from hf_compress.report.measured import Measured
-from hf_compress.report.sweep_result import SweepResult, file_name
+from hf_compress.report.sweep_result import SweepResult
 from hf_compress.storage.save import save
 
 logger = logging.getLogger(__name__)
 
 ORIGINAL = "original"
+_TASK_FILES = (".yaml", ".yml", ".jsonl", ".json", ".py")
 WORK, MEASURED, COMMON, RUNS, BEST = "work", "measured", "common", "runs", "models"  # folders of a sweep
 
 
@@ -63,6 +68,7 @@ class _Entry:
         return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
+@torch_defaults()
 def sweep(  # noqa: PLR0913 (what is compressed, by what, and what is measured)
     model: PreTrainedModel,
     configs: Mapping[str, Any] | Iterable[Any],
@@ -109,14 +115,20 @@ def sweep(  # noqa: PLR0913 (what is compressed, by what, and what is measured)
     """
     entries = _entries(configs, controls)
     _check(model, compute, folder, best)
+    for entry in entries:
+        check_stages(model, entry.stages, calibration, {})
+    if texts is not None:
+        texts = load_texts(texts, limit=None) if isinstance(texts, str | Path) else read_texts(texts)
+    labelled = None if labelled is None else read_labelled(labelled, limit)
+    check_metrics(model, texts is not None, tasks, labelled is not None, include_path)
     data = prepared(calibration, model, tokenizer, options)
     asked = {"tasks": tasks, "labelled": labelled, "include_path": include_path}
-    asked |= {"texts": _held_out(texts), "batch_size": batch_size, "limit": limit}
+    asked |= {"texts": texts, "batch_size": batch_size, "limit": limit}
     with ExitStack() as held:
         place = Path(folder) / WORK if folder else Path(held.enter_context(TemporaryDirectory(prefix="hf_compress-")))
         held.enter_context(worked_in(place / MEASURED))
-        shutil.rmtree(place / RUNS, ignore_errors=True)  # of a sweep that was killed
-        journal = Journal(place / MEASURED, _identity(model, data, {**asked, "speed": speed}))
+        journal = Journal(place / MEASURED, _identity(model, data, tokenizer, {**asked, "speed": speed}))
+        shutil.rmtree(place / RUNS, ignore_errors=True)  # of a sweep that was killed, for the folder is one's
         runs = _Runs(model, data, tokenizer, compute or Compute(), place, asked, speed)
         found = []
         for entry in bar(entries, "sweeping"):
@@ -165,6 +177,8 @@ class _Runs:
         settings, start = [stage.to_dict() for stage in entry.stages], perf_counter()
         try:
             small = self.made(entry.stages)
+        except (WorkdirError, MemoryBudgetError, OffloadError):  # which says nothing of the settings
+            raise
         except (ValueError, TypeError) as error:
             reason = " ".join(str(error).split())
             logger.warning("%s is refused: %s", entry.name, reason)
@@ -207,24 +221,23 @@ def _entries(configs: Mapping[str, Any] | Iterable[Any], controls: bool) -> list
     if not entries:
         raise ValueError("there is nothing to sweep over: give settings, such as [MKAConfig(ratio=0.25)]")
     if controls:
-        entries += [
-            _Entry(f"last blocks left out, ratio={ratio}", (DropBlocksConfig(ratio=ratio, criterion="last"),), True)
-            for ratio in sorted({ratio for entry in entries for ratio in _ratios(entry)})
-        ]
+        last = [(ratio, DropBlocksConfig(ratio=ratio, criterion="last")) for ratio in sorted(_ratios(entries))]
+        made = [_Entry(f"last blocks left out, ratio={ratio}", (config,), True) for ratio, config in last]
+        entries += [control for control in made if control.digest not in {entry.digest for entry in entries}]
     seen: dict[str, str] = {}
     for entry in entries:
-        if entry.digest in seen and not entry.control:
+        if entry.digest in seen:
             raise ValueError(f"{entry.name!r} and {seen[entry.digest]!r} have the same settings: leave one of them out")
-        if entry.name in seen.values():
+        if file_name(entry.name) in map(file_name, seen.values()):
             raise ValueError(f"two settings are called {entry.name!r}: give names, as in {{'mine': MKAConfig(…)}}")
         seen[entry.digest] = entry.name
     return entries
 
 
-def _ratios(entry: _Entry) -> set[float]:
-    """The shares that the methods of a way take out, where they say so."""
-    amounts = [stage.amount for stage in entry.stages if isinstance(stage, CompressionConfig)]
-    return {amount.value for amount in amounts if amount is not None and amount.word == "ratio"}
+def _ratios(entries: list[_Entry]) -> set[float]:
+    """The shares that methods take out, where they say so."""
+    stages = [stage for entry in entries for stage in entry.stages if isinstance(stage, CompressionConfig)]
+    return {amount.value for stage in stages if (amount := stage.amount) is not None and amount.word == "ratio"}
 
 
 def told(stage: StageSettings) -> str:
@@ -244,20 +257,27 @@ def _check(model: Any, compute: Compute | None, folder: Any, best: int) -> None:
         raise ValueError(f"best={best} models are to be saved, but not where: give folder=")
 
 
-def _held_out(texts: str | Path | Iterable[str] | None) -> list[str] | None:
-    """Texts from wherever they are."""
-    if texts is None or isinstance(texts, str | Path):
-        return None if texts is None else load_texts(texts)
-    return list(texts)
+def _identity(
+    model: PreTrainedModel, data: Calibration | None, tokenizer: Any, asked: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a sweep is known by: the model, its data, what is measured, and on what."""
+    labelled: Examples | None = asked["labelled"]
+    known = {name: asked[name] for name in ("tasks", "include_path", "batch_size", "limit", "speed")}
+    hashed = {
+        "texts": asked["texts"],
+        "labelled": labelled and [labelled.labels, [*map(_plain, labelled.inputs)]],
+        "task files": [file.read_text(encoding="utf-8") for file in _files(asked["include_path"])],
+        "tokenizer": getattr(tokenizer, "get_vocab", dict)(),
+    }
+    digests = {name: hashlib.sha256(json.dumps(value, sort_keys=True).encode()) for name, value in hashed.items()}
+    told = {**known, **{name: digest.hexdigest() for name, digest in digests.items()}}
+    return identity_of(model, None, data) | {"measured": json.loads(json.dumps(told, default=str))}
 
 
-def _identity(model: PreTrainedModel, data: Calibration | None, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """What a sweep is known by: the model, its data, and what is measured."""
-    known = {name: value for name, value in asked.items() if name not in ("texts", "labelled")}
-    hashed = {name: _hashed(asked[name]) for name in ("texts", "labelled")}
-    return identity_of(model, None, data) | {"measured": json.loads(json.dumps(known | hashed, default=str))}
+def _plain(value: Any) -> Any:
+    """An input as what can be hashed: texts as they are, images by their pixels."""
+    return hashlib.sha256(value.tobytes()).hexdigest() if hasattr(value, "tobytes") else value
 
 
-def _hashed(data: Any) -> str | None:
-    """A hash of texts or rows; of a dataset, its own."""
-    return None if data is None else hashlib.sha256(repr(getattr(data, "_fingerprint", data)).encode()).hexdigest()
+def _files(folder: str | Path | None) -> list[Path]:
+    return [] if folder is None else sorted(path for path in Path(folder).rglob("*") if path.suffix in _TASK_FILES)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from hf_compress.errors import CalibrationError
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 ROWS = 1_000_000  # of a file that are looked at, to draw some
 _AT_ONCE = 1000  # rows that are read together
+TO_LEARN, TO_TEST = ("train",), ("test", "validation")  # splits, where several are there and none is named
 _LONGEST = 1000  # characters of a name: a text has more
 _HUB_NAME = re.compile(r"^\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+){0,2}$")
 
@@ -32,7 +33,7 @@ def load_texts(source: str | Path, text_column: str | None = None, limit: int | 
     """
     if limit is not None and limit < 1:
         raise ValueError(f"the number of texts must be at least 1; got {limit}")
-    return _load(str(source), text_column, limit, None).items
+    return _load(str(source), text_column, limit, None, splits=TO_TEST).items
 
 
 def load(
@@ -71,7 +72,7 @@ def load(
     count = max_samples if there else max_samples or BOUND
     drawn = _media(Path(source), count or BOUND, seed, wanted) or _load(str(source), text_column, count, seed, wanted)
     drawn.tell(asked=max_samples is not None)
-    return replace(drawn, source=str(source))
+    return replace(drawn, source=str(source), asked=max_samples, drawn_with=seed)
 
 
 def _media(path: Path, count: int, seed: int | None, wanted: Kind | None) -> Drawn | None:
@@ -97,7 +98,12 @@ def _is_saved(path: Path) -> bool:
 
 
 def _load(
-    source: str, text_column: str | None, count: int | None, seed: int | None, wanted: Kind | None = None
+    source: str,
+    text_column: str | None,
+    count: int | None,
+    seed: int | None,
+    wanted: Kind | None = None,
+    splits: Sequence[str] = TO_LEARN,
 ) -> Drawn:
     path = Path(source)
     if not source:
@@ -106,7 +112,7 @@ def _load(
         paragraphs = [part.strip() for part in re.split(r"\n\s*\n", _read(path))]
         drawn = reservoir(paragraphs, count or len(paragraphs), seed, len(paragraphs))
     else:
-        rows = read_rows(source, count)
+        rows = read_rows(source, count, splits)
         try:
             drawn = _of_rows(rows, source, text_column, count, seed, wanted)
         except (OSError, ValueError, TypeError) as error:  # files are parsed as they are read
@@ -178,12 +184,13 @@ def _read(path: Path) -> str:
         raise CalibrationError(f"{path} is not UTF-8 text ({error}): convert it, for instance by iconv") from None
 
 
-def read_rows(source: str, limit: int | None = None) -> Any:
+def read_rows(source: str, limit: int | None = None, splits: Sequence[str] = TO_LEARN) -> Any:
     """The rows of a file (read as they are asked for), a folder, or a dataset on the Hub, all but a `.txt` file.
 
     Args:
         source: as for `load_texts`.
         limit: of a dataset on the Hub no more than this is read.
+        splits: which of several is read, where none is named: the first of these that there is.
 
     Raises:
         FileNotFoundError: no such file or folder.
@@ -197,27 +204,27 @@ def read_rows(source: str, limit: int | None = None) -> Any:
             known = ", ".join([".txt", *_BUILDERS])
             raise CalibrationError(f"{source}: texts are read from {known} files and folders; not from {path.suffix!r}")
         try:
-            return _one_split(load_dataset(_BUILDERS[path.suffix], data_files=source, streaming=True), source)
+            return _one_split(load_dataset(_BUILDERS[path.suffix], data_files=source, streaming=True), source, splits)
         except StopIteration:  # it asks for the first row, and there is none
             return []
     try:
         if path.is_dir():
             saved = _is_saved(path)
-            return _one_split(load_from_disk(source) if saved else load_dataset(source, streaming=True), source)
-        return _from_hub(source, limit)
+            return _one_split(load_from_disk(source) if saved else load_dataset(source, streaming=True), source, splits)
+        return _from_hub(source, limit, splits)
     except FileNotFoundError as error:
         raise FileNotFoundError(_nothing_there(source)) from error
     except (OSError, ValueError) as error:
         raise unreadable(source, error) from error
 
 
-def _from_hub(source: str, limit: int | None) -> Any:
+def _from_hub(source: str, limit: int | None, splits: Sequence[str]) -> Any:
     from datasets import load_dataset
 
     if not _HUB_NAME.match(source) or Path(source).suffix in (".txt", *_BUILDERS):
         raise FileNotFoundError(_nothing_there(source))
     name, configuration, split = [*source.split(":"), None, None][:3]
-    return _one_split(load_dataset(name, configuration, split=split, streaming=limit is not None), source)
+    return _one_split(load_dataset(name, configuration, split=split, streaming=limit is not None), source, splits)
 
 
 def _nothing_there(source: str) -> str:
@@ -232,18 +239,19 @@ def unreadable(source: str, error: Exception) -> CalibrationError:
     return CalibrationError(f"{source} cannot be read: {type(cause).__name__}: {' '.join(str(cause).split())[:300]}")
 
 
-def _one_split(data: Any, source: str) -> Any:
-    """The only split of a dataset, or the training split of several."""
+def _one_split(data: Any, source: str, wanted: Sequence[str]) -> Any:
+    """The only split of a dataset, or the first of several that is called as is wanted."""
     if not isinstance(data, Mapping):
         return data
     if len(data) == 1:
         return next(iter(data.values()))
-    if "train" not in data:
+    found = next((name for name in wanted if name in data), None)
+    if found is None:
         raise CalibrationError(
-            f"{source} has the splits {', '.join(map(str, data))} and none called train: name one, as in "
-            f"name:configuration:{next(iter(data))}"
+            f"{source} has the splits {', '.join(map(str, data))} and none called {' or '.join(wanted)}: name one, as "
+            f"in name:configuration:{next(iter(data))}"
         )
-    return data["train"]
+    return data[found]
 
 
 def _column(row: Mapping[str, Any], source: str, column: str | None) -> str:

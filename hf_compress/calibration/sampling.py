@@ -29,7 +29,9 @@ class Drawn:
         of: how many were looked at; None where that is not known.
         seed: what they were drawn with; None where they are all that there are, or the first ones.
         more: whether there is more than what they were drawn from.
-        source: the name of the file or dataset; of a path the last part alone.
+        source: the name of the file or dataset.
+        asked: how many were wanted of it; None for all.
+        drawn_with: the seed of the draw, whether there was one or not; None for the first ones.
     """
 
     items: Any
@@ -38,6 +40,8 @@ class Drawn:
     seed: int | None = None
     more: bool = False
     source: str | None = None
+    asked: int | None = None
+    drawn_with: int | None = None
 
     @property
     def all_there_are(self) -> bool:
@@ -54,7 +58,8 @@ class Drawn:
     def facts(self) -> dict[str, int | str]:
         """What a report says of it; nothing of a list that was used as it was."""
         of = None if self.all_there_are else self.of
-        found = {"source": self.source, "of_the_first" if self.more else "of": of, "seed": self.seed}
+        found = {"source": self.source, "asked": self.asked, "drawn_with": self.drawn_with}
+        found |= {"of_the_first" if self.more else "of": of, "seed": self.seed}
         return {name: value for name, value in found.items() if value is not None}
 
     def tell(self, asked: bool = True) -> None:
@@ -128,13 +133,13 @@ def reservoir(items: Iterable[Any], count: int, seed: int | None, pool: int) -> 
         items: read to their end, or one beyond the pool. Empty texts are left out, and are no samples.
         count: how many are wanted.
         seed: for the draw; None for the first ones, after which nothing more is read than one item.
-        pool: how many are looked at; `count`, where that is more.
+        pool: how many are looked at for a draw; `count`, where that is more.
     """
     random, pool = Random(seed), max(pool, count)
     kept: list[tuple[int, Any]] = []
     seen, more = 0, False
     for number, item in enumerate(items):
-        if number == pool or (seed is None and len(kept) == count):
+        if len(kept) == count if seed is None else number == pool:
             more = True
             break
         if not one(item):
@@ -163,4 +168,4 @@ def from_stream(rows: Any, count: int, seed: int | None, values: Callable[[Any],
         found = list(islice(filter(one, buffered), count + 1))
         if len(found) > count:
             return Drawn(found[:count], count, None, seed, True)
-    return reservoir(values(rows), count, None, POOL)  # all there are, or the first ones, in their order
+    return reservoir(values(rows), count, None, count)  # all there are, or the first ones, in their order

@@ -17,7 +17,8 @@ RUN = "run.safetensors"  # what a run is known by, as facts of a file without te
 RESULTS, STREAMS, CHANGED, OFFLOADED = "results", "streams", "changed", "offloaded"  # folders in it
 _LOCK = "lock"
 _STAGE = re.compile(r"\d+-[a-z_]+")  # the folder of a stage among several
-_OWN = (RUN, _LOCK, "fitting.safetensors", RESULTS, STREAMS, CHANGED, OFFLOADED)
+MADE = "made.json"  # the recipe whose model has been saved
+_OWN = (RUN, _LOCK, MADE, "fitting.safetensors", RESULTS, STREAMS, CHANGED, OFFLOADED)
 
 
 def _half_written(path: Path) -> bool:
@@ -31,7 +32,10 @@ def stage_folder(folder: Path, number: int, method: str) -> Path:
 
 
 def _is_stage(path: Path) -> bool:
-    return path.is_dir() and bool(_STAGE.fullmatch(path.name))
+    """Whether a path is the folder of a stage, and not another of such a name."""
+    if not path.is_dir() or not _STAGE.fullmatch(path.name):
+        return False
+    return (path / RUN).is_file() or all(part.name in _OWN for part in path.iterdir())
 
 
 def check_own(folder: Path) -> None:

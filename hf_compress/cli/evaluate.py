@@ -71,6 +71,7 @@ def evaluate(  # noqa: PLR0913 (each of them is an option of the command)
     from hf_compress.calibration.files import load_texts
     from hf_compress.cli.loading import check_folder
     from hf_compress.evaluation.labelled import Labelled, read_labelled
+    from hf_compress.evaluation.loading import default_device
     from hf_compress.storage.staging import check_writable
 
     quiet_libraries()
@@ -92,7 +93,7 @@ def evaluate(  # noqa: PLR0913 (each of them is an option of the command)
         "batch_size": batch_size,
         "limit": whole or limit,
         "speed": speed,
-        "device": device or _default_device(),
+        "device": device or default_device(),
         "output_dir": output,
     }
     if len(models) == 1:
@@ -105,12 +106,11 @@ def evaluate(  # noqa: PLR0913 (each of them is an option of the command)
     comparison = compare(models, **given)
     _show_comparison(comparison, output)
     if card:
-        from hf_compress.storage.scored_cards import write_scores
+        from hf_compress.storage.scored_cards import texts_told, write_scores
 
-        told = None if texts is None else f"{'' if whole is None else f'the first {whole} texts of '}{Path(texts).name}"
         places = dict(zip(comparison.results, models, strict=True))
         chosen = {name: Path(place) for name, place in places.items() if place in folders}
-        for path in write_scores(comparison, chosen, told):
+        for path in write_scores(comparison, chosen, texts_told(texts, whole)):
             console().print(f"Wrote the scores into {path}", markup=False)
 
 
@@ -136,12 +136,6 @@ def _text_columns(given: list[str] | None, texts: str | None, labelled: str | No
     if not texts and not labelled:
         raise ValueError(f"--text-column {given[0]} names a column of --texts or --labelled, and neither is given")
     return given[0], tuple(given)
-
-
-def _default_device() -> str | None:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else None
 
 
 def _show(result: EvaluationResult, output: Path | None) -> None:

@@ -25,14 +25,12 @@ def load_model(
         ValueError: an unknown dtype.
         OSError, UnsupportedModelError: as for `load_saved`.
     """
-    import torch
-
-    from hf_compress.evaluation.loading import load_saved
+    from hf_compress.evaluation.loading import default_device, load_saved
 
     if dtype not in _DTYPES:
         raise ValueError(f"--dtype must be one of {', '.join(_DTYPES)}; got {dtype!r}")
     check_folder(name)
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    place = device or default_device()
     return load_saved(name, dtype=dtype, device_map={"": place}, offload_folder=offload_folder)
 
 

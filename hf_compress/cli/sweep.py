@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +26,9 @@ from hf_compress.cli.output import (
 if TYPE_CHECKING:
     from hf_compress.methods.base.settings import CompressionConfig
     from hf_compress.report.sweep_result import SweepResult
+
+
+_BETWEEN_METHODS = re.compile(r",(?=\s*[A-Za-z])")  # and not within lists of numbers, as in layers=2,5
 
 
 @app.command()
@@ -60,6 +64,8 @@ def sweep(  # noqa: PLR0913 (each of them is an option of the command)
 
     Started again with the same output, a sweep goes on from what is there, with further methods and ratios, too.
     """
+    from accelerate.utils import set_seed
+
     from hf_compress.api.sweep import sweep
     from hf_compress.calibration.data import DataOptions
     from hf_compress.calibration.files import load, load_texts
@@ -67,13 +73,14 @@ def sweep(  # noqa: PLR0913 (each of them is an option of the command)
     from hf_compress.evaluation.processors import kind_read_by, load_processor
     from hf_compress.storage.staging import check_writable
 
-    configs = _configs(methods, ratios)
+    configs = _configs(methods, ratios, seed)
     if texts is None and not tasks and labelled is None:
         raise ValueError("say what to measure: --texts, --tasks or --labelled")
     check_writable(output)
     quiet_libraries()
     data = load(calibration, text_column, samples, seed, kind_read_by(model)) if calibration else None
     held_out = load_texts(texts, text_column, limit) if texts else None
+    set_seed(seed)
     loaded = load_model(model, dtype, device)
     result = sweep(
         loaded,
@@ -94,19 +101,19 @@ def sweep(  # noqa: PLR0913 (each of them is an option of the command)
     _show(result, output, best)
 
 
-def _configs(methods: str, ratios: str) -> dict[str, CompressionConfig]:
+def _configs(methods: str, ratios: str, seed: int) -> dict[str, CompressionConfig]:
     """Every method with every ratio."""
     from hf_compress.cli.settings import config_from
 
     found: dict[str, CompressionConfig] = {}
     shares = [_share(text) for text in ratios.split(",") if text.strip()]
-    chosen = [part.strip() for part in methods.split(",") if part.strip()]
+    chosen = [part.strip() for part in _BETWEEN_METHODS.split(methods) if part.strip()]
     if not shares or not chosen:
         raise ValueError("a sweep needs --methods and --ratios: one of each, at least")
     for part in chosen:
         name, *settings = part.split(":")
         for ratio in shares:
-            config = config_from(name, ratio=ratio, settings=settings)
+            config = config_from(name, ratio=ratio, settings=settings, seed=seed)
             found[" ".join([config.method, *settings, f"ratio={ratio:g}"])] = config
     return found
 

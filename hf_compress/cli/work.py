@@ -97,7 +97,7 @@ class WorkFolder:
                 errors().print(told, soft_wrap=True)
             raise
         except Exception:
-            if self.new and self.path is not None and not any((self.path / "results").glob("*")):
+            if self.new and self.path is not None and not any(self.path.rglob("results/*")):
                 self.delete()
             raise
 

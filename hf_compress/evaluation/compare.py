@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,9 @@ from transformers import PreTrainedModel
 
 from hf_compress.calibration.reading import read_texts
 from hf_compress.errors import one_line
-from hf_compress.evaluation.comparison import Comparison
+from hf_compress.evaluation.comparison import Comparison, file_name
 from hf_compress.evaluation.evaluate import EvaluationResult, evaluate, load_on
-from hf_compress.evaluation.harness import Paths
+from hf_compress.evaluation.harness import Paths, check_tasks
 from hf_compress.evaluation.kinds import check_classifies, check_generates, reads_tokens_alone
 from hf_compress.evaluation.labelled import read_labelled
 from hf_compress.evaluation.loading import saved_class
@@ -70,7 +69,7 @@ def compare(  # noqa: PLR0913 (as `evaluate`)
     named = _named(models)
     metric = "perplexity" if texts is not None else "scoring on lm-eval tasks" if tasks else None
     for model in named.values():
-        _check_fits(model, metric, labelled is not None)
+        check_metrics(model, texts is not None, tasks, labelled is not None, include_path)
     if texts is not None:
         texts = read_texts(texts)
     if labelled is not None:
@@ -94,7 +93,7 @@ def compare(  # noqa: PLR0913 (as `evaluate`)
             limit=limit,
             speed=False,
             device=device,
-            output_dir=None if folder is None else folder / _file_name(name),
+            output_dir=None if folder is None else folder / file_name(name),
         )
         _free()
     comparison = Comparison(results, _speeds(named, device) if speed else {})
@@ -137,13 +136,21 @@ def _by_last_folders(paths: Sequence[Path], models: Sequence[Model]) -> dict[str
     return dict(zip(names, models, strict=True))
 
 
-def _check_fits(model: Model, metric: str | None, labelled: bool) -> None:
-    """Raise where the metrics do not fit a model, before any weight is read."""
+def check_metrics(
+    model: Model,
+    texts: bool,
+    tasks: str | Sequence[str] = (),
+    labelled: bool = False,
+    include_path: Paths | None = None,
+) -> None:
+    """Raise where what is to be measured does not fit a model, or a task is not known, before any weight is read."""
     kind, config = (type(model), model.config) if isinstance(model, PreTrainedModel) else saved_class(str(model))
-    if metric is not None:
-        check_generates(kind, metric)
+    if texts or tasks:
+        check_generates(kind, "perplexity" if texts else "scoring on lm-eval tasks")
     if labelled:
         check_classifies(kind, config)
+    if tasks:
+        check_tasks([tasks] if isinstance(tasks, str) else tasks, include_path)
 
 
 def _own_processor(model: str | Path, first: Any) -> Any:
@@ -197,7 +204,3 @@ def _free() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _file_name(name: str) -> str:
-    return re.sub(r"[^\w.-]+", "-", name).strip(".-") or "model"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import html
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -13,6 +13,7 @@ from hf_compress.evaluation.evaluate import EvaluationResult, without_nan
 from hf_compress.evaluation.perplexity import Perplexity
 from hf_compress.evaluation.scores import TaskScore
 from hf_compress.evaluation.speed import Speed, median, median_ratio
+from hf_compress.plan.notebook import html_table
 
 _NOTE = (
     "± is one standard error; ↓ lower is better, ↑ higher is better. × is a ratio to {reference}, + or − a difference "
@@ -151,10 +152,7 @@ class Comparison:
 
     def _repr_html_(self) -> str:
         """The table for notebooks."""
-        header = ("", "model", "value", f"against {self.reference}")
-        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-        body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in self.cells())
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><p>{html.escape(self.note())}</p>"
+        return html_table(self.note(), ("", "model", "value", f"against {self.reference}"), self.cells())
 
     def _sizes(self) -> list[ComparedMetric]:
         rows = []
@@ -296,3 +294,8 @@ def figure(value: float, error: float = math.nan, sign: str = "") -> str:
         return f"{value:{sign},.4g}"
     digits = min(6, max(0, 1 - math.floor(math.log10(error)))) if error > 0 else 4
     return f"{value:{sign},.{digits}f} ± {error:,.{digits}f}"
+
+
+def file_name(name: str) -> str:
+    """A name as that of a folder."""
+    return re.sub(r"[^\w.=-]+", "-", name).strip(".-") or "model"

@@ -110,6 +110,12 @@ def run_tasks(  # noqa: PLR0913 (each of them is an argument of lm-eval's own)
     return results
 
 
+def check_tasks(tasks: Sequence[str], include_path: Paths | None = None) -> None:
+    """Raise where tasks could not be scored, before any model is there: ImportError, ValueError; see `run_tasks`."""
+    _require_lm_eval()
+    _task_manager(list(tasks), _folders(include_path))
+
+
 def model_name(model: PreTrainedModel) -> str:
     """Name to report the model by: the last part of where it was loaded from, or else its class."""
     return Path(model.config.name_or_path or "").name or type(model).__name__

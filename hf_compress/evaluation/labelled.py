@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_compress.calibration.files import is_source, read_rows, unreadable
+from hf_compress.calibration.files import TO_TEST, is_source, read_rows, unreadable
 from hf_compress.calibration.reading import BOUND, has_length
 from hf_compress.calibration.tables import table_of
 
@@ -128,7 +128,7 @@ def _rows(data: Any, limit: int | float | None) -> tuple[list[Mapping[str, Any]]
         if not is_source(data):
             raise ValueError(f"labelled data is {str(data)[:80]!r}; expected rows, or the name of a file or a folder")
         source = str(data)
-        name, data = Path(source).name, read_rows(source, most)
+        name, data = Path(source).name, read_rows(source, most, TO_TEST)
         try:
             rows = list(islice(data, most))
         except (OSError, ValueError, TypeError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
@@ -45,7 +46,10 @@ def saved_class(name: str) -> tuple[Any, PreTrainedConfig]:
         config = AutoConfig.from_pretrained(name)
     except OSError as error:  # offline, its message does not name the model
         raise OSError(f"no model {name!r}: {error}") from error
-    return _class_of(config.architectures, name), config
+    kind = _class_of(config.architectures, name)
+    if kind is transformers.AutoModelForCausalLM:
+        kind = transformers.AutoModelForCausalLM._model_mapping.get(type(config), kind)
+    return kind, config
 
 
 def _class_of(architectures: Any, name: str) -> Any:
@@ -60,3 +64,8 @@ def _class_of(architectures: Any, name: str) -> Any:
             "it in Python, and give the model to the functions of hf_compress"
         )
     return kind
+
+
+def default_device() -> str:
+    """Where models are loaded when nobody says: a CUDA device, if there is one, or else the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -261,7 +261,8 @@ def _random_tokens(models: Sequence[PreTrainedModel], length: int, batch_size: i
         check(name, value, int, "[1, inf)")
     length = min(length, *(position_limit(model.config) or length for model in models))
     vocabulary = min(model.config.get_text_config().vocab_size for model in models)
-    special = {value for model in models for name, value in vars(model.config).items() if name.endswith(_SPECIAL)}
+    named = [value for model in models for name, value in vars(model.config).items() if name.endswith(_SPECIAL)]
+    special = {token for value in named for token in (value if isinstance(value, list | tuple) else [value])}
     plain = torch.tensor([token for token in range(vocabulary) if token not in special] or [0])
     picked = torch.randint(len(plain), (batch_size, length), generator=torch.Generator().manual_seed(seed))
     return plain[picked]

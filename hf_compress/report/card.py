@@ -80,7 +80,6 @@ def _check(model: Any, result: Any, controls: Mapping[str, Any]) -> None:
 
 def _metadata(facts: Facts) -> ModelCardData:
     report, bases = facts.report, facts.base_models
-    # evaluate() measures nothing but language models
     scores = eval_results(facts.result, facts.task or "text-generation", facts.details.evaluation)
     # Of the Hub's relations (adapter, finetune, merge of several models, quantized), one alone can fit.
     edits = [edit for stage in report.stages for edit in stage.edits] if report else []

@@ -112,17 +112,21 @@ def _making(stage: Stage, named: str | None) -> str:
 
 def _calibration(stage: Stage, named: str | None) -> str:
     """How much data was used and, unless `named` is None because it is said elsewhere, what it is."""
-    counts = escape(_amounts(stage.calibration))
-    source = escape(public(str(stage.calibration.get("source", ""))))
+    counts, place = escape(amounts(stage.calibration)), escape(source(stage.calibration))
     if counts and named is None:
-        return f"Calibration data: {counts}{f'; from {source}' if source else ''}."
+        return f"Calibration data: {counts}{f'; from {place}' if place else ''}."
     if counts:
-        unnamed = f"from {source}." if source else "what the data is, is not recorded here."
+        unnamed = f"from {place}." if place else "what the data is, is not recorded here."
         return f"Calibration data: {counts}; {named or unnamed}"
     return f"Calibration data: {named or 'none was used.'}"
 
 
-def _amounts(facts: Mapping[str, int | str]) -> str:
+def source(facts: Mapping[str, int | str]) -> str:
+    """Where data came from by name; of a path of this machine the last part alone."""
+    return public(str(facts.get("source", "")))
+
+
+def amounts(facts: Mapping[str, int | str]) -> str:
     """How much data was used and how it was drawn: "256 samples of 10,000, drawn with seed 0, 4,096 tokens"."""
     drawn = {"of": " of {:,}", "of_the_first": " of the first {:,}", "seed": ", drawn with seed {}"}
     how = "".join(words.format(facts[name]) for name, words in drawn.items() if name in facts)
@@ -133,7 +137,7 @@ def _amounts(facts: Mapping[str, int | str]) -> str:
 def training(stage: Stage) -> str:
     """What of a stage was training; nothing where nothing was."""
     if stage.method == HEAL:
-        how = "adapters (LoRA), merged" if stage.config.get("lora") else "all weights"
+        how = "adapters (LoRA), merged" if stage.notes.get("adapters") else "all weights"
         steps = stage.notes.get("steps")
         count = f"{steps:,} steps, " if isinstance(steps, int) else ""
         return f"Healed by distillation of the uncompressed model: {count}{how}."

@@ -16,7 +16,7 @@ from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.base.settings import CompressionConfig
 from hf_compress.plan.plan import Plan
 from hf_compress.report.report import REPORT_FILE, CompressionReport
-from hf_compress.report.stages import Size, Stage, Step
+from hf_compress.report.stages import Size, Stage, Step, environment
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +74,7 @@ def stage_of(config: CompressionConfig, plan: Plan, context: CalibrationContext,
         steps=[Step(name, seconds) for name, seconds in context.seconds.items()],
         calibration=context.data.describe() if context.data else {},
         parity=True,  # apply() raises otherwise
+        environment=environment() | {"dtype": str(context.model.dtype).removeprefix("torch.")},
     )
 
 

@@ -18,7 +18,7 @@ class Measured:
         name: of its settings.
         stages: the settings themselves.
         metrics: nothing where the model or a method refused them.
-        seconds: that the compression took.
+        seconds: that the compression took; what several have in common, the first of them pays for.
         error: why it was refused.
         control: whether it is there to be beaten.
     """

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_compress.report.card_history import amounts, source
 from hf_compress.report.edits import bits_of, decisions, in_rows
 from hf_compress.report.markdown import human_bytes, in_words, json_values, measured, one_line, public
 from hf_compress.report.plots import stage_svg
@@ -168,10 +169,10 @@ def _note(key: str, value: Any) -> str:
 
 
 def _circumstances(stage: Stage) -> str:
-    counts = ", ".join(f"{count:,} {what}" for what, count in stage.calibration.items() if count) or "none"
+    used = ("; from ".join(filter(None, (amounts(stage.calibration), source(stage.calibration))))) or "none"
     checked = {True: "passed", False: "not passed", None: "not needed: the structure stayed"}[stage.parity]
     versions = ", ".join(f"{name} {version}" for name, version in stage.environment.items())
-    told = {"Calibration data": counts, "Reload check": checked, "Versions": versions}
+    told = {"Calibration data": used, "Reload check": checked, "Versions": versions}
     return "".join(f"<p>{name}: {escaped(one_line(text))}.</p>" for name, text in told.items())
 
 
@@ -188,7 +189,8 @@ def _evaluation(told: Mapping[str, Any]) -> str:
             f"{perplexity[key]:,} {key}" for key in ("documents", "tokens") if isinstance(perplexity.get(key), int)
         )
         rows.append([f"perplexity ({', '.join(counts)})", _figure(perplexity, "value", "value_standard_error")])
-    for score in told["scores"]:
+    labelled = told.get("labelled")
+    for score in [*told["scores"], *(labelled.get("scores", ()) if isinstance(labelled, Mapping) else ())]:
         if isinstance(score, Mapping):
             name = f"{score.get('task')} {score.get('metric')}"
             rows.append([name, _figure(score, "value", "standard_error")])

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from hf_compress.report.markdown import public
 from hf_compress.report.plots import plot_stages
 from hf_compress.report.stages import Size, Stage, Step
 from hf_compress.report.summary import summary_html, summary_text
@@ -69,6 +70,16 @@ class CompressionReport:
     def calibration(self) -> dict[str, int | str]:
         """The calibration data of the last stage."""
         return self.stages[-1].calibration
+
+    def published(self) -> CompressionReport:
+        """The same for others: of paths of this machine the last part alone."""
+        stages = [
+            replace(stage, calibration={**stage.calibration, "source": public(str(stage.calibration["source"]))})
+            if "source" in stage.calibration
+            else stage
+            for stage in self.stages
+        ]
+        return replace(self, base_model=public(self.base_model), stages=stages)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values only."""

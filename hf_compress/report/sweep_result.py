@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import csv
-import html
 import io
 import json
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 
 from hf_compress.evaluation.comparison import ComparedMetric, figure
 from hf_compress.evaluation.evaluate import without_nan
+from hf_compress.plan.notebook import html_table
 from hf_compress.report.measured import Measured
 from hf_compress.report.pareto import draw_pareto
 
@@ -37,7 +36,8 @@ class SweepResult:
     @property
     def quality(self) -> str | None:
         """The first metric that says how good a model is: perplexity, or else a score; None where none was measured."""
-        return next((row.metric for row in self.original if not row.metric.startswith(_NOT_QUALITY)), None)
+        told = (row for row in self.original if not row.metric.startswith(_NOT_QUALITY))
+        return next((row.metric for row in told if row.higher_is_better is not None), None)
 
     @property
     def metrics(self) -> list[str]:
@@ -106,9 +106,7 @@ class SweepResult:
 
     def _repr_html_(self) -> str:
         """The table for notebooks."""
-        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in self.header())
-        body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in self.rows())
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><p>{html.escape(self.note())}</p>"
+        return html_table(self.note(), self.header(), self.rows())
 
     def _of_original(self, metric: str) -> ComparedMetric | None:
         return next((row for row in self.original if row.metric == metric), None)
@@ -141,8 +139,10 @@ class SweepResult:
         """Draw quality against stored bytes, parameters and speed; PNG or SVG by `path`.
 
         Raises:
-            ValueError: nothing says how good the models are; or the ending is neither .png nor .svg.
+            ValueError: nothing says how good the models are, or none was made; or the ending is neither .png nor .svg.
         """
+        if not any(one.metrics for one in self.measured):
+            raise ValueError("no model was made, so there is nothing to draw: the table says why")
         if self.quality is None:
             raise ValueError("no quality was measured, so there is nothing to draw it by: give texts= or tasks=")
         return draw_pareto(self.original, self.measured, self.quality, {one.name for one in self.front()}, path)
@@ -152,13 +152,8 @@ class SweepResult:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "sweep.csv").write_text(self.to_csv(), encoding="utf-8")
         (folder / "sweep.json").write_text(self.to_json() + "\n", encoding="utf-8")
-        if self.quality is not None:
+        if self.quality is not None and any(one.metrics for one in self.measured):
             self.plot(folder / "sweep.png")
-
-
-def file_name(name: str) -> str:
-    """A name as that of a folder."""
-    return re.sub(r"[^\w.=-]+", "-", name).strip(".-") or "model"
 
 
 def _cell(row: ComparedMetric | None) -> str:

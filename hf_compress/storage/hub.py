@@ -138,7 +138,9 @@ def push_to_hub(  # noqa: PLR0913 (they are those of save, and of Transformers' 
     with TemporaryDirectory() as parent:
         with _reported(model, report):
             card = _card(model, repo_id, tokenizer is not None, portable) if card is None else card
-            folder = save(model, Path(parent) / "model", tokenizer, portable=portable, card=card, probe=probe)
+            told = history_of(model)
+            with _reported(model, told and told.published()):
+                folder = save(model, Path(parent) / "model", tokenizer, portable=portable, card=card, probe=probe)
         _check_no_token(secret, ((p.name, p.read_bytes()) for p in _files(folder) if p.suffix != ".safetensors"))
         with _explained(repo_id, secret):
             _check_card(card, repo_id)

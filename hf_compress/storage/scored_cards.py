@@ -40,6 +40,13 @@ def write_scores(comparison: Comparison, folders: Mapping[str, Path], texts: str
     return list(cards)
 
 
+def texts_told(source: str | None, limit: int | None) -> str | None:
+    """What a card says of texts that came by name."""
+    if source is None:
+        return None
+    return f"{'' if limit is None else f'the first {limit} texts of '}{Path(source).name}"
+
+
 def _card(comparison: Comparison, name: str, folder: Path, texts: str | None) -> str:
     result, path = comparison.results[name], folder / CARD_FILE
     controls = _controls(comparison, name, folder)

@@ -80,18 +80,26 @@ def heal(
     distillation = distillation or DistillationConfig()
     history, size, start = history_of(model), model_size(model), perf_counter()
     trained = learn(model, teacher, dataset, tokenizer, lora, distillation, args, options)
-    told = {**asdict(distillation), "lora": trained.adapters}
-    add_stage(model, stage_of_healing(told, size, model_size(model), trained, perf_counter() - start), history)
+    stage = stage_of_healing(asdict(distillation), size, model_size(model), trained, perf_counter() - start)
+    add_stage(model, stage, history)
     return model
 
 
 @dataclass(frozen=True)
 class Learned:
-    """What training came to: optimizer steps, the mean loss over them, and whether it was of adapters."""
+    """What training came to.
+
+    Attributes:
+        steps: of the optimizer.
+        loss: the mean over them.
+        adapters: whether it was of adapters.
+        taught_by: how many stages the teacher had gone through; 0 for an original.
+    """
 
     steps: int
     loss: float
     adapters: bool
+    taught_by: int = 0
 
 
 def learn(
@@ -136,7 +144,7 @@ def stage_of_healing(
         before=before,
         after=after,
         edits=[],
-        notes={"steps": trained.steps, "loss": trained.loss},
+        notes=asdict(trained),
         steps=[Step("train", seconds)],
         calibration=data.describe() if data else {},
         parity=None,

@@ -22,7 +22,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         found = type(values).__name__ if not isinstance(values, dict) else f"the fields {[*values]}"
         raise ValueError(f"{path}: a recipe is a mapping, 'method' and its fields; got {found}")
-    return {name: as_number(value) for name, value in values.items()}
+    return {name: _numbers(value) for name, value in values.items()}
 
 
 def parse_yaml(text: str, source: str) -> Any:
@@ -38,3 +38,10 @@ def parse_yaml(text: str, source: str) -> Any:
 def as_number(value: Any) -> Any:
     """A number that YAML takes for a word, such as 1e-5, as Python and JSON write it; anything else as it is."""
     return float(value) if isinstance(value, str) and _EXPONENT.match(value) else value
+
+
+def _numbers(value: Any) -> Any:
+    """The same inside lists and mappings."""
+    if isinstance(value, dict):
+        return {name: _numbers(entry) for name, entry in value.items()}
+    return [_numbers(entry) for entry in value] if isinstance(value, list) else as_number(value)
