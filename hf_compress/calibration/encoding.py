@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.calibration.audio import features, heard
 from hf_compress.calibration.conversations import has_media, is_conversation, written_out, written_with_media
-from hf_compress.calibration.images import pixels
+from hf_compress.calibration.images import mode_read, pixels
 from hf_compress.calibration.media import IMAGES, Medium, Processor, reader_of, tokenizer_of
 from hf_compress.calibration.padding import pad_id, padded
 from hf_compress.calibration.tables import PER_TOKEN, dimensions
@@ -74,7 +74,7 @@ def _media_batches(
     if (reader := reader_of(processor, kind)) is None:
         part = kind.reader.replace("_", " ")
         raise CalibrationError(f"calibration is {kind.name}: pass the model's {part}, or processor, as tokenizer=")
-    made, cut = (pixels, 0) if kind is IMAGES else (features, 0)
+    made, cut = (partial(pixels, mode_read(model.config)) if kind is IMAGES else features), 0
     if kind is not IMAGES:
         media, cut = heard(media, reader)
     dtype = next(model.parameters()).dtype

@@ -13,8 +13,13 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-def opened(medium: Medium) -> Image:
-    """An image, upright and in colours.
+def mode_read(config: Any) -> str:
+    """What Pillow calls the images that a model reads, by its number of channels: grey ones, or in colours."""
+    return "L" if getattr(config, "num_channels", 3) == 1 else "RGB"
+
+
+def opened(medium: Medium, mode: str = "RGB") -> Image:
+    """An image, upright, grey or in colours.
 
     Raises:
         CalibrationError: Pillow is missing, or the file cannot be read; it is named.
@@ -28,14 +33,14 @@ def opened(medium: Medium) -> Image:
         if isinstance(value, Mapping):
             value = value["path"] if value["bytes"] is None else BytesIO(value["bytes"])
         image = value if isinstance(value, Image.Image) else Image.open(value)
-        return ImageOps.exif_transpose(image).convert("RGB")
+        return ImageOps.exif_transpose(image).convert(mode)
     except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError) as error:
         raise CalibrationError(f"{medium} cannot be read as an image: {one_line(error)}") from error
 
 
-def pixels(media: list[Medium], processor: Any) -> Mapping[str, Any]:
-    """A batch of images as the processor gives it to the model."""
-    images = [opened(medium) for medium in media]
+def pixels(mode: str, media: list[Medium], processor: Any) -> Mapping[str, Any]:
+    """A batch of images as the processor gives it to a model that reads such ones."""
+    images = [opened(medium, mode) for medium in media]
     try:
         return processor(images=images, return_tensors="pt")
     except (ValueError, TypeError) as error:

@@ -76,6 +76,8 @@ def sweep(  # noqa: PLR0913 (each of them is an option of the command)
     configs = _configs(methods, ratios, seed)
     if texts is None and not tasks and labelled is None:
         raise ValueError("say what to measure: --texts, --tasks or --labelled")
+    if calibration is not None and calibration in (texts, labelled):
+        raise ValueError(f"--calibration and what is measured on are the same, {calibration}: give other texts")
     check_writable(output)
     quiet_libraries()
     data = load(calibration, text_column, samples, seed, kind_read_by(model)) if calibration else None

@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 
 from hf_compress.calibration.capture import forward, inference
 from hf_compress.calibration.data import Batch
+from hf_compress.calibration.images import mode_read, pixels
+from hf_compress.calibration.media import IMAGES, Medium
 from hf_compress.calibration.padding import pad_id, padded
 from hf_compress.calibration.progress import meter
 from hf_compress.calibration.vocabulary import position_limit
@@ -186,11 +188,11 @@ def _pad_token(model: PreTrainedModel) -> int | None:
 def _image_batches(
     model: PreTrainedModel, images: Sequence[Any], processor: Any, batch_size: int
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-    mode = {1: "L", 3: "RGB"}.get(getattr(model.config, "num_channels", 3), "RGB")
+    mode = mode_read(model.config)
     for start in range(0, len(images), batch_size):
         numbers = list(range(start, min(start + batch_size, len(images))))
-        pixels = processor(images=[images[number].convert(mode) for number in numbers], return_tensors="pt")
-        yield numbers, dict(pixels)
+        media = [Medium(IMAGES, images[number]) for number in numbers]
+        yield numbers, dict(pixels(mode, media, processor))
 
 
 def _summarise(

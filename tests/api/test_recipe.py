@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 import hf_compress as hfc
 from hf_compress.api.recipe import CalibrationSource, EvaluationPlan, Recipe
 from hf_compress.api.schema import recipe_schema
+from hf_compress.calibration.files import load
 from hf_compress.methods.base.settings import method_names
 from tests.helpers.every_method import SETTINGS
 from tests.helpers.language import tiny_llama, word_tokenizer, words
@@ -80,6 +81,11 @@ REFUSED = {
         {"stages": ["adaptive_compress", "heal"]},
         ValueError,
         "heal learns from data, and the recipe has none",
+    ),
+    "tests on what it was fitted to": (
+        {"calibration": "t.jsonl", "evaluate": {"texts": "t.jsonl"}},
+        ValueError,
+        "calibration and evaluate are given the same texts, t.jsonl",
     ),
     "nothing measured": ({"evaluate": {"limit": 3}}, ValueError, "evaluate: say what to measure"),
     "dtype": ({"dtype": "fp16"}, ValueError, "dtype must be one of auto, float32, bfloat16, float16; got 'fp16'"),
@@ -158,6 +164,41 @@ def test_a_report_is_a_recipe_that_makes_the_model_again(home):
     first, second = (load_file(home / name / "model.safetensors") for name in ("first", "second"))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(("samples", "seed"), [(10, None), (10, 3), (None, 0), (24, 0)])
+def test_a_report_knows_how_the_data_was_asked_for(home, samples, seed):
+    """Whether there was a draw or not; and the dtype."""
+    source = {"data": str(home / "texts.jsonl"), "samples": samples, "seed": seed, "batch_size": 4}
+    given = CalibrationSource(**source)
+    model = tiny_llama(4).bfloat16()
+    data = load(given.data, given.text_column, given.samples, given.seed)
+    hfc.compress(model, hfc.MKAConfig(num_merges=1), data, word_tokenizer(add_special=False), given.options)
+    recipe = Recipe.from_report(hfc.CompressionReport.from_json(model.compression_report.to_json()))
+    assert recipe.calibration == given
+    assert recipe.dtype == "bfloat16"
+
+
+def test_a_model_that_taught_when_it_was_compressed_already_is_said():
+    model, ids = tiny_llama(5), torch.randint(4, 60, (16, 12))
+    hfc.compress(model, hfc.DropBlocksConfig(num_blocks=1, criterion="last"), ids)
+    hfc.compress(model, [hfc.DropBlocksConfig(num_blocks=1, criterion="last"), hfc.HealConfig(steps=1, rank=2)], ids)
+    with pytest.raises(ValueError, match=r"stage 3 \(heal\) learned from a model that was compressed already"):
+        Recipe.from_report(model.compression_report)
+
+
+def test_small_numbers_are_read_as_python_writes_them(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(
+        "model: m\nstages:\n- {method: mka, num_merges: 1}\n- {method: heal, learning_rate: 1e-4}\ncalibration: t.txt\n"
+    )
+    assert Recipe.from_file(tmp_path / "recipe.yaml").stages[1].learning_rate == 1e-4
+
+
+def test_a_recipe_is_written_by_public_names():
+    recipe = hfc.Recipe("m", (hfc.AdaptiveCompressConfig(),), "t.jsonl", {"texts": "h.jsonl"})
+    assert recipe.calibration == hfc.CalibrationSource("t.jsonl")
+    assert recipe.evaluate == hfc.EvaluationPlan(texts="h.jsonl")
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
 
 
 def test_what_a_report_does_not_know_is_said():

@@ -169,3 +169,54 @@ def test_settings_are_named_by_what_is_not_the_default():
     assert sweeping.told(hfc.MKAConfig(ratio=0.25)) == "mka ratio=0.25"
     assert sweeping.told(hfc.HealConfig()) == "heal"
     assert len({sweeping.told(config) for config in SETTINGS.values()}) == len(SETTINGS)
+
+
+# --- what is not taken for the same, and what is no fault of the settings ---------------------------------------------
+
+
+def test_a_control_that_is_asked_for_is_measured_once_and_nothing_made_draws_nothing(tokenizer, tmp_path):
+    found = swept(tiny_llama(4), [LAST, hfc.DropBlocksConfig(num_blocks=9)], tokenizer, controls=True)
+    assert [one.control for one in found.measured] == [False, False]
+    refused = swept(tiny_llama(4), [hfc.DropBlocksConfig(num_blocks=9)], tokenizer, folder=tmp_path)
+    assert "leaves none" in refused.table()
+    assert not (tmp_path / "sweep.png").exists()
+    with pytest.raises(ValueError, match="no model was made, so there is nothing to draw"):
+        refused.plot(tmp_path / "sweep.png")
+
+
+def test_what_r2_decides_is_not_shared(tokenizer):
+    """FFNs that a ratio has collapsed may be none that R² would let go, and the other way round."""
+    by_ratio, by_r2 = hfc.LayerCollapseConfig(ratio=0.5), hfc.LayerCollapseConfig(target_r2=0.9999)
+    for configs in ([by_ratio, by_r2], [by_r2, by_ratio]):
+        found = {one.name: one.error for one in swept(tiny_llama(4), configs, tokenizer).measured}
+        assert found[sweeping.told(by_ratio)] == ""
+        assert "no FFN has R² of at least 0.9999" in found[sweeping.told(by_r2)]
+
+
+def test_a_full_disk_says_nothing_of_the_settings(tokenizer, tmp_path, monkeypatch):
+    def full(*_):
+        raise hfc.WorkdirError("no space")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sweeping, "compress_in_stages", full)
+        with pytest.raises(hfc.WorkdirError, match="no space"):
+            swept(tiny_llama(4), [ONE], tokenizer, folder=tmp_path)
+    assert swept(tiny_llama(4), [ONE], tokenizer, folder=tmp_path).measured[0].error == ""
+
+
+def test_the_callers_dtype_changes_nothing(tokenizer):
+    usual = swept(tiny_llama(4), [ONE], tokenizer).measured[0].metrics
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        other = swept(tiny_llama(4), [ONE], tokenizer).measured[0].metrics
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert [row.value for row in usual] == [row.value for row in other]
+
+
+def test_a_metric_that_does_not_fit_is_told_before_anything_is_compressed(monkeypatch):
+    from tests.helpers.tiny import tiny_model
+
+    monkeypatch.setattr(sweeping, "compress_in_stages", lambda *_, **__: 1 / 0)
+    with pytest.raises(hfc.UnsupportedModelError, match="perplexity needs a model that predicts the next token"):
+        hfc.sweep(tiny_model("bert"), [LAST], texts=HELD_OUT)

@@ -9,7 +9,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from torch.utils.data import DataLoader
 
 from hf_compress.calibration import files
@@ -164,6 +164,19 @@ def test_batches_of_a_loader_are_the_first_and_those_of_a_list_are_drawn():
     assert len(found) == 3
     assert all(any(torch.equal(one, batch) for batch in batches) for one in found)
     assert not torch.equal(torch.cat(found), ids[:12])
+
+
+def test_the_first_ones_are_not_looked_for_in_a_pool():
+    thin = [str(number) if number % 10 == 0 else "" for number in range(1000)]
+    assert reservoir(iter(thin), 50, None, 100).items == [text for text in thin if text][:50]
+
+
+@pytest.mark.parametrize(("read", "split"), [(load_texts, "test"), (lambda path: load(path).items, "train")])
+def test_of_several_splits_texts_to_test_on_are_those_of_the_test(read, split, tmp_path):
+    DatasetDict({name: Dataset.from_dict({"text": [f"{name} text"] * 3}) for name in ("train", "test")}).save_to_disk(
+        str(tmp_path / "data")
+    )
+    assert read(tmp_path / "data") == [f"{split} text"] * 3
 
 
 FACTS = {

@@ -4,7 +4,7 @@ from socket import gethostname
 
 import pytest
 
-from hf_compress.calibration.workdir import check_room, empty, own_name, worked_in
+from hf_compress.calibration.workdir import check_own, check_room, empty, own_name, worked_in
 from hf_compress.errors import WorkdirError
 
 
@@ -45,3 +45,14 @@ def test_room_counts_what_is_there(tmp_path):
     check_room(tmp_path, 1000)
     with pytest.raises(WorkdirError, match=r"may take 1000000000\.00 GB: make room"):
         check_room(tmp_path, 10**18)
+
+
+def test_the_folder_of_a_stage_is_told_from_others_of_such_a_name(tmp_path):
+    for folder, file in (("1-mka", "results/a.safetensors"), ("2-heal", "run.safetensors"), ("1-baseline", "mine.csv")):
+        path = tmp_path / "work" / folder / file
+        path.parent.mkdir(parents=True)
+        path.touch()
+    with pytest.raises(WorkdirError, match="holds 1-baseline, and is no folder of a run"):
+        check_own(tmp_path / "work")
+    empty(tmp_path / "work")
+    assert [path.name for path in (tmp_path / "work").rglob("*")] == ["1-baseline", "mine.csv"]

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import hf_compress as hfc
 from tests.helpers.command_line import done, run
+from tests.helpers.language import words
 
 STAGES = [
     {"method": "mka", "num_merges": 2},
@@ -24,11 +25,12 @@ STAGES = [
 
 
 def recipe(home: Path, folder: Path, **changes) -> Path:
+    (home / "heldout.jsonl").write_text("".join(json.dumps({"text": words(20, s)}) + "\n" for s in range(50, 58)))
     values = {
         "model": str(home / "model"),
         "stages": STAGES,
         "calibration": {"data": str(home / "texts.jsonl"), "samples": 16, "batch_size": 4},
-        "evaluate": {"texts": str(home / "texts.jsonl"), "limit": 4},
+        "evaluate": {"texts": str(home / "heldout.jsonl"), "limit": 4},
         "output": str(folder / "smaller"),
     }
     path = folder / "recipe.yaml"
@@ -39,8 +41,8 @@ def recipe(home: Path, folder: Path, **changes) -> Path:
 @pytest.mark.slow
 def test_a_recipe_does_all_of_it(home, tmp_path):
     printed = done("run", recipe(home, tmp_path))
-    for words in ("1. mka", "3. lrp", "perplexity", "against uncompressed", "import hf_compress; AutoModelForCausalLM"):
-        assert words in printed
+    for told in ("1. mka", "3. lrp", "perplexity", "against model", "import hf_compress; AutoModelForCausalLM"):
+        assert told in printed
     folder = tmp_path / "smaller"
     report = hfc.CompressionReport.from_json((folder / "compression_report.json").read_bytes())
     assert [stage.method for stage in report.stages] == ["mka", "heal", "lrp"]
@@ -50,7 +52,7 @@ def test_a_recipe_does_all_of_it(home, tmp_path):
     assert not (tmp_path / "smaller.partial").exists()
     done("verify", folder)
     again = done("run", folder, "--output", tmp_path / "again")
-    assert "against uncompressed" not in again, "a report does not say what was measured"
+    assert "against model" not in again, "a report does not say what was measured"
     _same(folder, tmp_path / "again")
 
 
@@ -90,8 +92,26 @@ def test_what_was_saved_before_it_was_measured_is_not_made_again(home, tmp_path,
         patched.setattr("hf_compress.api.run.compare", lambda *_, **__: 1 / 0)
         assert run("run", path).exit_code == 1
     monkeypatch.setattr("hf_compress.api.run.compress", lambda *_: 1 / 0)
-    assert "against uncompressed" in done("run", path, "--resume")
+    assert "against model" in done("run", path, "--resume")
     assert not (tmp_path / "smaller.partial").exists()
+
+
+@pytest.mark.slow
+def test_another_recipe_does_not_take_over_what_is_there(home, tmp_path, monkeypatch):
+    path = recipe(home, tmp_path, stages=STAGES[:1])
+    with monkeypatch.context() as patched:
+        patched.setattr("hf_compress.api.run.compare", lambda *_, **__: 1 / 0)
+        assert run("run", path).exit_code == 1
+    path = recipe(home, tmp_path, stages=STAGES[:1], seed=1)
+    result = run("run", path, "--resume")
+    assert result.exit_code == 2
+    assert "smaller exists and is not empty" in result.output.replace("\n", " ")
+
+
+def test_finished_stages_stay_when_a_later_one_fails(home, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_compress.api.stages.heal_by", lambda *_: 1 / 0)
+    assert run("run", recipe(home, tmp_path, evaluate=None)).exit_code == 1
+    assert list((tmp_path / "smaller.partial" / "1-mka" / "results").iterdir())
 
 
 REFUSED = {

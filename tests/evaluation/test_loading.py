@@ -8,7 +8,7 @@ from transformers import BertForMaskedLM, BertForSequenceClassification, BertMod
 
 from hf_compress import evaluate
 from hf_compress.errors import UnsupportedModelError
-from hf_compress.evaluation.loading import load_saved
+from hf_compress.evaluation.loading import load_saved, saved_class
 from tests.helpers.language import tiny_llama
 from tests.helpers.relevance import dense
 from tests.helpers.tiny import tiny_kind
@@ -29,6 +29,14 @@ def test_the_class_that_saved_it(kind, tmp_path):
     model.save_pretrained(tmp_path)
     assert type(load_saved(str(tmp_path))) is type(model)
     assert evaluate(tmp_path).parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_a_config_without_a_class_is_that_of_a_language_model(tmp_path):
+    model = tiny_llama()
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": None}))
+    assert saved_class(str(tmp_path))[0] is type(load_saved(str(tmp_path))) is type(model)
 
 
 @pytest.mark.parametrize(

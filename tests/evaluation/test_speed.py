@@ -35,6 +35,11 @@ def test_numbers_below_one_are_refused(model, argument):
             measure(model, **{argument: 0})
 
 
+def test_several_tokens_may_end_a_text(model):
+    model.config.eos_token_id = [2, 3]
+    assert tokens_per_second(model, length=8, repeats=1).tokens_per_second > 0
+
+
 def test_models_generate_in_turn(make_llama, monkeypatch):
     monkeypatch.setattr(time, "perf_counter", time.process_time)
     small, large = make_llama(layers=1), make_llama(layers=12)

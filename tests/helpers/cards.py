@@ -29,10 +29,11 @@ def restage(model, **changes):
     model.compression_report = replace(report, stages=[*report.stages[:-1], replace(report.stages[-1], **changes)])
 
 
-def healed(model, steps=64, lora=True):
+def healed(model, steps=64, adapters=True):
     """Add a stage of healing to the model's history, as `heal` does."""
     size = model_size(model)
-    stage = Stage(HEAL, {"lora": lora}, size, size, [], {"steps": steps, "loss": 0.1}, [Step("train", 1.0)], {}, None)
+    notes = {"steps": steps, "loss": 0.1, "adapters": adapters, "taught_by": 0}
+    stage = Stage(HEAL, {"rank": 16}, size, size, [], notes, [Step("train", 1.0)], {}, None)
     add_stage(model, stage, history_of(model))
 
 

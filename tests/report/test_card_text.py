@@ -75,7 +75,7 @@ def test_training_that_the_report_knows_of(small):
     text = model_card(small).content
     assert "Healed by distillation of the uncompressed model: 64 steps, adapters (LoRA), merged." in text
     assert "No training" not in text
-    healed(small, steps=7, lora=False)
+    healed(small, steps=7, adapters=False)
     assert "7 steps, all weights." in model_card(small).content
 
 

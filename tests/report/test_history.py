@@ -75,7 +75,7 @@ def test_healing_is_a_stage(loaded, make_llama):
     assert told(loaded) == ["drop_blocks", "heal"]
     heal(loaded, make_llama(5), IDS, lora=None)
     stages = loaded.compression_report.stages
-    assert [stage.config.get("lora") for stage in stages] == [None, True, False]
+    assert [stage.notes.get("adapters") for stage in stages] == [None, True, False]
     assert [stage.edits for stage in stages[1:]] == [[], []]
     assert loaded.compression_report.before.blocks == {"model.layers": 5}
 

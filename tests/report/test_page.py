@@ -52,6 +52,15 @@ def test_all_of_it_is_told():
     assert "@media print" in page
 
 
+def test_of_named_data_the_place_is_not_told():
+    facts = {"source": "/home/me/private/texts.jsonl", "of": 10_000, "seed": 0, "batch_size": 8, "text_column": "body"}
+    page = report_page([stage(calibration={**facts, "samples": 256, "tokens": 4096, "truncated": 0})], "m", "small")
+    assert (
+        "256 samples of 10,000, drawn with seed 0, 4,096 tokens; from texts.jsonl" in check_self_contained(page).words
+    )
+    assert "private" not in page
+
+
 @pytest.mark.filterwarnings("ignore:Glyph")
 def test_no_text_breaks_it():
     """Names, settings, notes and figures from anywhere are text; what is unseen is written out."""

@@ -79,7 +79,7 @@ def test_nearer_to_the_teacher_and_else_as_it_was(kind, lora, tmp_path):
     assert not hasattr(model, "peft_config")
     stages = model.compression_report.stages
     assert [stage.method for stage in stages] == [CONFIGS[kind].method, "heal"]
-    assert (stages[1].config["lora"], stages[1].notes["steps"]) == (lora is not None, 60)
+    assert (stages[1].notes["adapters"], stages[1].notes["steps"]) == (lora is not None, 60)
     assert stages[1].before == stages[1].after == stages[0].after
     assert_reloads(model, tmp_path / "out", lambda one: one(HELD_OUT).logits)
 
@@ -95,7 +95,7 @@ def test_packed_and_sparse_maps_learn_without_adapters(config, tmp_path):
     heal(model, teacher, TEACHING, args=args)
     assert distance(model, teacher) < 0.97 * before
     assert all(torch.equal(buffer, fixed[name]) for name, buffer in model.named_buffers())
-    assert model.compression_report.config["lora"] is False
+    assert model.compression_report.notes["adapters"] is False
     assert_reloads(model, tmp_path / "out", lambda one: one(HELD_OUT).logits)
 
 
@@ -109,7 +109,7 @@ def test_adapters_that_could_not_be_merged_are_refused_before_training():
     assert before.matches(model)
     assert not hasattr(model, "peft_config")
     heal(model, teacher, TEACHING, lora=LoraConfig(target_modules=["lm_head"]))
-    assert model.compression_report.config["lora"] is True
+    assert model.compression_report.notes["adapters"] is True
 
 
 def test_twice(tmp_path):
