@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from hf_compress.api.compress import compress
 from hf_compress.calibration.capture import forward, inference
 from hf_compress.calibration.data import DataOptions, prepare
+from hf_compress.cli.reference import MODEL, REFERENCE
 from hf_compress.errors import ParityError
 from hf_compress.evaluation.perplexity import Perplexity, perplexity
 from hf_compress.evaluation.size import parameter_count, stored_bytes
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
     from hf_compress.evaluation.evaluate import TaskScore
 
-REFERENCE = Path(__file__).resolve().parents[2] / "examples" / "reference"
 RATIO = 0.25
 _CALIBRATION_TOKENS = 256  # of each text
 _HELD_OUT_LETTERS = 1500  # from the middle of each held-out document: about as many tokens as the model has positions
@@ -79,14 +79,13 @@ def run(console: Console, output: Path, *, quick: bool = False) -> None:
         quick: take less data.
 
     Raises:
-        FileNotFoundError: the reference model is not there, because this is no clone of the repository.
         ParityError: the model that was loaded gives other logits than the one that was saved.
     """
     start = perf_counter()
     amounts = _QUICK if quick else _FULL
     calibration = _texts("calibration", amounts.calibration)
     held_out = [_middle(text) for text in _texts("heldout", amounts.held_out)]
-    name = str(REFERENCE / "manuals-llama-12l")
+    name = str(REFERENCE / MODEL)
     tokenizer = AutoTokenizer.from_pretrained(name)
     rows: list[_Row] = []
     for label, model in _models(console, name, calibration, tokenizer, amounts.choice):
@@ -124,12 +123,7 @@ def _load(name: str) -> PreTrainedModel:
 
 def _texts(part: str, count: int) -> list[str]:
     """The first texts of a part of the reference data, evenly spread over it."""
-    path = REFERENCE / f"{part}.jsonl"
-    if not path.exists():
-        raise FileNotFoundError(
-            f"the demo needs {path}, which only a clone of the repository holds: clone it, and run `make demo` there"
-        )
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = (REFERENCE / f"{part}.jsonl").read_text(encoding="utf-8").splitlines()
     count = min(count, len(lines))
     return [json.loads(lines[i * len(lines) // count])["text"] for i in range(count)]
 

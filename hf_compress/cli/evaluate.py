@@ -10,6 +10,7 @@ import typer
 
 from hf_compress.cli.app import app
 from hf_compress.cli.output import BatchSize, Device, console, quiet_libraries
+from hf_compress.cli.reference import require_reference
 
 if TYPE_CHECKING:
     from hf_compress.evaluation.comparison import Comparison
@@ -184,6 +185,7 @@ def demo(
     ),
 ) -> None:
     """Take a quarter of the blocks out of a small trained model, and score it beside its controls."""
+    require_reference()
     quiet_libraries()
     from hf_compress.cli.demo import run
 

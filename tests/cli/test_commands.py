@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hf_compress.anatomy.anatomy import Anatomy
-from hf_compress.cli.demo import REFERENCE
+from hf_compress.cli.reference import MODEL, REFERENCE
 from hf_compress.cli.settings import config_from
 from hf_compress.methods.drop_blocks import DropBlocksConfig
 from hf_compress.methods.illc import ILLCConfig
@@ -377,8 +377,8 @@ def test_sizes_are_written_for_people():
 
 
 def test_the_demo_outside_of_a_clone_says_so(monkeypatch, tmp_path):
-    monkeypatch.setattr("hf_compress.cli.demo.REFERENCE", tmp_path / "nowhere")
-    assert "clone of the repository" in refused("demo", "--output", tmp_path / "out")
+    monkeypatch.setattr("hf_compress.cli.reference.REFERENCE", tmp_path / "nowhere")
+    assert "clone of the repository, and run `make demo`" in refused("demo", "--output", tmp_path / "out")
 
 
 @pytest.mark.slow
@@ -389,7 +389,7 @@ def test_the_demo_beats_its_controls(tmp_path):
     perplexities = [float(line.split("│")[4].split("±")[0]) for line in lines]
     assert len(perplexities) == 5
     assert perplexities[0] < perplexities[1] == min(perplexities[1:])
-    dense = AutoModelForCausalLM.from_pretrained(REFERENCE / "manuals-llama-12l")
+    dense = AutoModelForCausalLM.from_pretrained(REFERENCE / MODEL)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert (len(dense.model.layers), len(loaded.model.layers)) == (12, 9)
     assert loaded.dtype == torch.bfloat16
