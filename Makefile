@@ -1,4 +1,4 @@
-# make install | demo | test | check. PYTHON picks the interpreter, VENV the place of the environment, WORKERS how many
+# make install | demo | test | check | build. PYTHON picks the interpreter, VENV the place of the environment, WORKERS how many
 # processes run the tests: as many as there are cores, each with one thread.
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 WORKERS ?= auto
 PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: install demo test lint types slow check
+.PHONY: install demo test lint types slow check build
 
 install: $(VENV)/.installed
 
@@ -35,3 +35,7 @@ slow: install
 	$(PYTEST) -m slow
 
 check: lint types test slow
+
+# The wheel and the source distribution, in dist/, in an environment of their own, as an installer builds them.
+build: install
+	$(BIN)/python -m build
