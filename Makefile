@@ -1,4 +1,4 @@
-# make install | demo | test | check | build. PYTHON picks the interpreter, VENV the place of the environment, WORKERS how many
+# make install | demo | test | check | lowest | build. PYTHON picks the interpreter, VENV the place of the environment, WORKERS how many
 # processes run the tests: as many as there are cores, each with one thread.
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 WORKERS ?= auto
 PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: install demo test lint types slow check build
+.PHONY: install demo test lint types slow check lowest build
 
 install: $(VENV)/.installed
 
@@ -35,6 +35,20 @@ slow: install
 	$(PYTEST) -m slow
 
 check: lint types test slow
+
+# The lowest versions that pyproject.toml allows, in an environment of their own (Python 3.11), with what every method has
+# to keep there, and a look at each library. TESTS are the files.
+LOWEST := .venv-lowest
+TESTS := tests/methods/test_contracts.py
+
+$(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/pip install --quiet -c constraints-lowest.txt torch
+	$(LOWEST)/bin/pip install --quiet -c constraints-lowest.txt -e '.[compressed-tensors,evaluation,test]'
+	touch $@
+
+lowest: $(LOWEST)/.installed
+	$(LOWEST)/bin/pytest -n $(WORKERS) $(TESTS)
 
 # The wheel and the source distribution, in dist/, in an environment of their own, as an installer builds them.
 build: install
