@@ -1,4 +1,5 @@
-# make install | demo | test | check | lowest | build. PYTHON picks the interpreter, VENV the place of the environment, WORKERS how many
+# make install | demo | test | docs | check | lowest | build. PYTHON picks the interpreter, VENV the place of the environment,
+# WORKERS how many
 # processes run the tests: as many as there are cores, each with one thread.
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,7 +8,7 @@ export HF_HUB_OFFLINE ?= 1
 WORKERS ?= auto
 PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: install demo test lint types slow check lowest build
+.PHONY: install demo test docs lint types slow check lowest build
 
 install: $(VENV)/.installed
 
@@ -23,6 +24,10 @@ demo: install
 
 test: install
 	$(PYTEST)
+
+# Into site/; a link that leads nowhere stops it.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,7 +1,9 @@
 """The pages: links lead somewhere, what they name is there, and the README's picture is made as it says."""
 
+import os
 import re
 import runpy
+import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -65,6 +67,25 @@ def test_the_index_has_every_page():
         link for link in LINK.findall((ROOT / "docs" / "README.md").read_text(encoding="utf-8")) if "/" not in link
     }
     assert listed == {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
+
+
+def test_the_reference_names_every_public_name_once():
+    named = re.findall(
+        r"^::: hf_compress\.(\w+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert sorted(named) == sorted(hf_compress._PUBLIC)
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning_and_has_what_settings_mean(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+    page = (tmp_path / "site" / "api.html").read_text(encoding="utf-8")
+    assert [name for name in hf_compress._PUBLIC if f'id="hf_compress.{name}"' not in page] == []
+    assert "Share of the blocks to merge away; in (0, 1)." in page
+    assert (tmp_path / "site" / "repository" / "examples" / "recipe.yaml").exists()  # what a page links to
 
 
 def test_the_picture_of_the_readme_is_made_by_the_command_beneath_it(tmp_path, monkeypatch):
