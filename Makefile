@@ -1,6 +1,5 @@
-# make install | demo | test | docs | check | lowest | build. PYTHON picks the interpreter, VENV the place of the environment,
-# WORKERS how many
-# processes run the tests: as many as there are cores, each with one thread.
+# make install | demo | test | docs | check | lowest | build. PYTHON picks the interpreter, VENV the place of the
+# environment, WORKERS how many processes run the tests: as many as there are cores, each with one thread.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
