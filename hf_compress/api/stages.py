@@ -26,7 +26,6 @@ from hf_compress.methods.base.settings import CompressionConfig, config_class, m
 from hf_compress.report.stages import HEAL
 from hf_compress.training.distillation import check_teacher
 from hf_compress.training.heal_config import HealConfig
-from hf_compress.training.heal_stage import heal_by
 
 StageSettings = CompressionConfig | HealConfig
 
@@ -155,6 +154,8 @@ def _heal(
     model: PreTrainedModel, stage: HealConfig, teacher: PreTrainedModel, data: Calibration, folder: Path | None
 ) -> None:
     """Heal, from where an earlier run in the folder had got."""
+    from hf_compress.training.heal_stage import heal_by  # brings PEFT and the Trainer, which nothing else needs here
+
     if folder is None:
         heal_by(model, stage, teacher, data, Journal())
         return

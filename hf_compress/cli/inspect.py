@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -111,19 +112,25 @@ def info(
 
 
 def _show(report: CompressionReport) -> None:
+    from hf_compress.report.card_history import amounts
+
     out = console()
     out.print(str(report), markup=False, soft_wrap=True)
     for number, stage in enumerate(report.stages, 1):
         out.print(edits_table(stage.edits, title=f"{number}. {stage.method}" if len(report.stages) > 1 else "plan"))
         settings = {name: value for name, value in stage.config.items() if value is not None and name != "method"}
-        lines: dict[str, Any] = {
-            "settings": settings,
-            "calibration": stage.calibration,
-            "made with": stage.environment,
+        data = (amounts(stage.calibration), str(stage.calibration.get("source", "")))
+        lines = {
+            "settings": _listed(settings),
+            "calibration": "; from ".join(filter(None, data)),
+            "made with": _listed(stage.environment),
         }
-        for name, values in lines.items():
-            told = ", ".join(f"{key}={value}" for key, value in values.items())
+        for name, told in lines.items():
             out.print(f"{name}: {told or 'none'}", markup=False)
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in values.items())
 
 
 def _show_record(model: PreTrainedModel) -> None:

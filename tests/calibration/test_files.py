@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset, DatasetDict
 
 from hf_compress.calibration.data import DataOptions, prepare
-from hf_compress.calibration.files import is_source, load_texts
+from hf_compress.calibration.files import is_source, load, load_texts
 from hf_compress.calibration.reading import read_texts
 from hf_compress.errors import CalibrationError
 
@@ -80,7 +80,8 @@ def test_a_saved_dataset_and_a_folder_of_files_give_their_texts(tmp_path):
     DatasetDict(splits).save_to_disk(tmp_path / "two")
     (tmp_path / "three").mkdir()
     _file(tmp_path / "three", "jsonl")
-    assert all(load_texts(tmp_path / name) == ROWS for name in ("one", "two", "three"))
+    assert all(load_texts(tmp_path / name) == ROWS for name in ("one", "three"))
+    assert load(tmp_path / "two").items == ROWS
 
 
 def test_paragraphs_of_a_text_file_are_texts_and_empty_ones_are_not(tmp_path):

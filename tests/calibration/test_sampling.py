@@ -152,7 +152,7 @@ def test_of_a_file_so_many_rows_are_looked_at(tmp_path, monkeypatch):
     path = jsonl(tmp_path, NUMBERED)
     found = load(path, max_samples=4)
     assert set(found.items) <= set(NUMBERED[:10])
-    assert found.facts() == {"source": str(path), "of_the_first": 10, "seed": 0}
+    assert found.facts() == {"source": str(path), "asked": 4, "drawn_with": 0, "of_the_first": 10, "seed": 0}
 
 
 def test_batches_of_a_loader_are_the_first_and_those_of_a_list_are_drawn():
@@ -185,11 +185,12 @@ FACTS = {
     "the first of a list": (lambda path: NUMBERED, {"max_samples": 4, "seed": None}, {"of": 40}),
     "some of a generator": (lambda path: iter(NUMBERED), {"max_samples": 4, "seed": 2}, {"of": 40, "seed": 2}),
     "the first of a generator": (lambda path: iter(NUMBERED), {"max_samples": 4, "seed": None}, {}),
-    "all of a file": (lambda path: path, {}, {"source": "texts.jsonl", "batch_size": 8}),
+    "all of a file": (lambda path: path, {}, {"source": "texts.jsonl", "batch_size": 8, "drawn_with": 0}),
     "some of a file": (
         lambda path: str(path),
         {"max_samples": 4, "max_length": 9, "text_column": "text"},
-        {"source": "texts.jsonl", "of": 40, "seed": 0, "batch_size": 8, "max_length": 9, "text_column": "text"},
+        {"source": "texts.jsonl", "asked": 4, "drawn_with": 0, "of": 40, "seed": 0}
+        | {"batch_size": 8, "max_length": 9, "text_column": "text"},
     ),
 }
 

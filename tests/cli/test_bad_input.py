@@ -24,7 +24,8 @@ def refused(home, *arguments):
 
 REQUIRED = {"compress": ("HOME/model",), "analyze": ("HOME/model", "--calibration", "HOME/texts.jsonl")}
 REQUIRED |= dict.fromkeys(("evaluate", "info", "report", "verify"), ("HOME/model",)) | {
-    "push": ("HOME/model", "me/small")
+    "push": ("HOME/model", "me/small"),
+    "sweep": ("HOME/model", "--output", "HOME/swept", "--texts", "HOME/texts.jsonl"),
 }
 HINTS = {command.callback.__name__: get_type_hints(command.callback) for command in app.registered_commands}
 NUMBERS = [

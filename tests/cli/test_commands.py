@@ -84,7 +84,7 @@ def test_plan_shows_edits_and_sizes_and_writes_nothing(model_folder, text_file, 
 
 @pytest.mark.parametrize("method", ["mka", "illc", "lrp", "layer_collapse", "adaptive_compress", "drop_blocks"])
 def test_dry_run_says_what_it_would_take_and_does_nothing(method, model_folder, text_file, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_compress.api.compress.plan_for", None)
+    monkeypatch.setattr("hf_compress.api.one_method.plan_for", None)
     arguments = ("--method", method, "--ratio", "0.5", "--calibration", text_file, "--output", tmp_path / "small")
     told = done("compress", model_folder, *arguments, "--dry-run")
     assert re.search(r"time: about \d+\.\d s, for \d+\.\d passes over the data", told)

@@ -46,10 +46,10 @@ def test_compress_with_images(data, gallery, tmp_path):
     model = AutoModelForImageClassification.from_pretrained(output)
     assert model.config.num_hidden_layers == 2
     told = json.loads((output / "compression_report.json").read_text())["stages"][0]["calibration"]
-    expected = {"source": data, "of": 24, "seed": 3, "samples": 16, "tokens": 0, "truncated": 0}
-    assert told == expected
+    drawn = {"source": str(gallery / data), "asked": 16, "drawn_with": 3, "of": 24, "seed": 3, "batch_size": 8}
+    assert told == drawn | {"samples": 16, "tokens": 0, "truncated": 0}
     assert f"16 samples of 24, drawn with seed 3; from {data}." in (output / "README.md").read_text()
-    assert f"source={data}, of=24, seed=3, samples=16" in done("info", output)
+    assert f"16 samples of 24, drawn with seed 3; from {gallery / data}" in done("info", output).replace("\n", "")
     found = AutoImageProcessor.from_pretrained(output)(images(), return_tensors="pt")["pixel_values"]
     assert torch.equal(found, image_processor()(images(), return_tensors="pt")["pixel_values"])
 

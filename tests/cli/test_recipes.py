@@ -109,7 +109,7 @@ def test_another_recipe_does_not_take_over_what_is_there(home, tmp_path, monkeyp
 
 
 def test_finished_stages_stay_when_a_later_one_fails(home, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_compress.api.stages.heal_by", lambda *_: 1 / 0)
+    monkeypatch.setattr("hf_compress.training.heal_stage.heal_by", lambda *_: 1 / 0)
     assert run("run", recipe(home, tmp_path, evaluate=None)).exit_code == 1
     assert list((tmp_path / "smaller.partial" / "1-mka" / "results").iterdir())
 

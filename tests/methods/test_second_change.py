@@ -107,7 +107,7 @@ def test_an_error_of_our_own_is_passed_on(monkeypatch):
         def fail(*_, error=error):
             raise error("ours")
 
-        monkeypatch.setattr("hf_compress.api.compress.plan_for", fail)
+        monkeypatch.setattr("hf_compress.api.one_method.plan_for", fail)
         with pytest.raises(error, match="ours"):
             hfc.compress(model, hfc.DropBlocksConfig(num_blocks=1, criterion="last"))
     monkeypatch.undo()
