@@ -24,7 +24,6 @@ from hf_compress.methods.base.journal import Journal
 from hf_compress.methods.base.registry import left_by, needs_dense_weights
 from hf_compress.methods.base.settings import CompressionConfig, config_class, method_names
 from hf_compress.report.stages import HEAL
-from hf_compress.training.distillation import check_teacher
 from hf_compress.training.heal_config import HealConfig
 
 StageSettings = CompressionConfig | HealConfig
@@ -99,6 +98,8 @@ def check_stages(
     if teacher is not None:
         if not heals:
             raise ValueError(f"teacher= is whom {HEAL} learns from, and no stage is {HEAL}: leave it out")
+        from hf_compress.training.distillation import check_teacher  # brings the Trainer, as below
+
         check_teacher(model, teacher)
     if heals:
         if calibration is None:

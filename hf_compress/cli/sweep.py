@@ -51,7 +51,7 @@ def sweep(  # noqa: PLR0913 (each of them is an option of the command)
     limit: Annotated[int | None, typer.Option(help="Documents of what is measured on.", min=1)] = None,
     speed: Annotated[bool, typer.Option(help="Time each model, in turn with the original.")] = True,
     controls: Annotated[bool, typer.Option(help="Measure the model without its last blocks, for every ratio.")] = True,
-    best: Annotated[int, typer.Option(help="Save so many models that nothing smaller beats.", min=0)] = 0,
+    best: Annotated[int | None, typer.Option(help="Save so many models that nothing smaller beats.", min=1)] = None,
     samples: Samples = 256,
     max_length: MaxLength = None,
     batch_size: BatchSize = 8,
@@ -98,9 +98,9 @@ def sweep(  # noqa: PLR0913 (each of them is an option of the command)
         speed=speed,
         controls=controls,
         folder=output,
-        best=best,
+        best=best or 0,
     )
-    _show(result, output, best)
+    _show(result, output, best or 0)
 
 
 def _configs(methods: str, ratios: str, seed: int) -> dict[str, CompressionConfig]:

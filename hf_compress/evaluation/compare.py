@@ -17,7 +17,7 @@ from hf_compress.errors import one_line
 from hf_compress.evaluation.comparison import Comparison, file_name
 from hf_compress.evaluation.evaluate import EvaluationResult, evaluate, load_on
 from hf_compress.evaluation.harness import Paths, check_tasks
-from hf_compress.evaluation.kinds import check_classifies, check_generates, reads_tokens_alone
+from hf_compress.evaluation.kinds import check_classifies, check_generates, check_predicts_text, reads_tokens_alone
 from hf_compress.evaluation.labelled import read_labelled
 from hf_compress.evaluation.loading import saved_class
 from hf_compress.evaluation.processors import load_processor
@@ -146,7 +146,11 @@ def check_metrics(
     """Raise where what is to be measured does not fit a model, or a task is not known, before any weight is read."""
     kind, config = (type(model), model.config) if isinstance(model, PreTrainedModel) else saved_class(str(model))
     if texts or tasks:
-        check_generates(kind, "perplexity" if texts else "scoring on lm-eval tasks")
+        metric = "perplexity" if texts else "scoring on lm-eval tasks"
+        if isinstance(model, PreTrainedModel):
+            check_predicts_text(model, metric)
+        else:
+            check_generates(kind, metric)
     if labelled:
         check_classifies(kind, config)
     if tasks:

@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
 
 import hf_compress as hfc
 from hf_compress.api.recipe import CalibrationSource, EvaluationPlan, Recipe
@@ -171,7 +172,7 @@ def test_a_report_knows_how_the_data_was_asked_for(home, samples, seed):
     """Whether there was a draw or not; and the dtype."""
     source = {"data": str(home / "texts.jsonl"), "samples": samples, "seed": seed, "batch_size": 4}
     given = CalibrationSource(**source)
-    model = tiny_llama(4).bfloat16()
+    model = LlamaForCausalLM.from_pretrained(home / "model", dtype=torch.bfloat16)
     data = load(given.data, given.text_column, given.samples, given.seed)
     hfc.compress(model, hfc.MKAConfig(num_merges=1), data, word_tokenizer(add_special=False), given.options)
     recipe = Recipe.from_report(hfc.CompressionReport.from_json(model.compression_report.to_json()))

@@ -194,7 +194,7 @@ def test_what_r2_decides_is_not_shared(tokenizer):
 
 
 def test_a_full_disk_says_nothing_of_the_settings(tokenizer, tmp_path, monkeypatch):
-    def full(*_):
+    def full(*_, **__):
         raise hfc.WorkdirError("no space")
 
     with monkeypatch.context() as patched:
@@ -205,10 +205,11 @@ def test_a_full_disk_says_nothing_of_the_settings(tokenizer, tmp_path, monkeypat
 
 
 def test_the_callers_dtype_changes_nothing(tokenizer):
-    usual = swept(tiny_llama(4), [ONE], tokenizer).measured[0].metrics
+    model = tiny_llama(4)
+    usual = swept(model, [ONE], tokenizer).measured[0].metrics
     torch.set_default_dtype(torch.bfloat16)
     try:
-        other = swept(tiny_llama(4), [ONE], tokenizer).measured[0].metrics
+        other = swept(model, [ONE], tokenizer).measured[0].metrics
     finally:
         torch.set_default_dtype(torch.float32)
     assert [row.value for row in usual] == [row.value for row in other]
