@@ -9,6 +9,7 @@ import random
 
 import pytest
 import torch
+from transformers import BertForMaskedLM
 
 import hf_compress as hfc
 from hf_compress.api import sweep as sweeping
@@ -19,6 +20,7 @@ from hf_compress.report.sweep_result import SweepResult
 from tests.helpers.every_method import SETTINGS
 from tests.helpers.language import tiny_llama, word_tokenizer, words
 from tests.helpers.models import refusing
+from tests.helpers.tiny import tiny_kind
 
 TEXTS = [words(20, seed) for seed in range(24)]
 HELD_OUT = [words(15, seed) for seed in range(100, 106)]
@@ -216,8 +218,6 @@ def test_the_callers_dtype_changes_nothing(tokenizer):
 
 
 def test_a_metric_that_does_not_fit_is_told_before_anything_is_compressed(monkeypatch):
-    from tests.helpers.tiny import tiny_model
-
     monkeypatch.setattr(sweeping, "compress_in_stages", lambda *_, **__: 1 / 0)
     with pytest.raises(hfc.UnsupportedModelError, match="perplexity needs a model that predicts the next token"):
-        hfc.sweep(tiny_model("bert"), [LAST], texts=HELD_OUT)
+        hfc.sweep(tiny_kind(BertForMaskedLM, "bert"), [LAST], texts=HELD_OUT)
