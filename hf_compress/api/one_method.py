@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
@@ -27,7 +25,7 @@ from hf_compress.methods.base.journal import Journal, Shared
 from hf_compress.methods.base.registry import common_results, plan_for, work_for
 from hf_compress.methods.base.settings import CompressionConfig
 from hf_compress.methods.base.work import Work
-from hf_compress.numerics.fingerprint import fingerprint
+from hf_compress.numerics.fingerprint import digest, fingerprint
 from hf_compress.plan.plan import Plan
 from hf_compress.report.edits import log_decisions
 from hf_compress.report.history import add_stage, history_of, model_size, stage_of
@@ -99,8 +97,7 @@ def _shared(config: CompressionConfig, identity: dict[str, Any], folder: Path | 
     amounts = {field.name for field in fields(config) if field.metadata.get("group") in (AMOUNT, SIZE)}
     settings = {name: value for name, value in identity["settings"].items() if name not in amounts}
     own = {**identity, "settings": settings}
-    digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]
-    return Shared(folder / f"{config.method}-{digest}", own, names)
+    return Shared(folder / f"{config.method}-{digest(own)[:16]}", own, names)
 
 
 def disk_needed(context: CalibrationContext, work: Work | None) -> int:
@@ -114,7 +111,7 @@ def disk_needed(context: CalibrationContext, work: Work | None) -> int:
 def _plan(config: CompressionConfig, context: CalibrationContext) -> Plan:
     with context.naming_failures():
         plan = plan_for(config, context)
-    log_decisions(config.method, plan.to_list())
+    log_decisions(config.method, plan)
     return plan
 
 

@@ -6,16 +6,16 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from hf_compress.api.stages import StageSettings, stages_of
 from hf_compress.calibration.data import DataOptions
 from hf_compress.checks import check, check_fields, check_names, setting
+from hf_compress.evaluation.loading import Dtype
 from hf_compress.methods.base.recipes import read_recipe
 from hf_compress.report.report import REPORT_FILE, CompressionReport
 from hf_compress.training.heal_config import HealConfig
 
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 SEEDS = "[0, 4294967295]"
 
 

@@ -21,6 +21,7 @@ from hf_compress.calibration.processes import by_first, here
 from hf_compress.calibration.workdir import MADE, OFFLOADED
 from hf_compress.evaluation.compare import check_metrics, compare
 from hf_compress.evaluation.comparison import Comparison
+from hf_compress.evaluation.harness import check_tasks
 from hf_compress.evaluation.loading import default_device, load_saved
 from hf_compress.evaluation.processors import kind_read_by, load_processor
 from hf_compress.report.history import history_of, read_report
@@ -74,12 +75,12 @@ def run(
     report = _made_already(recipe, folder, compute) if resume else None
     if report is None:
         check_target(folder, overwrite)  # before any work is done
-    _check_metrics(recipe)
+    texts = _held_out(recipe)
     if report is None:
         report = _make(recipe, folder, compute, device, overwrite)
     place = None if device == "disk" else device
     asked = recipe.evaluate
-    return Outcome(folder, report, None if asked is None else _compared(recipe, asked, folder, place))
+    return Outcome(folder, report, None if asked is None else _compared(recipe, asked, texts, folder, place))
 
 
 def recipe_of(given: Recipe | str | Path | Mapping[str, Any]) -> Recipe:
@@ -110,11 +111,15 @@ def _makes(recipe: Recipe) -> dict[str, Any]:
     return made
 
 
-def _check_metrics(recipe: Recipe) -> None:
-    """Raise where what is to be measured does not fit the model, or is not there; no weights are read."""
-    if (asked := recipe.evaluate) is not None:
-        check_metrics(recipe.model, asked.texts is not None, asked.tasks or (), include_path=asked.include_path)
-        _texts(asked)
+def _held_out(recipe: Recipe) -> list[Any] | None:
+    """The texts to measure on; raises where what is to be measured does not fit the model. No weights are read."""
+    asked = recipe.evaluate
+    if asked is None:
+        return None
+    check_metrics(recipe.model, asked.texts is not None, bool(asked.tasks), labelled=False)
+    if asked.tasks:
+        check_tasks(asked.tasks, asked.include_path)
+    return load_texts(asked.texts, asked.text_column, asked.limit) if asked.texts else None
 
 
 def _make(recipe: Recipe, folder: Path, compute: Compute, device: str | None, overwrite: bool) -> CompressionReport:
@@ -140,7 +145,9 @@ def _make(recipe: Recipe, folder: Path, compute: Compute, device: str | None, ov
 
 
 @by_first
-def _compared(recipe: Recipe, asked: EvaluationPlan, folder: Path, device: str | None) -> Comparison:
+def _compared(
+    recipe: Recipe, asked: EvaluationPlan, texts: list[Any] | None, folder: Path, device: str | None
+) -> Comparison:
     """The smaller model beside the original; the figures go into its card."""
     name = Path(recipe.model).name
     name = f"{name} (original)" if name == folder.name else name
@@ -148,7 +155,7 @@ def _compared(recipe: Recipe, asked: EvaluationPlan, folder: Path, device: str |
         {name: _as_made(recipe, device), folder.name: folder},
         load_processor(recipe.model),
         tasks=asked.tasks or (),
-        texts=_texts(asked),
+        texts=texts,
         include_path=asked.include_path,
         batch_size=asked.batch_size,
         limit=asked.limit,
@@ -163,7 +170,3 @@ def _as_made(recipe: Recipe, device: str | None) -> PreTrainedModel | str:
     if recipe.dtype == "auto":
         return recipe.model
     return load_saved(recipe.model, dtype=recipe.dtype, device_map={"": device or default_device()})
-
-
-def _texts(asked: EvaluationPlan) -> list[Any] | None:
-    return load_texts(asked.texts, asked.text_column, asked.limit) if asked.texts else None

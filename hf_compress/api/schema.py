@@ -7,8 +7,9 @@ from math import inf
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from hf_compress.api.recipe import SEEDS, CalibrationSource, Dtype, EvaluationPlan
+from hf_compress.api.recipe import SEEDS, CalibrationSource, EvaluationPlan
 from hf_compress.checks import ends, kinds
+from hf_compress.evaluation.loading import Dtype
 from hf_compress.methods.base.settings import config_class, method_names
 from hf_compress.report.stages import HEAL
 from hf_compress.training.heal_config import HealConfig

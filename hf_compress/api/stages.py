@@ -55,7 +55,6 @@ def stage_settings(given: Any) -> StageSettings:
         cls = config_class(given["method"])
     except ValueError as error:
         raise ValueError(f"{error}, and {HEAL}") from None
-    cls.check_names(values)
     return cls(**values)
 
 

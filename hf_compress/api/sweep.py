@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
@@ -35,6 +35,7 @@ from hf_compress.errors import MemoryBudgetError, OffloadError, UnsupportedModel
 from hf_compress.evaluation.compare import check_metrics
 from hf_compress.evaluation.comparison import ComparedMetric, Comparison, file_name
 from hf_compress.evaluation.evaluate import EvaluationResult, evaluate
+from hf_compress.evaluation.harness import check_tasks
 from hf_compress.evaluation.kinds import reads_tokens_alone
 from hf_compress.evaluation.labelled import Examples, read_labelled
 from hf_compress.evaluation.speed import Speed, speeds_in_turn
@@ -42,6 +43,7 @@ from hf_compress.methods.base.journal import Journal
 from hf_compress.methods.base.settings import CompressionConfig
 from hf_compress.methods.drop_blocks import DropBlocksConfig
 from hf_compress.numerics.defaults import torch_defaults
+from hf_compress.numerics.fingerprint import digest
 from hf_compress.report.measured import Measured
 from hf_compress.report.sweep_result import SweepResult
 from hf_compress.storage.save import save
@@ -64,8 +66,7 @@ class _Entry:
     @property
     def digest(self) -> str:
         """What tells its settings from those of all others."""
-        told = json.dumps([stage.to_dict() for stage in self.stages], sort_keys=True)
-        return hashlib.sha256(told.encode()).hexdigest()[:16]
+        return digest([stage.to_dict() for stage in self.stages])[:16]
 
 
 @torch_defaults()
@@ -120,7 +121,9 @@ def sweep(  # noqa: PLR0913 (what is compressed, by what, and what is measured)
     if texts is not None:
         texts = load_texts(texts, limit=None) if isinstance(texts, str | Path) else read_texts(texts)
     labelled = None if labelled is None else read_labelled(labelled, limit)
-    check_metrics(model, texts is not None, tasks, labelled is not None, include_path)
+    check_metrics(model, texts is not None, bool(tasks), labelled is not None)
+    if tasks:
+        check_tasks(tasks, include_path)
     data = prepared(calibration, model, tokenizer, options)
     asked = {"tasks": tasks, "labelled": labelled, "include_path": include_path}
     asked |= {"texts": texts, "batch_size": batch_size, "limit": limit}
@@ -154,14 +157,11 @@ class _Runs:
     place: Path
     asked: dict[str, Any]
     speed: bool
-    _original: EvaluationResult | None = None
 
-    @property
+    @cached_property
     def original(self) -> EvaluationResult:
         """What was measured of the model as it is, once."""
-        if self._original is None:
-            self._original = self._evaluated(self.model)
-        return self._original
+        return self._evaluated(self.model)
 
     def original_metrics(self, journal: Journal) -> list[ComparedMetric]:
         """The same, as it is kept for another run."""
@@ -269,8 +269,7 @@ def _identity(
         "task files": [file.read_text(encoding="utf-8") for file in _files(asked["include_path"])],
         "tokenizer": getattr(tokenizer, "get_vocab", dict)(),
     }
-    digests = {name: hashlib.sha256(json.dumps(value, sort_keys=True).encode()) for name, value in hashed.items()}
-    told = {**known, **{name: digest.hexdigest() for name, digest in digests.items()}}
+    told = {**known, **{name: digest(value) for name, value in hashed.items()}}
     return identity_of(model, None, data) | {"measured": json.loads(json.dumps(told, default=str))}
 
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def load_model(
@@ -25,10 +22,10 @@ def load_model(
         ValueError: an unknown dtype.
         OSError, UnsupportedModelError: as for `load_saved`.
     """
-    from hf_compress.evaluation.loading import default_device, load_saved
+    from hf_compress.evaluation.loading import Dtype, default_device, load_saved
 
-    if dtype not in _DTYPES:
-        raise ValueError(f"--dtype must be one of {', '.join(_DTYPES)}; got {dtype!r}")
+    if dtype not in (known := get_args(Dtype)):
+        raise ValueError(f"--dtype must be one of {', '.join(known)}; got {dtype!r}")
     check_folder(name)
     place = device or default_device()
     return load_saved(name, dtype=dtype, device_map={"": place}, offload_folder=offload_folder)

@@ -17,7 +17,13 @@ from hf_compress.errors import one_line
 from hf_compress.evaluation.comparison import Comparison, file_name
 from hf_compress.evaluation.evaluate import EvaluationResult, evaluate, load_on
 from hf_compress.evaluation.harness import Paths, check_tasks
-from hf_compress.evaluation.kinds import check_classifies, check_generates, check_predicts_text, reads_tokens_alone
+from hf_compress.evaluation.kinds import (
+    check_classifies,
+    check_generates,
+    check_predicts_text,
+    metric_of_text,
+    reads_tokens_alone,
+)
 from hf_compress.evaluation.labelled import read_labelled
 from hf_compress.evaluation.loading import saved_class
 from hf_compress.evaluation.processors import load_processor
@@ -67,9 +73,11 @@ def compare(  # noqa: PLR0913 (as `evaluate`)
         ValueError: Fewer than two models, or one of them twice; or as for `evaluate`.
     """
     named = _named(models)
-    metric = "perplexity" if texts is not None else "scoring on lm-eval tasks" if tasks else None
     for model in named.values():
-        check_metrics(model, texts is not None, tasks, labelled is not None, include_path)
+        check_metrics(model, texts is not None, bool(tasks), labelled is not None)
+    if tasks:
+        check_tasks(tasks, include_path)
+    reads = texts is not None or bool(tasks) or labelled is not None
     if texts is not None:
         texts = read_texts(texts)
     if labelled is not None:
@@ -79,7 +87,7 @@ def compare(  # noqa: PLR0913 (as `evaluate`)
     processor = None
     for name, model in named.items():
         own = tokenizer
-        if own is None and not isinstance(model, PreTrainedModel) and (metric is not None or labelled is not None):
+        if own is None and not isinstance(model, PreTrainedModel) and reads:
             own = _own_processor(model, processor)
             processor = own if processor is None else processor
         results[name] = evaluate(
@@ -136,25 +144,16 @@ def _by_last_folders(paths: Sequence[Path], models: Sequence[Model]) -> dict[str
     return dict(zip(names, models, strict=True))
 
 
-def check_metrics(
-    model: Model,
-    texts: bool,
-    tasks: str | Sequence[str] = (),
-    labelled: bool = False,
-    include_path: Paths | None = None,
-) -> None:
-    """Raise where what is to be measured does not fit a model, or a task is not known, before any weight is read."""
+def check_metrics(model: Model, texts: bool, tasks: bool, labelled: bool) -> None:
+    """Raise where what is to be measured does not fit a model, before any weight of one in a directory is read."""
     kind, config = (type(model), model.config) if isinstance(model, PreTrainedModel) else saved_class(str(model))
-    if texts or tasks:
-        metric = "perplexity" if texts else "scoring on lm-eval tasks"
+    if metric := metric_of_text(texts, tasks):
         if isinstance(model, PreTrainedModel):
             check_predicts_text(model, metric)
         else:
             check_generates(kind, metric)
     if labelled:
         check_classifies(kind, config)
-    if tasks:
-        check_tasks([tasks] if isinstance(tasks, str) else tasks, include_path)
 
 
 def _own_processor(model: str | Path, first: Any) -> Any:

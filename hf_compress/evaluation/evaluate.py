@@ -15,7 +15,7 @@ from hf_compress.calibration.reading import read_texts
 from hf_compress.checks import check
 from hf_compress.evaluation.classification import Classification, classify
 from hf_compress.evaluation.harness import Paths, model_name, run_tasks
-from hf_compress.evaluation.kinds import check_classifies, check_predicts_text, reads_tokens_alone
+from hf_compress.evaluation.kinds import check_classifies, check_predicts_text, metric_of_text, reads_tokens_alone
 from hf_compress.evaluation.loading import load_saved
 from hf_compress.evaluation.perplexity import Perplexity, perplexity
 from hf_compress.evaluation.processors import load_processor
@@ -142,7 +142,7 @@ def evaluate(  # noqa: PLR0913 (each of them is something else to measure, or ho
         FileNotFoundError: the directory holds no safetensors.
     """
     check("limit", limit, float | None, "(0, inf)")
-    metric = "perplexity" if texts is not None else "scoring on lm-eval tasks" if tasks else None
+    metric = metric_of_text(texts is not None, bool(tasks))
     live, tokenizer, stored = _resolve(model, tokenizer, metric, labelled is not None, device)
     harness = None
     # Tasks before texts: a name that is not known is found at once, and not after minutes of perplexity.

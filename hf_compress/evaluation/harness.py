@@ -80,7 +80,7 @@ def run_tasks(  # noqa: PLR0913 (each of them is an argument of lm-eval's own)
     """
     check_predicts_text(model, "scoring on lm-eval tasks")
     _require_lm_eval()
-    names = [tasks] if isinstance(tasks, str) else list(tasks)
+    names = _listed(tasks)
     _check(names, batch_size, limit)
     manager = _task_manager(names, _folders(include_path))
     from lm_eval.evaluator import simple_evaluate
@@ -110,10 +110,14 @@ def run_tasks(  # noqa: PLR0913 (each of them is an argument of lm-eval's own)
     return results
 
 
-def check_tasks(tasks: Sequence[str], include_path: Paths | None = None) -> None:
+def check_tasks(tasks: str | Sequence[str], include_path: Paths | None = None) -> None:
     """Raise where tasks could not be scored, before any model is there: ImportError, ValueError; see `run_tasks`."""
     _require_lm_eval()
-    _task_manager(list(tasks), _folders(include_path))
+    _task_manager(_listed(tasks), _folders(include_path))
+
+
+def _listed(tasks: str | Sequence[str]) -> list[str]:
+    return [tasks] if isinstance(tasks, str) else list(tasks)
 
 
 def model_name(model: PreTrainedModel) -> str:

@@ -20,6 +20,11 @@ _CLASSIFIERS: dict[Literal["texts", "images"], str] = {
 _LEAK = 0.02  # of what a token changes at its own place: above what rounding in bfloat16 does where experts change
 
 
+def metric_of_text(texts: bool, tasks: bool) -> str | None:
+    """What is to be measured of a language model, in words; None where nothing is."""
+    return "perplexity" if texts else "scoring on lm-eval tasks" if tasks else None
+
+
 def check_predicts_text(model: PreTrainedModel, metric: str) -> None:
     """Raise unless `model` gives, at every position of a text, logits for the token that comes next.
 

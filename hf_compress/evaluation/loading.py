@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -10,6 +10,8 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from hf_compress import models
 from hf_compress.errors import UnsupportedModelError
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]  # of weights; auto is as they are stored
 
 
 def load_saved(name: str, **kwargs: Any) -> PreTrainedModel:

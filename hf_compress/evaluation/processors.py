@@ -19,13 +19,14 @@ def load_processor(name: str, needed: bool = False) -> Processor | None:
     Raises:
         ValueError: it is needed, and does not load.
     """
-    kind = kind_read_by(name)
+    config = _config(name)
+    kind = _kind_in(config)
     alone: Any = transformers.AutoTokenizer
     what, data = "tokenizer", "texts"
     if kind is not None:
         alone = transformers.AutoImageProcessor if kind is IMAGES else transformers.AutoFeatureExtractor
         what, data = kind.reader.replace("_", " "), kind.name
-    if kind is not None or {"vision_config", "audio_config"} & _config(name).keys():
+    if kind is not None or {"vision_config", "audio_config"} & config.keys():
         with suppress(OSError, ValueError, KeyError, TypeError, ImportError):  # it may want libraries for videos
             return transformers.AutoProcessor.from_pretrained(name)
     try:
@@ -40,7 +41,11 @@ def load_processor(name: str, needed: bool = False) -> Processor | None:
 
 def kind_read_by(name: str) -> Kind | None:
     """What a saved model reads in place of texts, by its class; None for texts, and where that cannot be told."""
-    names = _config(name).get("architectures")
+    return _kind_in(_config(name))
+
+
+def _kind_in(config: dict[str, Any]) -> Kind | None:
+    names = config.get("architectures")
     cls = getattr(transformers, str(names[0]), None) if isinstance(names, list) and names else None
     main = getattr(cls, "main_input_name", "input_ids")
     return next((kind for kind in KINDS if main in kind.inputs), None)

@@ -1,9 +1,11 @@
-"""What tensors are known by."""
+"""What tensors and JSON values are known by."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
-from hashlib import blake2b
+from hashlib import blake2b, sha256
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,3 +23,8 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
             for piece in values.view(torch.uint8).split(_PIECE):
                 found.update(piece.cpu().numpy().data)
     return found.hexdigest()
+
+
+def digest(values: Any) -> str:
+    """A hash of JSON values, whatever the order of the keys of mappings."""
+    return sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

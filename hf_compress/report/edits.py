@@ -13,6 +13,7 @@ from typing import Any
 from hf_compress.calibration.processes import here
 from hf_compress.errors import PlanError
 from hf_compress.plan.edits import runs
+from hf_compress.plan.plan import Plan
 from hf_compress.report.markdown import in_words
 from hf_compress.rewrite.edits import edit_from_dict
 
@@ -113,11 +114,11 @@ def decisions(edits: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def log_decisions(method: str, edits: Sequence[Mapping[str, Any]]) -> None:
+def log_decisions(method: str, plan: Plan) -> None:
     """Log what a method has decided, a line for each decision; of several processes the first does."""
     if here()[0] or not logger.isEnabledFor(logging.INFO):
         return
-    for line in decisions(edits):
+    for line in decisions(plan.to_list()):
         logger.info("%s: %s", method, line)
 
 

@@ -282,7 +282,7 @@ class CompressionCallback(ObjectiveCallback):
                 return
             self._changes = self._changes.then(replace(plan, tensors={}))
             if plan.edits:
-                log_decisions(self.config.method, plan.to_list())
+                log_decisions(self.config.method, plan)
                 apply(plan, model, Probe.of(model, self._data.batches[0] if self._data else None))
 
 

@@ -80,7 +80,8 @@ def heal(
     distillation = distillation or DistillationConfig()
     history, size, start = history_of(model), model_size(model), perf_counter()
     trained = learn(model, teacher, dataset, tokenizer, lora, distillation, args, options)
-    stage = stage_of_healing(asdict(distillation), size, model_size(model), trained, perf_counter() - start)
+    seconds = perf_counter() - start
+    stage = stage_of_healing(asdict(distillation), size, model_size(model), trained, teacher, seconds)
     add_stage(model, stage, history)
     return model
 
@@ -93,13 +94,11 @@ class Learned:
         steps: of the optimizer.
         loss: the mean over them.
         adapters: whether it was of adapters.
-        taught_by: how many stages the teacher had gone through; 0 for an original.
     """
 
     steps: int
     loss: float
     adapters: bool
-    taught_by: int = 0
 
 
 def learn(
@@ -135,16 +134,22 @@ def learn(
 
 
 def stage_of_healing(
-    config: dict[str, Any], before: Size, after: Size, trained: Learned, seconds: float, data: Calibration | None = None
+    config: dict[str, Any],
+    before: Size,
+    after: Size,
+    trained: Learned,
+    teacher: PreTrainedModel,
+    seconds: float,
+    data: Calibration | None = None,
 ) -> Stage:
-    """The stage of a model's history that a training was."""
+    """The stage of a model's history that a training was; it tells how many stages the teacher had gone through."""
     return Stage(
         method=HEAL,
         config=config,
         before=before,
         after=after,
         edits=[],
-        notes=asdict(trained),
+        notes={**asdict(trained), "taught_by": len(told.stages) if (told := history_of(teacher)) else 0},
         steps=[Step("train", seconds)],
         calibration=data.describe() if data else {},
         parity=None,

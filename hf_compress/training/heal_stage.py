@@ -37,18 +37,16 @@ def heal_by(
 
     def train() -> Result:
         learned = _train(model, config, teacher, data)
-        facts = asdict(learned)
-        facts.pop("taught_by")
-        return _tensors(model), facts
+        return _tensors(model), asdict(learned)
 
     tensors, facts = journal.result("trained", train)
     if journal.folder is not None:  # the values are in a file, perhaps of an earlier run
         with torch.no_grad():
             for name, tensor in _tensors(model).items():
                 tensor.copy_(tensors[name])
-    learned = Learned(**facts, taught_by=len(told.stages) if (told := history_of(teacher)) else 0)
-    seconds = perf_counter() - start
-    add_stage(model, stage_of_healing(config.to_dict(), size, model_size(model), learned, seconds, data), history)
+    learned, seconds = Learned(**facts), perf_counter() - start
+    stage = stage_of_healing(config.to_dict(), size, model_size(model), learned, teacher, seconds, data)
+    add_stage(model, stage, history)
 
 
 def _train(model: PreTrainedModel, config: HealConfig, teacher: PreTrainedModel, data: Calibration) -> Learned:

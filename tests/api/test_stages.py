@@ -9,10 +9,11 @@ import torch
 import hf_compress as hfc
 from hf_compress.api.stages import stages_of
 from hf_compress.calibration.data import DataOptions
-from hf_compress.methods.base import journal
 from hf_compress.methods.base.registry import left_by, needs_dense_weights
+from tests.helpers import runs
 from tests.helpers.disk import offloaded
 from tests.helpers.every_method import NAMES, SETTINGS
+from tests.helpers.interrupted import Interrupted, interrupt_behind_results
 from tests.helpers.models import refusing
 from tests.helpers.tiny import tiny_model
 
@@ -22,8 +23,7 @@ STAGES = [hfc.MKAConfig(num_merges=1), HEAL, SETTINGS["bits"]]
 
 
 def same(model, expected):
-    state, others = model.state_dict(), expected.state_dict()
-    return state.keys() == others.keys() and all(torch.equal(state[name], others[name]) for name in others)
+    return runs.same(model.state_dict(), expected.state_dict())
 
 
 @cache
@@ -130,21 +130,8 @@ def test_the_finished_stages_stay_when_a_later_one_fails(monkeypatch):
     assert model.compression_report.methods == ["mka"]
 
 
-class Interrupted(Exception):
-    pass
-
-
 def test_a_run_interrupted_behind_each_of_its_results_comes_to_the_same(tmp_path, monkeypatch):
-    write, results = journal.write_tensors, 0
-
-    def once(path, *content):
-        nonlocal results
-        write(path, *content)
-        if path.parent.name == "results":
-            results += 1
-            raise Interrupted
-
-    monkeypatch.setattr(journal, "write_tensors", once)
+    results = interrupt_behind_results(monkeypatch)
     work, finished = hfc.Compute(workdir=tmp_path / "work"), False
     while not finished:
         model = tiny_model("llama")
@@ -152,7 +139,7 @@ def test_a_run_interrupted_behind_each_of_its_results_comes_to_the_same(tmp_path
             hfc.compress(model, STAGES, IDS, compute=work)
             finished = True
         except Interrupted:
-            assert results < 100
+            assert results() < 100
     assert same(model, made())
     folders = {path.parent.parent.name for path in (tmp_path / "work").glob("*/results/*")}
     assert folders == {"1-mka", "2-heal", "3-lrp"}

@@ -9,13 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from safetensors.torch import load_file
 
 import hf_compress as hfc
 from tests.helpers.command_line import done, run
 from tests.helpers.language import words
+from tests.helpers.runs import same
 
 STAGES = [
     {"method": "mka", "num_merges": 2},
@@ -58,8 +58,7 @@ def test_a_recipe_does_all_of_it(home, tmp_path):
 
 def _same(first: Path, second: Path) -> None:
     one, other = (load_file(folder / "model.safetensors") for folder in (first, second))
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert same(one, other)
 
 
 @pytest.mark.slow

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import hf_compress as hfc
-from hf_compress.methods.base import journal
+from tests.helpers import runs
 from tests.helpers.disk import offloaded
 from tests.helpers.every_method import NAMES, SETTINGS
+from tests.helpers.interrupted import Interrupted, interrupt_behind_results
 from tests.helpers.tiny import tiny_model
 
 IDS = torch.randint(4, 90, (24, 9), generator=torch.Generator().manual_seed(3))
@@ -22,28 +23,13 @@ def resumed(model, settings, folder, ids=IDS):
 
 
 def same(model, expected):
-    state = model.state_dict()
-    return state.keys() == expected.keys() and all(torch.equal(state[name], expected[name]) for name in expected)
-
-
-class Interrupted(Exception):
-    pass
+    return runs.same(model.state_dict(), expected)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_run_interrupted_behind_each_of_its_results_comes_to_the_same(name, tmp_path, monkeypatch):
     expected = hfc.compress(tiny_model("llama"), SETTINGS[name], IDS).state_dict()
-    write = journal.write_tensors
-    results = 0
-
-    def once(path, *content):
-        nonlocal results
-        write(path, *content)
-        if path.parent.name == "results":
-            results += 1
-            raise Interrupted
-
-    monkeypatch.setattr(journal, "write_tensors", once)
+    results = interrupt_behind_results(monkeypatch)
     for _ in range(100):
         model = tiny_model("llama")
         try:
@@ -52,7 +38,7 @@ def test_a_run_interrupted_behind_each_of_its_results_comes_to_the_same(name, tm
         except Interrupted:
             assert same(model, tiny_model("llama").state_dict()), "the model is as it was"
     assert same(model, expected)
-    assert results == len(list((tmp_path / "work" / "results").iterdir()))
+    assert results() == len(list((tmp_path / "work" / "results").iterdir()))
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
