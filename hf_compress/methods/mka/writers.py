@@ -23,7 +23,7 @@ from hf_compress.calibration.capture import stream_tokens, watch_arguments
 from hf_compress.calibration.processes import from_one, gathered_at, told, total
 from hf_compress.calibration.runner import BlockRunner
 from hf_compress.methods.base.few_rows import HeldOutRows
-from hf_compress.methods.base.ridge import HeldOutSums, RidgeFit, is_held_out
+from hf_compress.methods.base.ridge import HeldOutSums, RidgeFit, dtype_of_sums, is_held_out
 from hf_compress.methods.base.units import checked_multiplier
 from hf_compress.numerics.row_ridge import solve_rows
 
@@ -165,7 +165,7 @@ class Writers:
             from the target on held-out tokens; None where it would not help there, or the block is not of the kind.
         """
         weight = self.weight() if self.modules else torch.zeros(0, 1)
-        dtype = torch.promote_types((targets[0] if targets else weight).dtype, torch.float32)
+        dtype = dtype_of_sums((targets[0] if targets else weight).dtype, penalties)
         width, device = (targets[0].shape[-1], targets[0].device) if targets else (weight.shape[-1], weight.device)
         found = self._rows(range(len(runners)) if numbers is None else numbers, runners, streams, targets)
         if self._tokens(runners, streams) < self.inputs:
