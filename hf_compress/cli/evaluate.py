@@ -165,15 +165,16 @@ def _show_comparison(comparison: Comparison, output: Path | None) -> None:
 
 def comparison_table(comparison: Comparison) -> Any:
     """A comparison, for `rich.print`."""
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table("", "model", title=f"{len(comparison.results)} models, on the same data")
     table.add_column("value", justify="right")
-    table.add_column(f"against {comparison.reference}")
+    table.add_column(escape(f"against {comparison.reference}"))
     for number, (what, *cells) in enumerate(comparison.cells()):
         if what and number:
             table.add_section()
-        table.add_row(what, *cells)
+        table.add_row(*map(escape, (what, *cells)))
     return table
 
 

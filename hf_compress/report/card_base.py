@@ -17,12 +17,12 @@ import yaml
 from huggingface_hub.constants import REPOCARD_NAME
 
 from hf_compress.report.history import beside, read_report
+from hf_compress.report.markdown import split_card
 
 logger = logging.getLogger(__name__)
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _IN_HUB_CACHE = re.compile(r"models--(?:([\w.-]+?)--)?([\w.-]+)[/\\]snapshots", re.ASCII)
-_METADATA = re.compile(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", re.DOTALL)
 _CODE = re.compile(r"[A-Za-z0-9][\w.+ -]{0,95}", re.ASCII)  # a licence's id or name, a language's code
 _LINK = re.compile(r"https://[\w./%?=&#~+-]{1,400}", re.ASCII)
 _LARGEST = 2**20  # characters of a card that are read
@@ -81,8 +81,8 @@ def _reported(folder: Path) -> tuple[str, ...]:
 def _read(path: Path) -> BaseCard:
     try:
         with path.open(encoding="utf-8") as file:
-            block = _METADATA.match(file.read(_LARGEST))
-        data = yaml.safe_load(block[1]) if block else {}
+            metadata, _ = split_card(file.read(_LARGEST))
+        data = yaml.safe_load(metadata)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         logger.warning("what %s says of the base model's licence is not known: it cannot be read (%s)", path, reason)

@@ -14,10 +14,10 @@ from hf_compress.evaluation.evaluate import EvaluationResult
 from hf_compress.report.card import EVALUATED, NOT_EVALUATED
 from hf_compress.report.card_scores import eval_results, evaluation
 from hf_compress.report.card_summary import quality_line
+from hf_compress.report.markdown import split_card
 
 _TITLE = "## Evaluation"
 _BEFORE = ("## How it was made", "## Limitations")  # the sections that follow it in a card of `model_card`
-_METADATA = re.compile(r"\A---[ \t]*\n(?P<yaml>.*?)^---[ \t]*$\n?", re.DOTALL | re.MULTILINE)
 _QUALITY = re.compile(r"^- \*\*Quality:\*\* .*$", re.MULTILINE)
 _SCORES = re.compile(r"^model-index:.*\n(?:[ \t-].*\n|[ \t]*\n)*", re.MULTILINE)
 
@@ -43,8 +43,7 @@ def with_scores(
     Raises:
         ValueError: its metadata is no YAML.
     """
-    found = _METADATA.match(card)
-    metadata, body = (found["yaml"], card[found.end() :]) if found else ("", card)
+    metadata, body = split_card(card)
     data = _read(metadata)
     scores = eval_results(result, str(data.get("pipeline_tag") or "text-generation"), texts)
     kept = _SCORES.sub("", metadata)

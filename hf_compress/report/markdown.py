@@ -14,7 +14,14 @@ MOST_VALUES = 12  # entries of a list that are written out
 _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "\\": "&#92;", "$": "&#36;"}
 _SPECIAL = re.compile(r"[&<>\\$`*\[\]|~#]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")  # an underscore in a word is a letter
 _AT_START = re.compile(r"^(\d{0,9})([-+=.)]+)(?=\s|$)")  # lists, rules, and the underline of a heading
+_METADATA = re.compile(r"\s*---[ \t]*\n(?P<yaml>.*?)^---[ \t]*$\n?", re.DOTALL | re.MULTILINE)
 _ABSOLUTE = re.compile(r"[/\\]|~[\w.-]*[/\\]|[A-Za-z]:[/\\]|file:")
+
+
+def split_card(card: str) -> tuple[str, str]:
+    """The metadata at a card's beginning, as YAML, and what follows it; no metadata where there is none."""
+    found = _METADATA.match(card)
+    return (found["yaml"], card[found.end() :]) if found else ("", card)
 
 
 def one_line(text: str) -> str:
