@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -116,9 +117,11 @@ def capped(size: int) -> Iterator[Callable[[], None] | None]:
 
 @dataclass
 class Run:
-    """What a process took: seconds, and in bytes the peak of its anonymous memory, and what it read and wrote."""
+    """What a process took: seconds on the clock and of the processor's cores, which other processes take none of, and
+    in bytes the peak of its anonymous memory, and what it read and wrote."""
 
     seconds: float
+    cores: float = 0
     anonymous: int = 0
     read: int = 0
     written: int = 0
@@ -126,7 +129,7 @@ class Run:
 
 def run(command: list[str], cap: Callable[[], None] | None) -> Run:
     """Run a command, looked at ten times a second."""
-    start = time.monotonic()
+    start, cores = time.monotonic(), _core_seconds()
     found = Run(0)
     process = subprocess.Popen(command, preexec_fn=cap)
     while process.poll() is None:
@@ -138,8 +141,14 @@ def run(command: list[str], cap: Callable[[], None] | None) -> Run:
         time.sleep(0.1)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
-    found.seconds = time.monotonic() - start
+    found.seconds, found.cores = time.monotonic() - start, _core_seconds() - cores
     return found
+
+
+def _core_seconds() -> float:
+    """Seconds of the processor's cores that ended processes of this one have taken."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def compress(method: str, model: Path, output: Path, tokens: int, cap: Callable[[], None] | None) -> Run:
@@ -156,10 +165,11 @@ def rows(method: str, found: Run, output: Path) -> list[str]:
     (stage,) = json.loads((output / "compression_report.json").read_text())["stages"]
     steps = {step["name"]: step["seconds"] for step in stage["steps"]}
     steps["load, save and check what was saved"] = found.seconds - sum(steps.values())
-    lines = [f"| {method} | {name} | {seconds / 60:.1f} | | | | |" for name, seconds in steps.items()]
+    lines = [f"| {method} | {name} | {seconds / 60:.1f} | | | | | |" for name, seconds in steps.items()]
     size = sum(path.stat().st_size for path in output.glob("*.safetensors"))
-    sizes = " | ".join(f"{value / 1e9:.1f}" for value in (found.anonymous, found.read, found.written, size))
-    return [*lines, f"| {method} | **all of it** | **{found.seconds / 60:.1f}** | {sizes} |"]
+    sizes = [f"{value / 1e9:.1f}" for value in (found.anonymous, found.read, found.written, size)]
+    cells = " | ".join([f"{found.cores / 60:.1f}", *sizes])
+    return [*lines, f"| {method} | **all of it** | **{found.seconds / 60:.1f}** | {cells} |"]
 
 
 def main() -> None:
@@ -178,8 +188,9 @@ def main() -> None:
             f"{blocks} blocks of Llama-3-8B's shape, random bfloat16 weights ({total / 1e9:.1f} GB), {args.tokens:,} "
             f"calibration tokens, --max-memory {BUDGET}, {torch.get_num_threads()} threads, "
             f"{'in a control group of 8 GiB' if cap else 'no cap (no control group could be made)'}.\n",
-            "| method | | minutes | anonymous memory, peak, GB | read from the disk, GB | written, GB | saved, GB |",
-            "|---|---|---|---|---|---|---|",
+            "| method | | minutes | minutes of a core | anonymous memory, peak, GB | read from the disk, GB "
+            "| written, GB | saved, GB |",
+            "|---|---|---|---|---|---|---|---|",
         ]
         for method in args.methods:
             output = Path(folder) / method
