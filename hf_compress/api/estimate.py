@@ -23,7 +23,7 @@ from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.base.registry import work_for
 from hf_compress.methods.base.settings import CompressionConfig
 from hf_compress.numerics.defaults import torch_defaults
-from hf_compress.plan.notebook import html_table
+from hf_compress.plan.tables import html_table
 
 _SIDE = 1024  # of the float32 matrices whose product is timed
 _STREAMS = 2  # of each batch that are kept

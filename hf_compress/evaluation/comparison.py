@@ -13,7 +13,7 @@ from hf_compress.evaluation.evaluate import EvaluationResult, without_nan
 from hf_compress.evaluation.perplexity import Perplexity
 from hf_compress.evaluation.scores import TaskScore
 from hf_compress.evaluation.speed import Speed, median, median_ratio
-from hf_compress.plan.notebook import html_table
+from hf_compress.plan.tables import html_table, measured, text_table
 
 _NOTE = (
     "± is one standard error; ↓ lower is better, ↑ higher is better. × is a ratio to {reference}, + or − a difference "
@@ -58,7 +58,7 @@ class ComparedMetric:
         """What it is beside the first model's: "× 1.021 ± 0.004", "−0.03 ± 0.01", or why that is not known."""
         if math.isnan(self.change):
             return self.note
-        text = figure(self.change, self.change_error, "" if self.kind == "ratio" else "+")
+        text = measured(self.change, self.change_error, "" if self.kind == "ratio" else "+")
         text = f"× {text}" if self.kind == "ratio" else text.replace("-", "−", 1)
         return f"{text} ({self.note})" if self.note else text
 
@@ -101,15 +101,11 @@ class Comparison:
 
     def table(self) -> str:
         """A plain-text table of all rows."""
-        header = ("", "model", "value", f"against {self.reference}")
-        cells = self.cells()
-        wide = [max(len(row[column]) for row in (header, *cells)) for column in range(4)]
-        lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(header, wide, strict=True)).rstrip()]
-        lines.append("-" * (sum(wide) + 6))
-        for what, model, value, change in cells:
-            cell = f"{what:<{wide[0]}}  {model:<{wide[1]}}  {value:>{wide[2]}}  {change}"
-            lines.append(cell.rstrip())
-        return "\n".join([*lines, "", self.note()])
+        return f"{text_table(self.header(), self.cells(), right={2})}\n\n{self.note()}"
+
+    def header(self) -> tuple[str, str, str, str]:
+        """The head of the table."""
+        return ("", "model", "value", f"against {self.reference}")
 
     def cells(self) -> list[tuple[str, str, str, str]]:
         """(metric, model, value, change) as text, for tables; the metric stands in its first row alone."""
@@ -117,7 +113,7 @@ class Comparison:
         for row in self.rows():
             title = _title(row) if row.metric != before else ""
             before = row.metric
-            cells.append((title, row.model, figure(row.value, row.standard_error), row.change_text()))
+            cells.append((title, row.model, measured(row.value, row.standard_error), row.change_text()))
         return cells
 
     def note(self) -> str:
@@ -152,7 +148,7 @@ class Comparison:
 
     def _repr_html_(self) -> str:
         """The table for notebooks."""
-        return html_table(self.note(), ("", "model", "value", f"against {self.reference}"), self.cells())
+        return html_table(self.note(), self.header(), self.cells())
 
     def _sizes(self) -> list[ComparedMetric]:
         rows = []
@@ -282,18 +278,6 @@ def _read(metric: str, speeds: Mapping[str, tuple[Speed, Speed]]) -> str:
 def _title(row: ComparedMetric) -> str:
     count = f" ({row.documents:,} documents)" if row.documents is not None else ""
     return f"{row.metric}{_ARROWS[row.higher_is_better]}{count}"
-
-
-def figure(value: float, error: float = math.nan, sign: str = "") -> str:
-    """A figure to two digits of its standard error where that is known."""
-    if not math.isfinite(value):
-        return "not finite"
-    if isinstance(value, int):
-        return f"{value:{sign},}"
-    if not math.isfinite(error):
-        return f"{value:{sign},.4g}"
-    digits = min(6, max(0, 1 - math.floor(math.log10(error)))) if error > 0 else 4
-    return f"{value:{sign},.{digits}f} ± {error:,.{digits}f}"
 
 
 def file_name(name: str) -> str:

@@ -22,7 +22,9 @@ from hf_compress.evaluation.processors import load_processor
 from hf_compress.evaluation.scores import TaskScore, task_scores
 from hf_compress.evaluation.size import parameter_count, stored_bytes
 from hf_compress.evaluation.speed import Throughput, tokens_per_second
-from hf_compress.plan.notebook import html_table
+from hf_compress.plan.tables import html_table, text_table
+
+_COLUMNS = ("value", "std. error")
 
 
 @dataclass(frozen=True)
@@ -85,18 +87,14 @@ class EvaluationResult:
 
     def table(self) -> str:
         """A plain-text table of all that was measured."""
-        rows = [(self.name, "value", "std. error"), *self.rows()]
-        wide = [max(len(row[column]) for row in rows) for column in range(3)]
-        lines = [f"{what:<{wide[0]}}  {value:>{wide[1]}}  {error:>{wide[2]}}".rstrip() for what, value, error in rows]
-        lines.insert(1, "-" * (sum(wide) + 4))
-        return "\n".join(lines)
+        return text_table((self.name, *_COLUMNS), self.rows(), right={1, 2})
 
     def __str__(self) -> str:
         return self.table()
 
     def _repr_html_(self) -> str:
         """The table for notebooks."""
-        return html_table(self.name, ("", "value", "std. error"), self.rows())
+        return html_table(self.name, ("", *_COLUMNS), self.rows())
 
 
 def evaluate(  # noqa: PLR0913 (each of them is something else to measure, or how)

@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_compress.errors import PlanError
 from hf_compress.plan.algebra import Removal, composed
 from hf_compress.plan.edits import Edit, ModuleEdit, StackEdit
-from hf_compress.plan.notebook import html_table
+from hf_compress.plan.tables import html_table
 
 PLAN_VERSION = 1
 METHOD = "hf_compress"  # what a config calls its record of edits

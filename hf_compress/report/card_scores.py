@@ -10,7 +10,8 @@ from huggingface_hub import EvalResult
 from hf_compress.evaluation.evaluate import EvaluationResult
 from hf_compress.evaluation.perplexity import Perplexity
 from hf_compress.evaluation.scores import TaskScore
-from hf_compress.report.markdown import escape, measured, one_line, public, table
+from hf_compress.plan.tables import measured
+from hf_compress.report.markdown import escape, one_line, public, table
 
 UNCOMPRESSED = "uncompressed"  # the base model's name among the controls
 

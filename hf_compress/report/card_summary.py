@@ -8,11 +8,12 @@ from hf_compress.evaluation.evaluate import EvaluationResult
 from hf_compress.evaluation.perplexity import Perplexity
 from hf_compress.evaluation.scores import TaskScore
 from hf_compress.evaluation.size import parameter_count, stored_bytes
+from hf_compress.plan.tables import measured
 from hf_compress.report.card_facts import Facts
 from hf_compress.report.card_history import methods
 from hf_compress.report.card_scores import UNCOMPRESSED, is_evaluated
 from hf_compress.report.edits import decisions
-from hf_compress.report.markdown import escape, human_bytes, measured
+from hf_compress.report.markdown import escape, human_bytes
 from hf_compress.report.report import CompressionReport
 
 INSTALL = "pip install hf-compress"

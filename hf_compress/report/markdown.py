@@ -50,16 +50,6 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def measured(value: float, error: float = math.nan, sign: str = "") -> str:
-    """A figure, to two digits of its standard error where that is known; never NaN."""
-    if not math.isfinite(value):
-        return "not finite"
-    if not math.isfinite(error) or abs(value) >= 1e9:
-        return f"{value:{sign},.4g}"
-    digits = min(6, max(0, 1 - math.floor(math.log10(error)))) if error > 0 else 4
-    return f"{value:{sign},.{digits}f} ± {error:,.{digits}f}"
-
-
 def human_bytes(count: int) -> str:
     """A number of bytes, such as "20.4 MB" (powers of 1,000)."""
     size = float(count)

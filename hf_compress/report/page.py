@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_compress.plan.tables import measured
 from hf_compress.report.card_history import amounts, source
 from hf_compress.report.edits import bits_of, decisions, in_rows
-from hf_compress.report.markdown import human_bytes, in_words, json_values, measured, one_line, public
+from hf_compress.report.markdown import human_bytes, in_words, json_values, one_line, public
 from hf_compress.report.plots import stage_svg
 from hf_compress.report.stages import Stage
 from hf_compress.report.summary import COLUMNS, history_rows

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-from hf_compress.plan.notebook import html_table
+from hf_compress.plan.tables import html_table, text_table
 from hf_compress.report.markdown import one_line
 from hf_compress.report.stages import Size, Stage
 
@@ -15,13 +15,8 @@ COLUMNS = ("", "parameters", "stored bytes", "blocks", "time", "what changed")
 
 def summary_text(stages: Sequence[Stage], base_model: str) -> str:
     """A line for the original and one for each stage, its sizes beside the original's; for `print`."""
-    rows = [COLUMNS, *history_rows(stages)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        [cell.ljust(w) if n in (0, 5) else cell.rjust(w) for n, (cell, w) in enumerate(zip(row, widths, strict=True))]
-        for row in rows
-    ]
-    return "\n".join([_title(stages, base_model), *("  ".join(line).rstrip() for line in lines)])
+    table = text_table(COLUMNS, history_rows(stages), right={1, 2, 3, 4}, rule=False)
+    return f"{_title(stages, base_model)}\n{table}"
 
 
 def summary_html(stages: Sequence[Stage], base_model: str) -> str:

@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_compress.evaluation.comparison import ComparedMetric, figure
+from hf_compress.evaluation.comparison import ComparedMetric
 from hf_compress.evaluation.evaluate import without_nan
-from hf_compress.plan.notebook import html_table
+from hf_compress.plan.tables import html_table, measured, text_table
 from hf_compress.report.measured import Measured
 from hf_compress.report.pareto import draw_pareto
 
@@ -79,7 +79,7 @@ class SweepResult:
         for one in self.measured:
             mark = " *" if one.name in front else " (control)" if one.control else ""
             if one.error:
-                cells.append((one.name, one.error, *("" for _ in self.metrics[1:])))
+                cells.append((one.name, one.error))
             else:
                 cells.append((one.name + mark, *(_cell(one.get(metric)) for metric in self.metrics)))
         return cells
@@ -90,11 +90,7 @@ class SweepResult:
 
     def table(self) -> str:
         """A plain-text table of all models."""
-        rows = [self.header(), *self.rows()]
-        refused = {one.name for one in self.measured if one.error}
-        wide = [max(len(row[i]) for row in rows if row[0] not in refused or not i) for i in range(len(rows[0]))]
-        lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, wide, strict=True)).rstrip() for row in rows]
-        return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], "", self.note()])
+        return f"{text_table(self.header(), self.rows())}\n\n{self.note()}"
 
     def note(self) -> str:
         """What the table's signs mean."""
@@ -159,7 +155,7 @@ class SweepResult:
 def _cell(row: ComparedMetric | None) -> str:
     if row is None or math.isnan(row.value):
         return ""
-    value = figure(row.value, row.standard_error)
+    value = measured(row.value, row.standard_error)
     return value if math.isnan(row.change) else f"{value} ({row.change_text()})"
 
 

@@ -1,6 +1,5 @@
 """Texts from elsewhere: in a model card, they break neither Markdown nor YAML, and are shown as they are."""
 
-import math
 from functools import cache
 
 import pytest
@@ -12,7 +11,7 @@ from hf_compress.evaluation.evaluate import TaskScore
 from hf_compress.evaluation.size import parameter_count, stored_bytes
 from hf_compress.report.card import model_card
 from hf_compress.report.card_facts import CardDetails
-from hf_compress.report.markdown import escape, fence, in_words, measured, one_line
+from hf_compress.report.markdown import escape, fence, in_words, one_line
 from hf_compress.report.report import CompressionReport
 from hf_compress.report.stages import Size, Stage, Step
 from tests.helpers.cards import PARSER, result
@@ -130,20 +129,3 @@ def test_no_text_breaks_the_card(texts):
 )
 def test_values_in_words(value, text):
     assert in_words(value) == text
-
-
-@pytest.mark.parametrize(
-    ("value", "error", "text"),
-    [
-        (20.354, 2.09, "20.4 ± 2.1"),
-        (0.6453, 0.0338, "0.645 ± 0.034"),
-        (-0.0801, 0.0032, "-0.0801 ± 0.0032"),
-        (123456.7, 1500.0, "123,457 ± 1,500"),
-        (0.5, 0.0, "0.5000 ± 0.0000"),
-        (0.123456, math.nan, "0.1235"),
-        (3.2e30, 1e29, "3.2e+30"),
-        (math.inf, 1.0, "not finite"),
-    ],
-)
-def test_figures_have_the_digits_that_their_errors_allow(value, error, text):
-    assert measured(value, error) == text
