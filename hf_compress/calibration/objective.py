@@ -41,9 +41,9 @@ def batch_loss(model: PreTrainedModel, output: Any, batch: Batch, reference: Ten
     value = first_tensor(output)
     if reference is None:
         said = next_tokens(model, batch, value)
-        counts = said != -100
-        loss = F.cross_entropy(value[counts].float(), said[counts], reduction="sum")
-        return loss.item(), float(counts.sum())
+        rows = zip(value.flatten(0, -2).split(_ROWS), said.flatten().split(_ROWS), strict=True)
+        losses = [F.cross_entropy(part.float(), words, reduction="sum", ignore_index=-100) for part, words in rows]
+        return float(torch.stack(losses).sum(dtype=torch.float64)), float((said != -100).sum())
     distance = (value.float() - reference.float()).square()
     size = reference.float().square()
     if value.ndim == 3:

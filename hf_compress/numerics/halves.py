@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+_FAST = ("avx512_bf16", "amx_bf16", "bf16")  # what processors call it, of x86 and of ARM
 CPU_PRODUCTS: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # its `fp32_precision` says of what
 
 
@@ -28,3 +29,9 @@ def bfloat16_factors(wanted: bool = True) -> Iterator[None]:
         yield
     finally:
         CPU_PRODUCTS.fp32_precision = "none" if inherited else before
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the CPU has products of bfloat16, faster than those of float32; no, where torch is too old to tell."""
+    told = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return any(told.get(name) for name in _FAST)

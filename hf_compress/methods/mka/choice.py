@@ -22,6 +22,7 @@ from hf_compress.calibration.losses import LossSweep
 from hf_compress.calibration.processes import here, spread
 from hf_compress.calibration.progress import bar
 from hf_compress.calibration.sensitivity import estimated_costs
+from hf_compress.calibration.sweep import Streams
 from hf_compress.methods.base.choice import VERIFIED, cheapest
 from hf_compress.methods.base.context import CalibrationContext, Drafts
 from hf_compress.methods.mka.writers import Rows, Writers
@@ -35,6 +36,9 @@ FEW = 6  # candidates that are all tried
 class Chooser:
     """Compares candidates on a few batches: of three, one to score, and of the others as many as the fits need.
 
+    What a block is to give when it absorbs others is always the stream of the model as it was. So a fit stays what it
+    is until a choice touches one of its blocks.
+
     Args:
         batches: at least one.
     """
@@ -43,11 +47,11 @@ class Chooser:
         self.context, self.stack = context, stack
         fitting = [batch for i, batch in enumerate(batches) if i % 3 != 2 or len(batches) < 3]
         scoring = [batch for i, batch in enumerate(batches) if i % 3 == 2]
-        self.fitting = LossSweep(context.model, stack, _of_tokens(fitting, LOCAL_TOKENS))
-        self.scoring = LossSweep(context.model, stack, scoring) if scoring else self.fitting
-        self.sweeps = list({id(sweep): sweep for sweep in (self.fitting, self.scoring)}.values())
+        fitting = _of_tokens(fitting, LOCAL_TOKENS)
+        self.fitting = Streams(context.model, stack, fitting)
+        self.scoring = LossSweep(context.model, stack, scoring or fitting)
         self.absorbed: list[int] = []
-        self._best_change: Tensor | None = None  # of the candidates that were tried last
+        self._changes: dict[int, Tensor | None] = {}  # by which the block before a candidate absorbs it
         self._ahead: dict[int, list[Tensor]] = {}
 
     def choose(self, count: int) -> tuple[list[int], list[dict[str, Any]]]:
@@ -63,8 +67,8 @@ class Chooser:
 
     def _choices(self, count: int) -> dict[str, Any]:
         journal = self.context.journal
-        for sweep in self.sweeps:
-            sweep.keep()
+        self.fitting.keep()
+        self.scoring.keep()
         candidates = list(range(1, len(self.stack)))
         few = len(candidates) <= FEW  # then estimates would cost more than they spare
         tried = len(candidates) if few else VERIFIED
@@ -78,47 +82,66 @@ class Chooser:
         try:
             for number in bar(range(count), "choosing blocks to merge"):
                 attempt = partial(cheapest, candidates, estimates, self._losses_after_absorbing, touched, tried)
-                known = journal.has(name := f"choice {number}")
-                best, losses = journal.facts(name, attempt)
-                if known:
-                    ((self._best_change, _),) = self._after_absorbing([best])
+                best, losses = journal.facts(f"choice {number}", attempt)
                 history.append({"absorbed": best, "losses": {str(index): loss for index, loss in losses.items()}})
                 keeper = self._before(best)
                 with trial.hold(self.stack.blocks[keeper]):
-                    if self._best_change is not None:
-                        self._writers(best).apply(self._best_change, trial.undo)
+                    self._absorb(best, trial.undo)
                 self.absorbed = sorted([*self.absorbed, best])
                 candidates.remove(best)
                 touched = [keeper, *(index for index in candidates if self._before(index) == keeper)]
-                for sweep in self.sweeps:
-                    sweep.go_on(keeper, self.absorbed)
+                for index in (best, *touched):
+                    self._changes.pop(index, None)
+                if number + 1 < count:
+                    self.scoring.go_on(keeper, self.absorbed)
         finally:
             trial.undo_all()
-            self._best_change = None
+            self._changes.clear()
         return {"absorbed": self.absorbed, "history": history}
 
     def _estimates(self, candidates: Sequence[int]) -> dict[int, float]:
         return estimated_costs(self.scoring, candidates, self._errors)
 
     def loss_without(self, absorbed: Sequence[int]) -> float:
-        """Mean loss of the model as it is now, without the blocks `absorbed`, on the batches to score."""
-        self.scoring.go_on(0, absorbed)
+        """Mean loss of the model as it is now, without the blocks `absorbed`, on the batches to score.
+
+        Blocks before the first that absorbs another are the model's own.
+        """
+        self.scoring.go_on(min(absorbed) - 1, absorbed)
         return self.scoring.loss()
 
     def _before(self, index: int) -> int:
+        """The block that is to absorb a candidate."""
         return max(i for i in range(index) if i not in self.absorbed)
+
+    def _behind(self, index: int) -> int:
+        """The block that follows a candidate, or the end of the stack."""
+        return min(i for i in range(index + 1, len(self.stack) + 1) if i not in self.absorbed)
+
+    def _absorb(self, index: int, undo: Undo) -> None:
+        """Have the block before a candidate absorb it."""
+        (change,) = self._changes_for([index])
+        if change is not None:
+            self._writers(index).apply(change, undo)
 
     def _writers(self, index: int) -> Writers:
         """Of the block that absorbs block `index`."""
         return Writers(self.context.model, self.stack, self._before(index))
 
-    def _changes(self, candidates: Sequence[int]) -> Iterator[Tensor | None]:
-        """For each candidate, the local fit by which the block before it absorbs it; several processes fit at once."""
+    def _changes_for(self, candidates: Sequence[int]) -> list[Tensor | None]:
+        """For each candidate, the change by which the block before it absorbs it: solved for where it is not known."""
+        new = [index for index in candidates if index not in self._changes]
+        for index, change in zip(new, self._solved(new), strict=True):
+            self._changes[index] = None if change is None else self.scoring.memory.keep(0, change)
+        return [self._changes[index] for index in candidates]
+
+    def _solved(self, candidates: Sequence[int]) -> Iterator[Tensor | None]:
+        """The local fit for each candidate; several processes solve at once."""
         rank, rows = here()[0], list[Rows | None]()
         sweep = self.fitting
         for place, index in enumerate(candidates):
             writers = self._writers(index)
-            starts, targets = sweep.at(writers.index), sweep.at(index + 1)
+            starts, targets = sweep.at(writers.index), sweep.at(self._behind(index))
             found = writers.local_rows(sweep.numbers, sweep.runners, starts, targets, place)
             rows += [found] if place == rank else []
 
@@ -127,29 +150,26 @@ class Chooser:
 
         return spread(candidates, change)
 
-    def _after_absorbing(self, candidates: Sequence[int]) -> list[tuple[Tensor | None, list[Tensor]]]:
-        """For each of as many candidates as there are processes, at most, the change, and the streams behind its block
-        once the one before it has absorbed it, one a batch to score."""
+    def _after_absorbing(self, candidates: Sequence[int]) -> list[list[Tensor]]:
+        """For each of as many candidates as there are processes, at most, the streams behind its block once the one
+        before it has absorbed it, one a batch to score."""
         with ExitStack() as held:
             for index in candidates:
                 held.enter_context(resident(self.stack.blocks[self._before(index)]))
+            self._changes_for(candidates)
             found = []
-            for index, change in zip(candidates, self._changes(candidates), strict=True):
+            for index in candidates:
                 with Undo() as trial:
-                    if change is not None:
-                        self._writers(index).apply(change, trial)
-                    found.append((change, self.scoring.run(self._before(index))))
+                    self._absorb(index, trial)
+                    found.append(self.scoring.run(self._before(index)))
             return found
 
     def _losses_after_absorbing(self, candidates: Sequence[int]) -> dict[int, float]:
         """Mean loss on the batches to score once the block before each candidate has absorbed it."""
         losses: dict[int, float] = {}
         for turn in _turns(candidates):
-            for index, (change, streams) in zip(turn, self._after_absorbing(turn), strict=True):
-                loss = self.scoring.loss_after(index, streams)
-                if not losses or loss < min(losses.values()):
-                    self._best_change = change
-                losses[index] = loss
+            for index, streams in zip(turn, self._after_absorbing(turn), strict=True):
+                losses[index] = self.scoring.loss_after(index, streams)
         return losses
 
     def _errors(self, index: int) -> list[Tensor]:
@@ -159,7 +179,8 @@ class Chooser:
         """
         if index not in self._ahead:
             turn = next(_turns(range(index, 0, -1)))
-            self._ahead = {one: streams for one, (_, streams) in zip(turn, self._after_absorbing(turn), strict=True)}
+            self._ahead = dict(zip(turn, self._after_absorbing(turn), strict=True))
+            self._changes.clear()  # of all blocks, they would be as much as the model
         pairs = zip(self._ahead.pop(index), self.scoring.at(index + 1), strict=True)
         return [after - wanted for after, wanted in pairs]
 
