@@ -50,10 +50,20 @@ def draw_pareto(
     better = next(row.higher_is_better for row in original if row.metric == quality)
     axes[0].set_ylabel(f"{quality} ({'higher' if better else 'lower'} is better)", parse_math=False)
     if better is False and _spread(done, quality) > 3:
-        axes[0].set_yscale("log")
+        _logarithmic(axes[0])
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False, fontsize=9)
     return write_figure(figure, path)
+
+
+def _logarithmic(axis: Any) -> None:
+    """Values by their ratios, written as numbers and not as powers."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _panel(axis: Any, done: Sequence[Measured], metric: str, quality: str, front: Set[str]) -> None:
