@@ -13,7 +13,12 @@ from hf_compress.evaluation.size import parameter_count, stored_bytes
 from hf_compress.report.card_edits import bits_table, edits_table
 from hf_compress.report.markdown import escape, fence, json_values, public, table
 from hf_compress.report.report import CompressionReport
-from hf_compress.report.stages import HEAL, Size, Stage
+from hf_compress.report.stages import HEAL, WRITTEN_OUT, Size, Stage
+
+_NO_METHOD = {  # of stages that no method made: how the model was made smaller by them, and what they changed
+    HEAL: ("distillation of the uncompressed model", "Weights were trained; the structure stayed."),
+    WRITTEN_OUT: ("writing packed weights out as matrices", "Packed and sparse weights were written out as matrices."),
+}
 
 
 def methods(report: CompressionReport) -> str:
@@ -22,8 +27,8 @@ def methods(report: CompressionReport) -> str:
 
 
 def _method(stage: Stage) -> str:
-    if stage.method == HEAL:
-        return "distillation of the uncompressed model"
+    if stage.method in _NO_METHOD:
+        return _NO_METHOD[stage.method][0]
     number = re.fullmatch(r"https://arxiv\.org/abs/([\d.]+(?:v\d+)?)", stage.paper or "")
     link = f"[arXiv {number[1]}]({stage.paper})" if number else escape(stage.paper or "")
     return f"the method {escape(stage.method)}" + (f" ({link})" if link else "")
@@ -56,7 +61,7 @@ def _edited(stage: Stage, original: Size) -> str:
 
 
 def _unedited(stage: Stage) -> str:
-    return "Weights were trained; the structure stayed." if stage.method == HEAL else "No structural edit is recorded."
+    return _NO_METHOD.get(stage.method, ("", "No structural edit is recorded."))[1]
 
 
 def _left(before: Size, after: Size) -> str:
@@ -96,18 +101,23 @@ def making(report: CompressionReport, calibration: str) -> str:
 
 
 def _making(stage: Stage, named: str | None) -> str:
+    if not stage.config:
+        return "\n\n".join(filter(None, (_time(stage), f"Versions: {escape(_versions(stage))}.")))
     recipe = json.dumps(json_values(stage.config), indent=2, ensure_ascii=False)
     use = "Settings" if stage.method == HEAL else "Settings, which also serve as a recipe"
-    versions = ", ".join(f"{name} {version}" for name, version in stage.environment.items())
     parts = [
         f"{use}:\n\n{fence(recipe, 'json')}",
         "" if stage.method == HEAL else _calibration(stage, named),
         training(stage),
         _check(stage),
         _time(stage),
-        f"Versions: {escape(versions)}.",
+        f"Versions: {escape(_versions(stage))}.",
     ]
     return "\n\n".join(filter(None, parts))
+
+
+def _versions(stage: Stage) -> str:
+    return ", ".join(f"{name} {version}" for name, version in stage.environment.items())
 
 
 def _calibration(stage: Stage, named: str | None) -> str:

@@ -12,6 +12,7 @@ from hf_compress.plan.algebra import survivors
 from hf_compress.rewrite.edits import edit_from_dict
 
 HEAL = "heal"  # the method of a stage that trained weights and changed no structure
+WRITTEN_OUT = "dense"  # and of one that wrote packed and sparse weights out as matrices
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Stage:
     """One change of a model.
 
     Attributes:
-        method: name of the method; "heal" where weights were trained and nothing else was changed.
+        method: name of the method; "heal" where weights were trained and nothing else was changed, "dense" where they
+            were written out as matrices.
         config: the method's settings.
         before, after: the model's sizes.
         edits: the plan's edits, as JSON values; blocks are counted as they were before this stage.

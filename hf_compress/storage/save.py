@@ -132,10 +132,10 @@ def _write(
 
 def _share(folder: Path) -> None:
     """Let the weights be read by whom the umask lets: safetensors makes them for their owner alone."""
-    mode = (folder / "config.json").stat().st_mode
-    for path in folder.iterdir():
-        if path.is_file():
-            path.chmod(mode)
+    files = [path for path in folder.iterdir() if path.is_file()]
+    modes = [path.stat().st_mode for path in files if path.suffix != ".safetensors"]
+    for path in files:
+        path.chmod(modes[0])
 
 
 def verify(model: PreTrainedModel, folder: Path, probe: Probe) -> None:
