@@ -59,6 +59,8 @@ _PUBLIC = {
     "compress": "hf_compress.api.compress",
     "estimate": "hf_compress.api.estimate",
     "evaluate": "hf_compress.evaluation.evaluate",
+    "Exported": "hf_compress.engines.export",
+    "export": "hf_compress.engines.export",
     "feature_report": "hf_compress.features.report",
     "fit": "hf_compress.methods.adaptive_compress.fit",
     "heal": "hf_compress.training.heal",

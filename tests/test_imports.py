@@ -26,7 +26,7 @@ FLOORS = [
     {"attribution", "evaluation", "methods.base"},
     {"methods", "report"},
     {"features", "storage", "training"},
-    {"api"},
+    {"api", "engines"},
     {"cli"},
 ]
 LEVEL = {name: level for level, floor in enumerate(FLOORS) for name in floor}

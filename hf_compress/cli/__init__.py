@@ -3,6 +3,7 @@
 from hf_compress.cli import (  # noqa: F401 (each adds its commands to `app`)
     compress,
     evaluate,
+    export,
     hub,
     inspect,
     recipes,

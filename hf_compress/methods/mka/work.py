@@ -34,7 +34,9 @@ def work_of(config: MKAConfig, context: CalibrationContext) -> Work:
     inputs = sum(linear_widths(stack.blocks[0].get_submodule(path))[0] for path in parts.writers)
     few = blocks - 1 <= FEW
     tried = sum(range(blocks - merges, blocks)) if few else merges * (VERIFIED + 2)
-    fits = blocks - 1 + 2 * (merges - 1) + (0 if few else VERIFIED)  # of all candidates, then of those that a choice touches
+    fits = (
+        blocks - 1 + 2 * (merges - 1) + (0 if few else VERIFIED)
+    )  # of all candidates, then of those that a choice touches
     choice = share_of_samples(context, config.choice_samples)
     local = min(LOCAL_TOKENS, 2 * choice.tokens // 3)
     passes = choice.of_all * (1 + (merges + tried) / 6 + 1 / 3 + fits / blocks / 2 + (0 if few else BACKWARD / 3))
