@@ -15,13 +15,18 @@ from urllib.request import Request, urlopen
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import CONFIG_NAME
 
+from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.calibration.media import Processor
 from hf_compress.checks import check
 from hf_compress.engines.agreement import LIKELIEST, Word
 from hf_compress.engines.target import Target, check_plain
 from hf_compress.errors import ParityError, UnsupportedModelError, one_line
+from hf_compress.rewrite.config_fields import RECORD_FIELD
+from hf_compress.rewrite.edits.ffn import NarrowFFN
 from hf_compress.rewrite.probe import quiet
+from hf_compress.rewrite.record import recorded
 
 OutType = Literal["auto", "f32", "f16", "bf16", "q8_0"]
 FILE = "model.gguf"
@@ -70,7 +75,8 @@ class Gguf(Target):
         return _TOLERANCES[self._stored(model)]
 
     def check(self, model: PreTrainedModel) -> None:
-        check_plain(model, self.engine)
+        if _widths(model) is None:
+            check_plain(model, self.engine)
 
     def write(
         self, model: PreTrainedModel, processor: Processor | None, folder: Path, prompts: Sequence[Sequence[int]]
@@ -79,16 +85,20 @@ class Gguf(Target):
             raise UnsupportedModelError(
                 f"{self.engine} brings its tokenizer in the file, and the model has none: save it beside"
             )
+        widths = _widths(model) or ""
         splits = self.pre_tokenizer or _pre_tokenizer(processor) or ""
         with TemporaryDirectory(dir=folder.parent) as place, quiet():
             model.save_pretrained(place)
             processor.save_pretrained(place)
+            if widths:
+                _forget_record(Path(place) / CONFIG_NAME)
             converted = subprocess.run(
                 [
                     sys.executable,
                     _SCRIPT,
                     _converter(),
                     splits,
+                    str(widths),
                     place,
                     "--outfile",
                     folder / FILE,
@@ -114,6 +124,23 @@ class Gguf(Target):
     @contextmanager
     def speaker(self, folder: Path, model: PreTrainedModel) -> Iterator[_LlamaSpeaker]:
         yield _LlamaSpeaker(folder / FILE)
+
+
+def _widths(model: PreTrainedModel) -> list[int] | None:
+    """The hidden units of each block's FFN, where their numbers are all that a Llama's config cannot say."""
+    left = recorded(model.config)
+    if not left or model.config.model_type != "llama" or not all(isinstance(edit, NarrowFFN) for edit in left):
+        return None
+    anatomy = Anatomy(model)
+    parts = [anatomy.parts(anatomy.stack(), index).ffn for index in range(len(anatomy.stack()))]
+    return [part.width for part in parts if part is not None]
+
+
+def _forget_record(path: Path) -> None:
+    """Take the record of edits out of a config: another tool takes it for a quantization that it does not know."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.pop(RECORD_FIELD)
+    path.write_text(json.dumps(config), encoding="utf-8")
 
 
 def _pre_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str | None:

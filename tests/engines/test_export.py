@@ -81,7 +81,7 @@ def byte_model(tmp_path, texts):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("change", ["as it was", "depth", "packed", "sparse"])
+@pytest.mark.parametrize("change", ["as it was", "depth", "several widths", "packed", "sparse"])
 def test_llama_cpp_says_plain_models(change, byte_model, tmp_path):
     assert installed("gguf"), "gguf needs packages that `pip install 'hf-compress[engines]'` brings"
     model, save = byte_model
@@ -109,7 +109,7 @@ def test_a_tokenizer_that_llama_cpp_does_not_know_is_told(saved, tmp_path):
         hfc.export(saved(), tmp_path / "out", "gguf")
 
 
-@pytest.mark.parametrize("change", ["several widths", "linear", "bottleneck"])
+@pytest.mark.parametrize("change", ["linear", "bottleneck"])
 def test_llama_cpp_is_not_asked_what_it_cannot_say(change, saved, tmp_path, monkeypatch):
     monkeypatch.setattr(Gguf, "check_installed", lambda self: None)
     with pytest.raises(
