@@ -121,7 +121,6 @@ def _export(
 ) -> Agreement:
     asked = _prompts(model, processor, prompts)
     agreed: list[Agreement] = []
-
     allowed = tolerance or target.tolerance(model)
 
     def compare(folder: Path) -> None:
