@@ -24,6 +24,7 @@ def refused(home, *arguments):
 
 REQUIRED = {"compress": ("HOME/model",), "analyze": ("HOME/model", "--calibration", "HOME/texts.jsonl")}
 REQUIRED |= dict.fromkeys(("evaluate", "info", "report", "verify"), ("HOME/model",)) | {
+    "export": ("HOME/model", "--to", "dense", "--output", "HOME/exported"),
     "push": ("HOME/model", "me/small"),
     "sweep": ("HOME/model", "--output", "HOME/swept", "--texts", "HOME/texts.jsonl"),
 }
