@@ -51,7 +51,7 @@ class Chooser:
         self.fitting = Streams(context.model, stack, fitting)
         self.scoring = LossSweep(context.model, stack, scoring or fitting)
         self.absorbed: list[int] = []
-        self._changes: dict[int, Tensor | None] = {}  # by which the block before a candidate absorbs it
+        self._changes: dict[int, Tensor | None] = {}  # by which the block before a candidate absorbs it, of those tried
         self._ahead: dict[int, list[Tensor]] = {}
 
     def choose(self, count: int) -> tuple[list[int], list[dict[str, Any]]]:
@@ -132,7 +132,7 @@ class Chooser:
         """For each candidate, the change by which the block before it absorbs it: solved for where it is not known."""
         new = [index for index in candidates if index not in self._changes]
         for index, change in zip(new, self._solved(new), strict=True):
-            self._changes[index] = None if change is None else self.scoring.memory.keep(0, change)
+            self._changes[index] = None if change is None else self.scoring.memory.keep(0, change.cpu())
         return [self._changes[index] for index in candidates]
 
     def _solved(self, candidates: Sequence[int]) -> Iterator[Tensor | None]:
@@ -167,6 +167,7 @@ class Chooser:
     def _losses_after_absorbing(self, candidates: Sequence[int]) -> dict[int, float]:
         """Mean loss on the batches to score once the block before each candidate has absorbed it."""
         losses: dict[int, float] = {}
+        self._changes = {index: change for index, change in self._changes.items() if index in candidates}
         for turn in _turns(candidates):
             for index, streams in zip(turn, self._after_absorbing(turn), strict=True):
                 losses[index] = self.scoring.loss_after(index, streams)
