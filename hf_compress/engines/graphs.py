@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from importlib.util import find_spec
@@ -13,6 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from hf_compress.calibration.capture import inference
@@ -74,9 +76,9 @@ class Graphs(Target):
         if processor is not None:
             processor.save_pretrained(folder)
 
+    @abstractmethod
     def _exporter(self) -> tuple[Any, Any]:
         """Transformers' exporter, and its settings."""
-        raise NotImplementedError
 
     @contextmanager
     def speaker(self, folder: Path, model: PreTrainedModel) -> Iterator[Speaker]:
@@ -86,8 +88,9 @@ class Graphs(Target):
             (runner,) = ExportedModel.from_pretrained(folder, device="cpu", **self.running).runners.values()
         yield self._speaker(runner, model)
 
+    @abstractmethod
     def _speaker(self, runner: Any, model: PreTrainedModel) -> Speaker:
-        return _GraphSpeaker(runner, model)
+        """What runs a graph of `model`."""
 
 
 class Onnx(Graphs):
@@ -101,6 +104,9 @@ class Onnx(Graphs):
         from transformers.exporters import OnnxConfig, OnnxExporter
 
         return OnnxExporter(), OnnxConfig(dynamic=True)
+
+    def _speaker(self, runner: Any, model: PreTrainedModel) -> Speaker:
+        return _OnnxSpeaker(runner, model)
 
 
 class OpenVino(Graphs):
@@ -117,11 +123,32 @@ class OpenVino(Graphs):
         return OpenVINOExporter(), OpenVINOConfig(dynamic=True)
 
     def _speaker(self, runner: Any, model: PreTrainedModel) -> Speaker:
-        return _StatefulSpeaker(runner)
+        return _OpenVinoSpeaker(runner)
 
 
-class _GraphSpeaker:
-    """A graph that is run a prompt, and then a token, at a time.
+class _GraphSpeaker(ABC):
+    """A graph that is run on a prompt, and then a token at a time, after what it has read."""
+
+    def say(self, prompt: Sequence[int], count: int) -> list[Word]:
+        self._forget()
+        ids, start, words = torch.tensor([list(prompt)]), 0, list[Word]()
+        while len(words) < count:
+            places = torch.arange(start, start + ids.shape[1])[None]
+            words.append(word_of(self._read(ids, places)[0, -1]))
+            start, ids = start + ids.shape[1], torch.tensor([[words[-1].token]])
+        return words
+
+    @abstractmethod
+    def _forget(self) -> None:
+        """Begin with an empty cache."""
+
+    @abstractmethod
+    def _read(self, ids: Tensor, places: Tensor) -> Tensor:
+        """Logits (1, tokens, vocabulary) of tokens at places (1, tokens), which go into the cache."""
+
+
+class _OnnxSpeaker(_GraphSpeaker):
+    """One that is given the cache, and gives the longer one.
 
     Args:
         model: what it was made of; its cache tells the shapes.
@@ -129,41 +156,35 @@ class _GraphSpeaker:
 
     def __init__(self, runner: Any, model: PreTrainedModel) -> None:
         self._runner = runner
+        token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
         with inference(model):
-            cache = model(
-                input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=True
-            ).past_key_values
+            cache = model(input_ids=token, use_cache=True).past_key_values
         self._empty = [(layer.keys[:, :, :0].cpu(), layer.values[:, :, :0].cpu()) for layer in cache.layers]
 
-    def say(self, prompt: Sequence[int], count: int) -> list[Word]:
-        cache: Any = DynamicCache(self._empty)
-        ids, start, words = torch.tensor([list(prompt)]), 0, list[Word]()
-        while len(words) < count:
-            places = torch.arange(start, start + ids.shape[1])[None]
-            output = self._runner(input_ids=ids, position_ids=places, past_key_values=cache)
-            words.append(word_of(output.logits[0, -1]))
-            cache, start = output.past_key_values, start + ids.shape[1]
-            ids = torch.tensor([[words[-1].token]])
-        return words
+    def _forget(self) -> None:
+        self._cache: Any = DynamicCache(self._empty)
+
+    def _read(self, ids: Tensor, places: Tensor) -> Tensor:
+        output = self._runner(input_ids=ids, position_ids=places, past_key_values=self._cache)
+        self._cache = output.past_key_values
+        logits: Tensor = output.logits
+        return logits
 
 
-class _StatefulSpeaker:
-    """A graph of OpenVINO, which keeps its cache itself."""
+class _OpenVinoSpeaker(_GraphSpeaker):
+    """One that keeps its cache itself."""
 
     def __init__(self, runner: Any) -> None:
         self._request = runner.request
+        self._known = {port.any_name for port in self._request.model_inputs}
 
-    def say(self, prompt: Sequence[int], count: int) -> list[Word]:
+    def _forget(self) -> None:
         self._request.reset_state()
-        ids, start, words = torch.tensor([list(prompt)]), 0, list[Word]()
-        while len(words) < count:
-            places = torch.arange(start, start + ids.shape[1])[None]
-            given = {"input_ids": ids, "position_ids": places, "beam_idx": torch.zeros(1, dtype=torch.int32)}
-            known = {port.any_name for port in self._request.model_inputs}
-            found = self._request.infer({name: value.numpy() for name, value in given.items() if name in known})
-            words.append(word_of(torch.from_numpy(found[self._request.model_outputs[0]][0, -1])))
-            start, ids = start + ids.shape[1], torch.tensor([[words[-1].token]])
-        return words
+
+    def _read(self, ids: Tensor, places: Tensor) -> Tensor:
+        given = {"input_ids": ids, "position_ids": places, "beam_idx": torch.zeros(1, dtype=torch.int32)}
+        found = self._request.infer({name: value.numpy() for name, value in given.items() if name in self._known})
+        return torch.from_numpy(found[self._request.model_outputs[0]])
 
 
 @contextmanager
