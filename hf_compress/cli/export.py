@@ -12,7 +12,7 @@ from hf_compress.cli.output import console, quiet_libraries
 
 
 @app.command()
-def export(
+def export(  # noqa: PLR0913 (an option for each that a form has)
     model: Annotated[
         str, typer.Argument(help="A directory with a model, or a model's name on the Hub.", show_default=False)
     ],
@@ -20,8 +20,8 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            help="gguf (llama.cpp), onnx (ONNX Runtime), openvino, compressed-tensors (Transformers, vLLM), or dense: "
-            "an ordinary checkpoint, packed and sparse weights written out.",
+            help="gguf (llama.cpp), onnx (ONNX Runtime), openvino, vllm, compressed-tensors (Transformers, vLLM), or "
+            "dense: an ordinary checkpoint, packed and sparse weights written out.",
             show_default=False,
         ),
     ],
@@ -34,6 +34,14 @@ def export(
     pre_tokenizer: Annotated[
         str | None,
         typer.Option(help="For gguf: llama.cpp's name for how the tokenizer splits texts.", show_default="(found out)"),
+    ] = None,
+    python: Annotated[
+        str | None,
+        typer.Option(help="For vllm: the interpreter of the environment with vLLM.", show_default="(this one)"),
+    ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(help="For vllm: what it computes in when it is compared.", show_default="(float32)"),
     ] = None,
     tolerance: Annotated[
         float | None,
@@ -48,7 +56,7 @@ def export(
     from hf_compress.engines.export import export as write
 
     quiet_libraries()
-    given = {"outtype": outtype, "pre_tokenizer": pre_tokenizer}
+    given = {"outtype": outtype, "pre_tokenizer": pre_tokenizer, "python": python, "precision": precision}
     options = {name: value for name, value in given.items() if value is not None}
     told = write(model, output, to, overwrite=overwrite, tolerance=tolerance, **options)
     console().print(f"Wrote {told}", markup=False)

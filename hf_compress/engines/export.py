@@ -18,6 +18,7 @@ from hf_compress.engines.agreement import Agreement, Reference, agreement
 from hf_compress.engines.gguf import Gguf
 from hf_compress.engines.graphs import Onnx, OpenVino
 from hf_compress.engines.target import Target
+from hf_compress.engines.vllm.target import Vllm
 from hf_compress.evaluation.loading import load_saved
 from hf_compress.evaluation.processors import load_processor
 from hf_compress.report.history import add_stage, history_of, model_size
@@ -26,7 +27,7 @@ from hf_compress.rewrite.dense import write_out
 from hf_compress.storage.compressed_tensors import save_compressed_tensors
 from hf_compress.storage.save import check_target, save, save_staged
 
-TARGETS: dict[str, type[Target]] = {target.name: target for target in (Gguf, Onnx, OpenVino)}
+TARGETS: dict[str, type[Target]] = {target.name: target for target in (Gguf, Onnx, OpenVino, Vllm)}
 DENSE, COMPRESSED_TENSORS = "dense", "compressed-tensors"  # which Transformers loads
 FORMS = (DENSE, COMPRESSED_TENSORS, *TARGETS)
 
@@ -74,11 +75,13 @@ def export(
         source: a directory with a model, or a model's name on the Hub; what `save` wrote, or any other.
         output: a folder for what is written; its parents are made.
         to: `dense` (an ordinary checkpoint, packed and sparse weights written out as matrices), `compressed-tensors`
-            (see `save_compressed_tensors`), `gguf` (llama.cpp), `onnx` (ONNX Runtime), or `openvino`.
+            (see `save_compressed_tensors`), `gguf` (llama.cpp), `onnx` (ONNX Runtime), `openvino`, or `vllm` (what
+            `save` writes, held to vLLM).
         overwrite: whether a folder that exists may be replaced.
         tolerance: in nats; the engine's own when None.
         prompts: to compare by; random tokens when None.
-        options: of the form: `outtype` ("bf16", "f16", "f32", "q8_0") and `pre_tokenizer` for gguf.
+        options: of the form: `outtype` ("bf16", "f16", "f32", "q8_0") and `pre_tokenizer` for gguf; `python`, the
+            interpreter of the environment with vLLM, for vllm.
 
     Raises:
         ValueError: an unknown form; UnsupportedModelError, one that cannot say what the model is, and why.
@@ -98,7 +101,8 @@ def export(
     processor = load_processor(str(source))
     agreed = None
     if target is not None:
-        write_out(model)
+        if target.writes_out:
+            write_out(model)
         target.check(model)
         agreed = _export(target, model, processor, Path(output), overwrite, tolerance, prompts)
     elif to == DENSE:

@@ -28,6 +28,7 @@ class Target(ABC):
         packages: what has to be installed, as modules and by their names on PyPI.
         options: what may be asked of it.
         dtype: in which the model is loaded for it.
+        writes_out: whether packed and sparse weights are written out as matrices for it.
     """
 
     name: ClassVar[str]
@@ -35,6 +36,7 @@ class Target(ABC):
     packages: ClassVar[dict[str, str]]
     options: ClassVar[tuple[str, ...]] = ()
     dtype: ClassVar[Dtype] = "auto"
+    writes_out: ClassVar[bool] = True
 
     def check_installed(self) -> None:
         """Raise ImportError where a package is missing, by name."""

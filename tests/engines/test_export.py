@@ -17,18 +17,10 @@ from hf_compress.engines.agreement import Reference
 from hf_compress.engines.gguf import Gguf
 from hf_compress.engines.graphs import Onnx
 from hf_compress.errors import ParityError, UnsupportedModelError
+from tests.helpers.engines import CHANGES
 from tests.helpers.linears import lrp, made
 from tests.helpers.tiny import tiny_inputs
 
-CHANGES = {
-    "as it was": None,
-    "depth": hfc.DropBlocksConfig(num_blocks=1, criterion="last"),
-    "several widths": hfc.ILLCConfig(ratio=0.3, allocation="adaptive"),
-    "packed": hfc.LRPConfig(bits=6, group_size=16),
-    "sparse": hfc.LRPConfig(sparsity=0.5),
-    "linear": hfc.LayerCollapseConfig(num_layers=1),
-    "bottleneck": hfc.AdaptiveCompressConfig(),
-}
 PACKAGES = {"gguf": Gguf.packages, "onnx": Onnx.packages, "openvino": ("openvino",)}
 
 
@@ -194,13 +186,15 @@ def test_nothing_is_left_of_an_engine_that_differs(written, saved, tmp_path, mon
         (
             {"to": "tflite"},
             ValueError,
-            "to is 'tflite'; expected one of dense, compressed-tensors, gguf, onnx, openvino",
+            "to is 'tflite'; expected one of dense, compressed-tensors, gguf, onnx, openvino, vllm",
         ),
         ({"to": "onnx", "tolerance": 0.0}, ValueError, "tolerance"),
         ({"to": "dense", "outtype": "f16"}, TypeError, "dense has no .*outtype"),
         ({"to": "onnx", "outtype": "f16"}, TypeError, "outtype"),
         ({"to": "gguf", "outtype": "q3"}, ValueError, "outtype"),
         ({"to": "onnx", "prompts": []}, ValueError, "prompts: give at least one text"),
+        ({"to": "vllm", "python": 3}, ValueError, "python"),
+        ({"to": "vllm", "precision": "fp8"}, ValueError, "precision"),
     ],
 )
 def test_arguments_are_checked(arguments, error, told, written, saved, tmp_path):
