@@ -17,13 +17,15 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME
 
-from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.anatomy import Anatomy, Block
 from hf_compress.calibration.media import Processor
 from hf_compress.checks import check
 from hf_compress.engines.agreement import LIKELIEST, Word
 from hf_compress.engines.target import Target, check_plain
 from hf_compress.errors import ParityError, UnsupportedModelError, one_line
+from hf_compress.rewrite.builders import heads_of
 from hf_compress.rewrite.config_fields import RECORD_FIELD
+from hf_compress.rewrite.edits.attention import NarrowAttention
 from hf_compress.rewrite.edits.ffn import NarrowFFN
 from hf_compress.rewrite.probe import quiet
 from hf_compress.rewrite.record import recorded
@@ -75,7 +77,7 @@ class Gguf(Target):
         return _TOLERANCES[self._stored(model)]
 
     def check(self, model: PreTrainedModel) -> None:
-        if _widths(model) is None:
+        if _shapes(model) is None:
             check_plain(model, self.engine)
 
     def write(
@@ -85,12 +87,12 @@ class Gguf(Target):
             raise UnsupportedModelError(
                 f"{self.engine} brings its tokenizer in the file, and the model has none: save it beside"
             )
-        widths = _widths(model) or ""
+        shapes = _shapes(model)
         splits = self.pre_tokenizer or _pre_tokenizer(processor) or ""
         with TemporaryDirectory(dir=folder.parent) as place, quiet():
             model.save_pretrained(place)
             processor.save_pretrained(place)
-            if widths:
+            if shapes:
                 _forget_record(Path(place) / CONFIG_NAME)
             converted = subprocess.run(
                 [
@@ -98,7 +100,7 @@ class Gguf(Target):
                     _SCRIPT,
                     _converter(),
                     splits,
-                    str(widths),
+                    json.dumps(shapes) if shapes else "",
                     place,
                     "--outfile",
                     folder / FILE,
@@ -126,14 +128,21 @@ class Gguf(Target):
         yield _LlamaSpeaker(folder / FILE)
 
 
-def _widths(model: PreTrainedModel) -> list[int] | None:
-    """The hidden units of each block's FFN, where their numbers are all that a Llama's config cannot say."""
+def _shapes(model: PreTrainedModel) -> dict[str, int | list[int]] | None:
+    """The sizes of each block, by llama.cpp's names, where they are all that a Llama's config cannot say."""
     left = recorded(model.config)
-    if not left or model.config.model_type != "llama" or not all(isinstance(edit, NarrowFFN) for edit in left):
+    narrow = all(isinstance(edit, (NarrowFFN, NarrowAttention)) for edit in left)
+    if not left or model.config.model_type != "llama" or not narrow:
         return None
-    anatomy = Anatomy(model)
-    parts = [anatomy.parts(anatomy.stack(), index).ffn for index in range(len(anatomy.stack()))]
-    return [part.width for part in parts if part is not None]
+    stack = Anatomy(model).stack()
+    blocks = [Block(model, stack, index) for index in range(len(stack))]
+    ffns, heads = [block.parts.ffn for block in blocks], [heads_of(block) for block in blocks]
+    return {
+        "head_width": heads[0].width,
+        "feed_forward_length": [ffn.width for ffn in ffns if ffn is not None],
+        "head_count": [one.groups * one.per_group for one in heads],
+        "head_count_kv": [one.groups for one in heads],
+    }
 
 
 def _forget_record(path: Path) -> None:

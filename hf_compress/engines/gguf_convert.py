@@ -1,10 +1,10 @@
 """llama.cpp's converter, told what it does not find out: a script, run by `gguf`.
 
-python gguf_convert.py CONVERTER PRE_TOKENIZER WIDTHS ARGUMENTS OF THE CONVERTER …
+python gguf_convert.py CONVERTER PRE_TOKENIZER SHAPES ARGUMENTS OF THE CONVERTER …
 
 The converter knows tokenizers by the hash of what they make of one text, so that it knows none but published ones: what
-it is told of such a one is PRE_TOKENIZER. WIDTHS, as "[660, 352]", are the hidden units of each block of a Llama, where
-its config has one number for all: llama.cpp calls such a Llama "deci".
+it is told of such a one is PRE_TOKENIZER. SHAPES, as `{"feed_forward_length": [660, 352], …}`, are the sizes of each
+block of a Llama by llama.cpp's names, where its config has one number for all: llama.cpp calls such a Llama "deci".
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 
 def main() -> None:
-    converter, name, widths, *arguments = sys.argv[1:]
+    converter, name, shapes, *arguments = sys.argv[1:]
     sys.path[:0] = [str(Path(converter).parent), str(Path(converter).parent / "gguf-py")]
     known_by: Any = import_module("conversion.base").TextModel.get_vocab_base_pre
 
@@ -31,13 +31,27 @@ def main() -> None:
             return name
 
     import_module("conversion.base").TextModel.get_vocab_base_pre = named
-    if widths:
-        gguf: Any = import_module("gguf")
-        import_module("conversion.llama").LlamaModel.model_arch = gguf.MODEL_ARCH.DECI
-        write = gguf.GGUFWriter.add_feed_forward_length
-        gguf.GGUFWriter.add_feed_forward_length = lambda writer, _: write(writer, json.loads(widths))
+    if shapes:
+        _tell(**json.loads(shapes))
     sys.argv = [converter, *arguments]
     runpy.run_path(converter, run_name="__main__")
+
+
+def _tell(head_width: int, **lengths: list[int]) -> None:
+    """Have the converter write a Llama whose blocks differ.
+
+    Args:
+        head_width: entries of each head, which are laid out in another order in the file.
+        lengths: of each block, by llama.cpp's names.
+    """
+    writer: Any = import_module("gguf").GGUFWriter
+    llama: Any = import_module("conversion.llama").LlamaModel
+    llama.model_arch = import_module("gguf").MODEL_ARCH.DECI
+    reorder = llama.permute
+    llama.permute = staticmethod(lambda weights, *_: reorder(weights, len(weights) // head_width, None))
+    for name, values in lengths.items():
+        write = getattr(writer, f"add_{name}")
+        setattr(writer, f"add_{name}", lambda self, _, write=write, values=values: write(self, values))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from hf_compress.engines.agreement import Reference
 from hf_compress.engines.gguf import Gguf
 from hf_compress.engines.graphs import Onnx
 from hf_compress.errors import ParityError, UnsupportedModelError
-from tests.helpers.engines import CHANGES
+from tests.helpers.engines import CHANGES, fewer_heads
 from tests.helpers.linears import lrp, made
 from tests.helpers.tiny import tiny_inputs
 
@@ -60,7 +60,7 @@ def byte_model(tmp_path, texts):
     learned = [*texts, *["it is 12345 o'clock"] * 9]
     backend.train_from_iterator(learned, vocab_size=300, min_frequency=1, special_tokens=["<s>", "</s>"])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend._tokenizer, bos_token="<s>", eos_token="</s>")
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(vocab_size=len(tokenizer), num_hidden_layers=3, bos_token_id=0, eos_token_id=1, **sizes)
@@ -73,11 +73,13 @@ def byte_model(tmp_path, texts):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("change", ["as it was", "depth", "several widths", "packed", "sparse"])
-def test_llama_cpp_says_plain_models(change, byte_model, tmp_path):
+@pytest.mark.parametrize("change", ["as it was", "depth", "several widths", "packed", "sparse", "heads"])
+def test_llama_cpp_says_blocks_that_differ_in_size(change, byte_model, tmp_path):
     assert installed("gguf"), "gguf needs packages that `pip install 'hf-compress[engines]'` brings"
     model, save = byte_model
-    if (config := CHANGES[change]) is not None:
+    if change == "heads":
+        fewer_heads(model)
+    elif (config := CHANGES[change]) is not None:
         data = torch.randint(2, 250, (16, 24), generator=torch.Generator().manual_seed(0))
         hfc.compress(model, config, data)
     found = hfc.export(save(), tmp_path / "out", "gguf")
