@@ -16,15 +16,18 @@ from torch.nn import functional
 from hf_compress.errors import UnsupportedModelError
 from hf_compress.modules.compact import CompactLinear
 from hf_compress.modules.packed import MixedPrecisionLinear
-from hf_compress.numerics.four_bit import digit_product, digits_of, fits_kernel
+from hf_compress.numerics.four_bit import Form, can_write_out, digit_product, digits_of, fits_kernel, written_out
 
 logger = logging.getLogger(__name__)
+
+_MANY = 64  # rows from which on it is faster to write the matrix out than to ask the kernel
 
 
 class KernelLinear(CompactLinear):
     """A packed linear map in the form that the kernel reads: half a byte a weight, or a whole one beyond four bits.
 
-    For inference on the processor that it was made on: without gradients, and not to be saved.
+    Long inputs are multiplied with the matrix, which is written out for it, some columns at a time. For inference on
+    the processor that it was made on: without gradients, and not to be saved.
 
     Args:
         packed: what it computes the same as, on a CPU.
@@ -36,7 +39,7 @@ class KernelLinear(CompactLinear):
     high_digits: Tensor
     high_scales: Tensor
 
-    def __init__(self, packed: MixedPrecisionLinear, forms: list[tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, packed: MixedPrecisionLinear, forms: list[Form]) -> None:
         super().__init__(packed.in_features, packed.out_features)
         self.packing, self.bias = packed.packing, packed.bias
         for name, (digits, scales) in zip(("low", "high"), forms, strict=False):
@@ -44,6 +47,7 @@ class KernelLinear(CompactLinear):
             # As whole numbers, so that a cast of the model leaves them alone.
             self.register_buffer(f"{name}_scales", scales.view(torch.int16), persistent=False)
         self.digits = len(forms)
+        self.can_write_out = can_write_out(len(forms[0][0]))
         self._stored = torch.empty(self.packing.stored_bytes, dtype=torch.int8, device="meta")
 
     @property
@@ -56,16 +60,36 @@ class KernelLinear(CompactLinear):
         return self.low_digits.view(torch.int8)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        rows = functional.pad(inputs.reshape(-1, inputs.shape[-1]), (0, self.packing.inputs - self.in_features))
-        product = self._product(rows, self.low_digits, self.low_scales)
-        if self.digits > 1:
-            product = product + self._product(rows, self.high_digits, self.high_scales)
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        if len(rows) < _MANY or not self.can_write_out:
+            product = self._by_kernel(rows)
+        elif self._kept is not None:
+            product = functional.linear(rows, self.dense(inputs.dtype))
+        else:
+            product = self._with_columns(rows)
         if self.bias is not None:
             product = product + self.bias
         return product.reshape(*inputs.shape[:-1], self.out_features)
 
-    def _product(self, rows: Tensor, digits: Tensor, scales: Tensor) -> Tensor:
-        return digit_product(rows, digits, scales.view(torch.bfloat16), self.out_features)
+    def _by_kernel(self, rows: Tensor) -> Tensor:
+        filled = functional.pad(rows, (0, self.packing.inputs - self.in_features))
+        first, *others = (digit_product(filled, *form, self.out_features) for form in self._forms())
+        return sum(others, first)
+
+    def _with_columns(self, rows: Tensor) -> Tensor:
+        parts = [rows @ columns[: self.in_features] for _, columns in written_out(self._forms(), rows.dtype)]
+        return torch.cat(parts, dim=1)[:, : self.out_features]
+
+    def _dense(self, dtype: torch.dtype) -> Tensor:
+        if not self.can_write_out:
+            return self._by_kernel(torch.eye(self.in_features, dtype=dtype)).T.contiguous()
+        parts = [columns[: self.in_features] for _, columns in written_out(self._forms(), dtype)]
+        return torch.cat(parts, dim=1)[:, : self.out_features].T.contiguous()
+
+    def _forms(self) -> list[Form]:
+        forms = [(self.low_digits, self.low_scales)]
+        forms += [(self.high_digits, self.high_scales)] if self.digits > 1 else []
+        return [(digits, scales.view(torch.bfloat16)) for digits, scales in forms]
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if not keep_vars:
@@ -81,9 +105,9 @@ class KernelLinear(CompactLinear):
 def use_kernels(model: nn.Module) -> list[str]:
     """Let packed linear maps compute with PyTorch's kernel for four bits, for inference in bfloat16 on a CPU.
 
-    Decoding becomes faster than with dense weights, and long inputs slower. In memory a weight takes half a byte, or a
-    whole one in maps with groups of more than four bits. The model cannot be saved or trained any more: load it again
-    for that.
+    Decoding becomes faster than with dense weights, and long inputs a little slower. In memory a weight takes half a
+    byte, or a whole one in maps with groups of more than four bits. The model cannot be saved or trained any more: load
+    it again for that.
 
     Args:
         model: changed in place.

@@ -11,6 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import hf_compress as hfc
 from hf_compress.errors import UnsupportedModelError
 from hf_compress.evaluation.size import parameter_count, stored_bytes
+from hf_compress.modules import kernels
+from hf_compress.modules.compact import kept_dense
 from hf_compress.modules.kernels import KernelLinear
 from hf_compress.modules.packed import MixedPrecisionLinear, pack
 from hf_compress.numerics.four_bit import digits_of
@@ -73,9 +75,11 @@ def model(compressed):
 # --- a map ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (2, 3), (40,), (0,), (2, 0)], ids=str)
+@pytest.mark.parametrize("shape", [(), (1,), (2, 3), (40,), (70,), (2, 80), (0,), (2, 0)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_gives_what_the_packed_map_gives(kind, shape):
+@pytest.mark.parametrize("known", [True, False], ids=["an order that is known", "another"])
+def test_it_gives_what_the_packed_map_gives(kind, shape, known, monkeypatch):
+    monkeypatch.setattr(kernels, "can_write_out", lambda outputs: known)
     layer = packed(kind)
     x = random(*shape, layer.in_features, seed=3).bfloat16()
     with torch.no_grad():
@@ -86,6 +90,23 @@ def test_it_gives_what_the_packed_map_gives(kind, shape):
     torch.testing.assert_close(got.double(), exact, rtol=2**-6, atol=0.1)
     if x.numel() > 1000:
         assert (got - exact).norm() <= 2.5 * (before - exact).norm()
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["an order that is known", "another"])
+@pytest.mark.parametrize("rows", [3, 70])
+def test_a_matrix_that_is_kept_is_made_once(rows, known, monkeypatch):
+    monkeypatch.setattr(kernels, "can_write_out", lambda outputs: known)
+    layer, x = kernel(packed()), random(rows, 96, seed=3).bfloat16()
+    made = []
+    monkeypatch.setattr(
+        KernelLinear, "_dense", lambda self, dtype, own=KernelLinear._dense: made.append(1) or own(self, dtype)
+    )
+    with torch.no_grad(), kept_dense(layer):
+        got = [layer(x) for _ in range(3)]
+    assert len(made) == (1 if known and rows > 64 else 0)
+    with torch.no_grad():
+        torch.testing.assert_close(got[0], layer(x), rtol=2**-6, atol=0.1)
+        torch.testing.assert_close(layer.dense(torch.bfloat16), packed().dense(torch.bfloat16), rtol=2**-6, atol=0.02)
 
 
 def test_the_packed_map_stays_what_it_was():

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from hf_compress.numerics.four_bit import digit_product, digits_of, fits_kernel
+from hf_compress.numerics import four_bit
+from hf_compress.numerics.four_bit import can_write_out, digit_product, digits_of, fits_kernel, written_out
 
 SIZES = (32, 64, 96, 128, 192, 256, 512)
 
@@ -178,3 +179,53 @@ def test_which_groups_fit():
         multiples[1, 40] += 1
         assert not fits_kernel(multiples, 32)
         assert fits_kernel(multiples[:, :32], 32)
+
+
+def whole(parts, dtype=torch.float32):
+    """The matrix (outputs, inputs) that is written out, and which columns came together."""
+    found = list(written_out(digits_of(*parts), dtype))
+    return torch.cat([columns for _, columns in found], dim=1).T[: len(parts[0])], [place for place, _ in found]
+
+
+@pytest.mark.parametrize("zero", ["middle", 0, 3])
+@pytest.mark.parametrize("outputs", [5, 16, 48, 64, 70, 112, 128, 200])
+def test_the_matrix_is_written_out(outputs, zero):
+    """The digits of all rows are found, whole blocks of them and what is left over."""
+    for bits in (3, 4, 8):
+        parts = example(bits, outputs=outputs, zero=zero, powers=True)
+        assert can_write_out(outputs + -outputs % 16)
+        assert torch.equal(whole(parts)[0].double(), entries(*parts)), f"{bits} bits"
+
+
+def test_some_columns_at_a_time(monkeypatch):
+    parts = example(8, outputs=200, powers=True)
+    monkeypatch.setattr(four_bit, "_CACHED", 64 * 64)  # entries of one block
+    matrix, places = whole(parts)
+    assert torch.equal(matrix.double(), entries(*parts))
+    assert [place.start for place in places] == [0, *(place.stop for place in places[:-1])]
+    assert len(places) > 3
+
+
+@pytest.mark.parametrize("zero", ["middle", 1])
+def test_the_matrix_in_half_precision(zero):
+    """Each entry is rounded but for a few times, as are the kernel's."""
+    parts = example(8, outputs=70, zero=zero)
+    error = whole(parts, torch.bfloat16)[0].double() - entries(*parts)
+    assert error.norm() < 2**-7 * entries(*parts).norm()
+
+
+def test_another_order_of_digits_is_noticed(monkeypatch):
+    """A processor of which nothing is known."""
+
+    def other(numbers, _):
+        return (numbers[:, 0::2] + 16 * numbers[:, 1::2]).flip(0).to(torch.uint8)
+
+    class Operators:
+        _convert_weight_to_int4pack_for_cpu = staticmethod(other)
+
+    for function in (four_bit._block, four_bit._lays_pairs):
+        function.cache_clear()
+    monkeypatch.setattr(torch.ops, "aten", Operators)
+    assert not can_write_out(64)
+    for function in (four_bit._block, four_bit._lays_pairs):
+        function.cache_clear()

@@ -12,6 +12,7 @@ from hf_compress.calibration.processes import total
 from hf_compress.calibration.sweep import StreamPair, turns
 from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.base.units import HiddenUnits, Run, observe
+from hf_compress.methods.illc.alignment import aligned, tile_of
 from hf_compress.methods.illc.config import ILLCConfig
 from hf_compress.methods.illc.reductions import REDUCTIONS
 
@@ -24,16 +25,24 @@ def adaptive_widths(
     """Widths of about as many hidden units in all as the uniform ones, for the least error.
 
     The curves are those of single FFNs narrowed in the original model. Starting from full width, a sixteenth of a width
-    goes where it costs least, again and again, until the budget is met; the last step is cut to fit it.
+    goes where it costs least, again and again, until the budget is met; the last step is cut to fit it, in whole tiles.
     """
     curves = _error_curves(config, context, stack, pairs, uniform)
+    tiles = {index: _tile(config, Block(context.model, stack, index)) for index in curves}
     widths = {index: max(curve) for index, curve in curves.items()}
     budget = sum(uniform.values())
     while (excess := sum(widths.values()) - budget) > 0:
         steps = {index: _step(curve, widths[index]) for index, curve in curves.items() if widths[index] > min(curve)}
         cheapest = min(steps, key=lambda index: steps[index][1])
-        widths[cheapest] = max(steps[cheapest][0], widths[cheapest] - excess)
+        tile = tiles[cheapest]
+        widths[cheapest] = max(steps[cheapest][0], widths[cheapest] - tile * -(-excess // tile))
     return widths
+
+
+def _tile(config: ILLCConfig, block: Block) -> int:
+    ffn = block.parts.ffn
+    assert ffn is not None
+    return tile_of(config, ffn)
 
 
 def _step(curve: dict[int, float], width: int) -> tuple[int, float]:
@@ -76,7 +85,8 @@ def _curve(
     statistics = observe(runs(), lambda place, run: run.written, None, row_tokens, affine)
     length, count = total(sum(lengths), len(lengths))
     energy = statistics.energy / (length / count)
-    widths = sorted({max(1, len(units.writes) * step // STEPS) for step in range(STEPS + 1)})
+    wide, tile = len(units.writes), _tile(config, units.block)
+    widths = sorted({aligned(wide * step / STEPS, tile, wide) for step in range(STEPS)} | {wide})
 
     curve = {}
     for width in widths:

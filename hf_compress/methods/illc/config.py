@@ -18,8 +18,9 @@ class ILLCConfig(CompressionConfig, method="illc", paper="https://arxiv.org/abs/
     """Narrow FFNs to fewer hidden units, layer by layer, each layer on the activations of the compressed ones below.
 
     How many stay: `gamma`, the share of the hidden units that is *kept*, or `width`, their number; or how many go:
-    `ratio`, 1 − gamma. With `head_gamma` attention keeps only a share of its key and value heads, each with the queries
-    that read it.
+    `ratio`, 1 − gamma. Shares are rounded to multiples of `align`, since kernels compute with whole tiles, of 64 units
+    at best; when it is not given, to multiples of the power of two that is at most a 64th of the FFN. With `head_gamma`
+    attention keeps only a share of its key and value heads, each with the queries that read it.
 
     variant="compensated", the default: units are left out one after another, each time the one that the rest can stand
     in for best, and the output projection is solved anew by ridge regression, so that the block gives what the original
@@ -58,6 +59,11 @@ class ILLCConfig(CompressionConfig, method="illc", paper="https://arxiv.org/abs/
     allocation: Literal["uniform", "adaptive"] = setting(
         "uniform", "uniform, one width for all FFNs, or adaptive (then loads with hf_compress installed only)"
     )
+    align: int | None = setting(
+        None,
+        "keep hidden units in multiples of it; when not given, of up to 64, the wider the FFN the more",
+        "[1, inf)",
+    )
     plain: bool = setting(False, "refuse what stock Transformers could not load")
     tokens: int = setting(32768, "calibration tokens that layers are solved from", "[1, inf)")
     cluster_tokens: int = setting(4096, "calibration tokens that units are clustered by", "[1, inf)")
@@ -78,6 +84,8 @@ class ILLCConfig(CompressionConfig, method="illc", paper="https://arxiv.org/abs/
                 f"head_gamma keeps whole heads, and reduction={self.reduction_name!r} clusters; averaged queries and "
                 "keys would not attend alike: take elimination, magnitude, variance or random"
             )
+        if self.width is not None and self.width % (self.align or 1):
+            raise ValueError(f"width={self.width} is no multiple of align={self.align}: change one of them")
         if self.kernel_width is not None and self.example is None:
             raise ValueError("kernel_width says how far around the example to look: give example= too")
         if self.plain and (self.allocation == "adaptive" or self.bias or self.compensation == "bias"):

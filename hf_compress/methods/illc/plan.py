@@ -21,6 +21,7 @@ from hf_compress.evaluation.faithfulness import similarity
 from hf_compress.methods.base.amounts import share_of
 from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.base.narrowing import Compensation, Narrowing
+from hf_compress.methods.illc.alignment import aligned, tile_of
 from hf_compress.methods.illc.allocation import adaptive_widths
 from hf_compress.methods.illc.config import ILLCConfig
 from hf_compress.methods.illc.experts import ExpertNarrowing
@@ -29,7 +30,6 @@ from hf_compress.plan.plan import Plan
 from hf_compress.rewrite.builders import heads_of
 from hf_compress.rewrite.record import missing, record, recorded
 
-_EXPERT_STEP = 8  # units: what grouped kernels want of experts, in half precision
 _CLUSTERS_KEPT = 16_384  # units whose clusters are noted, in all: networks to look at are not larger
 
 
@@ -101,8 +101,7 @@ def _widths(config: ILLCConfig, context: CalibrationContext, stack: Stack) -> di
             raise UnsupportedModelError(
                 f"block {index} of {stack.path} has experts, which all get one width: leave out allocation='adaptive'"
             )
-        step = _EXPERT_STEP if ffn.kind == "experts" and ffn.width % _EXPERT_STEP == 0 else 1
-        widths[index] = config.width or step * share_of(ffn.width // step, config.kept)
+        widths[index] = config.width or aligned(ffn.width * config.kept, tile_of(config, ffn), ffn.width)
     if not widths:
         none = f"no FFN of {stack.path} can be narrowed, since none was found"
         raise missing(none, context.model, stack.path, ffn=True)
