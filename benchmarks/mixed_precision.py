@@ -4,14 +4,16 @@
     python benchmarks/mixed_precision.py --layers 8  # twice as large
 
 What is stored is held against the bits asked for. Memory is what a process of its own has more after loading than
-before. Decoding is timed in turns; it is bound by memory where a kernel reads packed weights, so the ratio of bytes is
-the limit of the speed-up. Each model is measured as it is loaded, its weights unpacked in every pass, and again after
+before. Decoding is timed in turns; the linear maps of the blocks are bound by memory there, so the ratio of their bytes
+is the limit of their speed-up; that of the model follows from how much of its time is theirs, which is measured by
+leaving them out. Each model is measured as it is loaded, its weights unpacked in every pass, and again after
 `hfc.use_kernels`, with which weights of up to four bits take four in memory, and those of more take eight.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import subprocess
 import sys
@@ -29,6 +31,7 @@ import hf_compress as hfc
 from hf_compress.evaluation.size import stored_bytes
 
 BITS = (8.0, 4.5, 4.25, 3.25)
+PROMPTS = (512, 2048)  # tokens of the inputs that are read at once
 
 
 def random_llama(layers: int) -> LlamaForCausalLM:
@@ -70,8 +73,28 @@ def decode(model: PreTrainedModel, tokens: int) -> None:
 
 
 @torch.no_grad()
-def prefill(model: PreTrainedModel) -> None:
-    model(input_ids=torch.arange(512)[None], use_cache=False)
+def prefill(model: PreTrainedModel, tokens: int) -> None:
+    model(input_ids=torch.arange(tokens)[None] % model.config.vocab_size, use_cache=False, logits_to_keep=1)
+
+
+class Nothing(torch.nn.Module):
+    """In the place of a linear map: takes no time."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.outputs = outputs
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs.new_empty(()).expand(*inputs.shape[:-1], self.outputs)
+
+
+def share_of_maps(dense: PreTrainedModel, tokens: int, pairs: int) -> float:
+    """What part of the time of decoding is that of the linear maps in the blocks."""
+    hollow = copy.deepcopy(dense)
+    for path, module in list(hollow.model.layers.named_modules()):
+        if isinstance(module, torch.nn.Linear):
+            hollow.model.layers.set_submodule(path, Nothing(module.out_features))
+    return 1 - 1 / median(_ratio(dense, hollow, decode, tokens) for _ in range(pairs))
 
 
 def main() -> None:
@@ -88,13 +111,15 @@ def main() -> None:
     maps = [module for module in dense.model.layers.modules() if isinstance(module, torch.nn.Linear)]
     weights = sum(module.weight.numel() for module in maps)
     rest = stored_bytes(dense) - 2 * weights
+    share = share_of_maps(dense, args.tokens, args.pairs)
     lines = [
         f"{weights / 1e6:.0f} M weights in the blocks, {2 * weights / MEBIBYTE:.0f} MiB in bfloat16. Files: bytes of "
-        "their linear maps over the bits asked for. Decoding and prefill (512 tokens): times as fast as bfloat16.",
+        "their linear maps over the bits asked for. Decoding, and inputs of so many tokens: times as fast as bfloat16. "
+        f"The maps take {share:.0%} of bfloat16's time of decoding.",
         "",
-        "| bits | computed | file over theory | bytes over bfloat16's | memory over bfloat16's | decoding | limit | "
-        "prefill |",
-        "|---" * 8 + "|",
+        "| bits | computed | file over theory | bytes over bfloat16's | memory over bfloat16's | decoding | limit "
+        f"of the maps | limit of the model | {PROMPTS[0]} tokens | {PROMPTS[1]:,} tokens |",
+        "|---" * 10 + "|",
     ]
     data: dict[str, dict[str, float]] = {}
     with TemporaryDirectory() as folder:
@@ -114,9 +139,11 @@ def main() -> None:
                 own = {
                     "memory": memory_of(saved, kernels) / memory,
                     "decoding": median(_ratio(dense, model, decode, args.tokens) for _ in range(args.pairs)),
-                    "limit": 2 * weights / held,
-                    "prefill": median(_ratio(dense, model, prefill) for _ in range(args.pairs)),
+                    "limit of the maps": (limit := 2 * weights / held),
+                    "limit of the model": 1 / (1 - share + share / limit),
                 }
+                for count in PROMPTS:
+                    own[f"{count} tokens"] = median(_ratio(dense, model, prefill, count) for _ in range(args.pairs))
                 name = "by the kernel" if kernels else "unpacked"
                 data[f"{bits:g}, {name}"] = {"stored": stored, **own}
                 cells = " | ".join(f"{cell:.3f}" for cell in [*sizes, *own.values()])

@@ -94,10 +94,13 @@ def _columns(digits: Tensor, scales: Tensor, columns: slice, block: int, dtype: 
     halves = matrix.view(inputs, laid.shape[1], 2, laid.shape[2])
     halves[:, :, 0].copy_((laid << 4) >> 4)
     halves[:, :, 1].copy_(laid >> 4)
+    steps, shifts = (one.contiguous() for one in scales[:, None, columns].to(dtype).unbind(-1))
     groups = matrix.view(len(scales), -1, len(part))
-    steps, shifts = scales[:, None, columns].to(dtype).unbind(-1)
-    groups.mul_(steps)
-    return (groups.add_(shifts) if bool(shifts.any()) else groups).view(inputs, -1)
+    if bool(shifts.any()):
+        torch.addcmul(shifts, groups, steps, out=groups)
+    else:
+        groups.mul_(steps)
+    return matrix
 
 
 @lru_cache(maxsize=1)
