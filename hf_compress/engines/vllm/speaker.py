@@ -12,7 +12,7 @@ import os
 import sys
 from typing import Any
 
-_ROOM = 64  # tokens of a prompt and what comes after it
+_ROOM = 512  # tokens of a prompt and what comes after it
 
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
