@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ from hf_compress.modules.compact import CompactLinear
 from hf_compress.rewrite.dense import write_out
 
 PROMPT, NEW, ROUNDS = 256, 32, 7
+PAUSE = 0.5  # seconds, until the threads of the other model have ceased to wait for work at full speed
 Timed = Callable[[list[int]], tuple[float, float]]  # seconds to read a prompt, and to write the tokens after it
 
 KINDS: dict[str, hfc.CompressionConfig] = {
@@ -154,9 +155,13 @@ def ratios(base: Timed, small: Timed, vocabulary: int) -> tuple[list[float], lis
     generator, found = torch.Generator().manual_seed(0), []
     for _ in range(ROUNDS + 1):
         prompts = torch.randint(10, vocabulary, (2, PROMPT), generator=generator).tolist()
-        found.append((base(prompts[0]), small(prompts[1])))
-    timed = found[1:]
-    return [one[0] / other[0] for one, other in timed], [one[1] / other[1] for one, other in timed]
+        own = []
+        for timed, prompt in zip((base, small), prompts, strict=True):
+            sleep(PAUSE)
+            own.append(timed(prompt))
+        found.append(own)
+    rounds = found[1:]
+    return [one[0] / other[0] for one, other in rounds], [one[1] / other[1] for one, other in rounds]
 
 
 def told(measured: tuple[list[float], list[float]]) -> str:

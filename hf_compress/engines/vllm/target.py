@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any, ClassVar, Literal
@@ -101,11 +101,19 @@ class Vllm(Target):
                 text=True,
                 env=speaker.ENVIRONMENT | os.environ,
             )
-            with process:
-                try:
-                    yield _Speaker(process, said)
-                finally:
-                    process.kill()
+            try:
+                yield _Speaker(process, said)
+            finally:
+                _end(process)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        with suppress(BrokenPipeError):  # what it has not read any more
+            assert pipe is not None
+            pipe.close()
 
 
 class _Speaker:
@@ -117,7 +125,8 @@ class _Speaker:
 
     def say(self, prompt: Sequence[int], count: int) -> list[Word]:
         assert self._process.stdin is not None
-        print(json.dumps({"prompt": list(prompt), "count": count}), file=self._process.stdin, flush=True)
+        with suppress(BrokenPipeError):  # who does not answer is told of below
+            print(json.dumps({"prompt": list(prompt), "count": count}), file=self._process.stdin, flush=True)
         told = self._answer()["words"]
         return [Word(token, {int(other): cost for other, cost in costs.items()}) for token, costs in told]
 

@@ -86,6 +86,12 @@ def test_what_is_written_is_the_checkpoint(change, stand_in, saved, tmp_path):
             UnsupportedModelError,
             "vLLM cannot run the model: no such family",
         ),
+        (
+            {"first": "print('{}', flush=True); raise SystemExit(1)"},
+            UnsupportedModelError,
+            r"its process has ended: starting",
+        ),
+        ({"shift": "if sys.exit(1) else 0"}, UnsupportedModelError, r"its process has ended: starting"),
         ({"shift": "+ 1"}, ParityError, "vLLM does not say what Transformers says: token 1 after prompt 1"),
     ],
 )
