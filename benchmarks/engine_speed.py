@@ -31,12 +31,11 @@ import hf_compress as hfc
 from hf_compress.engines.gguf import FILE, Gguf
 from hf_compress.engines.graphs import Onnx
 from hf_compress.engines.vllm.target import Vllm
-from hf_compress.evaluation.size import stored_bytes
 from hf_compress.evaluation.speed import median, speeds_in_turn
 from hf_compress.modules.compact import CompactLinear
 from hf_compress.rewrite.dense import write_out
 
-PROMPT, NEW, ROUNDS = 256, 32, 7
+PROMPT, NEW, ROUNDS = 256, 32, 5
 PAUSE = 0.5  # seconds, until the threads of the other model have ceased to wait for work at full speed
 Timed = Callable[[list[int]], tuple[float, float]]  # seconds to read a prompt, and to write the tokens after it
 
@@ -85,7 +84,8 @@ class Ideal:
         maps = [part for part in model.modules() if isinstance(part, nn.Linear)]
         factors = [p for name, p in model.named_parameters() if "bottleneck" in name and p.ndim == 2]
         entries = sum(part.in_features * part.out_features for part in maps) + sum(p.numel() for p in factors)
-        stored = sum(stored_bytes(part) for part in maps if isinstance(part, CompactLinear))
+        compact = [part for part in maps if isinstance(part, CompactLinear)]
+        stored = sum(tensor.nbytes for part in compact for tensor in part.state_dict().values())
         plain = sum(part.weight.nbytes for part in maps if not isinstance(part, CompactLinear))
         own = stored + plain + sum(p.nbytes for p in factors)
         return Ideal(entries, own, entries * embedding.element_size())
@@ -150,18 +150,24 @@ def seconds(work: Callable[[], object]) -> float:
     return perf_counter() - start
 
 
-def ratios(base: Timed, small: Timed, vocabulary: int) -> tuple[list[float], list[float]]:
-    """Of reading and of writing, in each round, after one to warm up; every prompt another."""
-    generator, found = torch.Generator().manual_seed(0), []
+def ratios(base: Timed, small: Timed, prompts: Iterator[list[int]]) -> tuple[list[float], list[float]]:
+    """Of reading and of writing, in each round, after one to warm up."""
+    found = []
     for _ in range(ROUNDS + 1):
-        prompts = torch.randint(10, vocabulary, (2, PROMPT), generator=generator).tolist()
         own = []
-        for timed, prompt in zip((base, small), prompts, strict=True):
+        for timed in (base, small):
             sleep(PAUSE)
-            own.append(timed(prompt))
+            own.append(timed(next(prompts)))
         found.append(own)
     rounds = found[1:]
     return [one[0] / other[0] for one, other in rounds], [one[1] / other[1] for one, other in rounds]
+
+
+def random_prompts(vocabulary: int) -> Iterator[list[int]]:
+    """Every one another: what an engine has read it may know."""
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        yield torch.randint(10, vocabulary, (PROMPT,), generator=generator).tolist()
 
 
 def told(measured: tuple[list[float], list[float]]) -> str:
@@ -175,6 +181,7 @@ class Engines:
     def __init__(self, base: Path, place: Path, python: str, quantize: str | None, stack: ExitStack) -> None:
         self.base, self.place, self.python, self.quantize, self.stack = base, place, python, quantize, stack
         self.tokenizer = AutoTokenizer.from_pretrained(REFERENCE)
+        self.prompts = random_prompts(len(self.tokenizer))
         self.timed = {name: stack.enter_context(opened) for name, opened in self._opened(base)}
 
     def _opened(self, folder: Path, only: tuple[str, ...] = ()) -> list[tuple[str, AbstractContextManager[Timed]]]:
@@ -210,12 +217,12 @@ class Engines:
         found = {"Transformers": transformers_ratios(self.base, small)}
         for name, opened in self._opened(small):
             with opened as timed:
-                found[name] = ratios(self.timed[name.partition(",")[0]], timed, len(self.tokenizer))
+                found[name] = ratios(self.timed[name.partition(",")[0]], timed, self.prompts)
         return found
 
     def quantized(self) -> tuple[list[float], list[float]]:
         """Of the uncompressed model, Q4_K_M over bfloat16."""
-        return ratios(self.timed["llama.cpp"], self.timed["llama.cpp, Q4_K_M"], len(self.tokenizer))
+        return ratios(self.timed["llama.cpp"], self.timed["llama.cpp, Q4_K_M"], self.prompts)
 
 
 def main() -> None:
@@ -243,17 +250,17 @@ def main() -> None:
         if args.quantize:
             cells = [told(engines.quantized()) if "Q4" in name else "1" for name in columns]
             lines.append(f"| uncompressed | 1 / 1 | 1.00 | {' | '.join(cells)} |")
-        results: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
+        results: dict[str, dict[str, str]] = {}
         for number, kind in enumerate(tqdm([kind for kind in KINDS if kind.startswith(tuple(args.only))])):
             model = AutoModelForCausalLM.from_pretrained(base)
             hfc.compress(model, KINDS[kind], data)
             small, own = hfc.save(model, Path(folder) / f"small{number}", engines.tokenizer), Ideal.of(model)
-            results[kind] = engines.row(small)
+            results[kind] = {name: told(measured) for name, measured in engines.row(small).items()}
             ideal = f"{whole.products / own.products:.2f} / {whole.bytes / own.bytes:.2f}"
             if own.bytes != own.dense_bytes:
                 ideal += f" ({whole.bytes / own.dense_bytes:.2f})"
             size = (small / "model.safetensors").stat().st_size / (base / "model.safetensors").stat().st_size
-            cells = [told(results[kind][name]) if name in results[kind] else "not said" for name in columns]
+            cells = [results[kind].get(name, "not said") for name in columns]
             lines.append(f"| {kind} | {ideal} | {size:.2f} | {' | '.join(cells)} |")
             print(lines[-1], flush=True)
         write_result("engine_speed", "\n".join(lines), results)
