@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -54,17 +55,17 @@ class DenseWeights:
 
     def __init__(self, room: int) -> None:
         self._room = room
-        self._made: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._made: WeakKeyDictionary[CompactLinear, dict[torch.dtype, Tensor]] = WeakKeyDictionary()
 
     def of(self, linear: CompactLinear, dtype: torch.dtype) -> Tensor:
         """The one of a linear map and a dtype; made, and kept if there is room."""
-        key = id(linear), dtype
-        if key in self._made:
-            return self._made[key]
+        made = self._made.setdefault(linear, {})
+        if dtype in made:
+            return made[dtype]
         weight = linear._dense(dtype)
         if weight.nbytes <= self._room:
             self._room -= weight.nbytes
-            self._made[key] = weight
+            made[dtype] = weight
         return weight
 
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hf_compress.checks import check
 from hf_compress.errors import UnsupportedModelError
-from hf_compress.modules.compact import CompactLinear
+from hf_compress.modules.compact import CompactLinear, DenseWeights
 from hf_compress.modules.packed import MixedPrecisionLinear
 from hf_compress.numerics.four_bit import Form, can_write_out, digit_product, digits_of, fits_kernel, written_out
 
@@ -102,7 +103,7 @@ class KernelLinear(CompactLinear):
         return f"in_features={self.in_features}, out_features={self.out_features}, digits={self.digits}"
 
 
-def use_kernels(model: nn.Module) -> list[str]:
+def use_kernels(model: nn.Module, room: int = 0) -> list[str]:
     """Let packed linear maps compute with PyTorch's kernel for four bits, for inference in bfloat16 on a CPU.
 
     Decoding becomes faster than with dense weights, and long inputs a little slower. In memory a weight takes half a
@@ -111,14 +112,18 @@ def use_kernels(model: nn.Module) -> list[str]:
 
     Args:
         model: changed in place.
+        room: bytes of memory for matrices that are kept, once they have been written out for a long input, beside what
+            the kernel reads: then such inputs take as long as with dense weights. As much as the model's linear maps
+            take in bfloat16 keeps all.
 
     Returns:
         The paths of the linear maps that the kernel computes from now on. Those that it cannot do with, of groups that
         are no multiple of 32 weights or have more than eight bits, stay as they are, and a warning says how many.
 
     Raises:
-        ValueError: the model is not in bfloat16 on a CPU.
+        ValueError: the model is not in bfloat16 on a CPU; `room` is below 0.
     """
+    check("room", room, int, "[0, inf)")
     modules = model.named_modules(remove_duplicate=False)
     packed = {path: part for path, part in modules if isinstance(part, MixedPrecisionLinear)}
     _check_fast(model, packed)
@@ -133,6 +138,10 @@ def use_kernels(model: nn.Module) -> list[str]:
                 made[id(part)] = KernelLinear(part, digits_of(multiples, steps)).train(part.training)
             using[path] = made[id(part)]
             model.set_submodule(path, using[path])
+    if room:
+        kept = DenseWeights(room)
+        for own in made.values():
+            own._kept = kept
     if using:
         _hand_back_memory()
     if len(using) < count:

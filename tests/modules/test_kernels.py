@@ -216,6 +216,26 @@ def test_other_dtypes_are_refused(compressed, dtype):
     assert torch.equal(logits(model), before)
 
 
+def test_matrices_are_kept_where_there_is_room(compressed):
+    model, other = copy.deepcopy(compressed), copy.deepcopy(compressed)
+    long = torch.randint(4, 60, (2, 40), generator=torch.Generator().manual_seed(6))
+    made = []
+    with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
+        own = KernelLinear._dense
+        patch.setattr(KernelLinear, "_dense", lambda self, dtype: made.append(self) or own(self, dtype))
+        paths = hfc.use_kernels(model, room=2**20)
+        first, second = (model(long).logits.float() for _ in range(2))
+        assert len(made) == len(paths) == 14
+        assert torch.equal(first, second)
+        hfc.use_kernels(other, room=1)  # for none
+        torch.testing.assert_close(other(long).logits.float(), first, rtol=0.05, atol=0.1)
+    again = copy.deepcopy(model)
+    with torch.inference_mode():
+        assert torch.equal(again(long).logits.float(), first)
+    with pytest.raises(ValueError, match="room"):
+        hfc.use_kernels(model, room=-1)
+
+
 def test_a_warning_tells_of_maps_that_the_kernel_cannot_do_with(caplog):
     narrow, fitting = packed(group_size=16), packed()
     model = nn.Sequential(narrow, fitting, nn.Linear(2, 2).bfloat16())

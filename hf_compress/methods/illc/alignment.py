@@ -9,6 +9,7 @@ from hf_compress.methods.illc.config import ILLCConfig
 
 _TILE = 64  # units; no kernel of today gains by more
 _SHARE = 64  # a tile is at most one part in so many of an FFN, so that rounding to it takes no one's share away
+_NARROW = 1024  # units; of narrower FFNs no kernel takes long, and shares are kept to the unit
 _EXPERTS = 8  # units: what grouped kernels want of experts, in half precision
 
 
@@ -22,7 +23,7 @@ def tile_of(config: ILLCConfig, ffn: FFN) -> int:
         if config.align > ffn.width:
             raise ValueError(f"align={config.align} is more than the {ffn.width} hidden units that there are")
         return config.align
-    tile = 2 ** int(math.log2(max(1, ffn.width / _SHARE)))
+    tile = 1 if ffn.width < _NARROW else 2 ** int(math.log2(ffn.width / _SHARE))
     if ffn.kind == "experts" and ffn.width % _EXPERTS == 0:
         tile = max(_EXPERTS, tile)
     return min(_TILE, tile)

@@ -19,8 +19,9 @@ class ILLCConfig(CompressionConfig, method="illc", paper="https://arxiv.org/abs/
 
     How many stay: `gamma`, the share of the hidden units that is *kept*, or `width`, their number; or how many go:
     `ratio`, 1 − gamma. Shares are rounded to multiples of `align`, since kernels compute with whole tiles, of 64 units
-    at best; when it is not given, to multiples of the power of two that is at most a 64th of the FFN. With `head_gamma`
-    attention keeps only a share of its key and value heads, each with the queries that read it.
+    at best; when it is not given, in FFNs of 1,024 units or more, to multiples of the power of two that is at most a
+    64th of their width. With `head_gamma` attention keeps only a share of its key and value heads, each with the
+    queries that read them.
 
     variant="compensated", the default: units are left out one after another, each time the one that the rest can stand
     in for best, and the output projection is solved anew by ridge regression, so that the block gives what the original
@@ -61,7 +62,7 @@ class ILLCConfig(CompressionConfig, method="illc", paper="https://arxiv.org/abs/
     )
     align: int | None = setting(
         None,
-        "keep hidden units in multiples of it; when not given, of up to 64, the wider the FFN the more",
+        "keep hidden units in multiples of it; when not given, of 16 to 64 in FFNs of 1,024 or more",
         "[1, inf)",
     )
     plain: bool = setting(False, "refuse what stock Transformers could not load")
