@@ -6,8 +6,9 @@
 What is stored is held against the bits asked for. Memory is what a process of its own has more after loading than
 before. Decoding is timed in turns; the linear maps of the blocks are bound by memory there, so the ratio of their bytes
 is the limit of their speed-up; that of the model follows from how much of its time is theirs, which is measured by
-leaving them out. Each model is measured as it is loaded, its weights unpacked in every pass, and again after
-`hfc.use_kernels`, with which weights of up to four bits take four in memory, and those of more take eight.
+leaving them out. Each model is measured as it is loaded, its weights unpacked in every pass; after `hfc.use_kernels`,
+with which weights of up to four bits take four in memory, and those of more take eight; and with room for matrices that
+are kept beside them for long inputs.
 """
 
 from __future__ import annotations
@@ -48,19 +49,22 @@ def random_llama(layers: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).to(torch.bfloat16).eval()
 
 
-def memory_of(folder: Path, kernels: bool = False) -> float:
-    """MiB that a process gains by loading a model."""
-    command = [sys.executable, __file__, "--worker", str(folder)] + ["--kernels"] * kernels
+def memory_of(folder: Path, room: int | None = None) -> float:
+    """MiB that a process gains by loading a model; with kernels and room for matrices, and a long input then."""
+    command = [sys.executable, __file__, "--worker", str(folder)]
+    command += [] if room is None else ["--room", str(room)]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
-def worker(folder: str, kernels: bool) -> None:
+def worker(folder: str, room: int | None) -> None:
     torch.zeros(1).sum()
     before = resident()
     model = AutoModelForCausalLM.from_pretrained(folder)
-    if kernels:
-        hfc.use_kernels(model)
+    if room is not None:
+        hfc.use_kernels(model, room=room)
         gc.collect()
+    if room:
+        prefill(model, PROMPTS[0])
     for tensor in (*model.parameters(), *model.buffers()):  # what is only mapped does not count before it is read
         tensor.view(-1)[:: 4096 // tensor.element_size()].sum()
     print((resident() - before) / MEBIBYTE)
@@ -103,10 +107,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=6)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument("--kernels", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--room", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        return worker(args.worker, args.kernels)
+        return worker(args.worker, args.room)
     dense = random_llama(args.layers)
     maps = [module for module in dense.model.layers.modules() if isinstance(module, torch.nn.Linear)]
     weights = sum(module.weight.numel() for module in maps)
@@ -131,20 +135,20 @@ def main() -> None:
             saved = Path(hfc.save(model, f"{folder}/{bits}"))
             stored = stored_bytes(model) - rest
             sizes = [stored / (weights * bits / 8), stored / (2 * weights)]
-            for kernels in (False, True):
-                if kernels:
-                    hfc.use_kernels(model)
+            for name, room in (("unpacked", None), ("by the kernel", 0), ("with room", 2 * weights)):
+                if room is not None:
+                    hfc.use_kernels(model := AutoModelForCausalLM.from_pretrained(saved), room=room)
                 decode(model, 1)
+                prefill(model, PROMPTS[0])
                 held = sum(buffer.nbytes for buffer in model.model.layers.buffers())
                 own = {
-                    "memory": memory_of(saved, kernels) / memory,
+                    "memory": memory_of(saved, room) / memory,
                     "decoding": median(_ratio(dense, model, decode, args.tokens) for _ in range(args.pairs)),
                     "limit of the maps": (limit := 2 * weights / held),
                     "limit of the model": 1 / (1 - share + share / limit),
                 }
                 for count in PROMPTS:
                     own[f"{count} tokens"] = median(_ratio(dense, model, prefill, count) for _ in range(args.pairs))
-                name = "by the kernel" if kernels else "unpacked"
                 data[f"{bits:g}, {name}"] = {"stored": stored, **own}
                 cells = " | ".join(f"{cell:.3f}" for cell in [*sizes, *own.values()])
                 lines.append(f"| {bits:g} | {name} | {cells} |")
