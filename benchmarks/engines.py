@@ -61,7 +61,8 @@ def cell(model: Path, output: Path, form: str, options: dict[str, str]) -> Cell:
         return Cell(f"refused: {' '.join(str(error).split())}")
     if found.agreement is None:
         return Cell(f"same bits; {found.bytes / 1e6:.1f} MB", found.bytes, 0.0)
-    tie = f" up to {found.agreement.ties} ties" if found.agreement.ties else ""
+    ties = found.agreement.ties
+    tie = f" up to {ties} tie{'s' * (ties > 1)}" if ties else ""
     difference = found.agreement.largest_difference
     return Cell(f"same tokens{tie} (± {difference:.1g} nats); {found.bytes / 1e6:.1f} MB", found.bytes, difference)
 
