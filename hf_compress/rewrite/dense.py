@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
 from transformers.pytorch_utils import Conv1D
 
 from hf_compress.anatomy.dispatch import is_offloaded
@@ -51,12 +53,30 @@ def _write_out(model: PreTrainedModel, undo: Undo) -> list[str]:
     unsealed(Plan(), model, undo)
     left = [edit for edit in recorded(model.config) if not isinstance(edit, (StoreLinear, SplitExperts, Seal))]
     stock, site, paths = described(model, left), Site(model, undo), _compact(model)
+    mixtures = any(isinstance(model.get_submodule(path), SeparateExperts) for path in paths)
     for path in paths:
         own = model.get_submodule(path)
         new = _experts(own, stock, path) if isinstance(own, SeparateExperts) else _linear(own, stock, path)
         site.replace(path, new)
+    if mixtures:
+        _save_as_the_class_does(model, undo)
     record(model, left, undo)
     return paths
+
+
+def _save_as_the_class_does(model: PreTrainedModel, undo: Undo) -> None:
+    """Have Transformers write experts as files of this class have them.
+
+    It does to a model that is saved the inverse of what it did when it was loaded, and then experts were apart.
+    """
+    done = getattr(model, "_weight_conversions", None)
+    if done is None:  # it was not loaded
+        return
+    known = {pattern for one in done for pattern in one.source_patterns}
+    own = [one for one in get_model_conversion_mapping(model, add_legacy=False) if isinstance(one, WeightConverter)]
+    undo.set(
+        model, "_weight_conversions", [*(one for one in own if not known.intersection(one.source_patterns)), *done]
+    )
 
 
 def _compact(model: PreTrainedModel) -> list[str]:

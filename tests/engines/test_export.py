@@ -1,11 +1,13 @@
 """Models written for other engines, run there, and refused where the engine cannot say what they are."""
 
 import json
+import re
 from contextlib import contextmanager
 from importlib.util import find_spec
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -131,6 +133,18 @@ def test_dense_is_an_ordinary_checkpoint(change, saved, tmp_path):
         assert "written out as matrices" in (tmp_path / "out" / "README.md").read_text()
     elif history is not None:
         assert len(history.stages) == 1
+
+
+def test_experts_are_written_as_files_of_their_class_have_them(tmp_path):
+    """One by one, though packed ones were loaded apart: other tools look for them by these names."""
+    model = made("Mixtral")
+    hfc.save(model, tmp_path / "whole")
+    lrp(model, bits=6, group_size=16)
+    hfc.save(model, tmp_path / "packed")
+    hfc.export(tmp_path / "packed", tmp_path / "out", "dense")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+    assert {name: tensor.shape for name, tensor in after.items()} == {n: t.shape for n, t in before.items()}
+    assert any(re.search(r"experts\.0\.w1\.weight$", name) for name in after)
 
 
 def test_compressed_tensors_goes_by_its_own_function(framing_tokenizer, tmp_path):
