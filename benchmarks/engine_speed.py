@@ -18,11 +18,11 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from time import perf_counter, sleep
+from time import sleep
 from typing import Any
 
 import torch
-from common import REFERENCE, VLLM, write_result
+from common import REFERENCE, VLLM, seconds, write_result
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
@@ -144,12 +144,6 @@ def onnx(folder: Path, model: PreTrainedModel) -> Iterator[Timed]:
         yield run
 
 
-def seconds(work: Callable[[], object]) -> float:
-    start = perf_counter()
-    work()
-    return perf_counter() - start
-
-
 def ratios(base: Timed, small: Timed, prompts: Iterator[list[int]]) -> tuple[list[float], list[float]]:
     """Of reading and of writing, in each round, after one to warm up."""
     found = []
@@ -179,12 +173,12 @@ class Engines:
     """The engines, each with the uncompressed model in it."""
 
     def __init__(self, base: Path, place: Path, python: str, quantize: str | None, stack: ExitStack) -> None:
-        self.base, self.place, self.python, self.quantize, self.stack = base, place, python, quantize, stack
+        self.base, self.place, self.python, self.quantize = base, place, python, quantize
         self.tokenizer = AutoTokenizer.from_pretrained(REFERENCE)
         self.prompts = random_prompts(len(self.tokenizer))
         self.timed = {name: stack.enter_context(opened) for name, opened in self._opened(base)}
 
-    def _opened(self, folder: Path, only: tuple[str, ...] = ()) -> list[tuple[str, AbstractContextManager[Timed]]]:
+    def _opened(self, folder: Path) -> list[tuple[str, AbstractContextManager[Timed]]]:
         """What runs a model, by engine; ones whose form cannot say what it is are left out."""
         found: list[tuple[str, AbstractContextManager[Timed]]] = [("vLLM", vllm(folder, self.python))]
         model = AutoModelForCausalLM.from_pretrained(folder).eval()

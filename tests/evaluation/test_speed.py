@@ -103,10 +103,9 @@ def test_a_median_and_its_error():
 
 def test_the_peak_is_seen_though_it_is_gone_at_the_end():
     with peak_growth(torch.device("cpu")) as growth:
-        torch.ones(2**24).sum()  # 64 MiB
+        torch.ones(68 * 2**18).sum()  # 68 MiB, for a little may be handed back meanwhile that others had
         time.sleep(0.05)
-    # A little may have been handed back meanwhile that had nothing to do with it.
-    assert growth.bytes is None or 0.95 * 2**26 <= growth.bytes < 2**27
+    assert growth.bytes is None or 2**26 <= growth.bytes < 2**27
     with peak_growth(torch.device("meta")) as growth:
         pass
     assert growth.bytes is None
