@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
-import sys
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -17,6 +15,7 @@ from hf_compress.checks import check
 from hf_compress.errors import UnsupportedModelError
 from hf_compress.modules.compact import CompactLinear, DenseWeights
 from hf_compress.modules.packed import MixedPrecisionLinear
+from hf_compress.numerics.aside import give_back
 from hf_compress.numerics.four_bit import Form, can_write_out, digit_product, digits_of, fits_kernel, written_out
 
 logger = logging.getLogger(__name__)
@@ -69,7 +68,7 @@ class KernelLinear(CompactLinear):
         else:
             product = self._with_columns(rows)
         if self.bias is not None:
-            product = product + self.bias
+            product += self.bias
         return product.reshape(*inputs.shape[:-1], self.out_features)
 
     def _by_kernel(self, rows: Tensor) -> Tensor:
@@ -78,14 +77,20 @@ class KernelLinear(CompactLinear):
         return sum(others, first)
 
     def _with_columns(self, rows: Tensor) -> Tensor:
-        parts = [rows @ columns[: self.in_features] for _, columns in written_out(self._forms(), rows.dtype)]
-        return torch.cat(parts, dim=1)[:, : self.out_features]
+        product = rows.new_empty(len(rows), self.out_features)
+        for columns, part in written_out(self._forms(), rows.dtype):
+            own = product[:, columns]
+            own.copy_(rows @ part[: self.in_features, : own.shape[1]])
+        return product
 
     def _dense(self, dtype: torch.dtype) -> Tensor:
         if not self.can_write_out:
             return self._by_kernel(torch.eye(self.in_features, dtype=dtype)).T.contiguous()
-        parts = [columns[: self.in_features] for _, columns in written_out(self._forms(), dtype)]
-        return torch.cat(parts, dim=1)[:, : self.out_features].T.contiguous()
+        matrix = torch.empty(self.out_features, self.in_features, dtype=dtype)
+        for columns, part in written_out(self._forms(), dtype):
+            own = matrix[columns]
+            own.copy_(part[: self.in_features, : len(own)].T)
+        return matrix
 
     def _forms(self) -> list[Form]:
         forms = [(self.low_digits, self.low_scales)]
@@ -143,7 +148,7 @@ def use_kernels(model: nn.Module, room: int = 0) -> list[str]:
         for own in made.values():
             own._kept = kept
     if using:
-        _hand_back_memory()
+        give_back()  # what was only needed to make the digits
     if len(using) < count:
         logger.warning(
             "%d of %d packed linear maps go on without the kernel, which is for groups of a multiple of 32 weights and "
@@ -152,13 +157,6 @@ def use_kernels(model: nn.Module, room: int = 0) -> list[str]:
             count,
         )
     return list(using)
-
-
-def _hand_back_memory() -> None:
-    """What was only needed to make the digits goes back to the system: glibc would keep more of it than they take."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
 
 
 def check_no_kernels(model: nn.Module) -> None:

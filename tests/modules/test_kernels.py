@@ -15,7 +15,9 @@ from hf_compress.modules import kernels
 from hf_compress.modules.compact import kept_dense
 from hf_compress.modules.kernels import KernelLinear
 from hf_compress.modules.packed import MixedPrecisionLinear, pack
+from hf_compress.numerics import four_bit
 from hf_compress.numerics.four_bit import digits_of
+from tests.helpers.allocated import most_allocated
 from tests.helpers.models import in_dtype
 
 IDS = torch.randint(4, 60, (12, 8), generator=torch.Generator().manual_seed(5))
@@ -107,6 +109,19 @@ def test_a_matrix_that_is_kept_is_made_once(rows, known, monkeypatch):
     with torch.no_grad():
         torch.testing.assert_close(got[0], layer(x), rtol=2**-6, atol=0.1)
         torch.testing.assert_close(layer.dense(torch.bfloat16), packed().dense(torch.bfloat16), rtol=2**-6, atol=0.02)
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["a matrix", "a product"])
+def test_columns_are_written_into_their_place(kept, monkeypatch):
+    monkeypatch.setattr(four_bit, "_CACHED", 2**13)
+    one, x = kernel(packed(outputs=1024)), random(512, 96, seed=3).bfloat16()
+    if not one.can_write_out:
+        pytest.skip("how this processor's kernel lays digits is not known")
+    made = (lambda: one.dense(torch.bfloat16)) if kept else (lambda: one(x))
+    with torch.no_grad():
+        result = made()
+        most = most_allocated(made)
+    assert result.nbytes <= most <= 1.5 * result.nbytes
 
 
 def test_the_packed_map_stays_what_it_was():
