@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import copy_context
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ from hf_compress.modules.bottleneck import BOTTLENECK, squeezed
 # (the block's own forward, its arguments) -> what the block returns
 BlockForward = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
+_T = TypeVar("_T")
 _STATES = (2, 3)  # dimensions that they have; masks have more
 
 
@@ -96,6 +97,11 @@ class _Call(NamedTuple):
         return (), {**self.kwargs, self.name: stream}
 
 
+def _without(values: dict[int, _T], index: int) -> dict[int, _T]:
+    """Values of blocks by their numbers, which are lower by one behind the block that has gone."""
+    return {block - (block > index): value for block, value in values.items() if block != index}
+
+
 class BlockRunner:
     """One batch, and blocks run on streams of it.
 
@@ -142,6 +148,10 @@ class BlockRunner:
         """All that block `index`, which has run before, returns for `stream`, whatever that is."""
         args, kwargs = self._calls[index].on(stream)
         return self.stack.blocks[index](*args, **kwargs)
+
+    def lose(self, index: int) -> None:
+        """Block `index` is no longer in the stack. All blocks have run."""
+        self._calls, self._forms = _without(self._calls, index), _without(self._forms, index)
 
     def trace_handed(self) -> None:
         """Have gradients come to states that blocks are called with besides the stream, such as an encoder's."""

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.capture import inference, stream_tokens
 from hf_compress.calibration.data import Calibration
+from hf_compress.calibration.marks import Marks
 from hf_compress.calibration.processes import gathered, here, summed, total
 from hf_compress.calibration.sweep import Passed, Sweep
 
@@ -39,8 +40,8 @@ class BlockStatistics:
 class _Collector:
     """Sums of one pass."""
 
-    def __init__(self, stack: Stack, pooling: Pooling, span: int) -> None:
-        self.stack, self.pooling, self.span = stack, pooling, span
+    def __init__(self, stack: Stack, pooling: Pooling, span: int, first: int) -> None:
+        self.stack, self.pooling, self.span, self.first = stack, pooling, span, first
         self.before: dict[tuple[int, int], Tensor] = {}  # by batch and block, of the last blocks
         self.pooled: list[dict[int, Tensor]] = [{} for _ in range(len(stack))]  # by batch
         self.influence = torch.zeros(len(stack), dtype=torch.float64)
@@ -51,12 +52,14 @@ class _Collector:
         """What a block made of a batch."""
         real = stream_tokens(self.stack, passed.batch, passed.after)
         self.pooled[index][passed.number] = pool(passed.after, real, self.pooling)
-        self.influence[index] += (1 - _cosine(passed.before, passed.after, real)).sum()
+        cosine = _cosine(passed.before, passed.after, real)
+        self.influence[index] += (1 - cosine).sum()
         self.before[passed.number, index] = passed.before
         if (start := index - self.span + 1) >= 0:
             before = self.before.pop((passed.number, start))
-            self.change[start] += (torch.arccos(_cosine(before, passed.after, real)) / torch.pi).sum()
-        self.tokens += int(real.sum()) if index == 0 else 0
+            cosine = cosine if start == index else _cosine(before, passed.after, real)
+            self.change[start] += (torch.arccos(cosine) / torch.pi).sum()
+        self.tokens += int(real.sum()) if index == self.first else 0
 
     def reduce(self) -> None:
         """Make these the sums over the batches of all processes."""
@@ -71,25 +74,69 @@ def _cosine(before: Tensor, after: Tensor, real: Tensor) -> Tensor:
     return F.cosine_similarity(before[real].float(), after[real].float(), dim=-1).clamp(-1, 1).double().cpu()
 
 
+@dataclass
+class Earlier:
+    """What a pass over the data leaves for the next one, over the same data, when blocks have merged in between.
+
+    Attributes:
+        sweep: takes the batches past the blocks; None before the first pass.
+        statistics: of the last pass.
+    """
+
+    sweep: Sweep | None = None
+    statistics: BlockStatistics | None = None
+
+    def merged(self, index: int) -> None:
+        """A block has become one with that behind it, which is out of the stack."""
+        if self.sweep is not None:
+            self.sweep.merged(index)
+
+    def joined(self, new: BlockStatistics, sweep: Sweep, start: int) -> BlockStatistics:
+        """The statistics of a pass that began at block `start`, and of the last one before that; kept for the next."""
+        self.sweep = sweep
+        if (old := self.statistics) is not None:
+            new = BlockStatistics(
+                [*old.pooled[:start], *new.pooled[start:]],
+                torch.cat([old.influence[:start], new.influence[start:]]),
+                torch.cat([old.change[:start], new.change[start:]]),
+            )
+        self.statistics = new
+        return new
+
+
 def block_statistics(
-    model: PreTrainedModel, stack: Stack, calibration: Calibration, pooling: Pooling = "mean", span: int = 1
+    model: PreTrainedModel,
+    stack: Stack,
+    calibration: Calibration,
+    pooling: Pooling = "mean",
+    span: int = 1,
+    earlier: Earlier | None = None,
 ) -> BlockStatistics:
     """Pooled outputs and influence of every block of `stack`, from one pass over the data, block by block.
 
     A stream a batch is kept (`span` of them), and the samples' pooled states: samples x width x 4 bytes a block.
 
+    Args:
+        earlier: what the last pass has left, where there are to be several and `span` is 1: what it tells of blocks
+            that are what they were is not measured again.
+
     Raises:
         CalibrationError: a block's activations are not finite; the message names it.
     """
-    collector = _Collector(stack, pooling, span)
+    sweep = None if earlier is None else earlier.sweep
     with inference(model):
-        sweep = Sweep(model, stack, calibration)
+        if sweep is None:
+            sweep = Sweep(model, stack, calibration, None if earlier is None else Marks())
+        start = 0 if sweep.marks is None else sweep.marks.start
+        collector = _Collector(stack, pooling, span, start)
         for index in sweep.blocks("reading activations"):
             for passed in sweep.past(index):
                 collector.add(index, passed)
     collector.reduce()
-    tokens, pooled = max(1, collector.tokens), [torch.cat(list(rows.values())) for rows in collector.pooled]
-    return BlockStatistics(pooled, collector.influence / tokens, collector.change / tokens)
+    tokens = max(1, collector.tokens)
+    pooled = [torch.cat(list(rows.values())) if rows else torch.empty(0, 0) for rows in collector.pooled]
+    found = BlockStatistics(pooled, collector.influence / tokens, collector.change / tokens)
+    return found if earlier is None else earlier.joined(found, sweep, start)
 
 
 def pool(stream: Tensor, real: Tensor, pooling: Pooling) -> Tensor:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from hf_compress.anatomy.residency import resident
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.data import Batch, Calibration
+from hf_compress.calibration.marks import Marks
 from hf_compress.calibration.memory import WorkingMemory, working_memory
 from hf_compress.calibration.processes import own
 from hf_compress.calibration.progress import bar
@@ -82,16 +83,24 @@ class Sweep:
             ...
     """
 
-    def __init__(self, model: PreTrainedModel, stack: Stack, batches: Iterable[Batch]) -> None:
-        self.stack, self.memory = stack, working_memory()
+    def __init__(
+        self, model: PreTrainedModel, stack: Stack, batches: Iterable[Batch], marks: Marks | None = None
+    ) -> None:
+        self.stack, self.memory, self.marks = stack, working_memory(), marks
         self.numbers, self.runners = _of_own(model, stack, batches)
         self._streams: list[Tensor] = []
         self._next = 0
 
     def blocks(self, description: str, end: int | None = None) -> Iterator[int]:
-        """The blocks from the first to that before `end`, or the last; batches go past those that nobody looks at."""
-        self._streams = [self.memory.keep(number, runner.start()) for number, runner in enumerate(self.runners)]
-        for index in turns(self.stack, range(len(self.stack) if end is None else end), description):
+        """The blocks from the first to that before `end`, or the last; batches go past those that nobody looks at.
+
+        With marks, it is from where they are, when this is done again.
+        """
+        marks = self.marks or Marks()
+        kept = [marks.at_start(place) for place in range(len(self.runners))]
+        begun = (runner.start() if one is None else one for runner, one in zip(self.runners, kept, strict=True))
+        self._streams = [self.memory.keep(place, stream) for place, stream in enumerate(begun)]
+        for index in turns(self.stack, range(marks.start, len(self.stack) if end is None else end), description):
             self._next = index
             yield index
             if self._next == index:
@@ -103,11 +112,20 @@ class Sweep:
     ) -> Iterator[Passed]:
         """Take all batches past a block; what it made of each. While it runs, `watching(batch)` is entered."""
         for place, (runner, before) in enumerate(zip(self.runners, self._streams, strict=True)):
+            if self.marks is not None:
+                self.marks.keep(index, len(self.stack), place, before)
             with nullcontext() if watching is None else watching(runner.batch):
                 after = runner.run(index, before)
             yield Passed(self.numbers[place], runner.batch, before, after)
             self._streams[place] = self.memory.keep(place, after)
         self._next = index + 1
+
+    def merged(self, index: int) -> None:
+        """A block has become one with that behind it, which is out of the stack."""
+        for runner in self.runners:
+            runner.lose(index + 1)
+        if self.marks is not None:
+            self.marks.changed(index)
 
 
 class Streams:

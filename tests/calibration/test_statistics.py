@@ -5,16 +5,19 @@ import weakref
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_compress.calibration.statistics as module
 from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.data import Calibration, DataOptions, prepare
-from hf_compress.calibration.statistics import block_statistics, pool
+from hf_compress.calibration.statistics import Earlier, block_statistics, pool
 from hf_compress.errors import CalibrationError
+from hf_compress.rewrite.blocks import remove_blocks
 from tests.helpers.ffns import hooked
 from tests.helpers.language import WORDS
 from tests.helpers.models import leftovers
-from tests.helpers.tiny import tiny_base_model, tiny_seq2seq_model
+from tests.helpers.tiny import tiny_base_model, tiny_model, tiny_seq2seq_model
 
 
 def token_streams(model, stack, ids):
@@ -143,3 +146,72 @@ def test_a_stream_a_batch_is_held_and_no_more(model, stack, calibration, monkeyp
     assert max(held) <= 2 * len(many) + 1
     assert all(states.numel() == many.samples * model.config.hidden_size for states in statistics.pooled)
     assert all(states.untyped_storage().nbytes() == states.numel() * 4 for states in statistics.pooled)
+
+
+# --- passes after merges ----------------------------------------------------------------------------------------------
+
+
+def llama(layers):
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "vocab_size": 60}
+    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, initializer_range=0.3, **sizes)).eval()
+
+
+def blocks_run(stack, run):
+    """The blocks that run meanwhile, by their numbers, and what comes of it."""
+    ran = set()
+    hooks = [block.register_forward_hook(lambda *_, index=i: ran.add(index)) for i, block in enumerate(stack.blocks)]
+    with hooked(*hooks):
+        return run(), ran
+
+
+def alike(one, other):
+    return (
+        all(torch.equal(*pair) for pair in zip(one.pooled, other.pooled, strict=True))
+        and torch.equal(one.influence, other.influence)
+        and torch.equal(one.change, other.change)
+    )
+
+
+@pytest.mark.parametrize(
+    ("build", "merges", "begin"),
+    [
+        (lambda: llama(6), (4, 2, 2, 0), (4, 2, 2, 0)),
+        (lambda: llama(20), (17, 10, 4, 4), (15, 9, 3, 3)),
+        (lambda: tiny_model("gemma2"), (2, 1), (2, 1)),
+        (lambda: tiny_model("olmoe"), (2, 0), (2, 0)),
+        (lambda: tiny_base_model("deberta-v2"), (2, 1), (2, 1)),
+    ],
+    ids=["every block", "every third block", "two kinds of masks", "experts", "states beside the stream"],
+)
+def test_a_pass_after_a_merge_begins_where_that_was(build, merges, begin):
+    model = build()
+    stack = Anatomy(model).stack()
+    ids = torch.randint(3, 60, (7, 9), generator=torch.Generator().manual_seed(3))
+    calibration, earlier = prepare(ids, model, None, DataOptions(batch_size=3)), Earlier()
+    assert alike(
+        block_statistics(model, stack, calibration, earlier=earlier), block_statistics(model, stack, calibration)
+    )
+    with Undo() as undo:
+        for merged, start in zip(merges, begin, strict=True):
+            for parameter in stack.blocks[merged].parameters():
+                parameter.data *= 0.7
+            remove_blocks(model, stack, [merged + 1], undo)
+            earlier.merged(merged)
+            found, ran = blocks_run(stack, lambda: block_statistics(model, stack, calibration, earlier=earlier))
+            assert ran == set(range(start, len(stack)))
+            assert alike(found, block_statistics(model, stack, calibration))
+
+
+def test_a_pass_after_a_merge_of_an_encoder_decoder():
+    """T5's first block gives all others its position bias."""
+    model = tiny_seq2seq_model("t5")
+    ids = torch.randint(3, 60, (4, 9), generator=torch.Generator().manual_seed(3))
+    calibration = prepare(ids, model, None, DataOptions(batch_size=2))
+    for path in ("encoder.block", "decoder.block"):
+        stack, earlier = Anatomy(model).stack(path), Earlier()
+        block_statistics(model, stack, calibration, earlier=earlier)
+        with Undo() as undo:
+            remove_blocks(model, stack, [len(stack) - 1], undo)
+            earlier.merged(len(stack) - 1)
+            again = block_statistics(model, stack, calibration, earlier=earlier)
+            assert alike(again, block_statistics(model, stack, calibration))

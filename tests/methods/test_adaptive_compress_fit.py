@@ -9,6 +9,7 @@ import torch
 import hf_compress as hfc
 from hf_compress.calibration.capture import hooked
 from hf_compress.calibration.data import DataOptions
+from hf_compress.calibration.memory import WorkingMemory, working_within
 from hf_compress.errors import CalibrationError
 from hf_compress.methods.adaptive_compress import AdaptiveCompressConfig
 from hf_compress.methods.adaptive_compress.learner import StreamMoments
@@ -61,7 +62,7 @@ def test_the_model_is_as_it_was_when_fitting_ends_in_the_middle(lived_in, ids, m
 @pytest.mark.parametrize("start", [200, 1])
 def test_activations_that_are_not_finite_name_their_block_and_leave_no_hook(lived_in, ids, monkeypatch, start):
     """Met at the start, or only when it trains."""
-    monkeypatch.setattr("hf_compress.methods.adaptive_compress.fit._START_TOKENS", start)
+    monkeypatch.setattr("hf_compress.methods.adaptive_compress.fit.START_TOKENS", start)
     data = ids.clamp(max=62)
     data[11] = 63
     with torch.no_grad():
@@ -72,12 +73,38 @@ def test_activations_that_are_not_finite_name_their_block_and_leave_no_hook(live
     assert (hooks(lived_in), [module.training for module in lived_in.modules()]) == (before, modes)
 
 
-def test_blocks_behind_the_last_that_is_chosen_are_never_run(model, ids):
+def counted(model):
+    """How often each block has run, from now on."""
     calls = [0] * 5
     for index, block in enumerate(model.model.layers):
         block.register_forward_hook(lambda *_, index=index: calls.__setitem__(index, calls[index] + 1))
+    return calls
+
+
+def test_blocks_behind_the_last_that_is_chosen_are_never_run(model, ids):
+    calls = counted(model)
     hfc.fit(model, [config(layers=(0,)), config("linear", layers=(2,))], ids, options=DATA)
-    assert calls == [8, 8, 8, 0, 0]  # four batches twice: for the start, and to learn from
+    assert calls == [4, 4, 4, 0, 0]  # four batches once: what they show for the start is kept to learn from
+
+
+@pytest.mark.parametrize(
+    ("room", "start", "runs"),
+    [(2**32, 200, 4), (0, 200, 12), (2 * 24 * 16 * 2 * 2, 200, 8), (2**32, 1, 7)],
+    ids=["for all", "for none", "for two batches of four", "seen by the start: one batch of four"],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_tokens_are_kept_as_far_as_there_is_room(model, ids, monkeypatch, dtype, room, start, runs):
+    monkeypatch.setattr("hf_compress.methods.adaptive_compress.fit.START_TOKENS", start)
+    small = in_dtype(model, dtype)
+    settings = [config(epochs=2), config("topk", epochs=2)]
+    with working_within(WorkingMemory(streams=0)):
+        expected = hfc.fit(small, settings, ids, options=DATA)
+    calls = counted(small)
+    with working_within(WorkingMemory(streams=room * dtype.itemsize // 2)):
+        found = hfc.fit(small, settings, ids, options=DATA)
+    assert calls == [runs, runs, runs, runs, 0]
+    for one, other in zip(found, expected, strict=True):
+        assert_same(one, other)
 
 
 def test_for_principal_components_alone_data_is_gone_through_once(model, ids):
@@ -217,7 +244,7 @@ def test_several_configs_give_what_each_gives_alone(model, ids):
 
 
 def test_several_configs_with_more_data_than_the_start_needs(model, ids, monkeypatch):
-    monkeypatch.setattr("hf_compress.methods.adaptive_compress.fit._START_TOKENS", 6)
+    monkeypatch.setattr("hf_compress.methods.adaptive_compress.fit.START_TOKENS", 6)
     configs = [config("pca", layers=(layer,), outliers=1.05) for layer in (0, 2, 4)]
     many = torch.cat([ids, ids.flip(0, 1), ids.roll(3, 1)])
     together = hfc.fit(model, configs, many, options=DATA)
@@ -281,7 +308,8 @@ def test_what_is_taken_up_again_ends_bit_for_bit_the_same(model, ids, tmp_path, 
         with pytest.raises(KeyboardInterrupt):
             hfc.fit(model, everything(), ids, options=options, checkpoint=tmp_path, save_every=2)
     calls = []
-    with hooked([model.model.layers[0].register_forward_hook(lambda *_: calls.append(None))]):
+    nothing_kept = working_within(WorkingMemory(streams=0))
+    with nothing_kept, hooked([model.model.layers[0].register_forward_hook(lambda *_: calls.append(None))]):
         found = hfc.fit(model, everything(), ids, options=options, checkpoint=tmp_path, save_every=2)
     assert len(calls) == 12 + 12 - call // 12 // 2 * 2  # for the start all, to learn from what is not on disk
     for one, other in zip(found, expected, strict=True):

@@ -1,10 +1,11 @@
-"""Fitting bottlenecks to a model that stays as it is: one pass over the data for all of them, nothing kept of it."""
+"""Fitting bottlenecks to a model that stays as it is: all of them at once, on what passes over the data show of it."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, overload
@@ -23,6 +24,7 @@ from hf_compress.checks import check
 from hf_compress.errors import CalibrationError
 from hf_compress.methods.adaptive_compress.adaptive import Adaptive, Paper
 from hf_compress.methods.adaptive_compress.config import AdaptiveCompressConfig
+from hf_compress.methods.adaptive_compress.kept_rows import KeptRows
 from hf_compress.methods.adaptive_compress.learner import Learner, StreamMoments
 from hf_compress.methods.adaptive_compress.learner_run import LearnerRun
 from hf_compress.methods.adaptive_compress.peers import BatchTopK, Linear, Principal, TopK
@@ -42,7 +44,7 @@ LEARNERS: dict[str, type[Learner]] = {
 }
 Learn = Callable[[int, Tensor], None]  # takes a layer and its tokens (tokens, hidden)
 _FRACTIONS = (0.25, 0.5, 0.75)
-_START_TOKENS = 200  # a feature, for means and principal directions
+START_TOKENS = 200  # a feature, for means and principal directions
 
 
 @overload
@@ -117,11 +119,12 @@ def fit_all(
     """`fit` on data that is prepared."""
     stack = _common_stack(model, configs)
     places = [layers_of(config, stack) for config in configs]
-    batches = _own_share(data)
+    numbers = _own_share(data)
     for config in configs:
-        check_schedule(config, data, len(batches))
+        check_schedule(config, data, len(numbers))
     with inference(model):
-        moments = stream_moments(model, stack, sorted({i for layers in places for i in layers}), data, configs[0])
+        kept = KeptRows()
+        moments = stream_moments(model, stack, sorted({i for layers in places for i in layers}), data, configs[0], kept)
         runs = [
             {
                 layer: LearnerRun(LEARNERS[config.variant](config, moments[layer], config.seed + layer))
@@ -130,7 +133,7 @@ def fit_all(
             for config, layers in zip(configs, places, strict=True)
         ]
         progress = Progress(checkpoint, runs, configs, model, data, save_every)
-        _train(model, stack, runs, configs, batches, progress)
+        _train(model, stack, runs, configs, {number: data.batches[number] for number in numbers}, kept, progress)
     results = []
     for config, mine in zip(configs, runs, strict=True):
         found = {layer: _fitted(layer, run) for layer, run in mine.items()}
@@ -143,14 +146,21 @@ def _train(
     stack: Stack,
     runs: list[dict[int, LearnerRun]],
     configs: Sequence[AdaptiveCompressConfig],
-    batches: list[Batch],
+    batches: Mapping[int, Batch],
+    kept: KeptRows,
     progress: Progress,
 ) -> None:
-    """Go through the batches as often as each config asks for; a bottleneck that is done, or has stopped, sits out."""
+    """Go through the batches as often as each config asks for; a bottleneck that is done, or has stopped, sits out.
+
+    Args:
+        batches: of this process, by their numbers among all.
+        kept: tokens of some of them, so that the model need not run.
+    """
+    numbers = list(batches)
     wanted = sorted({layer for mine in runs for layer, run in mine.items() if run.learner.trains})
     rounds = max(config.epochs for config in configs)
     for done in bar(range(progress.done, rounds * len(batches)), "fitting"):
-        epoch, number = divmod(done, len(batches))
+        epoch, place = divmod(done, len(batches))
         active = [
             (config, mine)
             for config, mine in zip(configs, runs, strict=True)
@@ -159,29 +169,46 @@ def _train(
         if not active or not wanted:
             break
 
-        def learn(layer: int, rows: Tensor, active: Any = active, epoch: int = epoch, number: int = number) -> None:
+        def learn(layer: int, rows: Tensor, active: Any = active, epoch: int = epoch, place: int = place) -> None:
             for config, mine in active:
                 if layer in mine:
-                    step = (epoch * len(batches) + number) * config.updates
+                    step = (epoch * len(batches) + place) * config.updates
                     mine[layer].learn(rows, step, len(batches) * config.epochs * config.updates)
 
-        watch_rows(model, stack, wanted, batches[number], configs[0].outliers, learn)
+        rows = kept.of(numbers[place], wanted)
+        if rows is None:
+            watch_rows(model, stack, wanted, batches[numbers[place]], configs[0].outliers, learn)
+        else:
+            for layer in wanted:
+                learn(layer, rows.pop(layer))
         progress.batch_done(done + 1)
 
 
 def watch_rows(
-    model: PreTrainedModel, stack: Stack, layers: Sequence[int], batch: Batch, outliers: float, learn: Learn
+    model: PreTrainedModel,
+    stack: Stack,
+    layers: Sequence[int],
+    batch: Batch,
+    outliers: float,
+    learn: Learn,
+    keep: Learn | None = None,
 ) -> None:
     """A forward pass as far as the last of the layers; `learn(layer, rows)` gets the real tokens of each, in float32.
 
     Tokens of many times the median norm, on which attention rests, would outweigh all others: they are left out.
+
+    Args:
+        keep: what takes the tokens as well, in the model's dtype.
     """
 
     def watch(index: int, before: Tensor, after: Tensor) -> None:
         if index not in layers:
             return
         check_stream(stack, index, before, after)
-        learn(index, ordinary(after[stream_tokens(stack, batch, after)].float(), outliers))
+        rows = ordinary(after[stream_tokens(stack, batch, after)].float(), outliers)
+        if keep is not None:
+            keep(index, rows.to(after.dtype))
+        learn(index, rows)
         if index == layers[-1]:
             raise StopForward
 
@@ -196,28 +223,38 @@ def ordinary(rows: Tensor, outliers: float) -> Tensor:
 
 
 def stream_moments(
-    model: PreTrainedModel, stack: Stack, layers: Sequence[int], data: Calibration, config: AdaptiveCompressConfig
+    model: PreTrainedModel,
+    stack: Stack,
+    layers: Sequence[int],
+    data: Calibration,
+    config: AdaptiveCompressConfig,
+    kept: KeptRows | None = None,
 ) -> dict[int, StreamMoments]:
-    """Of each layer, from as many batches, spread over the data, as principal directions need."""
+    """Of each layer, from as many batches, spread over the data, as principal directions need.
+
+    Args:
+        kept: where to put the tokens as well.
+    """
     moments: dict[int, StreamMoments] = {}
     missing = list(layers)
 
     def learn(layer: int, rows: Tensor) -> None:
         own = moments.setdefault(layer, StreamMoments(rows.shape[1], rows.device))
         own.update(rows)
-        if own.raw.count >= _START_TOKENS * rows.shape[1]:
+        if own.raw.count >= START_TOKENS * rows.shape[1]:
             missing.remove(layer)
 
     for number in _spread_order(len(data)):
         if not missing:
             break
-        watch_rows(model, stack, tuple(missing), data.batches[number], config.outliers, learn)
+        keep = None if kept is None else partial(kept.put, number)
+        watch_rows(model, stack, tuple(missing), data.batches[number], config.outliers, learn, keep)
     for layer, own in moments.items():
         tokens, hidden = int(own.raw.count), own.raw.inputs
         if tokens < hidden:
             raise CalibrationError(
                 f"{tokens} tokens behind block {layer} are too few to tell {hidden} features apart: pass at least "
-                f"{hidden}, better {_START_TOKENS * hidden}"
+                f"{hidden}, better {START_TOKENS * hidden}"
             )
     return moments
 
@@ -275,13 +312,13 @@ def _common_stack(model: PreTrainedModel, configs: Sequence[AdaptiveCompressConf
     return Anatomy(model).stack(configs[0].stack)
 
 
-def _own_share(data: Calibration) -> list[Batch]:
-    """This process's batches; in every process as many, or they would wait for each other."""
+def _own_share(data: Calibration) -> list[int]:
+    """The numbers of this process's batches; in every process as many, or they would wait for each other."""
     rank, world = here()
     share = len(data) // world
     if not share:
         raise CalibrationError(f"{len(data)} batches are too few for {world} processes: pass more data, or less each")
-    return list(data.batches)[rank::world][:share]
+    return list(range(rank, share * world, world))
 
 
 def _fitted(layer: int, run: LearnerRun) -> FittedBottleneck:

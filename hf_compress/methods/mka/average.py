@@ -11,6 +11,7 @@ from torch import Tensor
 from hf_compress.anatomy.kinds import block_kind
 from hf_compress.anatomy.residency import resident
 from hf_compress.anatomy.stacks import Stack
+from hf_compress.calibration.statistics import Earlier
 from hf_compress.methods.base.context import CalibrationContext, Drafts
 from hf_compress.methods.mka.config import MKAConfig
 from hf_compress.methods.mka.similarity import block_similarity
@@ -35,6 +36,7 @@ def plan_by_averaging(config: MKAConfig, context: CalibrationContext) -> Plan:
     groups = [[index] for index in range(len(stack))]  # of the blocks that became one, in the model's own numbering
     merges: list[dict[str, Any]] = []
     matrix: Tensor | None = None
+    earlier = Earlier() if config.iterative and most > 1 else None
     with context.drafts() as drafts:
         with context.trial() as undo:  # of the blocks that are gone, which the plan takes out by itself
             while len(merges) < most:
@@ -48,7 +50,7 @@ def plan_by_averaging(config: MKAConfig, context: CalibrationContext) -> Plan:
                     )
                 if matrix is None or config.iterative:
                     with context.step("measure similarity"):
-                        matrix = _measured(config, context, stack, len(merges))
+                        matrix = _measured(config, context, stack, len(merges), earlier)
                     if not merges:
                         first = matrix.clone()
                 pair = _most_similar(stack, pairs, matrix)
@@ -59,6 +61,8 @@ def plan_by_averaging(config: MKAConfig, context: CalibrationContext) -> Plan:
                 merges.append({"blocks": groups[pair] + groups[pair + 1], "similarity": similarity, "alpha": alpha})
                 _fuse(drafts, stack, pair, alpha)
                 remove_blocks(context.model, stack, [pair + 1], undo)
+                if earlier is not None:
+                    earlier.merged(pair)
                 groups[pair] += groups.pop(pair + 1)
                 matrix = _without(matrix, pair)
         for group in groups:
@@ -73,9 +77,11 @@ def plan_by_averaging(config: MKAConfig, context: CalibrationContext) -> Plan:
     )
 
 
-def _measured(config: MKAConfig, context: CalibrationContext, stack: Stack, merges: int) -> Tensor:
+def _measured(
+    config: MKAConfig, context: CalibrationContext, stack: Stack, merges: int, earlier: Earlier | None
+) -> Tensor:
     """The similarities of all blocks that are left after so many merges."""
-    measure = partial(block_similarity, config, context.model, stack, context.calibration)
+    measure = partial(block_similarity, config, context.model, stack, context.calibration, earlier)
     return context.journal.tensors(f"similarity after {merges} merges", lambda: {"all": measure()})["all"]
 
 

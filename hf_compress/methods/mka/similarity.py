@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -9,21 +11,31 @@ from transformers import PreTrainedModel
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.data import Calibration
 from hf_compress.calibration.processes import from_one
-from hf_compress.calibration.statistics import BlockStatistics, block_statistics
+from hf_compress.calibration.statistics import BlockStatistics, Earlier, block_statistics
 from hf_compress.errors import CalibrationError
 from hf_compress.methods.mka.config import MKAConfig
 from hf_compress.numerics.manifold import embed
 from hf_compress.numerics.similarity import similarity_matrix
 
 
-def block_similarity(config: MKAConfig, model: PreTrainedModel, stack: Stack, calibration: Calibration) -> Tensor:
+def block_similarity(
+    config: MKAConfig,
+    model: PreTrainedModel,
+    stack: Stack,
+    calibration: Calibration,
+    earlier: Earlier | None = None,
+) -> Tensor:
     """S, (blocks, blocks) float64, symmetric with ones on the diagonal, from one pass over the calibration data.
+
+    Args:
+        earlier: what the last pass has left, where there are to be several.
 
     Raises:
         CalibrationError: fewer samples than the embedding and the estimate need; activations that are not finite.
     """
     check_samples(config, calibration)
-    statistics = block_statistics(model, stack, calibration, config.pooling)  # type: ignore[arg-type]
+    pooling: Any = config.pooling
+    statistics = block_statistics(model, stack, calibration, pooling, earlier=earlier)
     return from_one(lambda: similarity_of(config, statistics))
 
 

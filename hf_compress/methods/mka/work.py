@@ -27,8 +27,8 @@ def work_of(config: MKAConfig, context: CalibrationContext) -> Work:
     blocks = len(stack)
     merges = config.amount.of_blocks(blocks) if config.amount is not None else blocks - 1
     if config.variant == "paper":
-        sweeps = merges if config.iterative else 1
-        return Work(passes=sweeps, sweeps=sweeps)
+        again = merges - 1 if config.iterative else 0
+        return Work(passes=1 + again / 2, sweeps=1 + again)  # from the block on that has changed, which may be any
     hidden = hidden_of(stack)
     parts = Anatomy(context.model).parts(stack, 0)
     inputs = sum(linear_widths(stack.blocks[0].get_submodule(path))[0] for path in parts.writers)

@@ -1,0 +1,33 @@
+"""Tokens that a first pass over the data has seen behind blocks, so that the next need not run the model for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hf_compress.calibration.memory import working_memory
+
+
+class KeptRows:
+    """Tokens (tokens, hidden) by the batch's number and the block.
+
+    They are in files, and no more in all than streams may take in memory.
+    """
+
+    def __init__(self) -> None:
+        memory = working_memory()
+        self._aside, self._room = memory.aside(), memory.streams
+        self._rows: dict[tuple[int, int], tuple[Tensor, torch.device]] = {}
+
+    def put(self, number: int, layer: int, rows: Tensor) -> None:
+        """Keep some, if there is room."""
+        if rows.nbytes <= self._room:
+            self._room -= rows.nbytes
+            self._rows[number, layer] = self._aside.put(rows), rows.device
+
+    def of(self, number: int, layers: Sequence[int]) -> dict[int, Tensor] | None:
+        """A batch's tokens behind each of some blocks, in float32; None where not all of them are there."""
+        found = {layer: self._rows.get((number, layer)) for layer in layers}
+        return None if None in found.values() else {i: kept[0].to(kept[1]).float() for i, kept in found.items() if kept}
