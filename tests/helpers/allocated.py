@@ -1,4 +1,4 @@
-"""How many bytes of tensors there are at most while something runs, told by PyTorch's allocator: the same every time."""
+"""How many bytes of tensors there are at most while something runs, told by PyTorch: the same every time."""
 
 from collections.abc import Callable
 from itertools import accumulate
