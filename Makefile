@@ -1,5 +1,5 @@
-# make install | demo | test | docs | check | vllm | lowest | build. PYTHON picks the interpreter, VENV the place of the
-# environment, WORKERS how many processes run the tests: as many as there are cores, each with one thread.
+# make install | demo | test | docs | check | coverage | vllm | lowest | build. PYTHON picks the interpreter, VENV the place
+# of the environment, WORKERS how many processes run the tests: as many as there are cores, each with one thread.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 WORKERS ?= auto
 PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: install demo test docs lint types slow check vllm lowest build
+.PHONY: install demo test docs lint types slow check coverage vllm lowest build
 
 install: $(VENV)/.installed
 
@@ -39,6 +39,12 @@ slow: install
 	$(PYTEST) -m slow
 
 check: lint types test slow
+
+# Lines and branches that the tests run, those of the processes that they start among them.
+coverage: install
+	$(PYTEST) --cov --cov-report=
+	$(PYTEST) -m slow --cov --cov-append
+
 
 # vLLM pins its own PyTorch, so it gets an environment of its own; tests that need it are skipped where there is none.
 # torchvision, torchaudio and torchcodec come with it, built for another PyTorch, and stop it from starting.
