@@ -146,7 +146,7 @@ class BlockRunner:
 
     def output(self, index: int, stream: Tensor) -> Any:
         """All that block `index`, which has run before, returns for `stream`, whatever that is."""
-        args, kwargs = self._calls[index].on(stream)
+        args, kwargs = self._calls[index].on(stream.clone())  # a block may add to it in place
         return self.stack.blocks[index](*args, **kwargs)
 
     def lose(self, index: int) -> None:

@@ -122,6 +122,20 @@ def test_another_stream_gives_another_output():
         assert torch.equal(recorded(runner)[0].logits, whole.logits)
 
 
+def test_a_block_that_adds_to_its_stream_in_place_leaves_the_one_it_was_given():
+    model, stack, batch = built("llama")
+    block = stack.blocks[0]
+    own = block.forward
+    block.forward = lambda hidden, *args, **kwargs: own(hidden.add_(1.0), *args, **kwargs)
+    with inference(model):
+        runner = BlockRunner(model, stack, batch)
+        stream = runner.start()
+        before = stream.clone()
+        first, second = runner.run(0, stream), runner.run(0, stream)
+    assert torch.equal(stream, before)
+    assert torch.equal(first, second)
+
+
 def test_only_the_wanted_block_runs():
     model, stack, batch = built("llama")
     ran = []

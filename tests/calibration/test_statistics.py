@@ -215,3 +215,19 @@ def test_a_pass_after_a_merge_of_an_encoder_decoder():
             earlier.merged(len(stack) - 1)
             again = block_statistics(model, stack, calibration, earlier=earlier)
             assert alike(again, block_statistics(model, stack, calibration))
+
+
+def test_a_pass_after_a_merge_of_blocks_that_add_to_their_stream_in_place():
+    model = llama(6)
+    stack, earlier = Anatomy(model).stack(), Earlier()
+    calibration = prepare(torch.arange(3, 39).view(4, 9), model, None, DataOptions(batch_size=2))
+    for block in stack.blocks:
+        own = block.forward
+        block.forward = lambda hidden, *args, own=own, **kwargs: own(hidden.add_(0.5), *args, **kwargs)
+    with Undo() as undo:
+        block_statistics(model, stack, calibration, earlier=earlier)
+        for merged in (3, 3, 2):
+            remove_blocks(model, stack, [merged + 1], undo)
+            earlier.merged(merged)
+            again = block_statistics(model, stack, calibration, earlier=earlier)
+            assert alike(again, block_statistics(model, stack, calibration))
