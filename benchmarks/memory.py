@@ -46,6 +46,7 @@ from hf_compress import (
 from hf_compress.storage.save import own_memory
 
 VOCABULARY = 8000
+LOADED = "no method: the model is loaded, and nothing done"
 GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}  # freed tensors of more bytes go back to the system at once
 
 
@@ -142,9 +143,11 @@ def child(name: str, kind: str, folder: Path) -> None:
             own_memory(model)  # instead of mapped files
             before = anonymous()
             peak.start()
-        compress(model, settings(case)[name], windows)
+        if name != LOADED:
+            compress(model, settings(case)[name], windows)
         compressed = peak.most - before
-        save(model, Path(scratch) / "smaller")
+        if name != LOADED:
+            save(model, Path(scratch) / "smaller")
     peak.ended.set()
     print(compressed, peak.most - before)
 
@@ -161,7 +164,7 @@ def table(
 ) -> tuple[str, dict[str, list[tuple[float, float]]]]:
     """Measure models of so many blocks; the table, and the figures in MiB."""
     case = CASES[kind]
-    names = [name for name in settings(case) if not only or name.startswith(tuple(only))]
+    names = [name for name in (LOADED, *settings(case)) if not only or name.startswith(tuple(only))]
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder:
         for depth in depths:
