@@ -45,7 +45,6 @@ coverage: install
 	$(PYTEST) --cov --cov-report=
 	$(PYTEST) -m slow --cov --cov-append
 
-
 # vLLM pins its own PyTorch, so it gets an environment of its own; tests that need it are skipped where there is none.
 # torchvision, torchaudio and torchcodec come with it, built for another PyTorch, and stop it from starting.
 VLLM := .venv-vllm

@@ -21,19 +21,8 @@ def held_out(home):
 
 @pytest.fixture
 def arguments(model_folder, text_file, held_out, tmp_path):
-    places = ("sweep", model_folder, "--output", str(tmp_path / "swept"))
-    return (
-        *places,
-        "--methods",
-        METHODS,
-        "--calibration",
-        text_file,
-        "--texts",
-        held_out,
-        "--limit",
-        "4",
-        "--no-speed",
-    )
+    places = ("sweep", model_folder, "--output", str(tmp_path / "swept"), "--methods", METHODS)
+    return (*places, "--calibration", text_file, "--texts", held_out, "--limit", "4", "--no-speed")
 
 
 def rows(folder):

@@ -175,12 +175,12 @@ def _train(
                     step = (epoch * len(batches) + place) * config.updates
                     mine[layer].learn(rows, step, len(batches) * config.epochs * config.updates)
 
-        rows = kept.of(numbers[place], wanted)
-        if rows is None:
-            watch_rows(model, stack, wanted, batches[numbers[place]], configs[0].outliers, learn)
-        else:
+        number = numbers[place]
+        if kept.has(number, wanted):
             for layer in wanted:
-                learn(layer, rows.pop(layer))
+                learn(layer, kept.of(number, layer))
+        else:
+            watch_rows(model, stack, wanted, batches[number], configs[0].outliers, learn)
         progress.batch_done(done + 1)
 
 

@@ -27,7 +27,11 @@ class KeptRows:
             self._room -= rows.nbytes
             self._rows[number, layer] = self._aside.put(rows), rows.device
 
-    def of(self, number: int, layers: Sequence[int]) -> dict[int, Tensor] | None:
-        """A batch's tokens behind each of some blocks, in float32; None where not all of them are there."""
-        found = {layer: self._rows.get((number, layer)) for layer in layers}
-        return None if None in found.values() else {i: kept[0].to(kept[1]).float() for i, kept in found.items() if kept}
+    def has(self, number: int, layers: Sequence[int]) -> bool:
+        """Whether a batch's tokens behind all of some blocks are there."""
+        return all((number, layer) in self._rows for layer in layers)
+
+    def of(self, number: int, layer: int) -> Tensor:
+        """A batch's tokens behind a block, in float32."""
+        rows, device = self._rows[number, layer]
+        return rows.to(device).float()
