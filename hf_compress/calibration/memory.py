@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from hf_compress.numerics.aside import Aside, mapped
+from hf_compress.numerics.aside import Aside, Spare, mapped
 
 _GIB = 2**30
 _COPIES = 3  # of a stream, at most: two that are kept, and the one that the model's forward began with
@@ -34,6 +34,10 @@ class WorkingMemory:
     def aside(self) -> Aside:
         """For what is kept a while and is as much as weights: it lies where streams do."""
         return Aside(self.folder)
+
+    def spare(self) -> Spare:
+        """For what only spares time: as much as streams may take."""
+        return Spare(self.streams, self.folder)
 
     def keep(self, number: int, stream: Tensor) -> Tensor:
         """The same tensor, which lies in a file where streams like it of the batches up to `number` take too much.

@@ -122,10 +122,14 @@ class BlockRunner:
 
     def start(self) -> Tensor:
         """The stream before the first block, (samples, positions, width)."""
+        again = len(self._calls) == len(self.stack)
         self._waiting = greenlet(partial(forward, self.model, self.batch))
         self._waiting.gr_context = copy_context()
         self._reached = -1
-        return self._next()
+        stream = self._next()
+        if again:  # nothing is to be learnt from the rest of it
+            self.stop()
+        return stream
 
     def run(self, index: int, stream: Tensor) -> Tensor:
         """What block `index` makes of `stream`."""

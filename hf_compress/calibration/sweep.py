@@ -96,16 +96,19 @@ class Sweep:
 
         With marks, it is from where they are, when this is done again.
         """
-        marks = self.marks or Marks()
-        kept = [marks.at_start(place) for place in range(len(self.runners))]
-        begun = (runner.start() if one is None else one for runner, one in zip(self.runners, kept, strict=True))
-        self._streams = [self.memory.keep(place, stream) for place, stream in enumerate(begun)]
-        for index in turns(self.stack, range(marks.start, len(self.stack) if end is None else end), description):
+        self._streams = [self.memory.keep(place, self._first(place)) for place in range(len(self.runners))]
+        start, end = 0 if self.marks is None else self.marks.start, len(self.stack) if end is None else end
+        for index in turns(self.stack, range(start, end), description):
             self._next = index
             yield index
             if self._next == index:
                 for _ in self.past(index):
                     pass
+
+    def _first(self, place: int) -> Tensor:
+        """The stream of a batch before the block that comes first."""
+        marked = None if self.marks is None else self.marks.at_start(place)
+        return self.runners[place].start() if marked is None else marked
 
     def past(
         self, index: int, watching: Callable[[Batch], AbstractContextManager[None]] | None = None

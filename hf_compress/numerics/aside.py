@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -91,3 +92,32 @@ class Aside:
             self._size = min(2 * self._size, _MOST)
         made, self._room = self._room[:size], self._room[taken:]
         return made.view(dtype).view(shape)
+
+
+class Spare:
+    """Files for what only spares time: where there is no room for it, the work does without.
+
+    Args:
+        budget: bytes that they may take in all, and no more than half of what the folder has left.
+        folder: as of `mapped`.
+    """
+
+    def __init__(self, budget: int, folder: Path | None = None) -> None:
+        self._aside = Aside(folder)
+        self._left = min(budget, shutil.disk_usage(folder or tempfile.gettempdir()).free // 2)
+
+    def put(self, tensor: Tensor) -> Tensor | None:
+        """The same tensor, on the CPU, in a file; None without room."""
+        if tensor.nbytes > self._left:
+            return None
+        try:
+            kept = self._aside.put(tensor)
+        except WorkdirError:  # somebody else has taken it
+            self._left = 0
+            return None
+        self._left -= tensor.nbytes
+        return kept
+
+    def drop(self, tensor: Tensor) -> None:
+        """One that was put here is not wanted any longer, and makes room."""
+        self._left += tensor.nbytes

@@ -11,6 +11,7 @@ import hf_compress.calibration.statistics as module
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.data import Calibration, DataOptions, prepare
+from hf_compress.calibration.memory import WorkingMemory, working_within
 from hf_compress.calibration.statistics import Earlier, block_statistics, pool
 from hf_compress.errors import CalibrationError
 from hf_compress.rewrite.blocks import remove_blocks
@@ -231,3 +232,23 @@ def test_a_pass_after_a_merge_of_blocks_that_add_to_their_stream_in_place():
             earlier.merged(merged)
             again = block_statistics(model, stack, calibration, earlier=earlier)
             assert alike(again, block_statistics(model, stack, calibration))
+
+
+@pytest.mark.parametrize(
+    ("streams", "start"), [(6, 3), (4, 2), (3, 1), (2, 0), (1, 0)], ids=["all", "to 2", "to 1", "the first", "none"]
+)
+def test_a_pass_after_a_merge_begins_as_late_as_there_was_room_for(streams, start):
+    """A depth is kept whole, or not at all; and without room for the first stream it comes from the model again."""
+    model, data = llama(6), torch.arange(3, 39).view(4, 9)
+    stack, calibration = Anatomy(model).stack(), prepare(data, model, None, DataOptions(batch_size=2))
+    one = 2 * 9 * model.config.hidden_size * 4
+    with Undo() as undo, working_within(WorkingMemory(streams=2 * streams * one - 1)):
+        earlier = Earlier()
+        block_statistics(model, stack, calibration, earlier=earlier)
+        for merged, begin in ((3, start), (1, min(1, start))):
+            remove_blocks(model, stack, [merged + 1], undo)
+            earlier.merged(merged)
+            found, ran = blocks_run(stack, lambda: block_statistics(model, stack, calibration, earlier=earlier))
+            assert ran == set(range(begin, len(stack)))
+            assert alike(found, block_statistics(model, stack, calibration))
+    assert all(runner._waiting is None for runner in earlier.sweep.runners), "no forward waits for ever"

@@ -2,12 +2,13 @@
 
 import gc
 import os
+import shutil
 
 import pytest
 import torch
 
 from hf_compress.errors import WorkdirError
-from hf_compress.numerics.aside import Aside, mapped
+from hf_compress.numerics.aside import Aside, Spare, mapped
 from tests.helpers.disk import mapped_bytes
 
 linux = pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="tells what is mapped on Linux alone")
@@ -33,3 +34,28 @@ def test_no_room_is_told_of_before_anything_is_written(tmp_path):
     with pytest.raises(WorkdirError, match=r"has no room for 1,\d+,.* bytes .*make some, or give another folder"):
         mapped(2**60, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_only_spares_time_does_without_room(tmp_path, monkeypatch):
+    """Beyond its budget, beyond half of what the folder has left, and where somebody else has taken the rest."""
+    tensor = torch.arange(100, dtype=torch.float64)
+    budgeted = Spare(1000, tmp_path)
+    assert torch.equal(budgeted.put(tensor), tensor)
+    assert budgeted.put(tensor) is None
+    budgeted.drop(tensor)
+    assert torch.equal(budgeted.put(tensor), tensor)
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1599))
+        assert Spare(2**40, tmp_path).put(tensor) is None
+        patched.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1600))
+        assert Spare(2**40, tmp_path).put(tensor) is not None
+
+    def full(size, folder):
+        raise WorkdirError("no room")
+
+    taken = Spare(2**40, tmp_path)
+    monkeypatch.setattr("hf_compress.numerics.aside.mapped", full)
+    assert taken.put(tensor) is None
+    monkeypatch.undo()
+    assert taken.put(tensor) is None, "it is not tried again, batch by batch"

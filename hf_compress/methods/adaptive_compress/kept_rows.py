@@ -13,19 +13,18 @@ from hf_compress.calibration.memory import working_memory
 class KeptRows:
     """Tokens (tokens, hidden) by the batch's number and the block.
 
-    They are in files, and no more in all than streams may take in memory.
+    They are in files, as far as there is room.
     """
 
     def __init__(self) -> None:
-        memory = working_memory()
-        self._aside, self._room = memory.aside(), memory.streams
+        self._spare = working_memory().spare()
         self._rows: dict[tuple[int, int], tuple[Tensor, torch.device]] = {}
 
     def put(self, number: int, layer: int, rows: Tensor) -> None:
         """Keep some, if there is room."""
-        if rows.nbytes <= self._room:
-            self._room -= rows.nbytes
-            self._rows[number, layer] = self._aside.put(rows), rows.device
+        kept = self._spare.put(rows)
+        if kept is not None:
+            self._rows[number, layer] = kept, rows.device
 
     def has(self, number: int, layers: Sequence[int]) -> bool:
         """Whether a batch's tokens behind all of some blocks are there."""
