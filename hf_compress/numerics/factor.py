@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_compress.numerics.symmetric import turn_round
+
 DAMPING = 0.01  # of the mean diagonal, as in GPTQ and SparseGPT
 
 
@@ -81,10 +83,12 @@ class Factor:
 
 
 def _upper(gram: Tensor, silent: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
-    """R, and whether it can be right."""
-    turned = damped(gram, dtype).flip(0, 1)
-    turned.diagonal().add_(silent.flip(0).to(dtype))
-    lower, broken = torch.linalg.cholesky_ex(turned)
-    del turned
+    """R, and whether it can be right. Made in the memory of one matrix."""
+    system = damped(gram, dtype)
+    turn_round(system)
+    system.diagonal().add_(silent.flip(0).to(dtype))
+    columns, info = system.mT, torch.empty((), dtype=torch.int32, device=system.device)  # as LAPACK wants it: no copy
+    lower, broken = torch.linalg.cholesky_ex(columns, out=(columns, info))
     least = float(lower.diagonal().square().min())
-    return lower.flip(0, 1), not int(broken) and least >= DAMPING / 2
+    turn_round(system)
+    return lower, not int(broken) and least >= DAMPING / 2

@@ -8,6 +8,7 @@ from torch import Tensor
 
 _COLUMNS = 512  # of a block: enough for full speed, and few enough that nearly half of the products are spared
 _UNITS = 8
+_ENTRIES = 2**20  # of a matrix that is turned round, at a time
 
 
 def add_products(total: Tensor, left: Tensor, right: Tensor, times: float = 1.0) -> None:
@@ -34,6 +35,17 @@ def mirror(total: Tensor) -> None:
         own = total[start:stop, start:stop]
         own.copy_(own.triu() + own.triu(1).T)
         total[start:stop, :start] = total[:start, start:stop].T
+
+
+def turn_round(matrix: Tensor) -> None:
+    """Have the rows and the columns of a contiguous matrix in the opposite order, in its own memory."""
+    entries = matrix.view(-1)
+    for start in range(0, len(entries) // 2, _ENTRIES):
+        stop = min(start + _ENTRIES, len(entries) // 2)
+        first, last = entries[start:stop], entries[len(entries) - stop : len(entries) - start]
+        kept = first.flip(0)
+        first.copy_(last.flip(0))
+        last.copy_(kept)
 
 
 def cholesky(matrix: Tensor) -> Tensor | None:

@@ -12,6 +12,7 @@ import torch
 from hf_compress.numerics import factor
 from hf_compress.numerics.factor import Factor, _upper
 from hf_compress.numerics.rounding import Grids, compensated
+from tests.helpers.allocated import most_allocated
 
 BFLOATS = [struct.unpack("<f", struct.pack("<I", upper << 16))[0] for upper in range(0x7F80)]  # 0 and up, finite
 KINDS = [(bits, symmetric) for symmetric in (True, False) for bits in range(2 if symmetric else 1, 17)]
@@ -401,3 +402,10 @@ def test_a_factor_stands_for_its_gram(group_size):
 def test_unexplained_needs_numbers():
     with pytest.raises(ValueError, match="gram matrix holds NaN or infinity"):
         unexplained(torch.full((3, 3), float("nan")))
+
+
+def test_a_factor_is_made_in_the_memory_of_one_matrix() -> None:
+    """Beside it: a part of it that is turned round, and single columns."""
+    rows = normal(3000, 2048)
+    gram = rows.T @ rows
+    assert most_allocated(lambda: Factor.of(gram)) < 1.7 * gram.nbytes

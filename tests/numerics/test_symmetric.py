@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from hf_compress.numerics import symmetric
-from hf_compress.numerics.symmetric import add_products, cholesky, inverse, mirror, regular_cholesky, solve
+from hf_compress.numerics.symmetric import add_products, cholesky, inverse, mirror, regular_cholesky, solve, turn_round
 
 DTYPES = (torch.float32, torch.float64)
 
@@ -117,3 +117,11 @@ def test_refuses_what_is_not_finite() -> None:
     for value in (torch.nan, torch.inf):
         with pytest.raises(ValueError, match="has NaN or infinite entries"):
             regular_cholesky(torch.full((3, 3), value).clone)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 5), (4, 7), (1500, 1500)])
+def test_a_matrix_is_turned_round_in_its_own_memory(shape: tuple[int, int]) -> None:
+    matrix = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    expected = matrix.flip(0, 1)
+    turn_round(matrix)
+    assert torch.equal(matrix, expected)
