@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -64,6 +65,23 @@ def solve_ridge(gram: Tensor, cross: Tensor, penalty: float, prior: Tensor | Non
     return start + _solver(system, gram.dtype)(cross - gram @ start)
 
 
+class Regression(Protocol):
+    """What can be added to the sums of a regression of y [T, q] on x [T, p]; see `LeastSquares`."""
+
+    inputs: int
+    outputs: int
+
+    @property
+    def count(self) -> float: ...
+    @property
+    def x_sum(self) -> Tensor: ...
+    @property
+    def y_sum(self) -> Tensor: ...
+    def energy_about(self, point: Tensor) -> float: ...
+    def cross_about(self, x_point: Tensor, y_point: Tensor) -> Tensor: ...
+    def gram_about(self, point: Tensor, onto: Tensor) -> Tensor: ...
+
+
 class LeastSquares(Moments):
     """Streaming statistics of a regression of y [T, q] on x [T, p]; memory does not grow with the rows.
 
@@ -96,19 +114,7 @@ class LeastSquares(Moments):
         Raises:
             ValueError: other shapes, NaN or infinite entries. Nothing has been added then.
         """
-        if x.ndim != 2 or y.ndim != 2 or (x.shape[1], y.shape[1]) != (self.inputs, self.outputs) or len(x) != len(y):
-            raise ValueError(
-                f"x has shape {list(x.shape)} and y {list(y.shape)}; expected [T, {self.inputs}] and "
-                f"[T, {self.outputs}]: one row a token, padding removed"
-            )
-        _check_finite(x, "x")
-        _check_finite(y, "y")
-        if weights is not None:
-            if weights.shape != (len(x),) or bool((weights < 0).any()):
-                raise ValueError(
-                    f"weights has shape {list(weights.shape)}; expected a number >= 0 for each of {len(x)} rows"
-                )
-            _check_finite(weights, "weights")
+        check_rows(x, y, weights, self.inputs, self.outputs)
         for part in pieces(len(x)):
             counts = None if weights is None else weights[part]
             weighted, right = self._add(x[part], counts), about(y[part], self.y_origin, self.dtype)
@@ -126,6 +132,11 @@ class LeastSquares(Moments):
 
     def _set_numbers(self, numbers: list[float]) -> None:
         self.count, self._energy = numbers
+
+    @property
+    def nbytes(self) -> int:
+        """Of the sums, but for those of single features."""
+        return self._gram.nbytes + self._cross.nbytes
 
     @property
     def cross(self) -> Tensor:
@@ -171,22 +182,27 @@ class LeastSquares(Moments):
         x_point, y_point = self.mean, self.y_mean
         return self.cross_about(x_point, y_point) if affine else self.cross_about(0 * x_point, 0 * y_point)
 
-    def merge(self, other: "LeastSquares") -> "LeastSquares":
+    def merge(self, other: "Regression") -> "LeastSquares":
         """The statistics of both sets of rows, like this one's, as a new object. ValueError if shapes differ."""
+        merged = copy.copy(self)
+        merged._gram, merged._cross = self.own_gram().clone(), self._cross.clone()
+        merged.absorb(other)
+        return merged
+
+    def absorb(self, other: "Regression") -> None:
+        """Become the statistics of both sets of rows. ValueError if shapes differ."""
         if (self.inputs, self.outputs) != (other.inputs, other.outputs):
             raise ValueError(
                 f"cannot merge statistics of {self.inputs} -> {self.outputs} features with {other.inputs} -> "
                 f"{other.outputs}; expected the same features on both sides"
             )
-        merged = copy.copy(self)
-        merged._gram = other.gram_about(self.origin, onto=self.own_gram().clone())
-        merged._mirrored = True
-        merged._cross = self._cross + other.cross_about(self.origin, self.y_origin).to(self._cross)
-        merged._x = self._x + (other.x_sum.to(self._x) - other.count * self.origin)
-        merged._y = self._y + (other.y_sum.to(self._y) - other.count * self.y_origin)
-        merged._energy = self._energy + other.energy_about(self.y_origin)
-        merged.count = self.count + other.count
-        return merged
+        more_x = other.x_sum.to(self._x) - other.count * self.origin
+        more_y = other.y_sum.to(self._y) - other.count * self.y_origin
+        self._energy += other.energy_about(self.y_origin)
+        self._cross += other.cross_about(self.origin, self.y_origin).to(self._cross)
+        other.gram_about(self.origin, onto=self.own_gram())
+        self.count += other.count
+        self._x, self._y = self._x + more_x, self._y + more_y
 
     def __add__(self, other: "LeastSquares") -> "LeastSquares":
         return self.merge(other) if isinstance(other, LeastSquares) else NotImplemented
@@ -332,6 +348,23 @@ class Ridge:
         if prior is not None:
             weight += prior.to(weight)
         return weight, y_point - sums.mean @ weight.double() if self.affine else None
+
+
+def check_rows(x: Tensor, y: Tensor, weights: Tensor | None, inputs: int, outputs: int) -> None:
+    """Raise ValueError unless there are as many rows of both, of these widths, all finite, that count 0 or more."""
+    if x.ndim != 2 or y.ndim != 2 or (x.shape[1], y.shape[1]) != (inputs, outputs) or len(x) != len(y):
+        raise ValueError(
+            f"x has shape {list(x.shape)} and y {list(y.shape)}; expected [T, {inputs}] and [T, {outputs}]: "
+            "one row a token, padding removed"
+        )
+    _check_finite(x, "x")
+    _check_finite(y, "y")
+    if weights is not None:
+        if weights.shape != (len(x),) or bool((weights < 0).any()):
+            raise ValueError(
+                f"weights has shape {list(weights.shape)}; expected a number >= 0 for each of {len(x)} rows"
+            )
+        _check_finite(weights, "weights")
 
 
 def _check_penalty(penalty: float) -> None:

@@ -229,13 +229,15 @@ def test_one_penalty_leaves_no_choice() -> None:
     assert fit.penalty == 0.5
 
 
-def test_sums_are_left_alone() -> None:
-    fitted, held = statistics(*data()), statistics(*data(seed=1))
-    before = copy_of(fitted), copy_of(held)
-    assert HeldOutSums(fitted, held).fit(penalties=[0.5]).penalty == 0.5
-    HeldOutSums(fitted, held).fit(penalties=PENALTIES)
-    assert_same(fitted, before[0])
-    assert_same(held, before[1])
+def test_sums_are_used_up() -> None:
+    """What was fitted has all rows then, in its own memory, however many penalties were tried; those held out stay."""
+    for penalties in ([0.5], PENALTIES):
+        fitted, held = statistics(*data()), statistics(*data(seed=1))
+        everything, before, memory = fitted.merge(held), copy_of(held), fitted.own_gram().data_ptr()
+        HeldOutSums(fitted, held).fit(penalties=penalties)
+        assert_same(fitted, everything)
+        assert_same(held, before)
+        assert fitted.own_gram().data_ptr() == memory
 
 
 def test_a_target_of_zeros_is_met():

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from hf_compress.calibration.processes import from_one, gathered, here, spread, summed
+from hf_compress.calibration.processes import from_one, gathered, here, spread, summed, told
 from hf_compress.numerics.elimination import Alone
-from hf_compress.numerics.ridge import LeastSquares, Ridge, Solver
+from hf_compress.numerics.regression_rows import RegressionRows
+from hf_compress.numerics.ridge import LeastSquares, Ridge
 from hf_compress.numerics.symmetric import inverse_columns, lower_columns, put_columns
 
 _T = TypeVar("_T")
@@ -56,11 +58,12 @@ class HeldOutSums:
     """Sums of the regression of y (tokens, outputs) on x (tokens, inputs).
 
     Attributes:
-        fitted, held: over most batches, and over those held out.
+        fitted: over most batches.
+        held: over those held out. They are fewer, and kept as rows for as long as these take less memory.
     """
 
     fitted: LeastSquares
-    held: LeastSquares
+    held: LeastSquares | RegressionRows
 
     @staticmethod
     def empty(
@@ -71,8 +74,8 @@ class HeldOutSums:
         origin: tuple[Tensor, Tensor] | None = None,
     ) -> HeldOutSums:
         """Before the first batch; see `LeastSquares`."""
-        fitted, held = (LeastSquares(inputs, outputs, device, dtype, origin) for _ in range(2))
-        return HeldOutSums(fitted, held)
+        fitted = LeastSquares(inputs, outputs, device, dtype, origin)
+        return HeldOutSums(fitted, RegressionRows.like(fitted))
 
     @staticmethod
     def like(x: Tensor, y: Tensor, affine: bool) -> HeldOutSums:
@@ -106,9 +109,17 @@ class HeldOutSums:
 
     def reduce(self) -> None:
         """Make these the sums over the batches of all processes."""
-        if here()[1] > 1:
-            self.fitted.reduce(summed)
+        rank, world = here()
+        if world == 1:
+            return
+        self.fitted.reduce(summed)
+        rows = self.held.nbytes if isinstance(self.held, RegressionRows) else self.fitted.nbytes
+        if isinstance(self.held, RegressionRows):
+            self._sum_up_rows(int(sum(told(rows))))
+        if isinstance(self.held, LeastSquares):
             self.held.reduce(summed)
+        else:
+            self.held.parts = list(chain.from_iterable(gathered({rank: self.held.parts})))
 
     def of_outputs(self, outputs: slice) -> HeldOutSums:
         """The sums for some of y."""
@@ -116,7 +127,7 @@ class HeldOutSums:
 
     @property
     def all(self) -> LeastSquares:
-        """The sums over all batches."""
+        """The sums over all batches, as new ones."""
         return self.fitted.merge(self.held)
 
     @property
@@ -145,6 +156,13 @@ class HeldOutSums:
     def update(self, x: Tensor, y: Tensor, weights: Tensor | None = None, *, held: bool) -> None:
         """Add the rows of a batch; `weights` (tokens) count a row as so many."""
         (self.held if held else self.fitted).update(x, y, weights)
+        if isinstance(self.held, RegressionRows):
+            self._sum_up_rows(self.held.nbytes)
+
+    def _sum_up_rows(self, size: int) -> None:
+        """Keep sums in the place of rows held out, where those take so many bytes and sums take less."""
+        if isinstance(self.held, RegressionRows) and size > self.fitted.nbytes:
+            self.held = self.held.summed()
 
     def fit(
         self,
@@ -158,6 +176,8 @@ class HeldOutSums:
         Where inputs are many, penalties are tried from the middle outwards for as long as they do better (`downhill`):
         each costs a factorisation, and the error has one minimum but for noise. Where outputs are many, the error to
         choose by is that of a few random mixtures of them, an unbiased estimate. The one reported is that of them all.
+
+        The sums are used up: those of the rows held out are added to the others in their memory.
 
         Where either has no rows, the penalty is a cautious one, and the error that of the fit on its own rows.
 
@@ -173,15 +193,18 @@ class HeldOutSums:
         penalties = PENALTIES if penalties is None else penalties
         if not penalties:
             raise ValueError("penalties is empty; expected at least one, e.g. 1e-3")
-        everything = self.all if self.fitted.count == 0 or self.held.count == 0 else None
-        judged = self if everything is None else HeldOutSums(everything, everything)
+        alone = self.fitted.count == 0 or self.held.count == 0
+        if alone:
+            self.fitted.absorb(self.held)
+        judged = HeldOutSums(self.fitted, self.fitted) if alone else self
         search = _Search(judged, prior, affine, parts)
-        penalty = search.lowest(penalties if everything is None else CAUTIOUS)
+        penalty = search.lowest(CAUTIOUS if alone else penalties)
 
         def solution() -> tuple[Tensor, Tensor | None]:
-            sums = everything or self.all
-            ridge = Ridge(sums, affine, parts)
-            return ridge.solution(ridge.solver(penalty), sums, prior)
+            if not alone:
+                self.fitted.absorb(self.held)
+            ridge = Ridge(self.fitted, affine, parts)
+            return ridge.solution(ridge.solver(penalty), self.fitted, prior)
 
         error, (weight, bias) = search.judged(penalty, solution)
         return RidgeFit(weight, bias, penalty, error)
@@ -199,7 +222,6 @@ class _Search:
             self.start = None if prior is None else prior.to(mix) @ mix
         self._errors: dict[float, float] = {}
         self._owners: dict[float, int] = {}
-        self._best: tuple[float, float, Solver] | None = None  # of those that this process has tried
 
     def lowest(self, penalties: Sequence[float]) -> float:
         """The penalty that does best on the rows held out."""
@@ -214,7 +236,6 @@ class _Search:
         judge = self._owners[penalty]
         solver = (judge + 1) % world
         error = self._error(penalty) if rank == judge else 0.0
-        self._best = None  # its factor is large
         found = solution() if rank == solver else None
         return from_one(lambda: error, judge), from_one(lambda: found, solver)  # type: ignore[return-value]
 
@@ -232,18 +253,13 @@ class _Search:
         return self._errors[penalty], None
 
     def _tried(self, penalty: float) -> float:
-        solver = self.ridge.solver(penalty)
-        error = self.held.excess(*self.ridge.solution(solver, self.fitted, self.start))
-        if self._best is None or error < self._best[1]:
-            self._best = penalty, error, solver
-        return error
+        return self.held.excess(*self.ridge.solution(self.ridge.solver(penalty), self.fitted, self.start))
 
     def _error(self, penalty: float) -> float:
+        """As a share of the mean ||y||^2 of the rows held out. A factor kept till now would be as large as the sums."""
         held = self.sums.held
-        kept = self._best is not None and self._best[0] == penalty
-        solver = self._best[2] if kept and self._best is not None else self.ridge.solver(penalty)
         scale = held.energy / held.count
-        error = held.error(*self.ridge.solution(solver, self.sums.fitted, self.prior))
+        error = held.error(*self.ridge.solution(self.ridge.solver(penalty), self.sums.fitted, self.prior))
         return error / scale if scale else 0.0
 
 
