@@ -5,8 +5,14 @@ from contextlib import suppress
 import pytest
 import torch
 
+from hf_compress.numerics import halves
 from hf_compress.numerics.halves import CPU_PRODUCTS, bfloat16_factors
 from hf_compress.numerics.moments import Moments
+
+
+@pytest.fixture(autouse=True)
+def _fast(monkeypatch):
+    monkeypatch.setattr(halves, "multiplies_bfloat16", lambda: True)
 
 
 def rows(dtype, features=600, count=900):
@@ -73,3 +79,25 @@ def test_what_was_set_above_still_goes_down(switch):
         assert CPU_PRODUCTS.fp32_precision == "tf32"
     finally:
         switch.fp32_precision = "none"
+
+
+def test_a_processor_that_is_no_faster_so_takes_float32(monkeypatch):
+    monkeypatch.setattr(halves, "multiplies_bfloat16", lambda: False)
+    before = CPU_PRODUCTS.fp32_precision
+    with bfloat16_factors():
+        assert CPU_PRODUCTS.fp32_precision == before
+
+
+@pytest.mark.parametrize(
+    ("told", "fast"),
+    [
+        ({"amx_bf16": True, "avx512_bf16": True}, True),
+        ({"avx512_bf16": True, "amx_bf16": False}, False),
+        ({"bf16": True}, True),  # ARM
+        ({"avx2": True}, False),
+    ],
+)
+def test_what_a_processor_says_of_itself(monkeypatch, told, fast):
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: told, raising=False)
+    assert halves.multiplies_bfloat16.__wrapped__() == fast
