@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-# What processors call it, of x86 and of ARM. AVX-512 has products of bfloat16 too, but on an Intel Xeon with AMX switched
-# off they took 1.6 times as long as those of float32.
+# What processors call it, of x86 and of ARM. AVX-512 has products of bfloat16 too, but on an Intel Xeon without AMX
+# they took 1.6 times as long as those of float32.
 _FAST = ("amx_bf16", "bf16")
 CPU_PRODUCTS: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # its `fp32_precision` says of what
 

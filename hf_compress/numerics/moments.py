@@ -14,6 +14,7 @@ SumUp = Callable[[Iterable[Tensor]], None]
 """Puts the sums over several processes of some tensors, of which all have as many, in their places."""
 
 _ROWS = 2048  # at a time: what they are converted to is small next to the sums of a wide layer
+_SUMMED = 128  # of those, in float64
 
 
 class Moments:
@@ -60,7 +61,7 @@ class Moments:
         rows = about(rows, self.origin, self.dtype)
         weighted = rows if weights is None else rows * weights.to(rows)[:, None]
         self.count += len(rows) if weights is None else float(weights.double().sum())
-        self._x += weighted.sum(dim=0, dtype=torch.float64)
+        self._x += column_sums(weighted)
         with bfloat16_factors(halves and not bool(self.origin.any())):
             add_products(self._gram, weighted, rows)
         self._mirrored = False
@@ -160,6 +161,12 @@ class Moments:
 def pieces(count: int) -> list[slice]:
     """So many rows, a few at a time."""
     return [slice(start, start + _ROWS) for start in range(0, count, _ROWS)]
+
+
+def column_sums(rows: Tensor) -> Tensor:
+    """Of rows [T, n], [n] float64. torch makes a copy in float64 of what it sums up so."""
+    parts = (part.sum(dim=0, dtype=torch.float64) for part in rows.split(_SUMMED))
+    return sum(parts, rows.new_zeros(rows.shape[1], dtype=torch.float64))
 
 
 def about(rows: Tensor, origin: Tensor, dtype: torch.dtype) -> Tensor:

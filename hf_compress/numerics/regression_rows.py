@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .halves import bfloat16_factors
-from .moments import about, pieces
+from .moments import about, column_sums, pieces
 from .ridge import LeastSquares, check_rows
 from .symmetric import add_products, mirror
 
@@ -118,8 +118,10 @@ class RegressionRows:
         if not self.parts:
             raise ValueError("no rows were seen; expected at least one: call update(x, y) with calibration activations")
         weight = weight.to(self.origin.device, self.dtype)
-        offset = self.origin @ weight.double() - self.y_origin
-        offset = (offset if bias is None else offset + bias.to(offset)).to(self.dtype)
+        offset = -self.y_origin if bias is None else bias.to(self.y_origin) - self.y_origin
+        if bool(self.origin.any()):
+            offset = offset + self.origin @ weight.double()
+        offset = offset.to(self.dtype)
         total = 0.0
         for part in self._pieces():
             left = about(part.y, self.y_origin, self.dtype) - offset
@@ -171,13 +173,13 @@ class RegressionRows:
     def _sum(self, size: int, of: Callable[[RowPart], Tensor]) -> Tensor:
         total = torch.zeros(size, dtype=torch.float64, device=self.origin.device)
         for part in self._pieces():
-            rows = of(part).double()
-            total += rows.sum(dim=0) if part.weights is None else part.weights @ rows
+            rows = of(part) if part.weights is None else of(part).to(self.dtype) * part.weights.to(self.dtype)[:, None]
+            total += column_sums(rows)
         return total
 
 
 def _weighed(rows: Tensor, weights: Tensor | None) -> float:
     """Sum of the squares of rows [T, q], each as often as it counts."""
     if weights is None:
-        return float(rows.square().sum(dtype=torch.float64))
-    return float(rows.square().sum(dim=1, dtype=torch.float64) @ weights)
+        return float(rows.square().sum(dim=1).sum(dtype=torch.float64))
+    return float(rows.square().sum(dim=1).double() @ weights)

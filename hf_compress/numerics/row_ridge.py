@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from hf_compress.numerics.halves import bfloat16_factors
-from hf_compress.numerics.symmetric import add_products, mirror
+from hf_compress.numerics.symmetric import add_products, mirror, solve
 
+_FEATURES = 1024  # brought to float32 at a time
 _ROUNDING = 0.01  # of the penalty, what rounding in float32 may be as much as
 
 
@@ -42,14 +43,15 @@ def solve_rows(x: Tensor, y: Tensor, penalty: float, parts: Sequence[int]) -> Te
     )
     y = y.float()
     if rows < features:
-        return x.float().T @ solve_dual(inner_products(x, parts, scales), y, penalty) / squares[:, None]
+        dual = solve_dual(inner_products(x, parts, scales), y, penalty)
+        return torch.cat([part.float().T @ dual for part in x.split(_FEATURES, 1)]).div_(squares[:, None])
     system = x.new_zeros(features, features, dtype=torch.float32)
     _add_gram(system, x)
     mirror(system)
     roots = squares.sqrt()
     system.div_(roots).div_(roots[:, None]).diagonal().add_(penalty * rows)
-    right = x.float().T @ y / roots[:, None]
-    return torch.cholesky_solve(right, torch.linalg.cholesky(system)) / roots[:, None]
+    right = torch.cat([part.float().T @ y for part in x.split(_FEATURES, 1)]).div_(roots[:, None])
+    return solve(_factor(system), right).div_(roots[:, None])
 
 
 def scales_of(x: Tensor, parts: Sequence[int]) -> list[float]:
@@ -85,11 +87,18 @@ def solve_dual(inner: Tensor, y: Tensor, penalty: float) -> Tensor:
     rounding = torch.finfo(torch.float32).eps * float(inner.diagonal().sum())
     system = inner.to(torch.float32 if rounding <= _ROUNDING * ridge else torch.float64, copy=True)
     system.diagonal().add_(ridge)
-    return torch.cholesky_solve(y.to(system), torch.linalg.cholesky(system)).float()
+    return solve(_factor(system), y.to(system)).float()
+
+
+def _factor(system: Tensor) -> Tensor:
+    """The lower Cholesky factor of a definite matrix, in its memory."""
+    columns = system.mT  # as LAPACK wants it: no copy is made
+    return torch.linalg.cholesky(columns, out=columns)
 
 
 def _add_gram(total: Tensor, x: Tensor, times: float = 1.0) -> None:
-    """Add the upper triangle of Xᵀ X to `total` [p, p] float32, of x [T, p]."""
-    rows = x.float()
+    """Add the upper triangle of Xᵀ X to `total` [p, p] float32, of x [T, p], a few rows at a time."""
     with bfloat16_factors(x.dtype == torch.bfloat16):
-        add_products(total, rows, rows, times)
+        for part in x.split(_FEATURES):
+            rows = part.float()
+            add_products(total, rows, rows, times)

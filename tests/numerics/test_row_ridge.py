@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from hf_compress.numerics.row_ridge import solve_rows
+from tests.helpers.allocated import most_allocated
 
 
 def by_numpy(x, y, penalty, parts):
@@ -40,3 +41,13 @@ def test_features_that_are_all_zero_get_nothing():
     found = solve_rows(x, torch.ones(10, 2), 0.1, (4, 2))
     assert torch.isfinite(found).all()
     assert not found[4:].any()
+
+
+@pytest.mark.parametrize(("rows", "features"), [(1200, 2600), (2600, 1200)])
+def test_a_fit_holds_one_system_beside_what_it_is_given(rows: int, features: int) -> None:
+    """Two for fewer rows than features: their products stay as they are, for another penalty."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(rows, features, generator=generator).bfloat16(), torch.randn(rows, 32, generator=generator)
+    systems, part = (2 if rows < features else 1) * min(rows, features) ** 2, 1024 * max(rows, features)
+    results = 6 * 32 * max(rows, features)
+    assert most_allocated(lambda: solve_rows(x, y, 0.1, [features])) < 4 * (systems + part + results)

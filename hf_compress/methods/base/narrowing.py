@@ -101,6 +101,7 @@ class Narrowing:
             for count, draft in self._narrowed(index, heads.get(index), widths.get(index), drafts.journal):
                 drafts.add(replace(draft, notes={}))
                 notes.append({"block": index, "width": count, **draft.notes})
+                del draft  # its weights, while the next are solved for
             if self.compensation.iterative:
                 advance(self.pairs, index)
         return notes

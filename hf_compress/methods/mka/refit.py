@@ -24,6 +24,7 @@ from hf_compress.methods.base.context import CalibrationContext, Drafts
 from hf_compress.methods.mka.choice import Chooser
 from hf_compress.methods.mka.config import MKAConfig
 from hf_compress.methods.mka.writers import Writers
+from hf_compress.numerics.aside import give_back
 from hf_compress.plan.edits import Edit, MergeBlocks
 from hf_compress.plan.plan import Plan
 
@@ -84,6 +85,7 @@ def _correct(
     for index, end in bar(list(zip(kept, [*kept[1:], len(stack)], strict=True)), "solving"):
         if settled and index > max(absorbed):
             break
+        give_back()  # what was freed lies between what is still in use, and here memory is at its highest
         with drafts.hold(stack.blocks[index]):
             for passed in range(index, end):
                 with resident(stack.blocks[passed]):

@@ -26,11 +26,11 @@ def test_the_same_as_by_sums(rows, held, dtype):
         for part in range(0, rows, 10):
             one.update(x[part : part + 10], y[part : part + 10], held=False)
         one.update(x_held, y_held, held=True)
+    assert few.energy == pytest.approx(sums.fitted.energy + sums.held.energy, rel=1e-6)
     found, expected = few.fit(PENALTIES), sums.fit(penalties=PENALTIES, parts=(30, 10))
     assert found.penalty == expected.penalty
     assert found.error == pytest.approx(expected.error, rel=1e-3)
     torch.testing.assert_close(found.weight.double(), expected.weight, rtol=1e-3, atol=1e-4)
-    assert few.energy == pytest.approx(sums.fitted.energy + sums.held.energy, rel=1e-6)
 
 
 def test_inputs_that_are_all_zero_get_nothing_and_no_rows_are_refused():
