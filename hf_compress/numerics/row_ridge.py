@@ -56,7 +56,11 @@ def solve_rows(x: Tensor, y: Tensor, penalty: float, parts: Sequence[int]) -> Te
 
 def scales_of(x: Tensor, parts: Sequence[int]) -> list[float]:
     """S: the root mean square of each part of x [T, p]."""
-    return [float(part.float().square().mean().sqrt().clamp(min=1e-6)) for part in x.split([*parts], 1)]
+
+    def mean_square(part: Tensor) -> float:
+        return sum(float(rows.float().square().sum()) for rows in part.split(_FEATURES)) / max(1, part.numel())
+
+    return [max(1e-6, mean_square(part) ** 0.5) for part in x.split([*parts], 1)]
 
 
 def inner_products(x: Tensor, parts: Sequence[int], scales: Sequence[float]) -> Tensor:
