@@ -25,18 +25,22 @@ class Marks:
     start: int = 0
     _spare: Spare = field(default_factory=lambda: working_memory().spare())
     _streams: dict[int, dict[int, Tensor]] = field(default_factory=dict)  # by block, then by batch
-    _given_up: set[int] = field(default_factory=set)  # blocks before which there was no room for all batches
+    _left_out: set[int] = field(default_factory=set)  # blocks before which there was no room for all batches
     _device: torch.device = field(default_factory=lambda: torch.device("cpu"))  # where they came from
 
-    def keep(self, index: int, blocks: int, place: int, before: Tensor) -> None:
-        """Keep the stream of a batch before a block, if it is one of `blocks` to begin at."""
-        known = index in self._given_up or place in self._streams.get(index, {})
+    def keep(self, index: int, blocks: int, place: int, batches: int, before: Tensor) -> None:
+        """Keep the stream of one of some batches before a block, if it is one of `blocks` to begin at.
+
+        Of all batches, the first of them first, or of none.
+        """
+        known = index in self._left_out or place in self._streams.get(index, {})
         if known or index % -(-blocks // _DEPTHS):
             return
-        kept = self._spare.put(before)
+        fits = place > 0 or self._spare.fits(batches * before.nbytes)
+        kept = self._spare.put(before) if fits else None
         if kept is None:
-            self._given_up.add(index)
-            self._drop(index)
+            self._left_out.add(index)
+            self._streams.pop(index, None)
         else:
             self._device = before.device
             self._streams.setdefault(index, {})[place] = kept
@@ -46,14 +50,14 @@ class Marks:
         kept = self._streams.get(self.start, {}).get(place)
         return None if kept is None else kept.to(self._device)
 
-    def changed(self, index: int) -> None:
-        """Block `index` is another now, and so may be those behind it, and how many there are."""
-        everywhere = set.intersection(*map(set, told(list(self._streams))))  # a process may have had less room
-        for depth in [depth for depth in self._streams if depth > index or depth not in everywhere]:
-            self._drop(depth)
-        self._given_up = {depth for depth in self._given_up if depth <= index}
-        self.start = max(self._streams, default=0)
+    def changed(self, index: int, batches: int) -> None:
+        """Block `index` is another now, and so may be those behind it, and how many there are.
 
-    def _drop(self, depth: int) -> None:
-        for stream in self._streams.pop(depth, {}).values():
-            self._spare.drop(stream)
+        Args:
+            batches: of this process.
+        """
+        kept = [set(depths) for depths in told(list(self._streams) if batches else None) if depths is not None]
+        everywhere = set.intersection(*kept)  # a process may have had less room
+        self._streams = {at: streams for at, streams in self._streams.items() if at <= index and at in everywhere}
+        self._left_out = {depth for depth in self._left_out if depth <= index}
+        self.start = max(everywhere & set(range(index + 1)), default=0)

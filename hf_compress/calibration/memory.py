@@ -35,9 +35,9 @@ class WorkingMemory:
         """For what is kept a while and is as much as weights: it lies where streams do."""
         return Aside(self.folder)
 
-    def spare(self) -> Spare:
-        """For what only spares time: as much as streams may take."""
-        return Spare(self.streams, self.folder)
+    def spare(self, budget: int | None = None) -> Spare:
+        """For what only spares time: it lies where streams do."""
+        return Spare(budget, self.folder)
 
     def keep(self, number: int, stream: Tensor) -> Tensor:
         """The same tensor, which lies in a file where streams like it of the batches up to `number` take too much.

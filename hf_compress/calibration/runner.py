@@ -129,6 +129,7 @@ class BlockRunner:
         stream = self._next()
         if again:  # nothing is to be learnt from the rest of it
             self.stop()
+            self._reached = -1
         return stream
 
     def run(self, index: int, stream: Tensor) -> Tensor:
@@ -195,7 +196,9 @@ class BlockRunner:
         return lambda own, args, kwargs: with_stream(self._forms[index], stream)
 
     def come_to(self, index: int) -> None:
-        """Let the forward go on as far as its call of block `index`."""
+        """Let the forward go on as far as its call of block `index`, if it has not been there."""
+        if index in self._calls:
+            return
         if self._waiting is None:
             self.start()
         while self._reached < index:

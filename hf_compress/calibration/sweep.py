@@ -96,7 +96,7 @@ class Sweep:
 
         With marks, it is from where they are, when this is done again.
         """
-        self._streams = [self.memory.keep(place, self._first(place)) for place in range(len(self.runners))]
+        self._streams = [self._first(place) for place in range(len(self.runners))]
         start, end = 0 if self.marks is None else self.marks.start, len(self.stack) if end is None else end
         for index in turns(self.stack, range(start, end), description):
             self._next = index
@@ -108,7 +108,7 @@ class Sweep:
     def _first(self, place: int) -> Tensor:
         """The stream of a batch before the block that comes first."""
         marked = None if self.marks is None else self.marks.at_start(place)
-        return self.runners[place].start() if marked is None else marked
+        return self.memory.keep(place, self.runners[place].start()) if marked is None else marked
 
     def past(
         self, index: int, watching: Callable[[Batch], AbstractContextManager[None]] | None = None
@@ -116,7 +116,7 @@ class Sweep:
         """Take all batches past a block; what it made of each. While it runs, `watching(batch)` is entered."""
         for place, (runner, before) in enumerate(zip(self.runners, self._streams, strict=True)):
             if self.marks is not None:
-                self.marks.keep(index, len(self.stack), place, before)
+                self.marks.keep(index, len(self.stack), place, len(self.runners), before)
             with nullcontext() if watching is None else watching(runner.batch):
                 after = runner.run(index, before)
             yield Passed(self.numbers[place], runner.batch, before, after)
@@ -128,7 +128,7 @@ class Sweep:
         for runner in self.runners:
             runner.lose(index + 1)
         if self.marks is not None:
-            self.marks.changed(index)
+            self.marks.changed(index, len(self.runners))
 
 
 class Streams:

@@ -97,27 +97,33 @@ class Aside:
 class Spare:
     """Files for what only spares time: where there is no room for it, the work does without.
 
+    Room is kept for what the work needs: they take no more than half of what the folder has left at the time.
+
     Args:
-        budget: bytes that they may take in all, and no more than half of what the folder has left.
+        budget: bytes that they may take in all; as many as there is room for when None.
         folder: as of `mapped`.
     """
 
-    def __init__(self, budget: int, folder: Path | None = None) -> None:
-        self._aside = Aside(folder)
-        self._left = min(budget, shutil.disk_usage(folder or tempfile.gettempdir()).free // 2)
+    def __init__(self, budget: int | None = None, folder: Path | None = None) -> None:
+        self._aside, self._folder, self._left = Aside(folder), folder, budget
+
+    def fits(self, size: int) -> bool:
+        """Whether there is room for so many bytes."""
+        if self._left is not None and size > self._left:
+            return False
+        try:
+            return 2 * size <= shutil.disk_usage(self._folder or tempfile.gettempdir()).free
+        except OSError:
+            return False
 
     def put(self, tensor: Tensor) -> Tensor | None:
         """The same tensor, on the CPU, in a file; None without room."""
-        if tensor.nbytes > self._left:
+        if not self.fits(tensor.nbytes):
             return None
         try:
             kept = self._aside.put(tensor)
-        except WorkdirError:  # somebody else has taken it
-            self._left = 0
+        except WorkdirError:  # somebody else has taken it meanwhile
             return None
-        self._left -= tensor.nbytes
+        if self._left is not None:
+            self._left -= tensor.nbytes
         return kept
-
-    def drop(self, tensor: Tensor) -> None:
-        """One that was put here is not wanted any longer, and makes room."""
-        self._left += tensor.nbytes

@@ -11,9 +11,11 @@ import hf_compress.calibration.statistics as module
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.data import Calibration, DataOptions, prepare
-from hf_compress.calibration.memory import WorkingMemory, working_within
+from hf_compress.calibration.marks import Marks
+from hf_compress.calibration.memory import WorkingMemory
 from hf_compress.calibration.statistics import Earlier, block_statistics, pool
 from hf_compress.errors import CalibrationError
+from hf_compress.numerics.aside import Spare
 from hf_compress.rewrite.blocks import remove_blocks
 from tests.helpers.ffns import hooked
 from tests.helpers.language import WORDS
@@ -235,16 +237,25 @@ def test_a_pass_after_a_merge_of_blocks_that_add_to_their_stream_in_place():
 
 
 @pytest.mark.parametrize(
-    ("streams", "start"), [(6, 3), (4, 2), (3, 1), (2, 0), (1, 0)], ids=["all", "to 2", "to 1", "the first", "none"]
+    ("streams", "start"), [(6, 3), (3, 2), (2, 1), (1, 0), (0, 0)], ids=["all", "to 2", "to 1", "the first", "none"]
 )
-def test_a_pass_after_a_merge_begins_as_late_as_there_was_room_for(streams, start):
+@pytest.mark.parametrize("told", [True, False], ids=["seen before", "told half-way"])
+def test_a_pass_after_a_merge_begins_as_late_as_there_was_room_for(streams, start, told, monkeypatch):
     """A depth is kept whole, or not at all; and without room for the first stream it comes from the model again."""
     model, data = llama(6), torch.arange(3, 39).view(4, 9)
     stack, calibration = Anatomy(model).stack(), prepare(data, model, None, DataOptions(batch_size=2))
     one = 2 * 9 * model.config.hidden_size * 4
-    with Undo() as undo, working_within(WorkingMemory(streams=2 * streams * one - 1)):
+    spare, puts = Spare((2 * streams + 1) * one), []
+    monkeypatch.setattr(WorkingMemory, "spare", lambda memory: spare)
+    own = spare.put
+    monkeypatch.setattr(spare, "put", lambda tensor: puts.append(None) or own(tensor))
+    if not told:
+        fits = spare.fits
+        monkeypatch.setattr(spare, "fits", lambda size: size > one or fits(size))
+    with Undo() as undo:
         earlier = Earlier()
         block_statistics(model, stack, calibration, earlier=earlier)
+        assert len(puts) == 2 * streams or not told, "nothing is written in vain"
         for merged, begin in ((3, start), (1, min(1, start))):
             remove_blocks(model, stack, [merged + 1], undo)
             earlier.merged(merged)
@@ -252,3 +263,18 @@ def test_a_pass_after_a_merge_begins_as_late_as_there_was_room_for(streams, star
             assert ran == set(range(begin, len(stack)))
             assert alike(found, block_statistics(model, stack, calibration))
     assert all(runner._waiting is None for runner in earlier.sweep.runners), "no forward waits for ever"
+
+
+def test_marks_are_where_all_processes_have_them(monkeypatch):
+    """One had room for fewer depths; one has no batch at all."""
+    marks, stream = Marks(), torch.zeros(1, 2, 3)
+    for index in range(4):
+        marks.keep(index, 6, 0, 1, stream)
+    monkeypatch.setattr("hf_compress.calibration.marks.told", lambda depths: [depths, [0, 1, 3], None])
+    marks.changed(2, 1)
+    assert marks.start == 1
+    assert marks.at_start(0) is not None
+    idle = Marks()
+    monkeypatch.setattr("hf_compress.calibration.marks.told", lambda depths: [[0, 1, 2, 3], [0, 1, 3], depths])
+    idle.changed(2, 0)
+    assert idle.start == 1

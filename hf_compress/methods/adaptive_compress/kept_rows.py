@@ -13,11 +13,12 @@ from hf_compress.calibration.memory import working_memory
 class KeptRows:
     """Tokens (tokens, hidden) by the batch's number and the block.
 
-    They are in files, as far as there is room.
+    They are in files, as far as there is room, and no more in all than streams may take in memory.
     """
 
     def __init__(self) -> None:
-        self._spare = working_memory().spare()
+        memory = working_memory()
+        self._spare = memory.spare(memory.streams)
         self._rows: dict[tuple[int, int], tuple[Tensor, torch.device]] = {}
 
     def put(self, number: int, layer: int, rows: Tensor) -> None:
