@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -163,6 +163,25 @@ class RegressionRows:
         for part in self.parts:
             sums.update(*part)
         return sums
+
+    def joined(self) -> RowPart | None:
+        """All of them as one part; None without any."""
+        if not self.parts:
+            return None
+        x, y, weights = zip(*self.parts, strict=True)
+        if all(one is None for one in weights):
+            return RowPart(torch.cat(x), torch.cat(y), None)
+        counts = (y_part.new_ones(len(y_part), dtype=torch.float64) for y_part in y)
+        given = [ones if one is None else one for one, ones in zip(weights, counts, strict=True)]
+        return RowPart(torch.cat(x), torch.cat(y), torch.cat(given))
+
+    def replace_by(self, parts: Iterable[RowPart | None]) -> None:
+        """Have these rows instead, brought to where the others were."""
+        device = self.origin.device
+        self.parts = [
+            RowPart(x.to(device), y.to(device), None if weights is None else weights.to(device))
+            for x, y, weights in (part for part in parts if part is not None)
+        ]
 
     def _pieces(self) -> Iterator[RowPart]:
         """The rows, a few at a time."""

@@ -190,7 +190,10 @@ class LeastSquares(Moments):
         return merged
 
     def absorb(self, other: "Regression") -> None:
-        """Become the statistics of both sets of rows. ValueError if shapes differ."""
+        """Become the statistics of both sets of rows, in memory that what `mix` and `of_outputs` gave shares.
+
+        ValueError if shapes differ.
+        """
         if (self.inputs, self.outputs) != (other.inputs, other.outputs):
             raise ValueError(
                 f"cannot merge statistics of {self.inputs} -> {self.outputs} features with {other.inputs} -> "

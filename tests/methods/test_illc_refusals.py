@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hf_compress.errors import CalibrationError, PlanError, UnsupportedModelError
+from hf_compress.methods.base.ridge import RidgeFit
 from hf_compress.methods.base.units import UnitStatistics
 from hf_compress.methods.illc import ILLCConfig
 from hf_compress.numerics.ridge import LeastSquares
@@ -110,10 +111,13 @@ def test_an_example_near_the_samples_of_one_batch_only(near):
 
 def test_statistics_of_held_out_batches_alone():
     """An expert that few tokens come to may get all of them there."""
-    fitted, held = LeastSquares(3, 2), LeastSquares(3, 2)
     x, y = FLOATS[:, :3], FLOATS[:, 3:5]
-    held.update(x, y)
-    fit = UnitStatistics(fitted, held, x).fit(torch.zeros(3, 2), affine=True)
-    other = UnitStatistics(held, fitted, x).fit(torch.zeros(3, 2), affine=True)
+
+    def fitted(held: bool) -> RidgeFit:
+        statistics = UnitStatistics(LeastSquares(3, 2), LeastSquares(3, 2), x)
+        statistics.update(x, y, held=held)
+        return statistics.fit(torch.zeros(3, 2), affine=True)
+
+    fit, other = fitted(True), fitted(False)
     torch.testing.assert_close(fit.weight, other.weight)
     assert fit.penalty == other.penalty

@@ -1,12 +1,17 @@
 """Rows of a regression say what their sums do, in the memory of the rows."""
 
+from itertools import chain
+
 import pytest
 import torch
 
+from hf_compress.methods.base import ridge
 from hf_compress.methods.base.ridge import HeldOutSums, is_held_out
+from hf_compress.numerics import moments
 from hf_compress.numerics.regression_rows import RegressionRows
 from hf_compress.numerics.ridge import LeastSquares
 from tests.helpers.allocated import most_allocated
+from tests.helpers.threads import Exchanges
 
 INPUTS, OUTPUTS = 12, 5
 
@@ -31,6 +36,14 @@ def both(dtype: torch.dtype, origin: bool, weighted: bool) -> tuple[RegressionRo
     return rows, sums
 
 
+@pytest.fixture(params=[False, True], ids=["at once", "a few rows at a time"])
+def _rows_at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param:
+        monkeypatch.setattr(moments, "_ROWS", 7)
+        monkeypatch.setattr(moments, "_SUMMED", 3)
+
+
+@pytest.mark.usefixtures("_rows_at_once")
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("origin", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
@@ -116,6 +129,40 @@ def test_a_fit_by_rows_is_that_by_sums(count: int, affine: bool, weighted: bool)
     assert (found.bias is None) == (expected.bias is None) == (not affine)
     if found.bias is not None:
         torch.testing.assert_close(found.bias, expected.bias, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(
+    ("held", "rows"), [((1, 1, 1), True), ((9, 1, 1), False), ((0, 0, 0), True), ((4, 5, 0), False), ((0, 3, 0), True)]
+)
+def test_processes_agree_whether_they_keep_rows(
+    held: tuple[int, ...], rows: bool, weighted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One alone may have all that are held out, and has sums of them by then; or all have a few, too many together."""
+
+    def fill(sums: HeldOutSums, rank: int) -> None:
+        x, y, weights = rows_of(40, seed=rank)
+        sums.update(x, y, held=False)
+        for start in range(held[rank]):
+            part = slice(start, start + 4)
+            sums.update(x[part], y[part], weights[part] if weighted else None, held=True)
+
+    def process(rank: int) -> list[HeldOutSums]:
+        pair = [HeldOutSums.empty(INPUTS, OUTPUTS, dtype=torch.float32) for _ in range(2)]
+        for one in pair:
+            fill(one, rank)
+        HeldOutSums.reduce_all(pair)
+        return pair
+
+    whole = HeldOutSums.empty(INPUTS, OUTPUTS, dtype=torch.float64)
+    for rank in range(len(held)):
+        fill(whole, rank)
+    for one in chain.from_iterable(Exchanges(len(held), ridge, monkeypatch).run(process)):
+        assert isinstance(one.held, RegressionRows if rows else LeastSquares)
+        for found, expected in ((one.fitted, whole.fitted), (one.held, whole.held)):
+            assert found.count == pytest.approx(expected.count)
+            assert found.energy == pytest.approx(expected.energy, rel=1e-5)
+        torch.testing.assert_close(one.all.gram.double(), whole.all.gram, rtol=1e-4, atol=1e-2)
 
 
 def test_a_wide_fit_holds_the_sums_and_one_factor() -> None:

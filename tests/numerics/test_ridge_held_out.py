@@ -148,9 +148,9 @@ def test_the_choice_depends_on_the_rows():
 
 def test_the_rows_that_choose_are_not_those_that_are_fitted():
     """On its own rows the smallest penalty is always the best."""
-    few = statistics(*data(6))
-    assert HeldOutSums(few, few).fit(penalties=PENALTIES).penalty == PENALTIES[0]
-    assert HeldOutSums(few, statistics(*data(400, seed=1))).fit(penalties=PENALTIES).penalty > PENALTIES[0]
+    assert HeldOutSums(few := statistics(*data(6)), few).fit(penalties=PENALTIES).penalty == PENALTIES[0]
+    fit = HeldOutSums(statistics(*data(6)), statistics(*data(400, seed=1))).fit(penalties=PENALTIES)
+    assert fit.penalty > PENALTIES[0]
 
 
 @pytest.mark.parametrize("values", range(1, 9))
@@ -234,7 +234,10 @@ def test_sums_are_used_up() -> None:
     for penalties in ([0.5], PENALTIES):
         fitted, held = statistics(*data()), statistics(*data(seed=1))
         everything, before, memory = fitted.merge(held), copy_of(held), fitted.own_gram().data_ptr()
-        HeldOutSums(fitted, held).fit(penalties=penalties)
+        sums = HeldOutSums(fitted, held)
+        energy = sums.energy
+        sums.fit(penalties=penalties)
+        assert sums.energy == pytest.approx(energy), "none of them counts twice"
         assert_same(fitted, everything)
         assert_same(held, before)
         assert fitted.own_gram().data_ptr() == memory

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from typing import TypeVar
 
 import torch
@@ -109,17 +108,27 @@ class HeldOutSums:
 
     def reduce(self) -> None:
         """Make these the sums over the batches of all processes."""
+        HeldOutSums.reduce_all([self])
+
+    @staticmethod
+    def reduce_all(several: Sequence[HeldOutSums]) -> None:
+        """The same for several, of which all processes have as many.
+
+        One of them may have all batches held out, and the others none: so where one keeps sums of those, all do.
+        """
         rank, world = here()
         if world == 1:
             return
-        self.fitted.reduce(summed)
-        rows = self.held.nbytes if isinstance(self.held, RegressionRows) else self.fitted.nbytes
-        if isinstance(self.held, RegressionRows):
-            self._sum_up_rows(int(sum(told(rows))))
-        if isinstance(self.held, LeastSquares):
-            self.held.reduce(summed)
-        else:
-            self.held.parts = list(chain.from_iterable(gathered({rank: self.held.parts})))
+        sizes = zip(*told([one.held.nbytes if one._keeps_rows else None for one in several]), strict=True)
+        for one, own in zip(several, sizes, strict=True):
+            one.fitted.reduce(summed)
+            rows = [size for size in own if size is not None]
+            if len(rows) < world or sum(rows) > one.fitted.nbytes:
+                one._sums_of_held().reduce(summed)
+        kept = [one.held for one in several if isinstance(one.held, RegressionRows)]
+        parts = gathered({rank: [rows.joined() for rows in kept]})
+        for rows, *everywhere in zip(kept, *parts, strict=True):
+            rows.replace_by(everywhere)
 
     def of_outputs(self, outputs: slice) -> HeldOutSums:
         """The sums for some of y."""
@@ -156,13 +165,18 @@ class HeldOutSums:
     def update(self, x: Tensor, y: Tensor, weights: Tensor | None = None, *, held: bool) -> None:
         """Add the rows of a batch; `weights` (tokens) count a row as so many."""
         (self.held if held else self.fitted).update(x, y, weights)
-        if isinstance(self.held, RegressionRows):
-            self._sum_up_rows(self.held.nbytes)
+        if self._keeps_rows and self.held.nbytes > self.fitted.nbytes:
+            self._sums_of_held()
 
-    def _sum_up_rows(self, size: int) -> None:
-        """Keep sums in the place of rows held out, where those take so many bytes and sums take less."""
-        if isinstance(self.held, RegressionRows) and size > self.fitted.nbytes:
+    @property
+    def _keeps_rows(self) -> bool:
+        return isinstance(self.held, RegressionRows)
+
+    def _sums_of_held(self) -> LeastSquares:
+        """What is held out, from now on as sums."""
+        if isinstance(self.held, RegressionRows):
             self.held = self.held.summed()
+        return self.held
 
     def fit(
         self,
@@ -177,7 +191,7 @@ class HeldOutSums:
         each costs a factorisation, and the error has one minimum but for noise. Where outputs are many, the error to
         choose by is that of a few random mixtures of them, an unbiased estimate. The one reported is that of them all.
 
-        The sums are used up: those of the rows held out are added to the others in their memory.
+        The sums are used up: those of the rows held out are added to the others in their memory, by one process.
 
         Where either has no rows, the penalty is a cautious one, and the error that of the fit on its own rows.
 
@@ -195,19 +209,23 @@ class HeldOutSums:
             raise ValueError("penalties is empty; expected at least one, e.g. 1e-3")
         alone = self.fitted.count == 0 or self.held.count == 0
         if alone:
-            self.fitted.absorb(self.held)
+            self._absorb_held()
         judged = HeldOutSums(self.fitted, self.fitted) if alone else self
         search = _Search(judged, prior, affine, parts)
         penalty = search.lowest(CAUTIOUS if alone else penalties)
 
         def solution() -> tuple[Tensor, Tensor | None]:
             if not alone:
-                self.fitted.absorb(self.held)
+                self._absorb_held()
             ridge = Ridge(self.fitted, affine, parts)
             return ridge.solution(ridge.solver(penalty), self.fitted, prior)
 
         error, (weight, bias) = search.judged(penalty, solution)
         return RidgeFit(weight, bias, penalty, error)
+
+    def _absorb_held(self) -> None:
+        self.fitted.absorb(self.held)
+        self.held = RegressionRows.like(self.fitted)
 
 
 class _Search:

@@ -110,8 +110,7 @@ class ExpertNarrowing:
                 sums[place].update(activations, written, weight.double().square(), held=is_held_out(batch))
                 own = some_rows(activations * weight[:, None].to(activations), row_tokens)
                 rows[place][batch] = own if self.config.clusters else own[:, :0]
-        for one in sums:
-            one.reduce()
+        HeldOutSums.reduce_all(sums)
         seen = [torch.cat(gathered(part)) for part in rows]
         return [UnitStatistics(one.fitted, one.held, part) for one, part in zip(sums, seen, strict=True)]
 
