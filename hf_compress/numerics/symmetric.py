@@ -96,6 +96,15 @@ def regular_cholesky(system: Callable[[], Tensor]) -> Tensor:
     return factor
 
 
+def turned(directions: Tensor) -> Tensor:
+    """Eigenvectors [p, n], a column each, turned so that each one's largest entry is above 0.
+
+    Both signs are right, and which of them comes out hangs on the last bits of the matrix.
+    """
+    largest = directions.abs().argmax(dim=0, keepdim=True)
+    return directions * directions.gather(0, largest).sign()
+
+
 def solve(factor: Tensor, right: Tensor) -> Tensor:
     """(L L^T)^-1 right, [p, q]. Unlike `torch.cholesky_solve`, without a copy of the factor."""
     found = torch.empty_like(right)

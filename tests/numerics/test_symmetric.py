@@ -5,7 +5,16 @@ import torch
 from torch import Tensor
 
 from hf_compress.numerics import symmetric
-from hf_compress.numerics.symmetric import add_products, cholesky, inverse, mirror, regular_cholesky, solve, turn_round
+from hf_compress.numerics.symmetric import (
+    add_products,
+    cholesky,
+    inverse,
+    mirror,
+    regular_cholesky,
+    solve,
+    turn_round,
+    turned,
+)
 
 DTYPES = (torch.float32, torch.float64)
 
@@ -44,8 +53,10 @@ def test_products_below_the_diagonal_are_spared() -> None:
     assert total.triu().sum() == 1100 * 1101 / 2
 
 
+@pytest.mark.parametrize("at_once", [256, 2])  # right sides
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_factor_solution_and_inverse(dtype: torch.dtype) -> None:
+def test_factor_solution_and_inverse(dtype: torch.dtype, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(symmetric, "_RIGHT", at_once)
     matrix, right = gram(dtype=dtype), rows(11, 3, dtype)
     exact = gram()
     given = matrix.clone()
@@ -125,3 +136,11 @@ def test_a_matrix_is_turned_round_in_its_own_memory(shape: tuple[int, int]) -> N
     expected = matrix.flip(0, 1)
     turn_round(matrix)
     assert torch.equal(matrix, expected)
+
+
+def test_directions_do_not_hang_on_the_signs_that_they_came_with() -> None:
+    directions = rows(5, 5)
+    signs = torch.tensor([1.0, -1, 1, -1, -1], dtype=directions.dtype)
+    assert torch.equal(turned(directions * signs), turned(directions))
+    assert torch.equal(turned(directions).abs(), directions.abs())
+    assert bool((turned(directions).abs().amax(dim=0) == turned(directions).amax(dim=0)).all())

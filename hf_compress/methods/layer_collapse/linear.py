@@ -28,6 +28,7 @@ from hf_compress.errors import CalibrationError
 from hf_compress.methods.base.ridge import HELD_OUT, HeldOutSums, is_held_out
 from hf_compress.methods.layer_collapse.blend import ffn_of
 from hf_compress.numerics.ridge import LeastSquares
+from hf_compress.numerics.symmetric import turned
 from hf_compress.plan.plan import Plan
 from hf_compress.rewrite.builders import linear_ffn
 
@@ -173,7 +174,7 @@ def _affine(sums: LeastSquares, penalty: float, rank: int | None) -> tuple[tuple
     weight, bias = sums.solve_affine(penalty)
     if rank is None:
         return (weight,), bias
-    directions = torch.linalg.eigh(weight.T @ sums.centred_gram @ weight).eigenvectors[:, -rank:]
+    directions = turned(torch.linalg.eigh(weight.T @ sums.centred_gram @ weight).eigenvectors[:, -rank:])
     maps = (weight @ directions, directions.T)
     return maps, sums.y_mean - sums.mean @ _product(maps).double()
 
