@@ -6,8 +6,9 @@
     python benchmarks/cost.py --peer PYTHON         # and llm-compressor's GPTQ, in the environment of that interpreter
 
 The weights are random, in bfloat16; the batches hold 32 samples of 256 tokens. Every run of `compress` stands between
-two plain passes and is divided by their mean. Memory is the largest resident set of a process of its own beyond that of
-one that loads the model and runs the plain pass.
+two plain passes and is divided by their mean. Where a processor multiplies bfloat16 fast, a plain pass is short, and
+what is solved in float32 weighs the more: so its speeds stand above the table. Memory is the largest resident set of a
+process of its own beyond that of one that loads the model and runs the plain pass.
 """
 
 from __future__ import annotations
@@ -109,6 +110,17 @@ def ratio(shape: Shape, case: Case) -> tuple[float, float]:
     return cost / plain, told.seconds / told.pass_seconds
 
 
+def speeds() -> str:
+    """Of the products of this processor, in words."""
+    told = []
+    for dtype in (torch.bfloat16, torch.float32):
+        matrix = torch.randn(2048, 2048).to(dtype)
+        matrix @ matrix  # what is set up once
+        taken = min(seconds(lambda matrix=matrix: matrix @ matrix) for _ in range(5))  # type: ignore[misc]
+        told.append(f"{2 * 2048**3 / taken / 1e9:.0f} GFLOP/s in {str(dtype).removeprefix('torch.')}")
+    return "Products of 2,048 × 2,048: " + ", ".join(told)
+
+
 def peak(name: str) -> float:
     """Largest resident MiB of a process that compresses a model; of a plain pass where no case is named."""
     command = [sys.executable, __file__, "--child", name]
@@ -131,7 +143,7 @@ def table_of_costs(names: list[str], peer: str | None) -> tuple[str, dict[str, o
     plain = peak("")
     lines = [
         f"6 blocks, hidden 896, FFN 4,864, bfloat16 ({size:.0f} MiB), {SAMPLES} × {POSITIONS} tokens, "
-        f"{torch.get_num_threads()} threads. A plain pass: time 1, {plain:.0f} MiB resident in all.\n",
+        f"{torch.get_num_threads()} threads. A plain pass: time 1, {plain:.0f} MiB resident in all. {speeds()}.\n",
         "| compress() with | time over a plain pass | bound | kept | estimate | memory beyond it, MiB | of the model |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -143,6 +155,7 @@ def table_of_costs(names: list[str], peer: str | None) -> tuple[str, dict[str, o
         kept = "yes" if found <= bound else "no"
         cells = (f"{found:.1f}", f"{bound:g}", kept, f"{told:.1f}", f"{beyond:.0f}", f"{beyond / size:.1f} ×")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        tqdm.write(lines[-1])  # should a later one fail
         data[name] = {"ratio": found, "bound": bound, "estimated": told, "beyond_mib": beyond}
     if peer is not None:
         said = subprocess.run([peer, str(PEER)], check=True, capture_output=True, text=True).stdout.split()

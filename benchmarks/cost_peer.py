@@ -7,12 +7,16 @@ Prints time over one plain pass, and the MiB that the largest resident set grew 
 """
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import perf_counter
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, Qwen2Config
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
 SAMPLES, POSITIONS, VOCABULARY, BATCH = 32, 256, 32_000, 8  # as in cost.py
 
@@ -39,7 +43,14 @@ def main() -> None:
         max_position_embeddings=POSITIONS,
         tie_word_embeddings=True,
     )
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    with TemporaryDirectory() as folder:  # it looks at the config that a model was loaded from
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+        run(folder, oneshot, GPTQModifier(targets="Linear", scheme="W4A16", ignore=["lm_head"]))
+
+
+def run(folder: str, oneshot: Callable[..., object], recipe: object) -> None:
+    """Time it, and print what was found."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     windows = torch.randint(3, VOCABULARY, (SAMPLES, POSITIONS), generator=torch.Generator().manual_seed(1))
 
     def plain() -> float:
@@ -52,11 +63,13 @@ def main() -> None:
     plain()
     before, lowest = plain(), resident()
     data = Dataset.from_dict({"input_ids": windows.tolist(), "attention_mask": torch.ones_like(windows).tolist()})
+    words = WordLevel({"<pad>": 0}, unk_token="<pad>")  # it asks for a tokenizer, and has nothing to do for it
     start = perf_counter()
     oneshot(
         model=model,
+        processor=PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), pad_token="<pad>"),
         dataset=data,
-        recipe=GPTQModifier(targets="Linear", scheme="W4A16", ignore=["lm_head"]),
+        recipe=recipe,
         max_seq_length=POSITIONS,
         num_calibration_samples=SAMPLES,
         batch_size=BATCH,

@@ -45,7 +45,7 @@ class Factor:
     −Σ_{i<j} E_i R_ij / R_jj. If it is off by e more, that costs (e R_jj)², whatever those after it do about it.
 
     Attributes:
-        upper: R, (inputs, inputs) float32.
+        upper: R, (inputs, inputs) float32, column by column.
         scale: s.
         silent: which inputs are always 0, bool (inputs); in R they are damped by 1, and cost nothing.
     """
@@ -88,7 +88,7 @@ def _upper(gram: Tensor, silent: Tensor, dtype: torch.dtype) -> tuple[Tensor, bo
     turn_round(system)
     system.diagonal().add_(silent.flip(0).to(dtype))
     columns, info = system.mT, torch.empty((), dtype=torch.int32, device=system.device)  # as LAPACK wants it: no copy
-    lower, broken = torch.linalg.cholesky_ex(columns, out=(columns, info))
-    least = float(lower.diagonal().square().min())
-    turn_round(system)
-    return lower, not int(broken) and least >= DAMPING / 2
+    factor, broken = torch.linalg.cholesky_ex(columns, out=(columns, info))
+    least = float(factor.diagonal().square().min())
+    turn_round(system)  # and with it the factor: a lower triangle until now
+    return factor, not int(broken) and least >= DAMPING / 2

@@ -27,7 +27,7 @@ class Moments:
         inputs: p.
         device: where the sums live; rows are brought there. The CPU where the device has no float64.
         dtype: float64, or float32: products of float32 then, in half the memory and less than half the time. Of plain
-            bfloat16 rows about 0 the products are of bfloat16, which is the same and takes half the time again.
+            bfloat16 rows about 0 the products are of bfloat16 where that is faster: it is the same.
         origin: a point near the mean of the rows, [p]; 0 when None.
 
     Attributes, besides these:

@@ -16,7 +16,7 @@ from torch import Tensor
 from hf_compress.numerics.halves import bfloat16_factors
 from hf_compress.numerics.symmetric import add_products, mirror, solve
 
-_FEATURES = 1024  # brought to float32 at a time
+_AT_ONCE = 1024  # rows or features, that are brought to float32
 _ROUNDING = 0.01  # of the penalty, what rounding in float32 may be as much as
 
 
@@ -44,13 +44,13 @@ def solve_rows(x: Tensor, y: Tensor, penalty: float, parts: Sequence[int]) -> Te
     y = y.float()
     if rows < features:
         dual = solve_dual(inner_products(x, parts, scales), y, penalty)
-        return torch.cat([part.float().T @ dual for part in x.split(_FEATURES, 1)]).div_(squares[:, None])
+        return torch.cat([part.float().T @ dual for part in x.split(_AT_ONCE, 1)]).div_(squares[:, None])
     system = x.new_zeros(features, features, dtype=torch.float32)
     _add_gram(system, x)
     mirror(system)
     roots = squares.sqrt()
     system.div_(roots).div_(roots[:, None]).diagonal().add_(penalty * rows)
-    right = torch.cat([part.float().T @ y for part in x.split(_FEATURES, 1)]).div_(roots[:, None])
+    right = torch.cat([part.float().T @ y for part in x.split(_AT_ONCE, 1)]).div_(roots[:, None])
     return solve(_factor(system), right).div_(roots[:, None])
 
 
@@ -58,9 +58,9 @@ def scales_of(x: Tensor, parts: Sequence[int]) -> list[float]:
     """S: the root mean square of each part of x [T, p]."""
 
     def mean_square(part: Tensor) -> float:
-        return sum(float(rows.float().square().sum()) for rows in part.split(_FEATURES)) / max(1, part.numel())
+        return sum(float(rows.float().square().sum()) for rows in part.split(_AT_ONCE)) / max(1, part.numel())
 
-    return [max(1e-6, mean_square(part) ** 0.5) for part in x.split([*parts], 1)]
+    return [max(mean_square(part) ** 0.5, 1e-6) for part in x.split([*parts], 1)]
 
 
 def inner_products(x: Tensor, parts: Sequence[int], scales: Sequence[float]) -> Tensor:
@@ -103,6 +103,6 @@ def _factor(system: Tensor) -> Tensor:
 def _add_gram(total: Tensor, x: Tensor, times: float = 1.0) -> None:
     """Add the upper triangle of Xᵀ X to `total` [p, p] float32, of x [T, p], a few rows at a time."""
     with bfloat16_factors(x.dtype == torch.bfloat16):
-        for part in x.split(_FEATURES):
+        for part in x.split(_AT_ONCE):
             rows = part.float()
             add_products(total, rows, rows, times)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from hf_compress.numerics.row_ridge import solve_rows
 from tests.helpers.allocated import most_allocated
@@ -50,4 +51,9 @@ def test_a_fit_holds_one_system_beside_what_it_is_given(rows: int, features: int
     x, y = torch.randn(rows, features, generator=generator).bfloat16(), torch.randn(rows, 32, generator=generator)
     systems, part = (2 if rows < features else 1) * min(rows, features) ** 2, 1024 * max(rows, features)
     results = 6 * 32 * max(rows, features)
-    assert most_allocated(lambda: solve_rows(x, y, 0.1, [features])) < 4 * (systems + part + results)
+    found: list[Tensor] = []
+    assert most_allocated(lambda: found.append(solve_rows(x, y, 0.1, [features]))) < 4 * (systems + part + results)
+    exact = x.double()
+    system = exact.T @ exact
+    system.diagonal().add_(0.1 * rows * float(exact.square().mean()))
+    torch.testing.assert_close(found[0].double(), torch.linalg.solve(system, exact.T @ y.double()), rtol=0, atol=1e-4)

@@ -17,7 +17,7 @@ from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.base.ridge import MIXTURES
 
 BACKWARD = 2  # plain passes that one for gradients takes besides
-_FACTORS = 4  # of a fit: the penalties that are tried, and the last one on all tokens
+_FACTORS = 5  # of a fit: the penalties that are tried, the best once more, and then on all tokens
 
 
 @dataclass(frozen=True)
