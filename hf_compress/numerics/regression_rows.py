@@ -112,6 +112,8 @@ class RegressionRows:
     def excess(self, weight: Tensor, bias: Tensor | None = None) -> float:
         """The squared error of x B (+ bias) summed over rows; B = weight [p, q], bias [q].
 
+        All of it: what `LeastSquares` gives is less by a constant.
+
         Raises:
             ValueError: no rows were seen, or an error that is not finite.
         """
