@@ -159,7 +159,9 @@ class HeldOutSums:
         count = self.fitted.count + self.held.count
         if count == 0:
             self.fitted.require_rows()
-        share = 1 / count if affine else 0.0
+        if not affine:
+            return torch.zeros_like(self.fitted.origin), torch.zeros_like(self.fitted.y_origin)
+        share = 1 / count
         return share * (self.fitted.x_sum + self.held.x_sum), share * (self.fitted.y_sum + self.held.y_sum)
 
     def update(self, x: Tensor, y: Tensor, weights: Tensor | None = None, *, held: bool) -> None:
