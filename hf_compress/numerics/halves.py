@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-# What processors call it, of x86 and of ARM. AVX-512 has products of bfloat16 too, but on an Intel Xeon without AMX
-# they took 1.6 times as long as those of float32. (AMD's were not tried.)
+# What processors call it, of x86 and of ARM. AVX-512 has products of bfloat16 too: on an AMD EPYC they take 0.43 of
+# the time of those of float32, on an Intel Xeon without AMX 1.6 times as long.
 _FAST = ("amx_bf16", "bf16")
+_FAST_ON_AMD = "avx512_bf16"
 CPU_PRODUCTS: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # its `fp32_precision` says of what
 
 
@@ -38,4 +39,5 @@ def bfloat16_factors(wanted: bool = True) -> Iterator[None]:
 def multiplies_bfloat16() -> bool:
     """Whether the CPU has products of bfloat16, faster than those of float32; no, where torch is too old to tell."""
     told: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(told.get(name) for name in _FAST)
+    amd = str(told.get("cpu_name", "")).startswith("AMD")
+    return any(told.get(name) for name in _FAST) or (amd and bool(told.get(_FAST_ON_AMD)))

@@ -92,7 +92,9 @@ def test_a_processor_that_is_no_faster_so_takes_float32(monkeypatch):
     ("told", "fast"),
     [
         ({"amx_bf16": True, "avx512_bf16": True}, True),
-        ({"avx512_bf16": True, "amx_bf16": False}, False),
+        ({"avx512_bf16": True, "amx_bf16": False, "cpu_name": "Intel(R) Xeon(R)"}, False),
+        ({"avx512_bf16": True, "amx_bf16": False, "cpu_name": "AMD EPYC"}, True),
+        ({"avx512_bf16": False, "cpu_name": "AMD EPYC"}, False),
         ({"bf16": True}, True),  # ARM
         ({"avx2": True}, False),
     ],
