@@ -155,6 +155,21 @@ class Streams:
             self.streams = [{0: self.memory.keep(number, r.start())} for number, r in enumerate(self.runners)]
             self.go_on(0, ())
 
+    def start(self) -> list[StreamPair]:
+        """The same, but that whoever is given these pairs takes them past every block has their streams noted."""
+        with stopped_by_errors(self.runners):
+            streams = [self.memory.keep(place, runner.start()) for place, runner in enumerate(self.runners)]
+        self.streams = [{0: stream} for stream in streams]
+        return [
+            StreamPair(number, runner, stream, stream, place, self.memory)
+            for place, (number, runner, stream) in enumerate(zip(self.numbers, self.runners, streams, strict=True))
+        ]
+
+    def note(self, index: int, pairs: list[StreamPair]) -> None:
+        """Keep the streams that pairs have at a block."""
+        for streams, pair in zip(self.streams, pairs, strict=True):
+            streams[index] = pair.compressed
+
     def go_on(self, start: int, skipped: Collection[int]) -> None:
         """Keep the streams behind block `start` on, which has changed, without the blocks `skipped`."""
         self.skipped = skipped

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from hf_compress.numerics.factor import damped
 from hf_compress.numerics.halves import multiplies_bfloat16
@@ -12,6 +15,7 @@ _STEPS = 64
 _CLOSE = 2e-3  # of the error that is left, what further steps may take off it
 _SLOWEST = 0.9  # of a step's gain, the next one's: more would be no series that comes to an end
 _TINY = torch.finfo(torch.float32).tiny
+_ROWS = 16  # of those solved for at once, evenly spread, that are held against what the steps say
 _CHUNK = 2**20  # weights solved for at once: so many stay in the cache, and the four tensors for them are small
 
 
@@ -54,18 +58,33 @@ def solve_masked(weight: Tensor, gram: Tensor, kept: Tensor) -> Tensor:
 def _solved(target: Tensor, system: Tensor, half: Tensor | None, mask: Tensor) -> Tensor:
     """Rows V of `solve_masked`, all float32.
 
-    With the system in bfloat16 beside, steps are taken by that: what they solve is a system near the true one. So the
-    residual is taken anew in float32, and they go on from there.
+    With the system in bfloat16 beside, steps are taken by that: what they solve is a system near the true one. Where
+    the error of some rows is not what they say, the residual is taken anew in float32, and they go on from there.
     """
     solution = target * mask
     if half is not None:
         start, told = _descend(solution, target, system, mask, half)
-        left, _ = _descend(solution, target, system, mask, half, told)
+        some = slice(None, None, max(1, len(target) // _ROWS))
+        if _error(target[some] - solution[some], system) <= (1 + _CLOSE) * float(told.error[some].sum()):
+            return solution
+        left = _descend(solution, target, system, mask, half, told)[0]
         if left <= start:
             return solution
         solution = target * mask  # rounded, inputs that are nearly alike may make up for each other without end
     _descend(solution, target, system, mask)
     return solution
+
+
+class _Told(NamedTuple):
+    """What the steps to a solution say of it.
+
+    Attributes:
+        error: of each row, float64.
+        gain: by how much the last step made the error of all of them less.
+    """
+
+    error: Tensor
+    gain: float
 
 
 def _descend(
@@ -74,8 +93,8 @@ def _descend(
     system: Tensor,
     mask: Tensor,
     half: Tensor | None = None,
-    told: tuple[float, float] | None = None,
-) -> tuple[float, tuple[float, float]]:
+    told: _Told | None = None,
+) -> tuple[float, _Told]:
     """Conjugate gradients from a solution, in its memory, until the steps to come would take off too little.
 
     Every step is told by how much it has made the error less, and the next ones make it less by ever smaller amounts,
@@ -84,21 +103,22 @@ def _descend(
 
     Args:
         half: the system in bfloat16, to take the steps by; and to find the error at first, where nothing is told.
-        told: by steps that led to the solution, the error, and the last one's gain. If that is about the error, such
-            steps can be trusted, and to find once more that they may end is enough.
+        told: by steps that led to the solution. If that is about the error, such steps can be trusted, and to find
+            once more that they may end is enough.
 
     Returns:
-        The error at first; and at the end, by the steps, with the gain of the last.
+        The error at first; and at the end, by the steps.
     """
     gap = target - solution
     image = gap @ system if half is None or told else _rounded_product(gap, half).float()
-    start = error = float(torch.linalg.vecdot(gap, image).sum(dtype=torch.float64))
+    errors = torch.linalg.vecdot(gap, image).double()
+    start = error = float(errors.sum())
     residual, direction = image.mul_(mask), gap
     inverse = 1 / system.diagonal()
     torch.mul(residual, inverse, out=direction)
     size = torch.linalg.vecdot(residual, direction)
-    image, trusted = torch.empty_like(residual), told is None or start <= (1 + _CLOSE) * told[0]
-    before = gain = told[1] if told and trusted else 0.0
+    image, trusted = torch.empty_like(residual), told is None or start <= (1 + _CLOSE) * float(told.error.sum())
+    before = gain = told.gain if told and trusted else 0.0
     last = before > 0
     for _ in range(_STEPS):
         if half is not None and trusted:
@@ -109,7 +129,9 @@ def _descend(
         step = size / torch.linalg.vecdot(direction, image).clamp(min=_TINY)
         solution.addcmul_(direction, step[:, None])
         residual.addcmul_(image, step[:, None], value=-1)
-        gain = float((step * size).sum(dtype=torch.float64))
+        gains = (step * size).double()
+        errors -= gains
+        gain = float(gains.sum())
         error -= gain
         rate = min(gain / before, _SLOWEST) if before else _SLOWEST
         little = gain * rate <= _CLOSE * error * (1 - rate)
@@ -120,9 +142,17 @@ def _descend(
         new = torch.linalg.vecdot(residual, image)
         direction.mul_((new / size.clamp(min=_TINY))[:, None]).add_(image)
         size = new
-    return start, (error, gain)
+    return start, _Told(errors, gain)
+
+
+def _error(gap: Tensor, system: Tensor) -> float:
+    """Of rows that lie so far from the target, summed up."""
+    return float(torch.linalg.vecdot(gap, gap @ system).sum(dtype=torch.float64))
 
 
 def _rounded_product(left: Tensor, half: Tensor) -> Tensor:
-    """Of bfloat16, in factors and result: processors that have it give it at twice the speed of one summed up."""
-    return left.bfloat16() @ half
+    """Of bfloat16, in factors and result: processors that have it give it at twice the speed of one summed up.
+
+    The system being symmetric, it may as well be read row by row, as the weights of a layer are: faster by a tenth.
+    """
+    return functional.linear(left.bfloat16(), half)

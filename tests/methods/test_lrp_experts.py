@@ -17,7 +17,7 @@ from hf_compress.attribution.scores import relevance_sums
 from hf_compress.calibration.capture import forward as run_batch
 from hf_compress.calibration.capture import inference
 from hf_compress.calibration.objective import draws
-from hf_compress.calibration.sweep import advance, start_pairs
+from hf_compress.calibration.sweep import Streams, advance, start_pairs
 from hf_compress.errors import UnsupportedModelError
 from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.lrp.fisher import energies
@@ -144,7 +144,7 @@ def test_energies_are_those_of_single_texts_with_the_same_draws(side, seed):
     model = mixtral(dtype=torch.float64)
     split, slow = apart(copy.deepcopy(model)), by_token(model)
     data = batches_of(split, padded(side))
-    found = energies(split, Anatomy(split).stack(), list(data), maps_of(split), seed)
+    found = energies(Streams(split, Anatomy(split).stack(), data), maps_of(split), seed)
     read, gradients, rows = defaultdict(float), defaultdict(float), defaultdict(int)
     texts = iter(alone())
     for number, batch in enumerate(data):
@@ -176,7 +176,7 @@ def test_energies_are_those_of_single_texts_with_the_same_draws(side, seed):
 
 def test_experts_that_read_nothing_have_no_energies():
     split = apart(lopsided())
-    found = energies(split, Anatomy(split).stack(), list(batches_of(split, padded())), maps_of(split), 0)
+    found = energies(Streams(split, Anatomy(split).stack(), batches_of(split, padded())), maps_of(split), 0)
     read = {path for path in maps_of(split) if not is_unread(path)}
     assert found.read.keys() == found.gradients.keys() == found.rows.keys() == read
 

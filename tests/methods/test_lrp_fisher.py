@@ -14,6 +14,7 @@ from hf_compress.anatomy.parts import is_linear, linear_map
 from hf_compress.api.compress import compress
 from hf_compress.calibration import objective
 from hf_compress.calibration.data import Batch, Calibration, DataOptions
+from hf_compress.calibration.sweep import Streams
 from hf_compress.errors import CalibrationError, UnsupportedModelError
 from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.lrp import LRPConfig
@@ -43,7 +44,7 @@ def batch_of(model, real=None):
 
 def found(model, *batches, seed=0, stack=None):
     stack = Anatomy(model).stack(stack)
-    return energies(model, stack, batches or [batch_of(model)], block_linears(stack), seed)
+    return energies(Streams(model, stack, batches or [batch_of(model)]), block_linears(stack), seed)
 
 
 def linear_logits(model, batch):
@@ -363,15 +364,21 @@ def test_families(name):
 
 def test_models_that_gradients_do_not_come_through():
     """Reversible layers run without recording. All worths would be 0, and all groups get the fewest bits."""
+    settings = {"bits": 5, "group_size": 32, "rounding": "nearest"}
     with pytest.raises(UnsupportedModelError, match=r"do not come through the model .* take allocation='error'"):
-        compress(tiny_model("reformer"), LRPConfig(bits=5, group_size=32), IDS)
+        compress(tiny_model("reformer"), LRPConfig(**settings), IDS)
+    compress(tiny_model("reformer"), LRPConfig(**settings, allocation="error"), IDS)
 
 
-def test_outputs_that_are_not_finite():
+@pytest.mark.parametrize(
+    ("rounding", "told"),
+    [("compensated", "block layers.1 gives NaN or infinite activations"), ("nearest", "gives NaN or infinite outputs")],
+)
+def test_outputs_that_are_not_finite(rounding, told):
     model = dense(residual=True)
     model.layers[1].mlp.up_proj.weight.data.fill_(3e38)
-    with pytest.raises(CalibrationError, match="gives NaN or infinite outputs"):
-        compress(model, LRPConfig(bits=9, group_size=8), FLOATS)
+    with pytest.raises(CalibrationError, match=told):
+        compress(model, LRPConfig(bits=9, group_size=8, rounding=rounding), FLOATS)
 
 
 def test_experts_that_some_batches_do_not_reach():

@@ -12,8 +12,7 @@ from hf_compress.calibration.data import Batch, Calibration, DataOptions, prepar
 from hf_compress.calibration.memory import WorkingMemory, working_within
 from hf_compress.calibration.sweep import start_pairs
 from hf_compress.methods.base.context import CalibrationContext
-from hf_compress.methods.lrp import LRPConfig
-from hf_compress.methods.lrp.error_costs import WEIGHED
+from hf_compress.methods.lrp import LRPConfig, error_costs, scores
 from hf_compress.methods.lrp.grams import _ReadApart, _Shared, grams_of, in_parts, sharing
 from hf_compress.methods.lrp.linears import block_linears, linears_of
 from hf_compress.methods.lrp.scores import part_of_tokens, watch_rows
@@ -70,10 +69,38 @@ def test_relevances_are_summed_over_the_tokens_of_a_sample_first():
     ("asked", "tokens", "part"),
     [(32768, 50000, 16384), (32768, 20000, 10000), (32768, 6000, 4096), (32768, 3000, 3000), (1000, 50000, 1000)],
 )
-def test_inputs_are_weighed_on_half_of_the_tokens_but_not_on_few(asked, tokens, part):
+def test_errors_are_weighed_on_half_of_the_tokens_but_not_on_few(asked, tokens, part):
     batches = [Batch({"input_ids": torch.zeros(1, 1)}, torch.ones(1, tokens, dtype=torch.bool))]
     context = CalibrationContext(None, Calibration(batches))
-    assert part_of_tokens(context, asked, WEIGHED) == part
+    assert part_of_tokens(context, asked, error_costs.WEIGHED) == part
+
+
+@pytest.mark.parametrize(
+    ("settings", "batches"),
+    [
+        ({"bits": 5, "group_size": 16}, 4),
+        ({"bits": 5, "group_size": 16, "allocation": "relevance"}, 8),
+        ({"sparsity": 0.5}, 8),
+        ({"sparsity": 0.5, "granularity": "neuron"}, 8),
+    ],
+)
+def test_bits_are_given_by_half_of_the_tokens_and_what_goes_by_all(settings, batches, monkeypatch):
+    monkeypatch.setattr(scores, "_FEW", 1)
+    seen = []
+
+    def counting(function, batches_of):
+        def counted(*args, **kwargs):
+            seen.append(len(batches_of(*args)))
+            return function(*args, **kwargs)
+
+        return counted
+
+    of_relevance = counting(scores.relevance_sums_by_blocks, lambda model, stack, batches, *_: batches)
+    monkeypatch.setattr(scores, "relevance_sums_by_blocks", of_relevance)
+    monkeypatch.setattr(error_costs, "energies", counting(error_costs.energies, lambda streams, *_: streams.runners))
+    ids = torch.randint(8, 90, (8, 16), generator=torch.Generator().manual_seed(3))
+    compress(tiny_model("llama"), LRPConfig(**settings), ids, options=DataOptions(batch_size=1))
+    assert seen == [batches]
 
 
 @pytest.mark.parametrize("settings", [{"bits": 5, "group_size": 16}, {"sparsity": 0.5}])

@@ -72,7 +72,9 @@ class LRPConfig(CompressionConfig, method="lrp", paper="https://arxiv.org/abs/25
     composite: str = setting(
         "attnlrp", "rules of relevance: attnlrp, cp (without queries and keys), or one that is registered"
     )
-    tokens: int = setting(32768, "calibration tokens that weights are scored and solved on", "[1, inf)")
+    tokens: int = setting(
+        32768, "calibration tokens that weights are scored and solved on; bits are given by half of them", "[1, inf)"
+    )
     seed: int = setting(0, "of score=random, and of the outputs drawn for allocation=fisher", "[0, inf)")
     stack: str | None = setting(None, "path of the residual stack; found when not given")
 

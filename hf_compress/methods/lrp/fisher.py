@@ -9,14 +9,13 @@ that is drawn from the model. With the entries of g taken as independent of each
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from hf_compress.anatomy.dispatch import is_offloaded
 from hf_compress.anatomy.stacks import Stack
@@ -27,7 +26,7 @@ from hf_compress.calibration.data import Batch
 from hf_compress.calibration.descent import NOT_BY_BLOCKS, Descent
 from hf_compress.calibration.memory import working_memory
 from hf_compress.calibration.objective import drawn_gradient, draws, first_tensor
-from hf_compress.calibration.processes import own, summed_by_name
+from hf_compress.calibration.processes import summed_by_name
 from hf_compress.calibration.progress import bar
 from hf_compress.calibration.routing import watch_routes
 from hf_compress.calibration.runner import BlockRunner
@@ -84,39 +83,39 @@ class Energies:
 
 
 def energies(
-    model: PreTrainedModel,
-    stack: Stack,
-    batches: Sequence[Batch],
+    streams: Streams,
     linears: Mapping[str, nn.Module],
     seed: int,
     aside: Aside | None = None,
     of_inputs: bool = True,
 ) -> Energies:
-    """Energies of inputs and of gradients of drawn outputs, in two forward passes and a backward pass a batch.
+    """Energies of inputs and of gradients of drawn outputs, in a forward and a backward pass a batch.
 
     Over the batches of all processes.
 
     Args:
-        aside: where they go; each as its block has been passed.
-        of_inputs: whether those are wanted too.
+        streams: of some batches; where they are not kept yet, they are, in one more pass.
+        aside: where energies go; each as its block has been passed.
+        of_inputs: whether those of inputs are wanted too.
 
     Raises:
         UnsupportedModelError: no gradients come through the model.
         CalibrationError: NaN or infinite outputs or gradients.
     """
+    model = streams.model
     with inference(model), Undo() as undo:
         for parameter in model.parameters():
             set_gradient(parameter, False, undo)
         found = Energies(wanted=of_inputs)
         try:
-            _block_by_block(model, stack, batches, linears, seed, found, aside or working_memory().aside())
+            _block_by_block(streams, linears, seed, found, aside or working_memory().aside())
         except torch.OutOfMemoryError:
             raise
         except NOT_BY_BLOCKS:
             if is_offloaded(model):
                 raise
             found = Energies(wanted=of_inputs)
-            _at_once(model, stack, batches, linears, seed, found)
+            _at_once(streams, linears, seed, found)
     found.reduce()
     blind = [path for path, sums in found.gradients.items() if not bool(sums.any())]
     if len(blind) == len(found.gradients):
@@ -132,29 +131,17 @@ def energies(
 
 
 @torch.enable_grad()
-def _at_once(
-    model: PreTrainedModel,
-    stack: Stack,
-    batches: Sequence[Batch],
-    linears: Mapping[str, nn.Module],
-    seed: int,
-    found: Energies,
-) -> None:
+def _at_once(streams: Streams, linears: Mapping[str, nn.Module], seed: int, found: Energies) -> None:
     """In passes of the whole model."""
-    for number, batch in bar(own(batches), "drawing outputs"):
-        with _watched(stack, batch, linears, found):
-            output = forward(model, batch)
-            _backward(first_tensor(output), drawn_gradient(model, output, batch, draws(seed, number)))
+    batches = [runner.batch for runner in streams.runners]
+    for number, batch in bar(list(zip(streams.numbers, batches, strict=True)), "drawing outputs"):
+        with _watched(streams.stack, batch, linears, found):
+            output = forward(streams.model, batch)
+            _backward(first_tensor(output), drawn_gradient(streams.model, output, batch, draws(seed, number)))
 
 
 def _block_by_block(
-    model: PreTrainedModel,
-    stack: Stack,
-    batches: Sequence[Batch],
-    linears: Mapping[str, nn.Module],
-    seed: int,
-    found: Energies,
-    aside: Aside,
+    streams: Streams, linears: Mapping[str, nn.Module], seed: int, found: Energies, aside: Aside
 ) -> None:
     """The same with one block at a time in memory, or its graph."""
 
@@ -163,17 +150,17 @@ def _block_by_block(
         given = stream.detach().requires_grad_()
         output = runner.finish(given.clone())
         generator = draws(seed, numbers[runner])
-        _backward(first_tensor(output), drawn_gradient(model, output, runner.batch, generator))
+        _backward(first_tensor(output), drawn_gradient(streams.model, output, runner.batch, generator))
         return torch.zeros_like(given) if given.grad is None else given.grad
 
-    streams = Streams(model, stack, batches)
     numbers = dict(zip(streams.runners, streams.numbers, strict=True))
-    streams.keep()
+    if not streams.streams:
+        streams.keep()
     descent = Descent(streams, drawn, through_first=False)
     for index in descent.blocks("drawing outputs"):
-        inner = linears_of(stack, index, linears)
+        inner = linears_of(streams.stack, index, linears)
         for place, runner in enumerate(streams.runners):
-            with _watched(stack, runner.batch, inner, found):
+            with _watched(streams.stack, runner.batch, inner, found):
                 descent.take_past(index, place)
         for table in (found.read, found.gradients):
             table |= {path: aside.put(table[path]) for path in inner if path in table}

@@ -49,10 +49,10 @@ class Scores:
     slopes: dict[str, Tensor] = field(default_factory=dict)
 
 
-def some_batches(context: CalibrationContext, tokens: int) -> Sequence[Batch]:
-    """Batches of about so many tokens (or samples), spread over the calibration data."""
+def some_batches(context: CalibrationContext, tokens: int, part: int = 1) -> Sequence[Batch]:
+    """Batches of about `part_of_tokens` tokens (or samples), spread over the calibration data."""
     data = context.calibration
-    return data.about(tokens, data.tokens or data.samples, rounded=round)
+    return data.about(part_of_tokens(context, tokens, part), data.tokens or data.samples, rounded=round)
 
 
 def part_of_tokens(context: CalibrationContext, tokens: int, part: int) -> int:

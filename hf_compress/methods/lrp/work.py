@@ -42,7 +42,7 @@ def _bits(config: LRPConfig, context: CalibrationContext, sizes: list[tuple[int,
     if config.allocation != "fisher":
         return Work(_scoring(config, data) if config.allocation == "relevance" else 0.0, tried, sweeps=2)
     weighed = sum(gram(inputs, part.tokens) + inverse(inputs) for inputs in _read(sizes))
-    return Work(data.of_all * (2 + BACKWARD) + part.of_all, tried + weighed, sweeps=3)
+    return Work(part.of_all * (2 + BACKWARD), tried + weighed, sweeps=2)
 
 
 def _solving(config: LRPConfig, data: Share, sizes: list[tuple[int, int]]) -> float:
