@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -10,6 +12,7 @@ from torch.nn import functional
 
 from hf_compress.numerics.factor import damped
 from hf_compress.numerics.halves import multiplies_bfloat16
+from hf_compress.numerics.preconditioner import Preconditioner, RowPreconditioner
 
 _STEPS = 64
 _CLOSE = 2e-3  # of the error that is left, what further steps may take off it
@@ -37,7 +40,7 @@ def solve_masked(weight: Tensor, gram: Tensor, kept: Tensor) -> Tensor:
     Raises:
         ValueError: shapes that do not fit, or a gram that is not finite.
 
-    Source of the method: M. R. Hestenes and E. Stiefel, 1952, with the diagonal as preconditioner.
+    Source of the method: M. R. Hestenes and E. Stiefel, 1952; see `Preconditioner` for what steps go by.
     """
     inputs = weight.shape[1]
     if gram.shape != (inputs, inputs) or kept.shape != weight.shape:
@@ -47,31 +50,36 @@ def solve_masked(weight: Tensor, gram: Tensor, kept: Tensor) -> Tensor:
         )
     system = damped(gram)
     half = system.bfloat16() if system.device.type == "cpu" and multiplies_bfloat16() else None
+    if half is None:
+        near = Preconditioner.of(system.diagonal(), lambda rows: rows @ system, torch.float32)
+    else:
+        near = Preconditioner.of(system.diagonal(), partial(_rounded_product, half=half), torch.bfloat16)
     found = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
     rows = max(1, _CHUNK // inputs)
     for start in range(0, len(weight), rows):
         part = slice(start, start + rows)
-        found[part] = _solved(weight[part].detach().float(), system, half, kept[part].float())
+        mask = kept[part].float()
+        found[part] = _solved(weight[part].detach().float(), system, half, near.of_rows(mask))
     return found
 
 
-def _solved(target: Tensor, system: Tensor, half: Tensor | None, mask: Tensor) -> Tensor:
+def _solved(target: Tensor, system: Tensor, half: Tensor | None, near: RowPreconditioner) -> Tensor:
     """Rows V of `solve_masked`, all float32.
 
     With the system in bfloat16 beside, steps are taken by that: what they solve is a system near the true one. Where
     the error of some rows is not what they say, the residual is taken anew in float32, and they go on from there.
     """
-    solution = target * mask
+    solution = target * near.mask
     if half is not None:
-        start, told = _descend(solution, target, system, mask, half)
+        start, told = _descend(solution, target, system, near, half)
         some = slice(None, None, max(1, len(target) // _ROWS))
         if _error(target[some] - solution[some], system) <= (1 + _CLOSE) * float(told.error[some].sum()):
             return solution
-        left = _descend(solution, target, system, mask, half, told)[0]
+        left = _descend(solution, target, system, near, half, told)[0]
         if left <= start:
             return solution
-        solution = target * mask  # rounded, inputs that are nearly alike may make up for each other without end
-    _descend(solution, target, system, mask)
+        solution = target * near.mask  # rounded, inputs that are nearly alike may make up for each other without end
+    _descend(solution, target, system, near)
     return solution
 
 
@@ -91,7 +99,7 @@ def _descend(
     solution: Tensor,
     target: Tensor,
     system: Tensor,
-    mask: Tensor,
+    near: RowPreconditioner,
     half: Tensor | None = None,
     told: _Told | None = None,
 ) -> tuple[float, _Told]:
@@ -102,6 +110,7 @@ def _descend(
     for where a few inputs stand out, a small gain comes before large ones.
 
     Args:
+        near: what knows of the mask, and of the system enough for steps to be few.
         half: the system in bfloat16, to take the steps by; and to find the error at first, where nothing is told.
         told: by steps that led to the solution. If that is about the error, such steps can be trusted, and to find
             once more that they may end is enough.
@@ -113,9 +122,8 @@ def _descend(
     image = gap @ system if half is None or told else _rounded_product(gap, half).float()
     errors = torch.linalg.vecdot(gap, image).double()
     start = error = float(errors.sum())
-    residual, direction = image.mul_(mask), gap
-    inverse = 1 / system.diagonal()
-    torch.mul(residual, inverse, out=direction)
+    residual, direction = image.mul_(near.mask), gap
+    near.apply(residual, out=direction)
     size = torch.linalg.vecdot(residual, direction)
     image, trusted = torch.empty_like(residual), told is None or start <= (1 + _CLOSE) * float(told.error.sum())
     before = gain = told.gain if told and trusted else 0.0
@@ -125,7 +133,7 @@ def _descend(
             image.copy_(_rounded_product(direction, half))
         else:
             torch.mm(direction, system, out=image)
-        image.mul_(mask)
+        image.mul_(near.mask)
         step = size / torch.linalg.vecdot(direction, image).clamp(min=_TINY)
         solution.addcmul_(direction, step[:, None])
         residual.addcmul_(image, step[:, None], value=-1)
@@ -133,12 +141,14 @@ def _descend(
         errors -= gains
         gain = float(gains.sum())
         error -= gain
+        if not math.isfinite(gain):
+            break
         rate = min(gain / before, _SLOWEST) if before else _SLOWEST
         little = gain * rate <= _CLOSE * error * (1 - rate)
         if little and last:
             break
         before, last = gain, little
-        torch.mul(residual, inverse, out=image)
+        near.apply(residual, out=image)
         new = torch.linalg.vecdot(residual, image)
         direction.mul_((new / size.clamp(min=_TINY))[:, None]).add_(image)
         size = new
