@@ -7,7 +7,7 @@ from hf_compress.numerics import masked, preconditioner
 from hf_compress.numerics.factor import damped
 from hf_compress.numerics.masked import solve_masked
 from hf_compress.numerics.preconditioner import Preconditioner
-from tests.numerics.test_masked import GRAMS, low_rank, problem
+from tests.helpers.grams import GRAMS, low_rank, problem
 
 UNEVEN = low_rank(256, 12, 0.1, 9, torch.linspace(-2, 2, 256).exp())
 
