@@ -156,7 +156,7 @@ class Streams:
             self.go_on(0, ())
 
     def start(self) -> list[StreamPair]:
-        """The same, but that whoever is given these pairs takes them past every block has their streams noted."""
+        """Begin to keep them: these pairs are to be taken past every block, and noted at the next one each time."""
         with stopped_by_errors(self.runners):
             streams = [self.memory.keep(place, runner.start()) for place, runner in enumerate(self.runners)]
         self.streams = [{0: stream} for stream in streams]

@@ -41,26 +41,13 @@ class Preconditioner:
         Args:
             dtype: that pairs are kept in, and multiplied with masks.
         """
-        size, scale = len(diagonal), diagonal.rsqrt()
-        count = min(_MOST, int(size**0.5), size - _BESIDE)
-        if count < 1:
-            return Preconditioner(1 / diagonal, scale.new_empty(size, 0), scale.new_empty(0), scale.new_empty(size, 0))
-        generator = torch.Generator().manual_seed(0)
-        basis = torch.randn(size, count + _BESIDE, generator=generator).to(scale)
-        for _ in range(_ROUNDS):
-            basis = torch.linalg.qr(scale[:, None] * product((scale[:, None] * basis).T).float().T)[0]
-        image = scale[:, None] * product((scale[:, None] * basis).T).float().T
-        found = basis.T @ image
-        values, turn = torch.linalg.eigh((found + found.T) / 2)
-        values, vectors = values[_BESIDE:], (basis @ turn)[:, _BESIDE:]
-        rest = (size - values.sum()) / (size - count)
-        large = values > _LARGE * rest.clamp(min=0)
-        values, vectors = values[large], vectors[:, large]
+        scale = diagonal.rsqrt()[:, None]
+        values, vectors, rest = _largest(lambda x: scale * product((scale * x).T).to(x.dtype).T, len(diagonal), scale)
         first, second = torch.triu_indices(len(values), len(values), device=scale.device)
         pairs = vectors[:, first] * vectors[:, second]
         # Smaller ratios would be lost in the rounding of U^T M U, and what is made of rows no longer be positive.
         ratios = (rest / (values - rest)).clamp(min=4 * torch.finfo(dtype).eps)
-        return Preconditioner(1 / diagonal, scale[:, None] * vectors, ratios, pairs.to(dtype))
+        return Preconditioner(1 / diagonal, scale * vectors, ratios, pairs.to(dtype))
 
     def of_rows(self, mask: Tensor) -> RowPreconditioner:
         """That of rows which keep the entries where a mask (rows, inputs) float32 is 1."""
@@ -95,3 +82,26 @@ class RowPreconditioner:
         if self.inner.shape[1]:
             along = torch.bmm(self.inner, (rows @ self.directions)[:, :, None])[:, :, 0]
             out.sub_((along @ self.directions.T).mul_(self.mask))
+
+
+def _largest(product: Callable[[Tensor], Tensor], size: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Large eigenvalues of a symmetric matrix whose diagonal is 1, their vectors, and the mean of the others.
+
+    By subspace iteration from random vectors, always the same (Rayleigh and Ritz).
+
+    Args:
+        product: what makes columns X (size, any number) into C X.
+        like: a tensor of the dtype and on the device of what is worked with.
+    """
+    count = min(_MOST, int(size**0.5), size - _BESIDE)
+    if count < 1:
+        return like.new_empty(0), like.new_empty(size, 0), like.new_ones(())
+    basis = torch.randn(size, count + _BESIDE, generator=torch.Generator().manual_seed(0)).to(like)
+    for _ in range(_ROUNDS):
+        basis = torch.linalg.qr(product(basis))[0]
+    found = basis.T @ product(basis)
+    values, turn = torch.linalg.eigh((found + found.T) / 2)
+    values, vectors = values[_BESIDE:], (basis @ turn)[:, _BESIDE:]
+    rest = (size - values.sum()) / (size - count)
+    large = values > _LARGE * rest.clamp(min=0)
+    return values[large], vectors[:, large], rest
