@@ -15,7 +15,7 @@ from hf_compress.numerics.halves import multiplies_bfloat16
 from hf_compress.numerics.preconditioner import Preconditioner, RowPreconditioner
 
 _STEPS = 64
-_CLOSE = 2e-3  # of the error that is left, what further steps may take off it
+_CLOSE = 1e-3  # of the error that is left, what further steps may take off it
 _SLOWEST = 0.9  # of a step's gain, the next one's: more would be no series that comes to an end
 _TINY = torch.finfo(torch.float32).tiny
 _ROWS = 16  # of those solved for at once, evenly spread, that are held against what the steps say
