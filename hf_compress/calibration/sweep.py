@@ -158,12 +158,9 @@ class Streams:
     def start(self) -> list[StreamPair]:
         """Begin to keep them: these pairs are to be taken past every block, and noted at the next one each time."""
         with stopped_by_errors(self.runners):
-            streams = [self.memory.keep(place, runner.start()) for place, runner in enumerate(self.runners)]
-        self.streams = [{0: stream} for stream in streams]
-        return [
-            StreamPair(number, runner, stream, stream, place, self.memory)
-            for place, (number, runner, stream) in enumerate(zip(self.numbers, self.runners, streams, strict=True))
-        ]
+            pairs = _pairs(self.numbers, self.runners, self.memory)
+        self.streams = [{0: pair.compressed} for pair in pairs]
+        return pairs
 
     def note(self, index: int, pairs: list[StreamPair]) -> None:
         """Keep the streams that pairs have at a block."""
@@ -234,9 +231,14 @@ def start_pairs(model: PreTrainedModel, stack: Stack, calibration: Calibration, 
 
     Of several processes each has its own.
     """
-    memory, pairs = working_memory(), []
-    for place, (number, batch) in enumerate(own(calibration.about(tokens, calibration.tokens, least=4))):
-        runner = BlockRunner(model, stack, batch)
+    batches = calibration.about(tokens, calibration.tokens, least=4)
+    return _pairs(*_of_own(model, stack, batches), working_memory())
+
+
+def _pairs(numbers: list[int], runners: list[BlockRunner], memory: WorkingMemory) -> list[StreamPair]:
+    """The streams of batches before the first block."""
+    pairs = []
+    for place, (number, runner) in enumerate(zip(numbers, runners, strict=True)):
         stream = memory.keep(place, runner.start())
         pairs.append(StreamPair(number, runner, stream, stream, place, memory))
     return pairs

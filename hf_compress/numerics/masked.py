@@ -140,7 +140,7 @@ def _descend(
         gains = (step * size).double()
         errors -= gains
         gain = float(gains.sum())
-        error -= gain
+        error = float(errors.sum())
         if not math.isfinite(gain):
             break
         rate = min(gain / before, _SLOWEST) if before else _SLOWEST
