@@ -43,11 +43,12 @@ class Preconditioner:
         """
         scale = diagonal.rsqrt()[:, None]
         values, vectors, rest = _largest(lambda x: scale * product((scale * x).T).to(x.dtype).T, len(diagonal), scale)
-        first, second = torch.triu_indices(len(values), len(values), device=scale.device)
-        pairs = vectors[:, first] * vectors[:, second]
+        # By the first of each pair, so that no more than the pairs themselves is there at once.
+        pairs = [(vectors[:, :1] * vectors[:, :0]).to(dtype)]
+        pairs += [(vectors[:, i : i + 1] * vectors[:, i:]).to(dtype) for i in range(len(values))]
         # Smaller ratios would be lost in the rounding of U^T M U, and what is made of rows no longer be positive.
         ratios = (rest / (values - rest)).clamp(min=4 * torch.finfo(dtype).eps)
-        return Preconditioner(1 / diagonal, scale * vectors, ratios, pairs.to(dtype))
+        return Preconditioner(1 / diagonal, scale * vectors, ratios, torch.cat(pairs, dim=1))
 
     def of_rows(self, mask: Tensor) -> RowPreconditioner:
         """That of rows which keep the entries where a mask (rows, inputs) float32 is 1."""
