@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hf_compress.calibration.held_out import taker
 from hf_compress.errors import ProcessesError, one_line
 
 P = ParamSpec("P")
@@ -197,7 +198,7 @@ def agree(**facts: Callable[[], str]) -> None:
 def own(items: Iterable[Item]) -> list[tuple[int, Item]]:
     """Those of some batches that this process takes, each with the number that it has among them all."""
     rank, world = here()
-    return [(number, item) for number, item in enumerate(items) if number % world == rank]
+    return [(number, item) for number, item in enumerate(items) if taker(number, world) == rank]
 
 
 def summed(tensors: Iterable[Tensor]) -> None:

@@ -5,8 +5,9 @@ from itertools import chain
 import pytest
 import torch
 
+from hf_compress.calibration.held_out import is_held_out
 from hf_compress.methods.base import ridge
-from hf_compress.methods.base.ridge import HeldOutSums, is_held_out
+from hf_compress.methods.base.ridge import HeldOutSums
 from hf_compress.numerics import moments
 from hf_compress.numerics.regression_rows import RegressionRows
 from hf_compress.numerics.ridge import LeastSquares

@@ -5,8 +5,9 @@ from functools import partial
 import pytest
 import torch
 
+from hf_compress.calibration.held_out import is_held_out
 from hf_compress.methods.base import ridge as ridge_module
-from hf_compress.methods.base.ridge import HeldOutSums, downhill, is_held_out, lowest
+from hf_compress.methods.base.ridge import HeldOutSums, downhill, lowest
 from hf_compress.numerics.ridge import LeastSquares
 from tests.helpers import regression
 from tests.helpers.regression import ridge, statistics

@@ -17,17 +17,11 @@ from hf_compress.numerics.ridge import LeastSquares, Ridge
 from hf_compress.numerics.symmetric import inverse_columns, lower_columns, put_columns
 
 _T = TypeVar("_T")
-HELD_OUT = 4
 PENALTIES = (1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 3.0)  # worth trying, relative to the mean variance of the inputs
 CAUTIOUS = (0.1,)  # where there is nothing to choose a penalty by
 _SMALLEST = PENALTIES[0]  # beside which the rounding of sums in float32 is nothing to speak of
 _NARROW = 1024  # inputs: what a factorisation costs up to there is nothing to speak of
 MIXTURES = 64  # of the outputs, that a penalty is chosen by
-
-
-def is_held_out(batch: int) -> bool:
-    """Whether a batch of this number, counted from 0, is one to choose or judge by, not to fit: every fourth."""
-    return batch % HELD_OUT == HELD_OUT - 1
 
 
 def dtype_of_sums(dtype: torch.dtype, penalties: Sequence[float]) -> torch.dtype:

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from hf_compress.anatomy.anatomy import Block
 from hf_compress.anatomy.parts import linear_map
 from hf_compress.calibration.capture import Seen, hooked, stream_tokens, watch_module
+from hf_compress.calibration.held_out import is_held_out
 from hf_compress.calibration.processes import gathered
 from hf_compress.calibration.runner import BlockRunner
 from hf_compress.errors import CalibrationError
-from hf_compress.methods.base.ridge import HeldOutSums, is_held_out
+from hf_compress.methods.base.ridge import HeldOutSums
 from hf_compress.numerics.elimination import entries
 from hf_compress.plan.plan import Plan
 from hf_compress.rewrite.builders import Affine, heads_of, merge_units, narrow_attention, narrow_ffn

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from hf_compress.anatomy.anatomy import Block
 from hf_compress.anatomy.experts import check_experts, expert_hidden, expert_writes
 from hf_compress.calibration.capture import stream_tokens, watch_arguments
+from hf_compress.calibration.held_out import is_held_out
 from hf_compress.calibration.processes import gathered, spread, total
 from hf_compress.calibration.runner import BlockRunner
 from hf_compress.errors import CalibrationError, UnsupportedModelError
 from hf_compress.methods.base.grams import few_at_once
 from hf_compress.methods.base.narrowing import Runs
-from hf_compress.methods.base.ridge import HeldOutSums, is_held_out
+from hf_compress.methods.base.ridge import HeldOutSums
 from hf_compress.methods.base.units import UnitStatistics, some_rows
 from hf_compress.methods.illc.config import ILLCConfig
 from hf_compress.methods.illc.reductions import REDUCTIONS

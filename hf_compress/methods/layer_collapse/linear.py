@@ -21,11 +21,12 @@ from hf_compress.anatomy.anatomy import Block
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.capture import hooked, inference, stream_tokens
 from hf_compress.calibration.data import Calibration
+from hf_compress.calibration.held_out import HELD_OUT, is_held_out
 from hf_compress.calibration.memory import working_memory
 from hf_compress.calibration.processes import from_one, total
 from hf_compress.calibration.sweep import Passed, Sweep
 from hf_compress.errors import CalibrationError
-from hf_compress.methods.base.ridge import HELD_OUT, HeldOutSums, is_held_out
+from hf_compress.methods.base.ridge import HeldOutSums
 from hf_compress.methods.layer_collapse.blend import ffn_of
 from hf_compress.numerics.ridge import LeastSquares
 from hf_compress.numerics.symmetric import turned

@@ -20,10 +20,11 @@ from hf_compress.anatomy.parts import linear_map, linear_widths
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.capture import stream_tokens, watch_arguments
+from hf_compress.calibration.held_out import is_held_out
 from hf_compress.calibration.processes import from_one, gathered_at, told, total
 from hf_compress.calibration.runner import BlockRunner
 from hf_compress.methods.base.few_rows import HeldOutRows
-from hf_compress.methods.base.ridge import HeldOutSums, RidgeFit, dtype_of_sums, is_held_out
+from hf_compress.methods.base.ridge import HeldOutSums, RidgeFit, dtype_of_sums
 from hf_compress.methods.base.units import checked_multiplier
 from hf_compress.numerics.row_ridge import solve_rows
 
