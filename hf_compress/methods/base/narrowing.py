@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain, islice
 from typing import Any
 
 from torch import Tensor
@@ -24,7 +25,7 @@ from transformers import PreTrainedModel
 from hf_compress.anatomy.anatomy import Block
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
-from hf_compress.calibration.capture import stream_tokens, watch_module
+from hf_compress.calibration.capture import Seen, stream_tokens, watch_module
 from hf_compress.calibration.processes import from_one
 from hf_compress.calibration.runner import BlockRunner
 from hf_compress.calibration.sweep import StreamPair, advance, turns
@@ -45,6 +46,7 @@ from hf_compress.rewrite.apply import carry_out
 from hf_compress.rewrite.builders import Affine
 
 Runs = Sequence[tuple[int, BlockRunner, Tensor]]  # batches by their numbers, and the stream before the block
+_Taken = tuple[StreamPair, Tensor, list[Seen]]
 ExpertNarrower = Callable[[int, int, Runs], Plan]  # of a block, to a width
 
 
@@ -139,11 +141,10 @@ class Narrowing:
         """Take the original stream past a block; what each of its parts has to write from then on."""
         after: list[Tensor] = []
         written: list[list[Tensor]] = [[] for _ in parts]
-        multipliers = [self._multiplier(units) for units in parts]
-        for pair in self.pairs:
-            with ExitStack() as hooks:
-                seen = [hooks.enter_context(watch_module(units.output)) for units in parts]
-                pair.take_original(index)
+        taken = self._original_past(index, parts)
+        first = list(islice(taken, 1))
+        multipliers = [self._multiplier(units, first) for units in parts]
+        for pair, _, seen in chain(first, taken):
             real = stream_tokens(self.stack, pair.runner.batch, pair.original)
             for units, one, kept, multiplier in zip(parts, seen, written, multipliers, strict=True):
                 run = units.read(pair.number, one, pair.original, real)
@@ -155,10 +156,24 @@ class Narrowing:
         """Whether its output projection has a bias, or is to get one."""
         return units.biased or (self.compensation.bias and units.size == 1)
 
-    def _multiplier(self, units: BlockUnits) -> float | None:
+    def _original_past(self, index: int, parts: list[BlockUnits]) -> Iterator[_Taken]:
+        """Pairs whose original stream is past a block, what it was before, and what parts of the block did there."""
+        for pair in self.pairs:
+            with ExitStack() as hooks:
+                seen = [hooks.enter_context(watch_module(units.output)) for units in parts]
+                before = pair.take_original(index)
+            yield pair, before, seen
+
+    def _multiplier(self, units: BlockUnits, first: list[_Taken]) -> float | None:
+        """Of what units write, by the first batch, which the first process has."""
         if not self.compensation.iterative or self.compensation.target != "stream":
             return None
-        return from_one(lambda: units.multiplier(self.pairs[0].runner, self.pairs[0].compressed))
+
+        def measured() -> float | None:
+            pair, before, _ = first[0]
+            return units.multiplier(pair.runner, before, pair.original)
+
+        return from_one(measured)
 
     def _plan(self, units: BlockUnits, count: int, target: _Targets, before: list[Tensor]) -> Plan:
         """The plan for one part of a block; its notes tell of it."""
