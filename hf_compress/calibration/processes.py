@@ -10,7 +10,6 @@ takes part in that, so that the others end with an error that names it, and none
 
 from __future__ import annotations
 
-import io
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -23,11 +22,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hf_compress.calibration.held_out import taker
+from hf_compress.calibration.packing import packed, unpacked
 from hf_compress.errors import ProcessesError, one_line
 
 P = ParamSpec("P")
 T = TypeVar("T")
 Item = TypeVar("Item")
+Ready = TypeVar("Ready")
 _FAILED = -1
 _SMALL = 2**18  # entries: tensors with fewer go together, since every exchange has its own delay
 
@@ -101,13 +102,12 @@ class _Group:
 
     def send(self, value: Any, source: int) -> Any:
         """The value of one process, in all: tensors go by themselves, and everything else is pickled."""
-        tensors, packed = _packed(value) if self.rank == source else ([], b"")
+        tensors, rest = packed(value) if self.rank == source else ([], b"")
         with self.exchange():
-            told = [packed]
+            told = [rest]
             dist.broadcast_object_list(told, source, device=self.device)
             if self.rank != source:
-                found = _Unpickler(io.BytesIO(told[0]), self.device_like)
-                value, tensors = found.load(), found.tensors
+                value, tensors = unpacked(told[0], self.device_like)
             for tensor in tensors:
                 self.broadcast(tensor, source)
         return value
@@ -221,6 +221,15 @@ def summed(tensors: Iterable[Tensor]) -> None:
                 part.detach().copy_(total.view(part.shape))
 
 
+def given(tensor: Tensor, source: int) -> None:
+    """Give a contiguous tensor, in all processes, the values that it has in one; all have it of one shape."""
+    if _GROUP is None:
+        return
+    _GROUP.meet(f"values of {tuple(tensor.shape)} {tensor.dtype} of process {source}")
+    with _GROUP.exchange():
+        _GROUP.broadcast(tensor, source)
+
+
 def total(*numbers: float) -> list[float]:
     """Sums of numbers over all processes."""
     if _GROUP is None:
@@ -257,11 +266,20 @@ def from_one(make: Callable[[], T], rank: int = 0) -> T:
 
 def spread(items: Sequence[Item], make: Callable[[Item], T]) -> Iterator[T]:
     """What is made of each of some items, in their order; each is made by one process, alone, and given to all."""
+    return spread_prepared(items, lambda item: item, make)
+
+
+def spread_prepared(items: Sequence[Item], prepare: Callable[[Item], Ready], make: Callable[[Ready], T]) -> Iterator[T]:
+    """The same, of what all processes prepare together of each item; the one that goes on from there alone keeps it."""
     rank, world = here()
     for start in range(0, len(items), world):
-        turn, made = items[start : start + world], list[T]()
+        turn, own, made = items[start : start + world], list[Ready](), list[T]()
+        for place, item in enumerate(turn):
+            ready = prepare(item)
+            own += [ready] if place == rank else []
+            del ready
         with _alone():
-            made += [make(item) for item in turn[rank : rank + 1]]
+            made += [make(own.pop()) for _ in own[:1]]
         for source in range(len(turn)):
             yield from_one(lambda made=made: made[0], source)  # type: ignore[misc]
 
@@ -363,37 +381,3 @@ def told(value: T) -> list[T]:
 def any_of(flag: bool) -> bool:
     """Whether it is so in any process."""
     return any(told(flag))
-
-
-class _Pickler(pickle.Pickler):
-    """Leaves tensors out, and notes them."""
-
-    def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file)
-        self.tensors: list[Tensor] = []
-
-    def persistent_id(self, value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return None
-        self.tensors.append(value)
-        return len(self.tensors) - 1, tuple(value.shape), value.dtype, value.device.type
-
-
-class _Unpickler(pickle.Unpickler):
-    """Makes empty tensors in their places. What it reads comes from processes of this very run."""
-
-    def __init__(self, file: io.BytesIO, device: Callable[[str], torch.device]) -> None:
-        super().__init__(file)
-        self.device, self.tensors = device, list[Tensor]()
-
-    def persistent_load(self, known: Any) -> Tensor:
-        _, shape, dtype, kind = known
-        self.tensors.append(torch.empty(shape, dtype=dtype, device=self.device(kind)))
-        return self.tensors[-1]
-
-
-def _packed(value: Any) -> tuple[list[Tensor], bytes]:
-    file = io.BytesIO()
-    pickler = _Pickler(file)
-    pickler.dump(value)
-    return pickler.tensors, file.getvalue()

@@ -11,13 +11,14 @@ Source: B. Hassibi and D. G. Stork, "Second order derivatives for network prunin
 equation (5), for a whole row of weights in the place of one.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .symmetric import inverse, regular_cholesky
+from .alone import ALONE, Alone
+from .cholesky import inverse, own_rows, regular_cholesky
 
 _PENALTY = 1e-3  # relative to the mean diagonal: keeps the inverse of a covariance of few rows in bounds
 _ROUNDS = 16  # at least: where more features go, several go at once,
@@ -32,29 +33,17 @@ class Sums(Protocol):
     def inputs(self) -> int:
         """p"""
 
-    def normal_gram(self, affine: bool) -> Tensor:
-        """X^T X [p, p], about the mean if `affine`, as a new tensor. ValueError if no rows were seen."""
+    def normal_gram(self, affine: bool, rows: Sequence[slice] | None = None) -> Tensor:
+        """X^T X [p, p], about the mean if `affine`, as a new tensor. ValueError if no rows were seen.
+
+        Where `rows` are given, no more than these of its upper triangle have to be right.
+        """
 
     def normal_cross(self, affine: bool) -> Tensor:
         """X^T Y [p, q], about the means if `affine`. ValueError if no rows were seen."""
 
 
-class Alone:
-    """One process that eliminates by itself; of several, each has some of y, and all of x."""
-
-    def sum_up(self, tensors: Iterable[Tensor]) -> None:
-        """Put sums over the processes in the places of tensors."""
-
-    def inverse(self, factor: Tensor) -> Tensor:
-        """(L L^T)^-1, in the memory of the factor."""
-        return inverse(factor)
-
-    def same(self, chosen: Tensor) -> Tensor:
-        """What one of them has chosen, in all."""
-        return chosen
-
-
-def eliminate(sums: Sums, count: int, affine: bool = True, size: int = 1, together: Alone | None = None) -> Tensor:
+def eliminate(sums: Sums, count: int, affine: bool = True, size: int = 1, together: Alone = ALONE) -> Tensor:
     """The features of x that are left when all but `count` have been left out of the regression of y on x.
 
     With a `size`, features go by the block: the first `size` of them, the next, and so on, and it is blocks that are
@@ -66,7 +55,7 @@ def eliminate(sums: Sums, count: int, affine: bool = True, size: int = 1, togeth
         count: features (or blocks) to keep, 1 to p (or p / size).
         affine: whether the regression has a bias.
         size: features of a block, a divisor of p.
-        together: how processes do it together, each of which has the sums for some of y.
+        together: how processes do it together, each of which has the sums for some of y, and all of x.
 
     Returns:
         [count] int64, in rising order: features, or blocks where those go by the block.
@@ -81,7 +70,7 @@ def eliminate(sums: Sums, count: int, affine: bool = True, size: int = 1, togeth
         raise ValueError(
             f"count is {count}; expected 1 to the number of {'features' if size == 1 else 'blocks'}, {blocks}"
         )
-    state = _Elimination(sums, affine, size, blocks - count, together or Alone())
+    state = _Elimination(sums, affine, size, blocks - count, together)
     at_once = min(_AT_ONCE, -(-(blocks - count) // _ROUNDS))
     while (excess := len(state.left) - count) > 0:
         state.leave_out(state.cheapest(min(at_once, excess)))
@@ -97,13 +86,13 @@ class _Elimination:
 
     def __init__(self, sums: Sums, affine: bool, size: int, to_go: int, together: Alone) -> None:
         def system() -> Tensor:
-            gram = sums.normal_gram(affine)
+            gram = _shared_gram(sums, affine, together)
             mean = float(gram.diagonal().mean())
             gram.diagonal().add_(_PENALTY * mean if mean > 0 else 1.0)
             return gram
 
         self.size, self.together = size, together
-        self.inverse = together.inverse(regular_cholesky(system)).mT  # of the whole covariance, row by row
+        self.inverse = inverse(regular_cholesky(system, together), together).mT  # of the whole covariance, row by row
         cross = sums.normal_cross(affine)
         self.solution = self.inverse @ cross
         self.rows = cross.new_empty(to_go * size, sums.inputs)  # U
@@ -121,13 +110,18 @@ class _Elimination:
         costs = _costs(self.diagonal[self.left], self._own_products())
         candidates = self.left[costs.topk(min(_CANDIDATES * count, len(self.left)), largest=False).indices]
         if count == 1:
-            return self.together.same(candidates[:1])
+            return self._same(candidates[:1])
         features = entries(candidates, self.size)
         past, rows = self.rows[: self.gone, features], self.solution[features]
         inverse = (self.inverse[features[:, None], features] - past.T @ past).double()
-        products = (rows @ rows.T).double()
+        products = rows @ rows.T
         self.together.sum_up([products])
-        return self.together.same(candidates[_one_by_one(inverse, products, self.size, count)])
+        return self._same(candidates[_one_by_one(inverse, products.double(), self.size, count)])
+
+    def _same(self, chosen: Tensor) -> Tensor:
+        """What the first of several processes has chosen, in all: by rounding alone another might choose otherwise."""
+        self.together.give(chosen, 0)
+        return chosen
 
     def leave_out(self, blocks: Tensor) -> None:
         """Make the best of it without some blocks."""
@@ -154,6 +148,18 @@ class _Elimination:
             products = parts @ parts.mT
         self.together.sum_up([products])
         return products
+
+
+def _shared_gram(sums: Sums, affine: bool, together: Alone) -> Tensor:
+    """The Gram matrix of x, of several processes in each its own rows, and the whole diagonal."""
+    own = own_rows(sums.inputs, together)
+    gram = sums.normal_gram(affine, own)
+    diagonal = torch.zeros_like(gram.diagonal())
+    for rows in own:
+        diagonal[rows] = gram.diagonal()[rows]
+    together.sum_up([diagonal])
+    gram.diagonal().copy_(diagonal)
+    return gram
 
 
 def _one_by_one(inverse: Tensor, products: Tensor, size: int, count: int) -> Tensor:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_compress.numerics.alone import ALONE, Alone
+from hf_compress.numerics.cholesky import factorise
 from hf_compress.numerics.symmetric import turn_round
 
 DAMPING = 0.01  # of the mean diagonal, as in GPTQ and SparseGPT
@@ -55,20 +57,24 @@ class Factor:
     silent: Tensor
 
     @staticmethod
-    def of(gram: Tensor) -> Factor:
+    def of(gram: Tensor, together: Alone = ALONE) -> Factor:
         """By Cholesky's method from the last input to the first; in float32, unless it turns out not to be enough.
 
         No entry of R's diagonal is below the root of the damping. Where one comes out so, or the method breaks off, the
         gram is too ill-conditioned for float32, and float64 is taken.
+
+        Args:
+            gram: Σ x xᵀ, (inputs, inputs), of several processes in each the whole of it.
+            together: how they factorise it together.
 
         Raises:
             ValueError: a gram that is not finite, or no sum of x xᵀ.
         """
         gram = gram.detach()
         silent = gram.diagonal() == 0
-        upper, enough = _upper(gram, silent, torch.float32)
+        upper, enough = _upper(gram, silent, torch.float32, together)
         if not enough:
-            upper, enough = _upper(gram, silent, torch.float64)
+            upper, enough = _upper(gram, silent, torch.float64, together)
         if not enough:
             raise ValueError("the gram matrix is no sum of x xᵀ: it has an eigenvalue below 0")
         return Factor(upper.float(), float(scale_of(gram)), silent)
@@ -82,13 +88,12 @@ class Factor:
         return (self.upper.diagonal().double().square() * self.scale).masked_fill(self.silent, 0.0).float()
 
 
-def _upper(gram: Tensor, silent: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
+def _upper(gram: Tensor, silent: Tensor, dtype: torch.dtype, together: Alone = ALONE) -> tuple[Tensor, bool]:
     """R, and whether it can be right. Made in the memory of one matrix."""
     system = damped(gram, dtype)
     turn_round(system)
     system.diagonal().add_(silent.flip(0).to(dtype))
-    columns, info = system.mT, torch.empty((), dtype=torch.int32, device=system.device)  # as LAPACK wants it: no copy
-    factor, broken = torch.linalg.cholesky_ex(columns, out=(columns, info))
-    least = float(factor.diagonal().square().min())
-    turn_round(system)  # and with it the factor: a lower triangle until now
-    return factor, not int(broken) and least >= DAMPING / 2
+    done = factorise(system, together)
+    least = float(system.diagonal().square().min())
+    turn_round(system)  # and with it the factor, which is a lower triangle from now on
+    return system.mT, done and least >= DAMPING / 2

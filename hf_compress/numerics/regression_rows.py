@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -90,14 +90,19 @@ class RegressionRows:
         """Sum of ||y - point||^2."""
         return sum((_weighed(about(part.y, point, self.dtype), part.weights) for part in self._pieces()), 0.0)
 
-    def gram_about(self, point: Tensor, onto: Tensor) -> Tensor:
-        """Sum of (x - point)(x - point)^T, [p, p], added to what is there, which is symmetric."""
+    def gram_about(self, point: Tensor, onto: Tensor, rows: Sequence[slice] | None = None) -> Tensor:
+        """Sum of (x - point)(x - point)^T, [p, p], added to what is there, which is symmetric.
+
+        Where `rows` are given, to these of the upper triangle, and the lower one is no more of use.
+        """
         for part in self._pieces():
             x = about(part.x, point.to(self.origin), onto.dtype)
             halves = part.x.dtype == torch.bfloat16 and part.weights is None and not bool(point.any())
             with bfloat16_factors(halves):
-                add_products(onto, x if part.weights is None else x * part.weights.to(x)[:, None], x)
-        mirror(onto)
+                weighted = x if part.weights is None else x * part.weights.to(x)[:, None]
+                add_products(onto, weighted, x, rows=rows)
+        if rows is None:
+            mirror(onto)
         return onto
 
     def cross_about(self, x_point: Tensor, y_point: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .cholesky import cholesky, regular_cholesky, solve
 from .moments import Moments, about, pieces
-from .symmetric import cholesky, regular_cholesky, solve
 
 # A feature whose variance is below this share of its mean square counts as constant: sums of n rows carry a relative
 # error of about sqrt(n) times 1e-16.
@@ -171,8 +171,11 @@ class LeastSquares(Moments):
         step = self.y_origin - point.to(self.y_origin)
         return self._energy + float(step @ (2 * self._y + self.count * step))
 
-    def normal_gram(self, affine: bool) -> Tensor:
-        """X^T X [p, p], about the mean if `affine`, as a new tensor. ValueError if no rows were seen."""
+    def normal_gram(self, affine: bool, rows: Sequence[slice] | None = None) -> Tensor:
+        """X^T X [p, p], about the mean if `affine`, as a new tensor. ValueError if no rows were seen.
+
+        All of it is right, whatever `rows` are asked for.
+        """
         self.require_rows()
         return self.gram_about(self.mean if affine else torch.zeros_like(self.origin))
 

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hf_compress.numerics.cholesky import solve
 from hf_compress.numerics.halves import bfloat16_factors
-from hf_compress.numerics.symmetric import add_products, mirror, solve
+from hf_compress.numerics.symmetric import add_products, mirror
 
 _AT_ONCE = 1024  # rows or features, that are brought to float32
 _ROUNDING = 0.01  # of the penalty, what rounding in float32 may be as much as

@@ -21,6 +21,8 @@ def test_one_process_does_everything_itself():
         assert processes.own("ab") == [(0, "a"), (1, "b")]
         assert processes.from_one(lambda: value) is value
         assert list(processes.spread([1, 2], lambda item: item + 1)) == [2, 3]
+        assert list(processes.spread_prepared([1, 2], lambda item: 10 * item, lambda ready: ready + 1)) == [11, 21]
+        processes.given(value, 0)
         assert processes.gathered({2: "c", 0: "a"}) == ["a", "c"]
         assert processes.total(1, 2.5) == [1, 2.5]
         assert not processes.any_of(False)

@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from hf_compress.methods.base.ridge import HeldOutSums
-from hf_compress.numerics import elimination
+from hf_compress.methods.base.ridge import HeldOutSums, for_own_outputs
+from hf_compress.numerics import cholesky, elimination
 from hf_compress.numerics.elimination import eliminate
 from hf_compress.numerics.ridge import LeastSquares
 from tests.helpers.regression import statistics
+from tests.helpers.team import in_team
 
 
 def data(rows=80, inputs=9, outputs=4, seed=0):
@@ -135,6 +136,27 @@ def test_sixteen_rounds_choose_as_one_after_another(affine: bool, size: int, mon
             errors.append(left_over(x.double(), y.double(), features.tolist(), affine))
         assert errors[0] == pytest.approx(errors[1], rel=5e-3)
         assert len(set(quick.tolist()) ^ set(slow.tolist())) <= 0.05 * count
+
+
+@pytest.mark.parametrize("held", [30, 80])  # fewer rows and more than are kept as rows
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("world", [2, 3])
+def test_several_choose_what_one_chooses(world: int, size: int, held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has what is to be explained in part, and factorises in part."""
+    monkeypatch.setattr(cholesky, "_ROWS", 8)
+    x, y = data(rows=200, inputs=60, outputs=7)
+    sums = HeldOutSums.like(x, y, True)
+    sums.update(x[held:], y[held:], held=False)
+    sums.update(x[:held], y[:held], held=True)
+    for count in (15, 9):
+        expected = eliminate(sums, count, size=size)
+        found = in_team(
+            world,
+            lambda together, count=count: eliminate(
+                for_own_outputs(sums, together), count, size=size, together=together
+            ),
+        )
+        assert all(torch.equal(one, expected) for one in found)
 
 
 @pytest.mark.parametrize("affine", [True, False])

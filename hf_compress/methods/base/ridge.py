@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from hf_compress.calibration.processes import from_one, gathered, here, spread, summed, told
-from hf_compress.numerics.elimination import Alone
+from hf_compress.numerics.alone import Alone
 from hf_compress.numerics.regression_rows import RegressionRows
 from hf_compress.numerics.ridge import LeastSquares, Ridge
-from hf_compress.numerics.symmetric import inverse_columns, lower_columns, put_columns
 
 _T = TypeVar("_T")
 PENALTIES = (1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 3.0)  # worth trying, relative to the mean variance of the inputs
@@ -138,10 +137,16 @@ class HeldOutSums:
         """Mean ||y||^2 over all batches."""
         return (self.fitted.energy + self.held.energy) / (self.fitted.count + self.held.count)
 
-    def normal_gram(self, affine: bool) -> Tensor:
-        """X^T X over all batches, (inputs, inputs), as a new tensor; about the mean if `affine`."""
+    def normal_gram(self, affine: bool, rows: Sequence[slice] | None = None) -> Tensor:
+        """X^T X over all batches, (inputs, inputs), as a new tensor; about the mean if `affine`.
+
+        Where `rows` are given, no more than these of its upper triangle have to be right.
+        """
         point, _ = self._points(affine)
-        return self.held.gram_about(point, onto=self.fitted.gram_about(point))
+        gram = self.fitted.gram_about(point)
+        if isinstance(self.held, RegressionRows):
+            return self.held.gram_about(point, gram, rows)
+        return self.held.gram_about(point, onto=gram)
 
     def normal_cross(self, affine: bool) -> Tensor:
         """X^T Y over all batches, (inputs, outputs); about the means if `affine`."""
@@ -277,36 +282,12 @@ class _Search:
         return error / scale if scale else 0.0
 
 
-class Together(Alone):
-    """Features eliminated by all processes that share the work, each of which sees to some of y."""
-
-    @staticmethod
-    def share(sums: HeldOutSums) -> HeldOutSums:
-        """The sums for this process's part of y."""
-        rank, world = here()
-        if world == 1:
-            return sums
-        count = -(-sums.fitted.outputs // world)
-        return sums.of_outputs(slice(rank * count, (rank + 1) * count))
-
-    def sum_up(self, tensors: Iterable[Tensor]) -> None:
-        summed(tensors)
-
-    def inverse(self, factor: Tensor) -> Tensor:
-        rank, world = here()
-        if world == 1:
-            return super().inverse(factor)
-        own: dict[int, Tensor] = {}
-        work = [0.0] * world
-        for number, columns in enumerate(lower_columns(len(factor))):  # the first take most
-            least = min(range(world), key=work.__getitem__)
-            work[least] += (len(factor) - columns.start) ** 2
-            if least == rank:
-                own[number] = inverse_columns(factor, columns)
-        return put_columns(factor, gathered(own))
-
-    def same(self, chosen: Tensor) -> Tensor:
-        return from_one(lambda: chosen)
+def for_own_outputs(sums: HeldOutSums, together: Alone) -> HeldOutSums:
+    """The sums for one process's part of y."""
+    if together.world == 1:
+        return sums
+    count = -(-sums.fitted.outputs // together.world)
+    return sums.of_outputs(slice(together.rank * count, (together.rank + 1) * count))
 
 
 def lowest(attempt: Callable[[float], tuple[float, _T]], values: Sequence[float]) -> tuple[float, _T]:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from hf_compress.calibration.processes import from_one
+from hf_compress.calibration.together import Together
 from hf_compress.errors import CalibrationError
-from hf_compress.methods.base.ridge import Together
+from hf_compress.methods.base.ridge import for_own_outputs
 from hf_compress.methods.base.units import Reduction, Units, UnitStatistics, best
 from hf_compress.methods.illc.config import ILLCConfig
 from hf_compress.numerics.clustering import cluster
@@ -26,8 +27,9 @@ REDUCTIONS: Registry[Callable[[ILLCConfig, Units, UnitStatistics, int], Reductio
 @REDUCTIONS.register("elimination")
 def _elimination(config: ILLCConfig, units: Units, statistics: UnitStatistics, count: int) -> Reduction:
     """One unit after another goes, each time the one that the rest can stand in for best."""
-    own = Together.share(statistics)
-    return Reduction(kept=eliminate(own, count, units.biased or config.bias, units.size, Together()))
+    together = Together()
+    own = for_own_outputs(statistics, together)
+    return Reduction(kept=eliminate(own, count, units.biased or config.bias, units.size, together))
 
 
 @REDUCTIONS.register("average")
