@@ -123,14 +123,13 @@ def _is_plain(module: Any, args: tuple[Any, ...], output: Any) -> bool:
     if not (isinstance(output, Tensor) and args and isinstance(args[0], Tensor)):
         return False
     with resident(module):
-        weight = linear_map(module).float()
-        bias = 0 if module.bias is None else module.bias.float()
-    if args[0].shape[-1] != len(weight) or output.shape != (*args[0].shape[:-1], weight.shape[1]):
-        return False
-    given, gave = (rows.reshape(-1, rows.shape[-1]) for rows in (args[0], output))
-    some = slice(None, None, max(1, len(given) // _ROWS))
-    given, gave = given[some], gave[some]
-    expected = given.float() @ weight + bias
+        weight, bias = linear_map(module), module.bias
+        if args[0].shape[-1] != len(weight) or output.shape != (*args[0].shape[:-1], weight.shape[1]):
+            return False
+        given, gave = (rows.reshape(-1, rows.shape[-1]) for rows in (args[0], output))
+        some = slice(None, None, max(1, len(given) // _ROWS))
+        given, gave = given[some], gave[some]
+        expected = (given.to(weight) @ weight).float() + (0 if bias is None else bias.float())
     gap = float((gave.float() - expected).norm())
     return not gap > _TOLERANCE * float(expected.norm())  # NaN is found later, and told of in its own words
 
