@@ -9,9 +9,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -20,6 +22,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import hf_compress as hfc
+from hf_compress.methods.lrp import grams
+from hf_compress.numerics import cholesky
 from tests.helpers.language import tiny_llama
 from tests.helpers.mixtures import mixtral
 from tests.helpers.runs import CALIBRATION, dense_rows, state_of, tiny_dense
@@ -63,9 +67,18 @@ CASES: dict[str, Case] = {
     "lrp of units": (_llama, hfc.LRPConfig(sparsity=0.25, granularity="neuron")),
     "lrp of blocks": (_llama, hfc.LRPConfig(sparsity=0.25, granularity="block")),
     "lrp of experts": (mixtral, hfc.LRPConfig(bits=6, group_size=16)),
+    "illc, in blocks of rows": (_llama, hfc.ILLCConfig(ratio=0.25)),
+    "lrp, bits, in blocks of rows": (_llama, hfc.LRPConfig(bits=6, group_size=16)),
     "layer_collapse": (_llama, hfc.LayerCollapseConfig(num_layers=2)),
     "layer_collapse by loss": (_llama, hfc.LayerCollapseConfig(num_layers=1, criterion="loss", rank=4)),
 }
+
+
+@contextmanager
+def _in_blocks_of_rows() -> Iterator[None]:
+    """Inside, processes factorise and invert narrow matrices together too, as they do wide ones."""
+    with patch.object(cholesky, "_ROWS", 8), patch.object(grams, "_NARROW", 8):
+        yield
 
 
 def rows_for(model: PreTrainedModel) -> Any:
@@ -79,7 +92,8 @@ def rows_for(model: PreTrainedModel) -> Any:
 def compressed(case: str) -> tuple[dict[str, Tensor], list[Any]]:
     """The tensors that a case ends with, and its edits."""
     build, config = CASES[case]
-    model = hfc.compress(build(), config, rows_for(build()), options=OPTIONS)
+    with _in_blocks_of_rows() if "in blocks of rows" in case else nullcontext():
+        model = hfc.compress(build(), config, rows_for(build()), options=OPTIONS)
     stage = model.compression_report.stages[-1]
     return state_of(model), stage.edits
 

@@ -9,15 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from hf_compress.anatomy.parts import linear_map
-from hf_compress.calibration.processes import spread
-from hf_compress.calibration.sweep import StreamPair, Streams, advance, turns
+from hf_compress.calibration.sweep import Streams, turns
 from hf_compress.methods.lrp.fisher import Energies, energies
-from hf_compress.methods.lrp.grams import grams_of, in_parts, sharing
 from hf_compress.methods.lrp.linears import Subject
 from hf_compress.methods.lrp.precision import ErrorCosts
 from hf_compress.methods.lrp.scores import scored, some_batches
+from hf_compress.methods.lrp.unexplained import unexplained
 from hf_compress.modules.sparse import at_ones
-from hf_compress.numerics.factor import Factor
 
 # Of so many tokens that weights are solved on, one says what errors cost: bits given by half of them do as well as by
 # all, within what another seed of the drawn outputs makes of it. What goes is chosen by all: with 70% of the weights
@@ -68,11 +66,11 @@ def _of_kept(kept: Mapping[str, Tensor], cost: ErrorCosts) -> ErrorCosts:
 def _fisher(subject: Subject, compensated: bool) -> ErrorCosts:
     config, linears = subject.config, subject.linears
     streams = Streams(subject.model, subject.stack, some_batches(subject.context, config.tokens, WEIGHED))
-    unexplained = _unexplained(subject, streams) if compensated else None
+    left_over = unexplained(subject, streams) if compensated else None
     drawn = partial(energies, streams, linears, config.seed, subject.aside)
     state = subject.context.journal.tensors("energies", lambda: drawn(of_inputs=not compensated).state())
     found = Energies.of(state)
-    read = found.read if unexplained is None else unexplained
+    read = found.read if left_over is None else left_over
     used = found.rows.keys() & read.keys()
 
     def cost(path: str) -> Tensor:
@@ -88,35 +86,3 @@ def _full(linears: Mapping[str, nn.Module], value: float, path: str) -> Tensor:
     """A number for each weight, (outputs, inputs), that takes no memory."""
     weight = linear_map(linears[path]).T
     return torch.tensor(value, dtype=torch.float32, device=weight.device).expand(weight.shape)
-
-
-def _unexplained(subject: Subject, streams: Streams) -> dict[str, Tensor]:
-    """Of the inputs of every linear map, block by block, so that there are never more Gram matrices than a block's.
-
-    The streams are kept then.
-    """
-    stack, journal = subject.stack, subject.context.journal
-    pairs, found = streams.start(), dict[str, Tensor]()
-    for index in turns(stack, range(len(stack)), "weighing inputs"):
-        name = f"unexplained inputs of block {index}"
-        if journal.has(name):
-            advance(pairs, index)
-        found |= journal.tensors(name, partial(_unexplained_of, subject, index, pairs))
-        streams.note(index + 1, pairs)
-    return found
-
-
-def _unexplained_of(subject: Subject, index: int, pairs: list[StreamPair]) -> dict[str, Tensor]:
-    """The same of the linear maps of one block; the streams are past it then."""
-    found: dict[str, Tensor] = {}
-    parts = list(in_parts(subject.of_block(index)))
-    for own in parts:
-        grams = grams_of(subject.stack, index, own, pairs, onwards=own is parts[-1])
-        together = sharing(grams)
-        factors = spread([grams[paths[0]] for paths in together], lambda gram: Factor.of(gram).unexplained)
-        for paths, left in zip(together, factors, strict=True):
-            found |= dict.fromkeys(paths, subject.aside.put(left))
-        del grams
-    if not parts:
-        advance(pairs, index)
-    return found

@@ -11,10 +11,13 @@ from hf_compress.anatomy.parts import linear_map
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.processes import here, summed, told
 from hf_compress.calibration.sweep import StreamPair
+from hf_compress.calibration.together import Together
 from hf_compress.methods.base.grams import few_at_once
 from hf_compress.methods.lrp.scores import watch_rows
+from hf_compress.numerics.factor import Factor
 from hf_compress.numerics.moments import Moments
 
+_NARROW = 1024  # inputs: what a factorisation costs up to there is nothing to speak of
 _Sums = tuple[dict[str, Moments], dict[str, str]]  # and of each map, the first that is handed its tensor
 
 
@@ -49,6 +52,16 @@ def sharing(grams: Mapping[str, Tensor]) -> list[list[str]]:
     for path, gram in grams.items():
         together.setdefault(id(gram), []).append(path)
     return list(together.values())
+
+
+def factor_if_wide(gram: Tensor) -> Tensor | Factor:
+    """The factor of a wide Gram matrix, by all processes together; a narrow one as it is, for the one that solves."""
+    return Factor.of(gram, Together()) if len(gram) > _NARROW else gram
+
+
+def factor_of(known: Tensor | Factor) -> Factor:
+    """The factor of a Gram matrix, if it is not one already."""
+    return known if isinstance(known, Factor) else Factor.of(known)
 
 
 def _sums_of(

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from hf_compress.anatomy.parts import linear_map
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.memory import working_memory
-from hf_compress.calibration.processes import from_one, spread
+from hf_compress.calibration.processes import from_one, spread_prepared
 from hf_compress.calibration.sweep import StreamPair, advance, start_pairs, turns
 from hf_compress.methods.base.context import CalibrationContext, Drafts
 from hf_compress.methods.lrp.config import BITS, MODULE_BITS, LRPConfig
 from hf_compress.methods.lrp.error_costs import error_costs
 from hf_compress.methods.lrp.experts import separate_experts
-from hf_compress.methods.lrp.grams import grams_of, in_parts, sharing
+from hf_compress.methods.lrp.grams import factor_if_wide, factor_of, grams_of, in_parts, sharing
 from hf_compress.methods.lrp.linears import Subject, Weights, changeable_linears
 from hf_compress.methods.lrp.masks import Masks, kept_weights
 from hf_compress.methods.lrp.module_bits import bits_of_modules, read_together
@@ -32,6 +32,8 @@ from hf_compress.numerics.factor import Factor
 from hf_compress.numerics.masked import solve_masked
 from hf_compress.plan.plan import Plan
 from hf_compress.rewrite.builders import pack_linear, sparsify_linear
+
+_Known = Tensor | Factor | None
 
 
 @dataclass
@@ -80,16 +82,18 @@ def _solved(subject: Subject, index: int, pairs: list[StreamPair], decisions: _D
         grams = grams_of(subject.stack, index, own, pairs)
         together = [*sharing(grams), *([path] for path in own if path not in grams)]
 
-        def solved(paths: list[str], grams: dict[str, Tensor] = grams) -> list[Plan]:
-            known = _known(subject.config, grams.get(paths[0]), bool(decisions.kept))
-            for path in paths:
-                grams.pop(path, None)  # as large as nothing else here
+        def prepared(paths: list[str], grams: dict[str, Tensor] = grams) -> tuple[list[str], _Known]:
+            gram, *_ = (grams.pop(path, None) for path in paths)  # as large as nothing else here
+            return paths, _known(subject.config, gram, bool(decisions.kept))
+
+        def solved(given: tuple[list[str], _Known]) -> list[Plan]:
+            paths, known = given
+            if not decisions.kept and known is not None:
+                known = factor_of(known)
             return [_draft(subject, path, known, decisions) for path in paths]
 
-        for paths, drafted in zip(together, spread(together, solved), strict=True):
-            for path, one in zip(paths, drafted, strict=True):
-                grams.pop(path, None)
-                draft += one
+        for drafted in spread_prepared(together, prepared, solved):
+            draft += sum(drafted, Plan())
     return draft
 
 
@@ -137,14 +141,14 @@ def _upper_half(values: Tensor) -> Tensor:
     return values > values.median()
 
 
-def _known(config: LRPConfig, gram: Tensor | None, prunes: bool) -> Tensor | Factor | None:
+def _known(config: LRPConfig, gram: Tensor | None, prunes: bool) -> _Known:
     """What solving needs of the Gram matrix of maps that read the same; None where nothing is solved for."""
     if gram is None or prunes:
         return gram
-    return Factor.of(gram) if config.rounding == "compensated" else None
+    return factor_if_wide(gram) if config.rounding == "compensated" else None
 
 
-def _draft(subject: Subject, path: str, known: Tensor | Factor | None, decisions: _Decisions) -> Plan:
+def _draft(subject: Subject, path: str, known: _Known, decisions: _Decisions) -> Plan:
     config = subject.config
     kept = decisions.kept.get(path)
     bits = decisions.bits[path].long() if path in decisions.bits else None
