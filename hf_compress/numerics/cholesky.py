@@ -13,7 +13,6 @@ from .alone import ALONE, Alone
 from .symmetric import add_products, in_blocks, mirror, upper_parts
 
 _ROWS = 256  # that are seen to at once: enough for full speed, and few enough to share well
-_RIGHT = 256  # right sides that are solved for at once, for what lies between their two halves
 _UNITS = 8
 
 
@@ -108,10 +107,10 @@ def regular_cholesky(system: Callable[[], Tensor], together: Alone = ALONE) -> T
 
 def solve(factor: Tensor, right: Tensor) -> Tensor:
     """(L L^T)^-1 right, [p, q]. Unlike `torch.cholesky_solve`, without a copy of the factor."""
-    found = torch.empty_like(right)
-    for part, out in zip(right.split(_RIGHT, dim=1), found.split(_RIGHT, dim=1), strict=True):
-        half = torch.linalg.solve_triangular(factor, part, upper=False)
-        out.copy_(torch.linalg.solve_triangular(factor.mT, half, upper=True))
+    found = right.clone(memory_format=torch.contiguous_format)
+    columns = found.mT  # laid out as LAPACK wants it: both steps are taken in its memory
+    torch.linalg.solve_triangular(factor.mT, columns, upper=True, left=False, out=columns)
+    torch.linalg.solve_triangular(factor, columns, upper=False, left=False, out=columns)
     return found
 
 

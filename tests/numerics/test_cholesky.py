@@ -9,6 +9,7 @@ from torch import Tensor
 from hf_compress.numerics import cholesky as module
 from hf_compress.numerics.alone import ALONE, Alone
 from hf_compress.numerics.cholesky import cholesky, factorise, inverse, own_columns, own_rows, regular_cholesky, solve
+from tests.helpers.allocated import most_allocated
 from tests.helpers.team import in_team
 
 DTYPES = (torch.float32, torch.float64)
@@ -35,11 +36,11 @@ def part_of(matrix: Tensor, together: Alone) -> Tensor:
     return own
 
 
-@pytest.mark.parametrize("at_once", [256, 2])  # right sides
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_factor_solution_and_inverse(dtype: torch.dtype, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_RIGHT", at_once)
+@pytest.mark.parametrize("across", [False, True])  # how the right sides lie in memory
+def test_factor_solution_and_inverse(dtype: torch.dtype, across: bool) -> None:
     matrix, right = gram(dtype=dtype), rows(11, 3, dtype)
+    right = right.T.contiguous().T if across else right
     exact = gram()
     given = matrix.clone()
     factor = cholesky(given)
@@ -47,10 +48,17 @@ def test_factor_solution_and_inverse(dtype: torch.dtype, at_once: int, monkeypat
     assert factor.data_ptr() == given.data_ptr()  # no copy
     tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-10, "atol": 1e-12}
     torch.testing.assert_close(factor.double(), torch.linalg.cholesky(exact), **tolerance)
-    torch.testing.assert_close(solve(factor, right).double(), torch.linalg.solve(exact, right.double()), **tolerance)
+    before, solution = right.clone(), solve(factor, right)
+    torch.testing.assert_close(solution.double(), torch.linalg.solve(exact, right.double()), **tolerance)
+    assert torch.equal(right, before)
     result = inverse(factor)
     assert result.data_ptr() == given.data_ptr()
     torch.testing.assert_close(result.double(), torch.linalg.inv(exact), **tolerance)
+
+
+def test_a_solution_takes_no_more_memory_than_itself() -> None:
+    factor, right = torch.eye(400) + torch.ones(400, 400).tril(), torch.ones(400, 30)
+    assert most_allocated(lambda: solve(factor, right)) < 2 * right.nbytes
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
