@@ -91,10 +91,10 @@ class Writers:
         """Add a solved change to the weights, and its last row to the first bias that there is."""
         for module, rows in zip(self.modules, change.split(self.widths), strict=False):
             weight = linear_map(module)
-            undo.write(weight, weight.detach().double() + rows.to(weight.device))
+            undo.write(weight, weight.detach() + rows.to(weight.device))
         if self.biased:
             bias = self.biases[0]
-            undo.write(bias, bias.detach().double() + change[-1].to(bias.device))
+            undo.write(bias, bias.detach() + change[-1].to(bias.device))
 
     def local_rows(
         self,
