@@ -13,8 +13,8 @@ def is_held_out(batch: int) -> bool:
 
 
 def taker(batch: int, world: int) -> int:
-    """Which of so many processes takes a batch: in turns, which shift so that no process gets all that are held out.
+    """Which of so many processes takes a batch.
 
-    They differ in cost: most of the work is done on those that are fitted.
+    They are dealt in turns that shift, so that no process gets all that are held out: these cost less than the others.
     """
     return (batch + batch // math.lcm(world, HELD_OUT)) % world

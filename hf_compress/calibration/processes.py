@@ -270,16 +270,17 @@ def spread(items: Sequence[Item], make: Callable[[Item], T]) -> Iterator[T]:
 
 
 def spread_prepared(items: Sequence[Item], prepare: Callable[[Item], Ready], make: Callable[[Ready], T]) -> Iterator[T]:
-    """The same, of what all processes prepare together of each item; the one that goes on from there alone keeps it."""
+    """The same, but first all processes prepare each item together. Only the one that goes on from there keeps it."""
     rank, world = here()
     for start in range(0, len(items), world):
-        turn, own, made = items[start : start + world], list[Ready](), list[T]()
+        turn, kept, made = items[start : start + world], list[Ready](), list[T]()
         for place, item in enumerate(turn):
             ready = prepare(item)
-            own += [ready] if place == rank else []
+            kept += [ready] if place == rank else []
             del ready
         with _alone():
-            made += [make(own.pop()) for _ in own[:1]]
+            if kept:
+                made.append(make(kept.pop()))
         for source in range(len(turn)):
             yield from_one(lambda made=made: made[0], source)  # type: ignore[misc]
 

@@ -1,4 +1,4 @@
-"""How the processes that share work factorise, invert and choose together."""
+"""The processes that share work as a team, for what they factorise, invert and choose together."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from hf_compress.calibration.processes import given, here, summed
-from hf_compress.numerics.alone import Alone
+from hf_compress.numerics.team import Team
 
 
-class Together(Alone):
-    """All processes that share the work, each of which sees to its part; see `Alone`."""
+class Together(Team):
+    """All processes that share the work."""
 
     def __init__(self) -> None:
         self.rank, self.world = here()

@@ -9,19 +9,20 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .alone import ALONE, Alone
 from .symmetric import add_products, in_blocks, mirror, upper_parts
+from .team import ALONE, Team
 
+NARROW = 1024  # rows: what a factorisation costs up to there is nothing to speak of
 _ROWS = 256  # that are seen to at once: enough for full speed, and few enough to share well
 _UNITS = 8
 
 
-def own_rows(size: int, together: Alone) -> list[slice]:
+def own_rows(size: int, together: Team) -> list[slice]:
     """The rows of a matrix of this size that one of several processes sees to, a few at a time: dealt out in turns."""
     return in_blocks(size, _ROWS)[together.rank :: together.world]
 
 
-def factorise(matrix: Tensor, together: Alone = ALONE) -> bool:
+def factorise(matrix: Tensor, together: Team = ALONE) -> bool:
     """Put U, upper triangular with U^T U = A, in the place of a matrix A; whether that could be done to the end.
 
     Several processes do it by blocks of rows, as LAPACK does: U_kk^T U_kk is the k-th block on the diagonal of what is
@@ -59,7 +60,7 @@ def _rows_of_factor(left: Tensor) -> Tensor:
     return torch.cat([pivot.mT, right.mT], dim=1)
 
 
-def cholesky(matrix: Tensor, together: Alone = ALONE) -> Tensor | None:
+def cholesky(matrix: Tensor, together: Team = ALONE) -> Tensor | None:
     """Its lower Cholesky factor, or None where it is not positive definite to working precision.
 
     A feature that those before it explain but for a `share` has the square of its pivot at that share of its diagonal
@@ -78,7 +79,7 @@ def cholesky(matrix: Tensor, together: Alone = ALONE) -> Tensor | None:
     return matrix.mT if regular else None
 
 
-def regular_cholesky(system: Callable[[], Tensor], together: Alone = ALONE) -> Tensor:
+def regular_cholesky(system: Callable[[], Tensor], together: Team = ALONE) -> Tensor:
     """The lower Cholesky factor of a positive semidefinite matrix, regularised as far as its dtype needs it.
 
     Where it is not definite to working precision, each diagonal entry is raised by a share of its own, at first one
@@ -108,14 +109,19 @@ def regular_cholesky(system: Callable[[], Tensor], together: Alone = ALONE) -> T
 def solve(factor: Tensor, right: Tensor) -> Tensor:
     """(L L^T)^-1 right, [p, q]. Unlike `torch.cholesky_solve`, without a copy of the factor."""
     found = right.clone(memory_format=torch.contiguous_format)
-    columns = found.mT  # laid out as LAPACK wants it: both steps are taken in its memory
-    torch.linalg.solve_triangular(factor.mT, columns, upper=True, left=False, out=columns)
-    torch.linalg.solve_triangular(factor, columns, upper=False, left=False, out=columns)
-    return found
+    # Laid out as LAPACK wants it: both steps are taken in its memory, but where PyTorch takes no heed of the layout.
+    columns = found.mT
+    out = {} if columns.device.type == "mps" else {"out": columns}
+    half = torch.linalg.solve_triangular(factor.mT, columns, upper=True, left=False, **out)
+    return torch.linalg.solve_triangular(factor, half, upper=False, left=False, **out).mT
 
 
-def inverse(factor: Tensor, together: Alone = ALONE) -> Tensor:
-    """(L L^T)^-1, [p, p], in the memory of the factor."""
+def inverse(factor: Tensor, together: Team = ALONE) -> Tensor:
+    """(L L^T)^-1, [p, p], in the memory of the factor.
+
+    Args:
+        factor: L, [p, p], of several processes in each the whole of it.
+    """
     if together.world == 1:
         return torch.cholesky_inverse(factor, out=factor)
     upper, parts = factor.mT, in_blocks(len(factor), _ROWS)
@@ -128,11 +134,11 @@ def inverse(factor: Tensor, together: Alone = ALONE) -> Tensor:
         found = _inverse_columns(upper, before, pivots).mT
         add_products(factor[: before[-1].stop, : before[-1].stop], found, found, rows=before)
     together.sum_up(upper_parts(factor))
-    mirror(factor)
+    mirror(factor)  # over what is left of U
     return factor
 
 
-def own_columns(blocks: int, together: Alone) -> list[int]:
+def own_columns(blocks: int, together: Team) -> list[int]:
     """Which blocks of columns of V one of several processes sees to; each takes the square of its place."""
     work, own = [0] * together.world, list[int]()
     for number in reversed(range(blocks)):

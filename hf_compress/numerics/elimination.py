@@ -17,8 +17,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .alone import ALONE, Alone
 from .cholesky import inverse, own_rows, regular_cholesky
+from .team import ALONE, Team
 
 _PENALTY = 1e-3  # relative to the mean diagonal: keeps the inverse of a covariance of few rows in bounds
 _ROUNDS = 16  # at least: where more features go, several go at once,
@@ -43,7 +43,7 @@ class Sums(Protocol):
         """X^T Y [p, q], about the means if `affine`. ValueError if no rows were seen."""
 
 
-def eliminate(sums: Sums, count: int, affine: bool = True, size: int = 1, together: Alone = ALONE) -> Tensor:
+def eliminate(sums: Sums, count: int, affine: bool = True, size: int = 1, together: Team = ALONE) -> Tensor:
     """The features of x that are left when all but `count` have been left out of the regression of y on x.
 
     With a `size`, features go by the block: the first `size` of them, the next, and so on, and it is blocks that are
@@ -84,7 +84,7 @@ class _Elimination:
         left: blocks that have not, [blocks left].
     """
 
-    def __init__(self, sums: Sums, affine: bool, size: int, to_go: int, together: Alone) -> None:
+    def __init__(self, sums: Sums, affine: bool, size: int, to_go: int, together: Team) -> None:
         def system() -> Tensor:
             gram = _shared_gram(sums, affine, together)
             mean = float(gram.diagonal().mean())
@@ -114,9 +114,9 @@ class _Elimination:
         features = entries(candidates, self.size)
         past, rows = self.rows[: self.gone, features], self.solution[features]
         inverse = (self.inverse[features[:, None], features] - past.T @ past).double()
-        products = rows @ rows.T
+        products = (rows @ rows.T).double()
         self.together.sum_up([products])
-        return self._same(candidates[_one_by_one(inverse, products.double(), self.size, count)])
+        return self._same(candidates[_one_by_one(inverse, products, self.size, count)])
 
     def _same(self, chosen: Tensor) -> Tensor:
         """What the first of several processes has chosen, in all: by rounding alone another might choose otherwise."""
@@ -150,8 +150,8 @@ class _Elimination:
         return products
 
 
-def _shared_gram(sums: Sums, affine: bool, together: Alone) -> Tensor:
-    """The Gram matrix of x, of several processes in each its own rows, and the whole diagonal."""
+def _shared_gram(sums: Sums, affine: bool, together: Team) -> Tensor:
+    """The Gram matrix of x; of several processes each has its own rows of the upper triangle, and all the diagonal."""
     own = own_rows(sums.inputs, together)
     gram = sums.normal_gram(affine, own)
     diagonal = torch.zeros_like(gram.diagonal())

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_compress.numerics.alone import ALONE, Alone
 from hf_compress.numerics.cholesky import factorise
 from hf_compress.numerics.symmetric import turn_round
+from hf_compress.numerics.team import ALONE, Team
 
 DAMPING = 0.01  # of the mean diagonal, as in GPTQ and SparseGPT
 
@@ -57,7 +57,7 @@ class Factor:
     silent: Tensor
 
     @staticmethod
-    def of(gram: Tensor, together: Alone = ALONE) -> Factor:
+    def of(gram: Tensor, together: Team = ALONE) -> Factor:
         """By Cholesky's method from the last input to the first; in float32, unless it turns out not to be enough.
 
         No entry of R's diagonal is below the root of the damping. Where one comes out so, or the method breaks off, the
@@ -88,7 +88,7 @@ class Factor:
         return (self.upper.diagonal().double().square() * self.scale).masked_fill(self.silent, 0.0).float()
 
 
-def _upper(gram: Tensor, silent: Tensor, dtype: torch.dtype, together: Alone = ALONE) -> tuple[Tensor, bool]:
+def _upper(gram: Tensor, silent: Tensor, dtype: torch.dtype, together: Team = ALONE) -> tuple[Tensor, bool]:
     """R, and whether it can be right. Made in the memory of one matrix."""
     system = damped(gram, dtype)
     turn_round(system)

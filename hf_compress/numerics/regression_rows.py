@@ -93,7 +93,7 @@ class RegressionRows:
     def gram_about(self, point: Tensor, onto: Tensor, rows: Sequence[slice] | None = None) -> Tensor:
         """Sum of (x - point)(x - point)^T, [p, p], added to what is there, which is symmetric.
 
-        Where `rows` are given, to these of the upper triangle, and the lower one is no more of use.
+        Where `rows` are given, only these of the upper triangle are added to; the lower triangle is wrong then.
         """
         for part in self._pieces():
             x = about(part.x, point.to(self.origin), onto.dtype)

@@ -26,7 +26,7 @@ from hf_compress.methods.lrp import grams
 from hf_compress.numerics import cholesky
 from tests.helpers.language import tiny_llama
 from tests.helpers.mixtures import mixtral
-from tests.helpers.runs import CALIBRATION, dense_rows, state_of, tiny_dense
+from tests.helpers.runs import CALIBRATION, dense_rows, same, state_of, tiny_dense
 from tests.helpers.tiny import tiny_model
 
 Case = tuple[Callable[[], PreTrainedModel], hfc.CompressionConfig]
@@ -68,6 +68,7 @@ CASES: dict[str, Case] = {
     "lrp of blocks": (_llama, hfc.LRPConfig(sparsity=0.25, granularity="block")),
     "lrp of experts": (mixtral, hfc.LRPConfig(bits=6, group_size=16)),
     "illc, in blocks of rows": (_llama, hfc.ILLCConfig(ratio=0.25)),
+    "lrp of experts, in blocks of rows": (mixtral, hfc.LRPConfig(bits=6, group_size=16)),
     "lrp, bits, in blocks of rows": (_llama, hfc.LRPConfig(bits=6, group_size=16)),
     "layer_collapse": (_llama, hfc.LayerCollapseConfig(num_layers=2)),
     "layer_collapse by loss": (_llama, hfc.LayerCollapseConfig(num_layers=1, criterion="loss", rank=4)),
@@ -77,7 +78,7 @@ CASES: dict[str, Case] = {
 @contextmanager
 def _in_blocks_of_rows() -> Iterator[None]:
     """Inside, processes factorise and invert narrow matrices together too, as they do wide ones."""
-    with patch.object(cholesky, "_ROWS", 8), patch.object(grams, "_NARROW", 8):
+    with patch.object(cholesky, "_ROWS", 8), patch.object(grams, "NARROW", 8):
         yield
 
 
@@ -150,6 +151,23 @@ def dying(folder: Path, rank: int) -> None:
         (folder / "told").write_text(str(error))
 
 
+def resumed(folder: Path, rank: int) -> None:
+    """A run that goes on from its workdir, in the midst of what several blocks have in common."""
+    config, compute = hfc.LRPConfig(bits=6, group_size=16), hfc.Compute(workdir=folder / "work")
+    results = folder / "work" / "results"
+    states, names = [], []
+    for _ in range(2):
+        model = hfc.compress(tiny_llama(5), config, rows_for(tiny_llama(5)), options=OPTIONS, compute=compute)
+        states.append(state_of(model))
+        names.append(sorted(path.name for path in results.iterdir()))
+        dist.barrier()
+        for path in results.iterdir() if rank == 0 else ():
+            if not path.name.startswith("unexplained-inputs-of-block-0"):
+                path.unlink()
+        dist.barrier()
+    (folder / f"resumed {rank}.json").write_text(json.dumps([same(*states), *names]))
+
+
 def all_cases(folder: Path, rank: int) -> None:
     """Every case."""
     for case in CASES:
@@ -173,7 +191,7 @@ def start(run: str, folder: Path, processes: int = 2) -> list[int]:
 def main(run: str, folder: Path, processes: int, rank: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder / 'meeting'}", rank=rank, world_size=processes)
-    {"agreed": agreed, "dying": dying, "all_cases": all_cases}[run](folder, rank)
+    {"agreed": agreed, "dying": dying, "resumed": resumed, "all_cases": all_cases}[run](folder, rank)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from hf_compress.numerics.alone import Alone
+from hf_compress.numerics.team import Team
 
 T = TypeVar("T")
 _PATIENCE = 60  # seconds for the others to come to the same exchange
 
 
-class _Member(Alone):
+class _Member(Team):
     """One of them."""
 
     def __init__(self, rank: int, world: int, barrier: Barrier, told: list[list[Tensor]]) -> None:
@@ -41,7 +41,7 @@ class _Member(Alone):
         self._barrier.wait(_PATIENCE)
 
 
-def in_team(world: int, work: Callable[[Alone], T]) -> list[T]:
+def in_team(world: int, work: Callable[[Team], T]) -> list[T]:
     """What each of so many makes of it."""
     barrier, told = Barrier(world), list[list[Tensor]]([[] for _ in range(world)])
 

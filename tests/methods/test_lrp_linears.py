@@ -13,9 +13,11 @@ from hf_compress.calibration.memory import WorkingMemory, working_within
 from hf_compress.calibration.sweep import start_pairs
 from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.lrp import LRPConfig, error_costs, scores
+from hf_compress.methods.lrp import grams as lrp_grams
 from hf_compress.methods.lrp.grams import _ReadApart, _Shared, grams_of, in_parts, sharing
 from hf_compress.methods.lrp.linears import block_linears, linears_of
 from hf_compress.methods.lrp.scores import part_of_tokens, watch_rows
+from hf_compress.numerics.moments import Moments
 from tests.helpers.tiny import tiny_model
 
 SHARED = "model.layers.0.mlp.shared_expert.up_proj"
@@ -115,6 +117,19 @@ def test_gram_matrices_in_parts(settings):
 
 
 # --- Gram matrices of what several maps read -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_processes_in_which_other_experts_run_have_grams_in_one_order(rank, monkeypatch):
+    """Or they would take turns with different ones."""
+    own = [(["b", "c"], {"b": "b", "c": "c"}), (["c", "a"], {"c": "c", "a": "a"})]
+    sums, first = {path: Moments(4) for path in own[rank][0]}, own[rank][1]
+    everywhere = [(True, apart, dict.fromkeys(paths, (4, torch.float64, "cpu"))) for paths, apart in own]
+    monkeypatch.setattr(lrp_grams, "here", lambda: (rank, 2))
+    monkeypatch.setattr(lrp_grams, "told", lambda _: everywhere)
+    monkeypatch.setattr(lrp_grams, "_sums_of", lambda *_, **__: (sums, first))
+    monkeypatch.setattr(Moments, "reduce", lambda *_: None)
+    assert list(grams_of(None, 0, dict.fromkeys("bca"), [])) == ["b", "c", "a"]
 
 
 def grams_and_rows(model, onwards=False):

@@ -23,6 +23,17 @@ def two(tmp_path_factory):
     return folder
 
 
+def test_goes_on_where_it_ended(tmp_path):
+    """Five blocks in two processes, which weigh the inputs of two blocks at a time."""
+    assert start("resumed", tmp_path) == [0, 0]
+    for rank in (0, 1):
+        alike, first, second = json.loads((tmp_path / f"resumed {rank}.json").read_text())
+        assert alike
+        assert first == second
+        weighed = [name for name in first if name.startswith("unexplained")]
+        assert weighed == [f"unexplained-inputs-of-block-{block}.safetensors" for block in (0, 2, 4)]
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_as_in_one_process(case, two):
     one, edits = compressed(case)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from hf_compress.numerics import cholesky as module
-from hf_compress.numerics.alone import ALONE, Alone
 from hf_compress.numerics.cholesky import cholesky, factorise, inverse, own_columns, own_rows, regular_cholesky, solve
+from hf_compress.numerics.team import ALONE, Team
 from tests.helpers.allocated import most_allocated
 from tests.helpers.team import in_team
 
@@ -26,7 +26,7 @@ def gram(width: int = 11, dtype: torch.dtype = torch.float64) -> Tensor:
     return (x.T @ x).to(dtype)
 
 
-def part_of(matrix: Tensor, together: Alone) -> Tensor:
+def part_of(matrix: Tensor, together: Team) -> Tensor:
     """What one process has of a matrix: its rows of the upper triangle, and the diagonal; NaN elsewhere."""
     own = torch.full_like(matrix, torch.nan)
     for some in own_rows(len(matrix), together):
@@ -131,7 +131,7 @@ def test_several_factorise_and_invert_as_one_does(
     matrix, exact = gram(dtype=dtype), gram()
     tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-10, "atol": 1e-12}
 
-    def work(together: Alone) -> tuple[Tensor, Tensor]:
+    def work(together: Team) -> tuple[Tensor, Tensor]:
         factor = cholesky(part_of(matrix, together), together)
         assert factor is not None
         kept = factor.clone()
@@ -151,7 +151,7 @@ def test_at_the_width_of_a_layer(world: int) -> None:
     x = torch.randn(1500, 1100, generator=generator)
     matrix = x.T @ x
 
-    def work(together: Alone) -> tuple[Tensor, Tensor]:
+    def work(together: Team) -> tuple[Tensor, Tensor]:
         factor = regular_cholesky(lambda: part_of(matrix, together), together)
         kept = factor.clone()
         return kept, inverse(factor, together).clone()
@@ -200,8 +200,8 @@ def test_columns_of_an_inverse_are_shared_by_what_they_take(world: int) -> None:
     assert max(work) <= 1.1 * sum(work) / world
 
 
-def member(rank: int, world: int) -> Alone:
-    together = Alone()
+def member(rank: int, world: int) -> Team:
+    together = Team()
     together.rank, together.world = rank, world
     return together
 

@@ -148,7 +148,9 @@ class Narrowing:
             real = stream_tokens(self.stack, pair.runner.batch, pair.original)
             for units, one, kept, multiplier in zip(parts, seen, written, multipliers, strict=True):
                 run = units.read(pair.number, one, pair.original, real)
+                one.given = one.gave = None  # not to be held while the next batch runs
                 kept.append(run.written if multiplier is None else run.written[:0])
+                del run
             after.append(pair.original)
         return [_Targets(after, *part) for part in zip(written, multipliers, strict=True)]
 

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from hf_compress.calibration.processes import from_one, gathered, here, spread, summed, told
-from hf_compress.numerics.alone import Alone
+from hf_compress.numerics.cholesky import NARROW
 from hf_compress.numerics.regression_rows import RegressionRows
 from hf_compress.numerics.ridge import LeastSquares, Ridge
+from hf_compress.numerics.team import Team
 
 _T = TypeVar("_T")
 PENALTIES = (1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 3.0)  # worth trying, relative to the mean variance of the inputs
 CAUTIOUS = (0.1,)  # where there is nothing to choose a penalty by
 _SMALLEST = PENALTIES[0]  # beside which the rounding of sums in float32 is nothing to speak of
-_NARROW = 1024  # inputs: what a factorisation costs up to there is nothing to speak of
 MIXTURES = 64  # of the outputs, that a penalty is chosen by
 
 
@@ -244,7 +244,7 @@ class _Search:
 
     def lowest(self, penalties: Sequence[float]) -> float:
         """The penalty that does best on the rows held out."""
-        search = downhill if self.sums.inputs > _NARROW else lowest
+        search = downhill if self.sums.inputs > NARROW else lowest
         return search(partial(self._attempt, penalties), penalties)[0]
 
     def judged(
@@ -282,7 +282,7 @@ class _Search:
         return error / scale if scale else 0.0
 
 
-def for_own_outputs(sums: HeldOutSums, together: Alone) -> HeldOutSums:
+def for_own_outputs(sums: HeldOutSums, together: Team) -> HeldOutSums:
     """The sums for one process's part of y."""
     if together.world == 1:
         return sums

@@ -14,10 +14,10 @@ from hf_compress.calibration.sweep import StreamPair
 from hf_compress.calibration.together import Together
 from hf_compress.methods.base.grams import few_at_once
 from hf_compress.methods.lrp.scores import watch_rows
+from hf_compress.numerics.cholesky import NARROW
 from hf_compress.numerics.factor import Factor
 from hf_compress.numerics.moments import Moments
 
-_NARROW = 1024  # inputs: what a factorisation costs up to there is nothing to speak of
 _Sums = tuple[dict[str, Moments], dict[str, str]]  # and of each map, the first that is handed its tensor
 
 
@@ -43,7 +43,7 @@ def grams_of(
     assert found is not None, "apart, there is nothing to agree on"
     sums, first = found
     grams = {path: moments.gram for path, moments in sums.items()}
-    return {path: grams[one] for path, one in first.items()}
+    return {path: grams[first[path]] for path in linears if path in first}  # in one order, whichever of them ran here
 
 
 def sharing(grams: Mapping[str, Tensor]) -> list[list[str]]:
@@ -56,7 +56,7 @@ def sharing(grams: Mapping[str, Tensor]) -> list[list[str]]:
 
 def factor_if_wide(gram: Tensor) -> Tensor | Factor:
     """The factor of a wide Gram matrix, by all processes together; a narrow one as it is, for the one that solves."""
-    return Factor.of(gram, Together()) if len(gram) > _NARROW else gram
+    return Factor.of(gram, Together()) if len(gram) > NARROW else gram
 
 
 def factor_of(known: Tensor | Factor) -> Factor:

@@ -15,7 +15,7 @@ from hf_compress.numerics.factor import Factor
 def unexplained(subject: Subject, streams: Streams) -> dict[str, Tensor]:
     """Of the inputs of every linear map, (inputs) by its path, block by block; the streams are kept then.
 
-    So there are never more Gram matrices than those of a block, and of several processes one more of each size in each.
+    There are never more Gram matrices than those of one block. Of several processes each keeps one more of every width.
     """
     stack, journal, world = subject.stack, subject.context.journal, here()[1]
     pairs, found = streams.start(), dict[str, Tensor]()

@@ -88,6 +88,7 @@ def _solved(subject: Subject, index: int, pairs: list[StreamPair], decisions: _D
 
         def solved(given: tuple[list[str], _Known]) -> list[Plan]:
             paths, known = given
+            del given
             if not decisions.kept and known is not None:
                 known = factor_of(known)
             return [_draft(subject, path, known, decisions) for path in paths]

@@ -1,4 +1,4 @@
-"""One process that solves by itself, and what several would do in its place."""
+"""Processes that factorise, invert and choose together; one alone is the smallest team."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from torch import Tensor
 
 
-class Alone:
-    """All steps of the work are its own. Of several processes that share them, each does as this one does.
+class Team:
+    """One process alone, which tells nobody anything. In a larger team all come to the same exchanges.
 
     Attributes:
         rank: the number of this process.
@@ -24,4 +24,4 @@ class Alone:
         """Put the values that a contiguous tensor has in one of them in the places of all."""
 
 
-ALONE = Alone()
+ALONE = Team()
