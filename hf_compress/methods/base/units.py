@@ -22,6 +22,7 @@ from hf_compress.numerics.elimination import entries
 from hf_compress.plan.plan import Plan
 from hf_compress.rewrite.builders import Affine, heads_of, merge_units, narrow_attention, narrow_ffn
 
+_FEW = 128  # inputs: sums of these in float64 cost nothing, and two processes come to the same as one
 _TOLERANCE = 0.05  # of what comes out of a block, for rounding in half precision
 
 
@@ -209,7 +210,8 @@ def observe(
     for place, run in enumerate(runs):
         target = targets(place, run)
         if sums is None:
-            sums = HeldOutSums.like_first(run.hidden, target.to(run.written), affine)
+            like = run.hidden if run.hidden.shape[1] > _FEW else run.hidden.double()
+            sums = HeldOutSums.like_first(like, target.to(run.written), affine)
         counts = None if weights is None else weights[place]
         sums.update(run.hidden, target, counts, held=is_held_out(run.number))
         some = run.hidden if counts is None else run.hidden * counts[:, None].sqrt().to(run.hidden)
