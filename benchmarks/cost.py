@@ -3,6 +3,7 @@
     python benchmarks/cost.py                       # 6 blocks of Qwen2.5-0.5B's shape, every method
     python benchmarks/cost.py --only ILLC LRP       # the rows whose names begin so
     python benchmarks/cost.py --full                # and the growth with the width, 512 to 2,048
+    python benchmarks/cost.py --growth --only ILLC  # that alone
     python benchmarks/cost.py --peer PYTHON         # and llm-compressor's GPTQ, in the environment of that interpreter
 
 The weights are random, in bfloat16; the batches hold 32 samples of 256 tokens. Every run of `compress` stands between
@@ -166,23 +167,26 @@ def table_of_costs(names: list[str], peer: str | None) -> tuple[str, dict[str, o
 
 def table_of_growth(names: list[str], widths: list[int]) -> tuple[str, dict[str, object]]:
     """How the seconds of each case grow from width to width, over how those of the plain pass do."""
-    found = {name: [ratio(Shape.of_width(width), CASES[name]) for width in widths] for name in tqdm(names, "growth")}
     lines = [
         "Time over one plain pass at other widths; in brackets, by what it grew with a doubling (bound 1.5).\n",
         "| compress() with | " + " | ".join(f"{width:,}" for width in widths) + " |",
         "|---" * (len(widths) + 1) + "|",
     ]
-    for name, row in found.items():
-        cells = [f"{row[0][0]:.1f}"]
-        cells += [f"{b[0]:.1f} ({b[0] / a[0]:.2f} ×)" for a, b in pairwise(row)]
+    found: dict[str, object] = {}
+    for name in tqdm(names, "growth"):
+        row = [ratio(Shape.of_width(width), CASES[name])[0] for width in widths]
+        cells = [f"{row[0]:.1f}", *(f"{after:.1f} ({after / before:.2f} ×)" for before, after in pairwise(row))]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines), {name: [cell[0] for cell in row] for name, row in found.items()}
+        tqdm.write(lines[-1])
+        found[name] = row
+    return "\n".join(lines), found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", help="beginnings of the names of the rows")
     parser.add_argument("--full", action="store_true", help="the growth with the width as well")
+    parser.add_argument("--growth", action="store_true", help="that alone")
     parser.add_argument("--widths", type=int, nargs="+", default=[512, 1024, 2048])
     parser.add_argument("--peer", metavar="PYTHON", help="interpreter of an environment that has llm-compressor")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -191,6 +195,9 @@ def main() -> None:
         child(args.child)
         return
     names = [name for name in CASES if not args.only or name.startswith(tuple(args.only))]
+    if args.growth:
+        print(table_of_growth(names, args.widths)[0])
+        return
     text, data = table_of_costs(names, args.peer)
     if args.full:
         grown, growth = table_of_growth(names, args.widths)
