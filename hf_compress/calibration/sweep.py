@@ -175,6 +175,13 @@ class Streams:
                 after = streams[index] if index in skipped else runner.run(index, streams[index])
                 streams[index + 1] = after if index in skipped else self.memory.keep(number, after)
 
+    def of(self, batch: Batch) -> tuple[BlockRunner, dict[int, Tensor]] | None:
+        """What runs blocks on a batch, and its streams before every block and behind the last; None of another."""
+        for runner, streams in zip(self.runners, self.streams, strict=False):  # none are kept as yet, or all
+            if runner.batch is batch:
+                return runner, streams
+        return None
+
     def at(self, index: int) -> list[Tensor]:
         """The streams before a block, one a batch."""
         return [streams[index] for streams in self.streams]

@@ -13,6 +13,7 @@ from hf_compress.api.compress import compress
 from hf_compress.calibration.capture import hooked
 from hf_compress.calibration.data import Batch, DataOptions, prepare
 from hf_compress.calibration.runner import BlockRunner
+from hf_compress.calibration.sweep import Streams
 from hf_compress.errors import CalibrationError
 from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.base.registry import plan_for
@@ -318,7 +319,7 @@ def test_never_worse_than_leaving_the_blocks_out(model, seed, count):
 
 
 def test_a_refit_that_does_not_help_is_not_kept(model, monkeypatch):
-    def worse(context, stack, absorbed, tokens, drafts):
+    def worse(context, stack, absorbed, tokens, drafts, known):
         drafts.undo.write(model.lm_head.weight, -3 * model.lm_head.weight)
         drafts.rewrite(["lm_head.weight"])
         return []
@@ -434,3 +435,25 @@ def test_streams_of_the_walk_are_two_a_batch(model, monkeypatch):
     monkeypatch.setattr(refit_module, "_fit", spy)
     plan_for(MKAConfig(num_merges=1, refit_tokens=240), CalibrationContext(model, calibration_of(model, samples=192)))
     assert set(seen) == {8}
+
+
+def test_streams_that_the_choice_has_kept_are_not_made_again(model, monkeypatch):
+    """And whether they are known makes no difference to the plan."""
+    calls = []
+
+    def plan():
+        calls.append(0)
+
+        def count(*_):
+            calls[-1] += 1
+
+        with hooked(layer.mlp.register_forward_hook(count) for layer in model.model.layers):
+            return plan_for(MKAConfig(num_merges=2), CalibrationContext(model, calibration_of(model)))
+
+    with_streams = plan()
+    monkeypatch.setattr(Streams, "of", lambda *_: None)
+    without = plan()
+    assert calls[0] < calls[1]
+    assert with_streams.to_list() == without.to_list()
+    assert with_streams.tensors.keys() == without.tensors.keys()
+    assert all(torch.equal(value, without.tensors[name]) for name, value in with_streams.tensors.items())

@@ -14,11 +14,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from hf_compress.anatomy.residency import resident
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.calibration.capture import inference
 from hf_compress.calibration.progress import bar
-from hf_compress.calibration.sweep import StreamPair, start_pairs
+from hf_compress.calibration.sweep import StreamPair, Streams, start_pairs
 from hf_compress.errors import CalibrationError
 from hf_compress.methods.base.context import CalibrationContext, Drafts
 from hf_compress.methods.mka.choice import Chooser
@@ -53,7 +55,7 @@ def plan_by_refitting(config: MKAConfig, context: CalibrationContext) -> Plan:
             plain = chooser.loss_without(absorbed)
         with context.drafts() as drafts:
             with context.step("solve for the projections"):
-                fits = _correct(context, stack, absorbed, config.refit_tokens, drafts)
+                fits = _correct(context, stack, absorbed, config.refit_tokens, drafts, chooser.fitting)
                 refitted = chooser.loss_without(absorbed)
             if not refitted < plain:  # what does not help on the choice's own samples is not kept
                 drafts.take_back()
@@ -69,16 +71,20 @@ def _edits(stack: Stack, absorbed: Sequence[int]) -> list[Edit]:
 
 
 def _correct(
-    context: CalibrationContext, stack: Stack, absorbed: Sequence[int], tokens: int, drafts: Drafts
+    context: CalibrationContext, stack: Stack, absorbed: Sequence[int], tokens: int, drafts: Drafts, known: Streams
 ) -> list[dict[str, Any]]:
     """Solve every block that stays, from the first that absorbs another on, for the original stream after it.
 
     The streams of as many batches as hold `tokens` tokens are kept, two a batch and no more.
 
+    Args:
+        known: streams of the model as it was, of some of the batches, maybe.
+
     Returns:
         Each block's held-out error and penalty.
     """
     pairs = start_pairs(context.model, stack, context.calibration, tokens)
+    originals = [_known_of(pair, known) for pair in pairs]
     kept = [index for index in range(len(stack)) if index not in absorbed]
     fits: list[dict[str, Any]] = []
     settled = True  # whether what follows need not be corrected: at first, because both models are one
@@ -89,8 +95,8 @@ def _correct(
         with drafts.hold(stack.blocks[index]):
             for passed in range(index, end):
                 with resident(stack.blocks[passed]):
-                    for pair in pairs:
-                        pair.take_original(passed)
+                    for pair, streams in zip(pairs, originals, strict=True):
+                        _take_original(pair, passed, streams)
             if not settled or end > index + 1:
                 fit = _fit(context, stack, index, pairs, drafts)
                 fits.append({"block": index, "absorbed": list(range(index + 1, end))} | fit)
@@ -101,6 +107,24 @@ def _correct(
                 else:
                     pair.compressed = pair.original
     return fits
+
+
+def _known_of(pair: StreamPair, known: Streams) -> dict[int, Tensor]:
+    """The streams of a pair's batch that are known: then it goes on with what ran the blocks on it."""
+    found = known.of(pair.runner.batch)
+    if found is None:
+        return {}
+    pair.runner.stop()
+    pair.runner, streams = found
+    return streams
+
+
+def _take_original(pair: StreamPair, index: int, known: dict[int, Tensor]) -> None:
+    """Take the original stream past a block, unless it is known what it is there."""
+    if index + 1 in known:
+        pair.original = known[index + 1]
+    else:
+        pair.take_original(index)
 
 
 def _fit(
