@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 # What processors call it, of x86 and of ARM. AVX-512 has products of bfloat16 too: on an AMD EPYC they take 0.43 of
-# the time of those of float32, on an Intel Xeon without AMX 1.6 times as long.
+# the time of those of float32, on an Intel Xeon without AMX 1.6 times as long. That is of tensors in bfloat16; where
+# `bfloat16_factors` asks for them, oneDNN takes float32 on an EPYC, as it does wherever there is no AMX.
 _FAST = ("amx_bf16", "bf16")
 _FAST_ON_AMD = "avx512_bf16"
 CPU_PRODUCTS: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # its `fp32_precision` says of what
