@@ -3,7 +3,7 @@
     python benchmarks/cost.py                       # 6 blocks of Qwen2.5-0.5B's shape, every method
     python benchmarks/cost.py --only ILLC LRP       # the rows whose names begin so
     python benchmarks/cost.py --full                # and the growth with the width, 512 to 2,048
-    python benchmarks/cost.py --growth --only ILLC  # that alone
+    python benchmarks/cost.py --growth --only ILLC  # the growth alone
     python benchmarks/cost.py --peer PYTHON         # and llm-compressor's GPTQ, in the environment of that interpreter
 
 The weights are random, in bfloat16; the batches hold 32 samples of 256 tokens. Every run of `compress` stands between
@@ -186,7 +186,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", help="beginnings of the names of the rows")
     parser.add_argument("--full", action="store_true", help="the growth with the width as well")
-    parser.add_argument("--growth", action="store_true", help="that alone")
+    parser.add_argument("--growth", action="store_true", help="the growth alone")
     parser.add_argument("--widths", type=int, nargs="+", default=[512, 1024, 2048])
     parser.add_argument("--peer", metavar="PYTHON", help="interpreter of an environment that has llm-compressor")
     parser.add_argument("--child", help=argparse.SUPPRESS)

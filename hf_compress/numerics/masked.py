@@ -121,7 +121,7 @@ def _descend(
     gap = target - solution
     image = gap @ system if half is None or told else _rounded_product(gap, half).float()
     errors = torch.linalg.vecdot(gap, image).double()
-    start = error = float(errors.sum())
+    start = float(errors.sum())
     residual, direction = image.mul_(near.mask), gap
     near.apply(residual, out=direction)
     size = torch.linalg.vecdot(residual, direction)
