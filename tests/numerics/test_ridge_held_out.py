@@ -122,7 +122,7 @@ def test_the_penalty_is_the_best_on_rows_held_out(
     affine: bool, with_prior: bool, rows: int, narrow: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Looked for downhill, where inputs are many, or among all."""
-    monkeypatch.setattr(ridge_module, "_NARROW", narrow)
+    monkeypatch.setattr(ridge_module, "NARROW", narrow)
     (x, y), (x_held, y_held) = data(rows), data(40, seed=1)
     prior = torch.full((5, 3), 0.3, dtype=torch.float64) if with_prior else None
     errors = {}
