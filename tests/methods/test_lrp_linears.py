@@ -162,6 +162,19 @@ def test_maps_that_read_one_tensor_have_one_gram(onwards):
         assert torch.equal(pair.compressed, after if onwards else pair.original)
 
 
+def test_sums_are_begun_once_for_all_batches(monkeypatch):
+    """Each takes a matrix of the width of its layer."""
+    begun = []
+
+    def counted(*args):
+        begun.append(args)
+        return Moments(*args)
+
+    monkeypatch.setattr(lrp_grams, "Moments", counted)
+    grams, _, pairs, _ = grams_and_rows(tiny_model("llama"))
+    assert len(begun) == len(sharing(grams)) < len(sharing(grams)) * len(pairs)
+
+
 def test_maps_that_do_not_always_read_one_tensor_have_grams_of_their_own():
     """Values read another tensor in every second batch, so that all grams are made once more, each alone."""
     model, calls = tiny_model("llama"), []

@@ -239,7 +239,9 @@ def stream_moments(
     missing = list(layers)
 
     def learn(layer: int, rows: Tensor) -> None:
-        own = moments.setdefault(layer, StreamMoments(rows.shape[1], rows.device))
+        if layer not in moments:
+            moments[layer] = StreamMoments(rows.shape[1], rows.device)
+        own = moments[layer]
         own.update(rows)
         if own.raw.count >= START_TOKENS * rows.shape[1]:
             missing.remove(layer)

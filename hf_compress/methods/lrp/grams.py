@@ -73,8 +73,10 @@ def _sums_of(
     seen = _Shared()
 
     def add(path: str, rows: Tensor) -> None:
-        dtype = torch.promote_types(rows.dtype, torch.float32)  # enough for systems damped by a hundredth
-        sums.setdefault(path, Moments(rows.shape[1], rows.device, dtype)).add(rows)
+        if path not in sums:
+            dtype = torch.promote_types(rows.dtype, torch.float32)  # enough for systems damped by a hundredth
+            sums[path] = Moments(rows.shape[1], rows.device, dtype)
+        sums[path].add(rows)
 
     try:
         for pair in pairs:
