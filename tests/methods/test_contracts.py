@@ -17,6 +17,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback
 
 import hf_compress as hfc
+from hf_compress.calibration.capture import hooked
 from hf_compress.errors import CalibrationError
 from hf_compress.methods.base.settings import CompressionConfig, method_names
 from hf_compress.rewrite.apply import apply
@@ -127,6 +128,23 @@ def test_a_plan_changes_nothing_and_is_what_compress_carries_out(name):
     assert torch.equal(torch.get_rng_state(), generator)
     apply(plan, model)
     check_same(name, model)
+
+
+@pytest.mark.parametrize("name", ["narrowed", "clustered", "sparse", "packed"])
+def test_compressed_streams_do_not_go_past_the_last_block(name):
+    """Nothing is there to see them."""
+    model = tiny_llama(4)
+    calls = [0] * 4
+
+    def count(index):
+        def counted(*_):
+            calls[index] += 1
+
+        return counted
+
+    with hooked(layer.mlp.register_forward_hook(count(index)) for index, layer in enumerate(model.model.layers)):
+        hfc.make_plan(model, ROWS[name].config, IDS, options=OPTIONS)
+    assert calls[2] - calls[3] == len(IDS) // OPTIONS.batch_size
 
 
 @pytest.mark.parametrize(

@@ -94,8 +94,8 @@ class Narrowing:
         Returns:
             Notes of every part that was narrowed.
         """
-        notes = []
-        for index in turns(self.stack, range(max([*heads, *widths]) + 1), "narrowing blocks", drafts.hold):
+        notes, last = [], max([*heads, *widths])
+        for index in turns(self.stack, range(last + 1), "narrowing blocks", drafts.hold):
             if index not in heads and index not in widths:
                 for pair in self.pairs:
                     pair.take_both(index)
@@ -104,7 +104,7 @@ class Narrowing:
                 drafts.add(replace(draft, notes={}))
                 notes.append({"block": index, "width": count, **draft.notes})
                 del draft  # its weights, while the next are solved for
-            if self.compensation.iterative:
+            if self.compensation.iterative and index < last:
                 advance(self.pairs, index)
         return notes
 

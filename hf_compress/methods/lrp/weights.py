@@ -71,7 +71,8 @@ def plan_weights(
         for index in turns(stack, range(len(stack)), "solving blocks", drafts.hold):
             solve = partial(_solved, subject, index, pairs, decisions)
             drafts.add(context.journal.plan(f"solve block {index}", solve))
-            advance(pairs, index)
+            if index + 1 < len(stack):
+                advance(pairs, index)
     return {"linears": _notes(subject.linears, decisions)}
 
 

@@ -102,10 +102,10 @@ def _correct(
                 fits.append({"block": index, "absorbed": list(range(index + 1, end))} | fit)
                 settled = fit["error"] > _SETTLED
             for pair in pairs:
-                if fits:
-                    pair.take_compressed(index)
-                else:
+                if not fits:
                     pair.compressed = pair.original
+                elif end < len(stack):
+                    pair.take_compressed(index)
     return fits
 
 
