@@ -35,7 +35,7 @@ from hf_compress.numerics.defaults import check_not_inference
 _LEAK = 1e-3  # of the outputs' size: what rounding may lose in float32
 _LEAK_HALF = 0.1
 _ROWS = 256  # of logits that are looked at together
-_CHECKED = 2  # samples that tell whether the rules cover a model
+_CHECKED, _POSITIONS = 2, 256  # samples at most, and about as many tokens, that tell whether the rules cover a model
 
 
 @dataclass
@@ -155,7 +155,7 @@ def check_conserved(
     Raises:
         UnsupportedModelError: it does not.
     """
-    rules, batch = resolve(composite), batch.first(_CHECKED)
+    rules, batch = resolve(composite), batch.few(_POSITIONS, 1, _CHECKED)
     if not rules.conserves:
         return
     with explaining(model, rules.without_scores()) as sources:

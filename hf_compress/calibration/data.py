@@ -67,6 +67,11 @@ class Batch:
         inputs = {name: value[:count] for name, value in self.inputs.items()}
         return replace(self, inputs=inputs, **{name: value[:count] for name, value in fields.items()})
 
+    def few(self, positions: int, least: int, most: int) -> Batch:
+        """The first samples, as many as have about so many positions together: `least` to `most` of them."""
+        counts = [value.shape[1:].numel() for value in self.inputs.values() if not value.is_floating_point()]
+        return self.first(max(least, min(most, positions // max(counts, default=1))))
+
 
 @dataclass(frozen=True)
 class Calibration:

@@ -83,14 +83,8 @@ def _candidates(model: PreTrainedModel, inputs: Batch | Mapping[str, Any] | None
         yield Batch(_made_up_inputs(model), None)
         return
     batch = inputs if isinstance(inputs, Batch) else prepare([inputs], model, None).batches[0]
-    yield _few_samples(batch)
+    yield batch.few(_POSITIONS, _LEAST, _SAMPLES)
     yield batch
-
-
-def _few_samples(batch: Batch) -> Batch:
-    """The first samples of a batch, as many as have so many positions together."""
-    positions = max((v.shape[1:].numel() for v in batch.inputs.values() if not v.is_floating_point()), default=1)
-    return batch.first(max(_LEAST, min(_SAMPLES, _POSITIONS // positions)))
 
 
 def _made_up_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
