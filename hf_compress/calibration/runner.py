@@ -7,6 +7,7 @@ block's arguments are there from then on: to run it on another stream takes no m
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import copy_context
@@ -40,11 +41,17 @@ _STATES = (2, 3)  # dimensions that they have; masks have more
 
 @contextmanager
 def replaced_forwards(stack: Stack, replacements: dict[int, BlockForward]) -> Iterator[None]:
-    """Give single blocks, not their class, another forward for a while. A bottleneck behind a block is part of it."""
+    """Give single blocks, not their class, another forward for a while. A bottleneck behind a block is part of it.
+
+    It is given what the model hands to the block, and what it returns is what the model goes on with, whatever hooks on
+    the block would make of either: they act where the block itself is run. Those that only look see what is returned.
+    """
     with Undo() as undo:
         for index, replacement in replacements.items():
-            block = stack.blocks[index]
-            undo.set(block, "forward", _wrapped(_forward_with_bottleneck(block, undo), replacement))
+            block, returned = stack.blocks[index], list[Any]()
+            undo.set(block, "forward", _wrapped(_forward_with_bottleneck(block, undo), replacement, returned))
+            undo.set(block, "_forward_pre_hooks", OrderedDict())
+            undo.later(block.register_forward_hook(partial(_instead, returned)).remove)
         yield
 
 
@@ -57,11 +64,19 @@ def _forward_with_bottleneck(block: nn.Module, undo: Undo) -> Callable[..., Any]
     return lambda *args, **kwargs: squeezed(bottleneck, own(*args, **kwargs))
 
 
-def _wrapped(own: Callable[..., Any], new: BlockForward) -> Callable[..., Any]:
+def _wrapped(own: Callable[..., Any], new: BlockForward, returned: list[Any]) -> Callable[..., Any]:
+    """A forward that leaves what it returns in a list, too."""
+
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return new(own, args, kwargs)
+        returned[:] = [new(own, args, kwargs)]
+        return returned[0]
 
     return forward
+
+
+def _instead(returned: list[Any], *_: Any) -> Any:
+    """The last hook of a block: what stands in the list is its output."""
+    return returned[0]
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.capture import (
     StopForward,
     forward,
+    hooked,
     inference,
     stream_of,
     stream_of_output,
@@ -134,6 +135,28 @@ def test_a_block_that_adds_to_its_stream_in_place_leaves_the_one_it_was_given():
         first, second = runner.run(0, stream), runner.run(0, stream)
     assert torch.equal(stream, before)
     assert torch.equal(first, second)
+
+
+HOOKS = {
+    "before": lambda block: block.register_forward_pre_hook(lambda _, args: (args[0] * 1.5, *args[1:])),
+    "before, in place": lambda block: block.register_forward_pre_hook(lambda _, args: (args[0].add_(0.5), None)[1]),
+    "behind": lambda block: block.register_forward_hook(lambda _, args, output: output * 1.5),
+}
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+def test_hooks_that_change_the_stream_act_once(kind):
+    """As those that steer a model do."""
+    model, stack, batch = built("llama")
+    with inference(model):
+        without = forward(model, batch)
+        with hooked(HOOKS[kind](block) for block in stack.blocks):
+            whole = forward(model, batch)
+            output, streams = recorded(BlockRunner(model, stack, batch))
+            assert same_output(output, whole)
+            assert same_output(finished(BlockRunner(model, stack, batch), 0, streams[0], ()), whole)
+        assert same_output(forward(model, batch), without)
+    assert not same_output(whole, without)
 
 
 def test_only_the_wanted_block_runs():

@@ -157,6 +157,19 @@ def test_after_a_merge_it_is_the_original_with_the_new_weights():
     assert torch.equal(forward(model, inputs), forward(twin, inputs))
 
 
+def test_a_block_goes_with_the_hooks_that_change_its_stream():
+    """On a block that stays they would be no part of what is saved."""
+    model = tiny_model("llama")
+    block = model.model.layers[1]
+    block.register_forward_pre_hook(lambda _, args: (1.5 * args[0], *args[1:]))
+    block.register_forward_hook(lambda _, args, output: 1.5 * output)
+    apply(Plan((RemoveBlocks("model.layers", (1,)),)), model)
+    assert block not in list(model.model.layers)
+    model.model.layers[1].register_forward_hook(lambda _, args, output: 1.5 * output)
+    with refusing(model, UnsupportedModelError, "gives other outputs"):
+        apply(Plan((RemoveBlocks("model.layers", (2,)),)), model)
+
+
 @pytest.mark.parametrize("flag", ["output_router_logits", "output_hidden_states", "output_attentions"])
 def test_outputs_with_an_entry_a_block_are_no_difference(flag):
     config = MixtralConfig(
