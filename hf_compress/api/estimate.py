@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -29,6 +29,14 @@ _SIDE = 1024  # of the float32 matrices whose product is timed
 _STREAMS = 2  # of each batch that are kept
 
 
+class Disk(NamedTuple):
+    """Bytes of files: new weights in a workdir, at most; streams, for a while; and the saved model, at most."""
+
+    weights: int
+    streams: int
+    saved: int
+
+
 @dataclass(frozen=True)
 class Estimate:
     """What a compress() would take. Times are for this machine as it is now, from its first block, and rough.
@@ -39,8 +47,7 @@ class Estimate:
         pass_seconds: of one of them.
         products: multiplications of the solvers.
         memory: bytes, at the peak: the model or what is read of it, streams, and what solving takes.
-        disk: bytes of what a workdir keeps of new weights, at most, and of the saved model, at most; not of streams and
-            what else lies in files for a while.
+        disk: bytes of files.
     """
 
     seconds: float | None
@@ -48,7 +55,7 @@ class Estimate:
     pass_seconds: float
     products: float | None
     memory: int
-    disk: tuple[int, int]
+    disk: Disk
 
     def __str__(self) -> str:
         """A line each for time, memory and disk."""
@@ -66,9 +73,9 @@ class Estimate:
                 f"about {_time(self.seconds)}, for {self.passes:.1f} passes over the data of "
                 f"{_time(self.pass_seconds)} each, and {self.products / 1e12:.2f} T multiplications to solve"
             )
-        memory, workdir, saved = map(_size, (self.memory, *self.disk))
-        disk = f"at most {workdir} of new weights in the workdir, {saved} saved"
-        return [("time", time), ("memory", f"about {memory}"), ("disk", disk)]
+        weights, streams, saved = map(_size, self.disk)
+        disk = f"at most {weights} of new weights in the workdir, about {streams} of streams for a while, {saved} saved"
+        return [("time", time), ("memory", f"about {_size(self.memory)}"), ("disk", disk)]
 
 
 @torch_defaults()
@@ -95,16 +102,19 @@ def estimate(
         one_pass, reading, stream = (0.0, 0.0, 0) if data is None else _measured(model, stack, data)
         speed = _products_a_second(computing_device(model))
     work = work_for(config, context)
-    seconds = None
+    seconds, filed = None, 0.0
     if work is not None:
         seconds = work.passes * one_pass + work.products / speed + work.sweeps * reading
+        filed = work.streams * (len(stack) + 1) * stream
+    streams = _STREAMS * stream
+    held = min(streams, compute.memory_for(model).streams)
     return Estimate(
         seconds,
         None if work is None else work.passes,
         one_pass,
         None if work is None else work.products,
-        _memory(model, compute, _STREAMS * stream),
-        (disk_needed(context, work), bytes_of(model)),
+        _memory(model) + held,
+        Disk(disk_needed(context, work), round(filed) + streams - held, bytes_of(model)),
     )
 
 
@@ -135,11 +145,10 @@ def _products_a_second(device: torch.device) -> float:
     return _SIDE**3 / (perf_counter() - start)
 
 
-def _memory(model: PreTrainedModel, compute: Compute, streams: int) -> int:
-    """Bytes at the peak."""
+def _memory(model: PreTrainedModel) -> int:
+    """Bytes at the peak, without streams."""
     block, around, squares = least_memory(model)
-    held = block + around if is_offloaded(model) else bytes_of(model)
-    return held + squares + min(streams, compute.memory_for(model).streams)
+    return squares + (block + around if is_offloaded(model) else bytes_of(model))
 
 
 def _size(size: int) -> str:

@@ -70,7 +70,8 @@ def work_of(config: DropBlocksConfig, context: CalibrationContext) -> Work:
     if config.criterion != "perplexity":
         return Work(1, sweeps=1, rewrites=False)
     count, weighed = _count(config, stack), share_of_tokens(context, COST_TOKENS).of_all
-    return Work(count * (1 + _TRIED / 2) + weighed * (1 + BACKWARD), sweeps=2 + count, rewrites=False)
+    passes = count * (1 + _TRIED / 2) + weighed * (1 + BACKWARD)
+    return Work(passes, sweeps=2 + count, streams=weighed, rewrites=False)
 
 
 register(DropBlocksConfig, Method(plan_removals, steps=single_removals, work=work_of, dense=False))

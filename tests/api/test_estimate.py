@@ -5,12 +5,16 @@ import torch
 
 import hf_compress as hfc
 from hf_compress.anatomy.anatomy import Anatomy
+from hf_compress.api.estimate import Disk
+from hf_compress.calibration import memory
+from hf_compress.calibration.compute import least_memory
 from hf_compress.calibration.data import prepare
 from hf_compress.methods.base import registry, settings
 from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.base.registry import Method, register, work_for
 from hf_compress.methods.base.settings import CompressionConfig
 from hf_compress.methods.base.work import gram, inverse, share_of_tokens
+from hf_compress.numerics.aside import mapped
 from tests.helpers.disk import offloaded
 from tests.helpers.every_method import SETTINGS
 from tests.helpers.tiny import tiny_model
@@ -52,8 +56,34 @@ def test_the_model_is_left_alone(on_disk, tmp_path):
     assert told.seconds > told.pass_seconds > 0
     whole = sum(parameter.nbytes for parameter in tiny_model("llama").parameters())
     blocks = sum(parameter.nbytes for parameter in tiny_model("llama").model.layers.parameters())
-    assert told.disk == (2 * blocks if on_disk else blocks, whole)
+    assert told.disk == (2 * blocks if on_disk else blocks, 0, whole)
     assert (told.memory < whole) == on_disk
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_streams_in_files_are_counted_roughly(name, monkeypatch):
+    """A third to three times the bytes of all that are put into files one after another."""
+    model, taken = tiny_model("llama"), []
+
+    def noted(size, folder=None):
+        taken.append(size)
+        return mapped(size, folder)
+
+    told = hfc.estimate(model, SETTINGS[name], IDS)
+    monkeypatch.setattr(memory, "mapped", noted)
+    hfc.make_plan(model, SETTINGS[name], IDS)
+    assert told.disk.streams / 3 <= sum(taken) <= 3 * told.disk.streams, (told.disk.streams, sum(taken))
+
+
+def test_streams_beyond_the_budget_lie_in_files():
+    model, config = tiny_model("llama"), hfc.ILLCConfig(ratio=0.25)
+    least = sum(least_memory(model)[2:])
+    roomy, tight = (
+        hfc.estimate(model, config, IDS, compute=hfc.Compute(max_memory=size)) for size in ("1GiB", least + 1)
+    )
+    two = 2 * IDS.numel() * model.config.hidden_size * model.dtype.itemsize
+    assert (roomy.disk.streams, tight.disk.streams) == (0, two)
+    assert roomy.memory - tight.memory == two
 
 
 def test_a_method_by_its_name():
@@ -64,7 +94,7 @@ def test_a_method_by_its_name():
 
 def test_a_workdir_is_not_touched(tmp_path):
     compute = hfc.Compute(workdir=tmp_path / "work")
-    assert hfc.estimate(tiny_model("llama"), hfc.DropBlocksConfig(num_blocks=1), IDS, compute=compute).disk[0] == 0
+    assert hfc.estimate(tiny_model("llama"), hfc.DropBlocksConfig(num_blocks=1), IDS, compute=compute).disk.weights == 0
     assert list(tmp_path.iterdir()) == []
 
 
@@ -93,11 +123,11 @@ def test_a_method_that_nobody_has_counted_is_told_of(monkeypatch):
 
 
 def test_times_and_sizes_are_readable():
-    told = hfc.Estimate(7300.0, 3.0, 30.0, 2e12, 5_000_000_000, (900_000_000, 16_000_000_000))
+    told = hfc.Estimate(7300.0, 3.0, 30.0, 2e12, 5_000_000_000, Disk(900_000_000, 2_100_000, 16_000_000_000))
     assert str(told).splitlines() == [
         "time: about 2.0 h, for 3.0 passes over the data of 30.0 s each, and 2.00 T multiplications to solve",
         "memory: about 5.0 GB",
-        "disk: at most 900 MB of new weights in the workdir, 16.0 GB saved",
+        "disk: at most 900 MB of new weights in the workdir, about 2 MB of streams for a while, 16.0 GB saved",
     ]
 
 

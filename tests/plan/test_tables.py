@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hf_compress.api.estimate import Estimate
+from hf_compress.api.estimate import Disk, Estimate
 from hf_compress.plan.edits import RemoveBlocks
 from hf_compress.plan.plan import Plan
 from hf_compress.plan.tables import html_table, measured, text_table
@@ -20,7 +20,7 @@ SHOWN = {
         ("edits: 201; new tensors: 1, of 48 bytes", "left out: 3", "SparsifyLinear", "8 weights kept", "and 101 more"),
     ),
     "estimate": (
-        Estimate(100.0, 2.5, 30.0, 10**12, 5 * 10**9, (10**6, 10**9)),
+        Estimate(100.0, 2.5, 30.0, 10**12, 5 * 10**9, Disk(10**6, 10**6, 10**9)),
         ("about 2 min", "2.5 passes", "about 5.0 GB", "1 MB of new weights", "1.0 GB saved"),
     ),
     "evaluation": (

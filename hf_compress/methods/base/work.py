@@ -27,12 +27,14 @@ class Work:
         passes: of all calibration tokens through all blocks; 1 is a plain forward pass over the data.
         products: multiplications of the solvers, in float32.
         sweeps: how often all blocks are gone through, and read where they are offloaded.
+        streams: of all calibration tokens, kept at every block at a time; 1 is of all of them.
         rewrites: whether blocks get new weights, which a workdir keeps.
     """
 
     passes: float = 0.0
     products: float = 0.0
     sweeps: float = 0.0
+    streams: float = 0.0
     rewrites: bool = True
 
     def __add__(self, other: Work) -> Work:
@@ -40,6 +42,7 @@ class Work:
             self.passes + other.passes,
             self.products + other.products,
             self.sweeps + other.sweeps,
+            max(self.streams, other.streams),
             self.rewrites or other.rewrites,
         )
 

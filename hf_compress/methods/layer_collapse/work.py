@@ -18,5 +18,6 @@ def work_of(config: LayerCollapseConfig, context: CalibrationContext) -> Work:
     tokens = context.calibration.tokens or context.calibration.samples
     fit = gram(hidden, tokens) + hidden**2 * tokens + 2 * (factor(hidden) + solve(hidden, hidden))
     fits = sum(len(able) - done for done in range(count))
-    trials = 3 * count * share_of_samples(context, config.choice_samples).of_all if config.criterion == "loss" else 0.0
-    return Work(count + trials, fits * fit, sweeps=count + (4 * count if trials else 0))
+    tried = share_of_samples(context, config.choice_samples).of_all if config.criterion == "loss" else 0.0
+    sweeps = count + (4 * count if tried else 0)
+    return Work(count + 3 * count * tried, fits * fit, sweeps, streams=tried)

@@ -18,10 +18,13 @@ def work_of(config: LRPConfig, context: CalibrationContext) -> Work:
     stack = context.stack(config.stack)
     data, sizes = share_of_tokens(context, config.tokens), linear_sizes(stack)
     work = Work()
-    if config.prunes:
+    if config.prunes or config.split is not None:
         relevant = config.score_name in ("relevance", "signed")
-        work += Work(_scoring(config, data), sweeps=2 if relevant else 1)
-    if config.quantizes and config.split is None:
+        kept = data.of_all if relevant else 0.0
+        work += Work(_scoring(config, data), sweeps=2 if relevant else 1, streams=kept)
+    if config.split is not None:
+        return work + Work(sweeps=1)
+    if config.quantizes:
         work += _bits(config, context, sizes)
     if config.solves or config.quantizes:
         work += Work(2 * data.of_all, _solving(config, data, sizes), sweeps=1)
@@ -39,10 +42,12 @@ def _bits(config: LRPConfig, context: CalibrationContext, sizes: list[tuple[int,
     data = share_of_tokens(context, config.tokens)
     part = share_of_tokens(context, part_of_tokens(context, config.tokens, WEIGHED))
     tried = sum(inputs * outputs for inputs, outputs in sizes) * len(BITS) * _ROUND
+    if config.allocation == "relevance":
+        return Work(_scoring(config, data), tried, sweeps=2, streams=data.of_all)
     if config.allocation != "fisher":
-        return Work(_scoring(config, data) if config.allocation == "relevance" else 0.0, tried, sweeps=2)
+        return Work(0.0, tried, sweeps=2)
     weighed = sum(gram(inputs, part.tokens) + inverse(inputs) for inputs in _read(sizes))
-    return Work(part.of_all * (2 + BACKWARD), tried + weighed, sweeps=2)
+    return Work(part.of_all * (2 + BACKWARD), tried + weighed, sweeps=2, streams=part.of_all)
 
 
 def _solving(config: LRPConfig, data: Share, sizes: list[tuple[int, int]]) -> float:

@@ -46,4 +46,5 @@ def work_of(config: MKAConfig, context: CalibrationContext) -> Work:
     size = min(inputs, data.tokens)  # of the systems: the tokens' where those are fewer
     fit = gram(size, max(inputs, data.tokens)) + inputs * hidden * data.tokens
     fit += held_out_fit(size, hidden)
-    return Work(passes + 3 * data.of_all, fits * one + kept * fit, sweeps=3 + 2 * merges)
+    streams = choice.of_all * (local / max(1, choice.tokens) + 1 / 3)
+    return Work(passes + 3 * data.of_all, fits * one + kept * fit, sweeps=3 + 2 * merges, streams=streams)
