@@ -17,6 +17,11 @@ class Team:
 
     rank, world = 0, 1
 
+    def part(self, count: int) -> slice:
+        """Of so many things in a row, those that this process sees to; all of them alone."""
+        share = -(-count // self.world)
+        return slice(self.rank * share, (self.rank + 1) * share)
+
     def sum_up(self, tensors: Iterable[Tensor]) -> None:
         """Put sums over the processes in the places of tensors."""
 

@@ -5,8 +5,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from hf_compress.numerics import cholesky
 from hf_compress.numerics.row_ridge import solve_rows
 from tests.helpers.allocated import most_allocated
+from tests.helpers.team import in_team
 
 
 def by_numpy(x, y, penalty, parts):
@@ -34,6 +36,26 @@ def test_it_is_the_ridge_solution(rows, parts, penalty, dtype):
     assert found.dtype == torch.float32
     scale = np.abs(expected).max(axis=1, keepdims=True)
     assert (np.abs(found.numpy() - expected) <= 1e-4 * scale + 1e-9).all()
+
+
+@pytest.mark.parametrize(("rows", "features"), [(40, 90), (90, 40)])
+@pytest.mark.parametrize("world", [2, 3])
+def test_a_team_finds_what_one_does(world, rows, features, monkeypatch):
+    """All of it the very same."""
+    monkeypatch.setattr(cholesky, "_ROWS", 16)
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randn(rows, features, generator=generator), torch.randn(rows, 7, generator=generator)
+    parts = (30, features - 30)
+    found = in_team(world, lambda team: solve_rows(x, y, 0.1, parts, team))
+    torch.testing.assert_close(found[0], solve_rows(x, y, 0.1, parts), rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(one, found[0]) for one in found)
+
+
+def test_rows_that_are_not_finite():
+    x = torch.ones(3, 5)
+    x[1, 2] = torch.nan
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        solve_rows(x, torch.ones(3, 2), 0.1, (5,))
 
 
 def test_features_that_are_all_zero_get_nothing():

@@ -284,10 +284,7 @@ class _Search:
 
 def for_own_outputs(sums: HeldOutSums, together: Team) -> HeldOutSums:
     """The sums for one process's part of y."""
-    if together.world == 1:
-        return sums
-    count = -(-sums.fitted.outputs // together.world)
-    return sums.of_outputs(slice(together.rank * count, (together.rank + 1) * count))
+    return sums if together.world == 1 else sums.of_outputs(together.part(sums.fitted.outputs))
 
 
 def lowest(attempt: Callable[[float], tuple[float, _T]], values: Sequence[float]) -> tuple[float, _T]:

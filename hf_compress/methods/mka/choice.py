@@ -23,9 +23,11 @@ from hf_compress.calibration.processes import here, spread
 from hf_compress.calibration.progress import bar
 from hf_compress.calibration.sensitivity import estimated_costs
 from hf_compress.calibration.sweep import Streams
+from hf_compress.calibration.together import Together
 from hf_compress.methods.base.choice import VERIFIED, cheapest
 from hf_compress.methods.base.context import CalibrationContext, Drafts
 from hf_compress.methods.mka.writers import Rows, Writers
+from hf_compress.numerics.team import ALONE, Team
 
 # Penalty of the local fits, which are many and on little data: of so many tokens.
 LOCAL_PENALTY = 0.1
@@ -136,19 +138,21 @@ class Chooser:
         return [self._changes[index] for index in candidates]
 
     def _solved(self, candidates: Sequence[int]) -> Iterator[Tensor | None]:
-        """The local fit for each candidate; several processes solve at once."""
-        rank, rows = here()[0], list[Rows | None]()
-        sweep = self.fitting
-        for place, index in enumerate(candidates):
-            writers = self._writers(index)
-            starts, targets = sweep.at(writers.index), sweep.at(self._behind(index))
-            found = writers.local_rows(sweep.numbers, sweep.runners, starts, targets, place)
-            rows += [found] if place == rank else []
+        """The local fit for each candidate, of as many as there are processes: each solves one; of fewer, all each."""
+        rank, world = here()
+        if len(candidates) < world:
+            return (self._solved_by(index, self._rows_for(index, None), Together()) for index in candidates)
+        rows = [self._rows_for(index, place) for place, index in enumerate(candidates)]
+        return spread(candidates, lambda index: self._solved_by(index, rows.pop(rank), ALONE))
 
-        def change(index: int) -> Tensor | None:
-            return self._writers(index).local_change(rows.pop(), LOCAL_PENALTY, LOCAL_TOKENS)
+    def _rows_for(self, index: int, rank: int | None) -> Rows | None:
+        """What one process, or each, has to know for the local fit of a candidate."""
+        sweep, writers = self.fitting, self._writers(index)
+        starts, targets = sweep.at(writers.index), sweep.at(self._behind(index))
+        return writers.local_rows(sweep.numbers, sweep.runners, starts, targets, rank)
 
-        return spread(candidates, change)
+    def _solved_by(self, index: int, rows: Rows | None, together: Team) -> Tensor | None:
+        return self._writers(index).local_change(rows, LOCAL_PENALTY, LOCAL_TOKENS, together)
 
     def _after_absorbing(self, candidates: Sequence[int]) -> list[list[Tensor]]:
         """For each of as many candidates as there are processes, at most, the streams behind its block once the one

@@ -21,12 +21,13 @@ from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.capture import stream_tokens, watch_arguments
 from hf_compress.calibration.held_out import is_held_out
-from hf_compress.calibration.processes import from_one, gathered_at, told, total
+from hf_compress.calibration.processes import from_one, gathered, gathered_at, told, total
 from hf_compress.calibration.runner import BlockRunner
 from hf_compress.methods.base.few_rows import HeldOutRows
 from hf_compress.methods.base.ridge import HeldOutSums, RidgeFit, dtype_of_sums
 from hf_compress.methods.base.units import checked_multiplier
 from hf_compress.numerics.row_ridge import solve_rows
+from hf_compress.numerics.team import ALONE, Team
 
 # Penalties tried, relative to the mean square of the inputs.
 PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
@@ -102,20 +103,24 @@ class Writers:
         runners: Sequence[BlockRunner],
         streams: Sequence[Tensor],
         targets: Sequence[Tensor],
-        rank: int,
+        rank: int | None,
     ) -> Rows | None:
-        """What `local_change` needs to know of all processes' batches, in one of them.
+        """What `local_change` needs to know of all processes' batches, in one of them, or in all.
 
         Returns:
             None in the others, and where the block is not of the kind.
         """
         found = dict(self._rows(numbers, runners, streams, targets))
-        features = gathered_at(rank, {number: rows for number, (rows, _) in found.items()})
-        missing = gathered_at(rank, {number: rows for number, (_, rows) in found.items()})
+        collected = gathered if rank is None else partial(gathered_at, rank)
+        features = collected({number: rows for number, (rows, _) in found.items()})
+        missing = collected({number: rows for number, (_, rows) in found.items()})
         return (torch.cat(features), torch.cat(missing)) if features else None
 
-    def local_change(self, rows: Rows | None, penalty: float, tokens: int) -> Tensor | None:
+    def local_change(self, rows: Rows | None, penalty: float, tokens: int, together: Team = ALONE) -> Tensor | None:
         """The change with which the block gives what it is to give, solved from about so many tokens.
+
+        Args:
+            together: how processes that all have the rows do it together.
 
         Returns:
             As the weight of `fit`, float32; None where there are no rows.
@@ -123,7 +128,7 @@ class Writers:
         if rows is None:
             return None
         every = max(1, len(rows[0]) // tokens)
-        return solve_rows(rows[0][::every], rows[1][::every], penalty, self.widths)
+        return solve_rows(rows[0][::every], rows[1][::every], penalty, self.widths, together)
 
     def _rows(
         self,
