@@ -33,8 +33,8 @@ class Compute:
         device: where blocks run, such as "cuda", one at a time, while the model stays in the CPU's memory; where the
             model is when None.
         max_memory: bytes, or a string such as "6GiB": what each process may take beside a model in memory, or of an
-            offloaded one with all that is read of it. Streams of calibration tokens beyond that lie in files. When
-            None, 4 GiB of streams and 4 GiB of sums.
+            offloaded one with all that is read of it. Streams of calibration tokens beyond that lie in files, but those
+            on a GPU stay there. When None, 4 GiB of streams and 4 GiB of sums.
         workdir: a folder for what is finished, from which a run that was killed goes on when it is started again, and
             for streams; nothing is kept when None. Weights of an offloaded model that have changed lie there too, so
             it has to stay until the model is saved.
