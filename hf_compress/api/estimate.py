@@ -18,6 +18,7 @@ from hf_compress.calibration.capture import inference
 from hf_compress.calibration.compute import Compute, bytes_of, least_memory
 from hf_compress.calibration.data import Calibration, DataOptions
 from hf_compress.calibration.media import Processor
+from hf_compress.calibration.memory import COPIES
 from hf_compress.calibration.runner import BlockRunner
 from hf_compress.methods.base.context import CalibrationContext
 from hf_compress.methods.base.registry import work_for
@@ -30,10 +31,13 @@ _STREAMS = 2  # of each batch that are kept
 
 
 class Disk(NamedTuple):
-    """Bytes of files: new weights in a workdir, at most; streams, for a while; and the saved model, at most."""
+    """Bytes of files: new weights in a workdir, at most; streams, for a while; and the saved model, at most.
+
+    Not of what else lies in files for a while, such as scores. Streams are None where nobody has counted them.
+    """
 
     weights: int
-    streams: int
+    streams: int | None
     saved: int
 
 
@@ -73,8 +77,11 @@ class Estimate:
                 f"about {_time(self.seconds)}, for {self.passes:.1f} passes over the data of "
                 f"{_time(self.pass_seconds)} each, and {self.products / 1e12:.2f} T multiplications to solve"
             )
-        weights, streams, saved = map(_size, self.disk)
-        disk = f"at most {weights} of new weights in the workdir, about {streams} of streams for a while, {saved} saved"
+        weights, streams, saved = self.disk
+        told = (
+            "streams for a while (not counted)" if streams is None else f"about {_size(streams)} of streams for a while"
+        )
+        disk = f"at most {_size(weights)} of new weights in the workdir, {told}, {_size(saved)} saved"
         return [("time", time), ("memory", f"about {_size(self.memory)}"), ("disk", disk)]
 
 
@@ -100,21 +107,26 @@ def estimate(
     stack = context.stack(getattr(config, "stack", None))
     with replace(compute, workdir=None).applied(model):
         one_pass, reading, stream = (0.0, 0.0, 0) if data is None else _measured(model, stack, data)
-        speed = _products_a_second(computing_device(model))
+        device = computing_device(model)
+        speed = _products_a_second(device)
     work = work_for(config, context)
-    seconds, filed = None, 0.0
+    seconds = None
     if work is not None:
         seconds = work.passes * one_pass + work.products / speed + work.sweeps * reading
-        filed = work.streams * (len(stack) + 1) * stream
-    streams = _STREAMS * stream
-    held = min(streams, compute.memory_for(model).streams)
+    held = _STREAMS * stream
+    filed = 0 if work is None else round(work.streams * (len(stack) + 1) * stream)
+    if device.type == "cpu":
+        beyond = max(0, held - _STREAMS * (compute.memory_for(model).streams // COPIES))
+        held, filed = held - beyond, filed + beyond
+    else:  # they stay on the device
+        held, filed = held + filed, 0
     return Estimate(
         seconds,
         None if work is None else work.passes,
         one_pass,
         None if work is None else work.products,
         _memory(model) + held,
-        Disk(disk_needed(context, work), round(filed) + streams - held, bytes_of(model)),
+        Disk(disk_needed(context, work), None if work is None else filed, bytes_of(model)),
     )
 
 

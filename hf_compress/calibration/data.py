@@ -70,7 +70,7 @@ class Batch:
     def few(self, positions: int, least: int, most: int) -> Batch:
         """The first samples, as many as have about so many positions together: `least` to `most` of them."""
         counts = [value.shape[1:].numel() for value in self.inputs.values() if not value.is_floating_point()]
-        return self.first(max(least, min(most, positions // max(counts, default=1))))
+        return self.first(max(least, min(most, positions // max([1, *counts]))))
 
 
 @dataclass(frozen=True)

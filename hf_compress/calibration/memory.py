@@ -13,7 +13,7 @@ from torch import Tensor
 from hf_compress.numerics.aside import Aside, Spare, mapped
 
 _GIB = 2**30
-_COPIES = 3  # of a stream, at most: two that are kept, and the one that the model's forward began with
+COPIES = 3  # of a stream, at most: two that are kept, and the one that the model's forward began with
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class WorkingMemory:
         Raises:
             WorkdirError: there is no room for the file.
         """
-        if stream.device.type != "cpu" or (number + 1) * _COPIES * stream.nbytes <= self.streams:
+        if stream.device.type != "cpu" or (number + 1) * COPIES * stream.nbytes <= self.streams:
             return stream
         stream.data = mapped(stream.nbytes, self.folder).view(stream.dtype).view(stream.shape).copy_(stream)
         return stream

@@ -49,7 +49,8 @@ def replaced_forwards(stack: Stack, replacements: dict[int, BlockForward]) -> It
     with Undo() as undo:
         for index, replacement in replacements.items():
             block, returned = stack.blocks[index], list[Any]()
-            undo.set(block, "forward", _wrapped(_forward_with_bottleneck(block, undo), replacement, returned))
+            own = _forward_with_bottleneck(block, undo)
+            undo.set(block, "forward", _wrapped(own, replacement, returned, bool(block._forward_hooks)))
             undo.set(block, "_forward_pre_hooks", OrderedDict())
             undo.later(block.register_forward_hook(partial(_instead, returned)).remove)
         yield
@@ -64,19 +65,20 @@ def _forward_with_bottleneck(block: nn.Module, undo: Undo) -> Callable[..., Any]
     return lambda *args, **kwargs: squeezed(bottleneck, own(*args, **kwargs))
 
 
-def _wrapped(own: Callable[..., Any], new: BlockForward, returned: list[Any]) -> Callable[..., Any]:
-    """A forward that leaves what it returns in a list, too."""
+def _wrapped(own: Callable[..., Any], new: BlockForward, returned: list[Any], hooked: bool) -> Callable[..., Any]:
+    """A forward that leaves what it returns in a list; hooks get a copy of the stream, which they may write into."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        returned[:] = [new(own, args, kwargs)]
-        return returned[0]
+        output = new(own, args, kwargs)
+        returned[:] = [output]
+        return with_stream(output, stream_of_output(output).clone()) if hooked else output
 
     return forward
 
 
 def _instead(returned: list[Any], *_: Any) -> Any:
-    """The last hook of a block: what stands in the list is its output."""
-    return returned[0]
+    """The last hook of a block: what stands in the list is its output, if its forward has run."""
+    return returned[0] if returned else None
 
 
 @contextmanager

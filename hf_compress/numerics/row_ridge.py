@@ -8,6 +8,7 @@ Source: C. Saunders, A. Gammerman and V. Vovk, "Ridge regression learning algori
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -40,8 +41,10 @@ def solve_rows(x: Tensor, y: Tensor, penalty: float, parts: Sequence[int], toget
         B [p, q] float32.
 
     Raises:
-        ValueError: NaN or infinite entries.
+        ValueError: NaN or infinite entries, or those of x so large that their squares overflow.
     """
+    if not bool(torch.isfinite(y).all()):
+        raise ValueError("y has NaN or infinite entries; expected finite ones: load the model in float32 or bfloat16")
     outputs = together.part(y.shape[1])
     found = _solution(x, y[:, outputs].float(), penalty, parts, together)
     if together.world == 1:
@@ -71,12 +74,17 @@ def _solution(x: Tensor, y: Tensor, penalty: float, parts: Sequence[int], togeth
 
 
 def scales_of(x: Tensor, parts: Sequence[int]) -> list[float]:
-    """S: the root mean square of each part of x [T, p]."""
+    """S: the root mean square of each part of x [T, p]. ValueError where that is not finite."""
 
     def mean_square(part: Tensor) -> float:
         return sum(float(rows.float().square().sum()) for rows in part.split(_AT_ONCE)) / max(1, part.numel())
 
-    return [max(mean_square(part) ** 0.5, 1e-6) for part in x.split([*parts], 1)]
+    squares = [mean_square(part) for part in x.split([*parts], 1)]
+    if not all(map(math.isfinite, squares)):
+        raise ValueError(
+            f"the mean squares of parts of x are {squares}; expected finite ones: load the model in float32 or bfloat16"
+        )
+    return [max(square**0.5, 1e-6) for square in squares]
 
 
 def inner_products(x: Tensor, parts: Sequence[int], scales: Sequence[float], together: Team = ALONE) -> Tensor:
@@ -121,7 +129,7 @@ def solve_dual(inner: Tensor, y: Tensor, penalty: float, together: Team = ALONE)
 def _factor(system: Tensor, together: Team) -> Tensor:
     """The lower Cholesky factor of a definite matrix by its upper triangle, in its memory."""
     if not factorise(system, together):
-        raise ValueError("rows have NaN or infinite entries: give finite and smaller ones")
+        raise ValueError("a Gram matrix is not positive definite with its penalty: give a larger one")
     return system.mT
 
 

@@ -141,6 +141,7 @@ HOOKS = {
     "before": lambda block: block.register_forward_pre_hook(lambda _, args: (args[0] * 1.5, *args[1:])),
     "before, in place": lambda block: block.register_forward_pre_hook(lambda _, args: (args[0].add_(0.5), None)[1]),
     "behind": lambda block: block.register_forward_hook(lambda _, args, output: output * 1.5),
+    "behind, in place": lambda block: block.register_forward_hook(lambda _, args, output: (output.mul_(1.5), None)[1]),
 }
 
 
@@ -154,9 +155,21 @@ def test_hooks_that_change_the_stream_act_once(kind):
             whole = forward(model, batch)
             output, streams = recorded(BlockRunner(model, stack, batch))
             assert same_output(output, whole)
-            assert same_output(finished(BlockRunner(model, stack, batch), 0, streams[0], ()), whole)
+            runner, last = BlockRunner(model, stack, batch), streams[len(stack)].clone()
+            assert same_output(finished(runner, 0, streams[0], ()), whole)
+            assert same_output(runner.finish(streams[len(stack)]), whole)
+            assert torch.equal(streams[len(stack)], last)
         assert same_output(forward(model, batch), without)
     assert not same_output(whole, without)
+
+
+def test_one_block_may_be_there_twice():
+    model, _, batch = built("llama")
+    model.model.layers[2] = model.model.layers[1]
+    stack = Anatomy(model).stack()
+    with inference(model):
+        output, _ = recorded(BlockRunner(model, stack, batch))
+        assert same_output(output, forward(model, batch))
 
 
 def test_only_the_wanted_block_runs():

@@ -51,11 +51,16 @@ def test_a_team_finds_what_one_does(world, rows, features, monkeypatch):
     assert all(torch.equal(one, found[0]) for one in found)
 
 
-def test_rows_that_are_not_finite():
-    x = torch.ones(3, 5)
-    x[1, 2] = torch.nan
-    with pytest.raises(ValueError, match="NaN or infinite"):
-        solve_rows(x, torch.ones(3, 2), 0.1, (5,))
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 3e25])
+def test_rows_that_are_not_finite_or_too_large(value):
+    x, y = torch.ones(3, 5), torch.ones(3, 2)
+    x[1, 2] = value
+    with pytest.raises(ValueError, match="expected finite ones"):
+        solve_rows(x, y, 0.1, (5,))
+    if value != 3e25:
+        y[0, 1] = value
+        with pytest.raises(ValueError, match="y has NaN or infinite"):
+            solve_rows(torch.ones(3, 5), y, 0.1, (5,))
 
 
 def test_features_that_are_all_zero_get_nothing():

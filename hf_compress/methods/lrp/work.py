@@ -38,12 +38,18 @@ def _scoring(config: LRPConfig, data: Share) -> float:
     return data.of_all * (1 + BACKWARD + (0 if config.granularity in STRUCTURED else _PER_SAMPLE))
 
 
+def _relevance_for_bits(config: LRPConfig, data: Share) -> float:
+    """Passes that slopes take, where they are not known from the scores."""
+    known = config.prunes and config.score_name == "relevance"
+    return 0.0 if known else data.of_all * (1 + BACKWARD + _PER_SAMPLE)
+
+
 def _bits(config: LRPConfig, context: CalibrationContext, sizes: list[tuple[int, int]]) -> Work:
     data = share_of_tokens(context, config.tokens)
     part = share_of_tokens(context, part_of_tokens(context, config.tokens, WEIGHED))
     tried = sum(inputs * outputs for inputs, outputs in sizes) * len(BITS) * _ROUND
     if config.allocation == "relevance":
-        return Work(_scoring(config, data), tried, sweeps=2, streams=data.of_all)
+        return Work(_relevance_for_bits(config, data), tried, sweeps=2, streams=data.of_all)
     if config.allocation != "fisher":
         return Work(0.0, tried, sweeps=2)
     weighed = sum(gram(inputs, part.tokens) + inverse(inputs) for inputs in _read(sizes))

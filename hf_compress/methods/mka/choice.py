@@ -138,9 +138,10 @@ class Chooser:
         return [self._changes[index] for index in candidates]
 
     def _solved(self, candidates: Sequence[int]) -> Iterator[Tensor | None]:
-        """The local fit for each candidate, of as many as there are processes: each solves one; of fewer, all each."""
+        """The local fit for each candidate, of no more than there are processes: each solves one; of few, all each."""
         rank, world = here()
-        if len(candidates) < world:
+        assert len(candidates) <= world, "a process solves one"
+        if 2 * len(candidates) <= world:
             return (self._solved_by(index, self._rows_for(index, None), Together()) for index in candidates)
         rows = [self._rows_for(index, place) for place, index in enumerate(candidates)]
         return spread(candidates, lambda index: self._solved_by(index, rows.pop(rank), ALONE))
