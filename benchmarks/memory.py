@@ -165,12 +165,6 @@ def table(
     """Measure models of so many blocks; the table, and the figures in MiB."""
     case = CASES[kind]
     names = [name for name in (LOADED, *settings(case)) if not only or name.startswith(tuple(only))]
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
-    with tempfile.TemporaryDirectory() as folder:
-        for depth in depths:
-            write_checkpoint(Path(folder) / str(depth), case, depth)
-            for name in tqdm(names, desc=f"{depth} blocks, {kind}"):
-                found[name].append(measured(name, kind, Path(folder) / str(depth), kept))
     sizes = [depth * case.block + case.rest for depth in depths]
     what, units, form = {
         "disk": ("with every block on the disk, beyond the start, MiB", [1.0] * len(sizes), "{:.0f}"),
@@ -183,9 +177,16 @@ def table(
         "| compress() with | " + " | ".join(f"{cell} | and save()" for cell in cells) + " |",
         "|---" * (2 * len(depths) + 1) + "|",
     ]
-    for name, row in found.items():
-        told = [form.format(peak / unit) for pair, unit in zip(row, units, strict=True) for peak in pair]
-        lines.append(f"| {name} | {' | '.join(told)} |")
+    found: dict[str, list[tuple[float, float]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        folders = [Path(folder) / str(depth) for depth in depths]
+        for path, depth in zip(folders, depths, strict=True):
+            write_checkpoint(path, case, depth)
+        for name in tqdm(names, desc=kind):
+            found[name] = [measured(name, kind, path, kept) for path in folders]
+            told = [form.format(peak / unit) for pair, unit in zip(found[name], units, strict=True) for peak in pair]
+            lines.append(f"| {name} | {' | '.join(told)} |")
+            tqdm.write(lines[-1])  # should a later one fail
     return "\n".join(lines), found
 
 
