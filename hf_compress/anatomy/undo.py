@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 _WRITES = "_hf_compress_writes"  # what a tensor calls the number of its `writes`
+_LARGE = 2**20  # bytes of a tensor that is worth a place elsewhere
 
 
 class Undo:
@@ -24,6 +27,7 @@ class Undo:
 
     def __init__(self) -> None:
         self._steps: list[Callable[[], None]] = []
+        self._old: list[object] = []  # what was there before, and is not set aside yet
         self.changed: list[tuple[MutableMapping[str, Any], str]] = []
 
     def __enter__(self) -> Undo:
@@ -49,6 +53,7 @@ class Undo:
         if name in table:
             old = table[name]
             self._steps.append(lambda: table.__setitem__(name, old))
+            self._old.append(old)
         else:
             self._steps.append(lambda: table.pop(name, None))
         self.changed.append((table, name))
@@ -67,28 +72,68 @@ class Undo:
             )
         old = parameter.detach().clone()
         self._steps.append(lambda: _copy(parameter, old))
+        self._old.append(old)
         _copy(parameter, value)
 
     def later(self, step: Callable[[], None]) -> None:
         """Have `step` done in its turn when everything is taken back."""
         self._steps.append(step)
 
+    def set_aside(self, used: Iterable[Tensor], put: Callable[[Tensor], Tensor | None]) -> None:
+        """Have large tensors that only a rollback still needs lie elsewhere until then.
+
+        They stay the same objects, with the same values. Those that share memory with others stay where they are.
+
+        Args:
+            used: the tensors that there are now.
+            put: gives a tensor's copy elsewhere, or None where there is no room for it.
+        """
+        old, self._old = list(_large(self._old)), []
+        if not old:
+            return
+        in_use = Counter(tensor.untyped_storage().data_ptr() for tensor in (*used, *old) if not tensor.is_meta)
+        for tensor in old:
+            memory = tensor.untyped_storage()
+            if in_use[memory.data_ptr()] > 1 or memory.nbytes() > tensor.nbytes or tensor.is_shared():
+                continue
+            kept = put(tensor.detach())
+            if kept is None:
+                break
+            if isinstance(tensor, nn.Parameter):  # else it is a copy made by `write`
+                self._steps.append(partial(_fetch, tensor))
+            tensor.data = kept
+
     def take_over(self, other: Undo) -> None:
         """Take the changes of another back as well; it forgets them."""
         self._steps += other._steps
+        self._old += other._old
         self.changed += other.changed
-        other._steps, other.changed = [], []
+        other._steps, other._old, other.changed = [], [], []
 
     def rollback(self) -> None:
         """Take every change back, the last one first. A second call does nothing."""
         while self._steps:
             self._steps.pop()()
-        self.changed = []
+        self._old, self.changed = [], []
 
 
 def writes(tensor: Tensor) -> int:
     """How often a tensor was written here, which its own count of writing in place does not say."""
     return vars(tensor).get(_WRITES, 0)
+
+
+def _large(old: Iterable[object]) -> Iterator[Tensor]:
+    """Each large tensor on the CPU among old parts and values of modules, once."""
+    found: dict[int, Tensor] = {}
+    for part in old:
+        own = part.parameters() if isinstance(part, nn.Module) else [part]
+        found |= {id(each): each for each in own if isinstance(each, Tensor)}
+    return (each for each in found.values() if each.device.type == "cpu" and each.nbytes >= _LARGE)
+
+
+def _fetch(tensor: Tensor) -> None:
+    """Give a tensor that was set aside memory of its own again."""
+    tensor.data = tensor.data.clone()
 
 
 @torch.no_grad()

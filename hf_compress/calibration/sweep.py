@@ -21,10 +21,8 @@ from hf_compress.calibration.memory import WorkingMemory, working_memory
 from hf_compress.calibration.processes import own
 from hf_compress.calibration.progress import bar
 from hf_compress.calibration.runner import BlockRunner, stopped_by_errors
-from hf_compress.modules.compact import kept_dense
+from hf_compress.modules.compact import ROOM, kept_dense
 from hf_compress.numerics.aside import give_back
-
-_DENSE = 2**28  # bytes of a block's packed weights that are kept unpacked while batches run past it
 
 
 def turns(
@@ -255,7 +253,7 @@ def advance(pairs: list[StreamPair], index: int) -> None:
     """Take the compressed stream past a block."""
     if not pairs:
         return
-    room = min(_DENSE, pairs[0].memory.streams)
+    room = min(ROOM, pairs[0].memory.streams)
     with kept_dense(pairs[0].runner.stack.blocks[index], room):
         for pair in pairs:
             pair.take_compressed(index)

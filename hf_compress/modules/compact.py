@@ -9,6 +9,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+ROOM = 2**28  # bytes of dense weights that are kept beside a model in memory
+
 
 class CompactLinear(nn.Linear):
     """A linear map whose weights are no parameters, or none of a matrix.
@@ -70,7 +72,7 @@ class DenseWeights:
 
 
 @contextmanager
-def kept_dense(module: nn.Module, room: int = 2**28) -> Iterator[None]:
+def kept_dense(module: nn.Module, room: int = ROOM) -> Iterator[None]:
     """Inside, compact linear maps of a module unpack their weights once, not whenever they run, if there is room.
 
     Not with gradients. Their weights must not change meanwhile.

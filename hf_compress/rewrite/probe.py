@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from hf_compress.calibration.capture import forward, hooked, inference
 from hf_compress.calibration.data import Batch, prepare
 from hf_compress.calibration.vocabulary import special_ids
 from hf_compress.errors import UnsupportedModelError, one_line
-from hf_compress.modules.compact import kept_dense
+from hf_compress.modules.compact import ROOM, kept_dense
 from hf_compress.numerics.aside import give_back
 
 _NEW_TOKENS = 3
@@ -109,13 +109,22 @@ def _made_up_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     return {"input_ids": ids[torch.randint(len(ids), (2, 8), generator=generator)]}
 
 
-def outputs_on(model: PreTrainedModel, probe: Probe) -> Outputs:
-    """Every tensor of the model's output on the probe, by its name, and the tokens it continues it with."""
-    with nullcontext() if is_offloaded(model) else kept_dense(model):
+def outputs_on(model: PreTrainedModel, probe: Probe, room: int | None = None) -> Outputs:
+    """Every tensor of the model's output on the probe, by its name, and the tokens it continues it with.
+
+    Args:
+        room: bytes for what packed and sparse maps unpack, once for all passes; `dense_room` of the model when None.
+    """
+    with kept_dense(model, dense_room(model) if room is None else room):
         outputs = named_outputs(model, probe.batch)
         if probe.generates:
             outputs[_CONTINUATION] = _generate(model, probe.batch)
     return outputs
+
+
+def dense_room(model: PreTrainedModel) -> int:
+    """Bytes that unpacked weights may take beside a model: none where it is offloaded, for want of memory."""
+    return 0 if is_offloaded(model) else ROOM
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_compress.anatomy.adapters import check_no_adapters
-from hf_compress.anatomy.dispatch import computing_device, is_offloaded
+from hf_compress.anatomy.dispatch import is_offloaded
 from hf_compress.anatomy.offloaded import whole_state
 from hf_compress.calibration.data import Batch
 from hf_compress.calibration.media import Processor
@@ -164,7 +164,7 @@ def _gives_the_same(model: PreTrainedModel, loaded: PreTrainedModel, folder: Pat
     with aligned(model):
         expected = outputs_on(model, probe)
     with suppress(Exception):  # a module that reads the weights of another finds them on the CPU
-        if same_outputs(expected, outputs_of(loaded, computing_device(model), probe)):
+        if same_outputs(expected, outputs_of(loaded, model, probe)):
             return True
     if is_offloaded(model):
         return False

@@ -13,10 +13,11 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_f
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_compress.anatomy.dispatch import computing_device
 from hf_compress.anatomy.offloaded import stored
 from hf_compress.errors import ParityError, one_line
 from hf_compress.rewrite.aligned import aligned
-from hf_compress.rewrite.probe import Outputs, Probe, outputs_on, quiet
+from hf_compress.rewrite.probe import Outputs, Probe, dense_room, outputs_on, quiet
 from hf_compress.storage.weights import tensors_in
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes; compared several times as fast as single ones
@@ -72,11 +73,15 @@ def same_bits(first: Tensor, second: Tensor) -> bool:
     return torch.equal(ours, theirs.to(ours.device))
 
 
-def outputs_of(loaded: PreTrainedModel, device: torch.device, probe: Probe) -> Outputs:
-    """What a model of `written` gives on a device, where each module's weights are while it runs, and no longer."""
+def outputs_of(loaded: PreTrainedModel, model: PreTrainedModel, probe: Probe) -> Outputs:
+    """What a model of `written` gives where `model` computes: each module's weights are there while it runs, no longer.
+
+    Unpacked ones are kept where there is room for them beside `model`.
+    """
+    device = computing_device(model)
     if device.type != "cpu":
         for module in loaded.modules():
             module._buffers |= {name: b.to(device) for name, b in module._buffers.items() if b is not None}
         add_hook_to_module(loaded, AlignDevicesHook(device))
     with aligned(loaded, device):
-        return outputs_on(loaded, probe)
+        return outputs_on(loaded, probe, dense_room(model))

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from hf_compress.anatomy.undo import Undo
+from hf_compress.numerics.aside import Aside
 
 
 class Frozen:
@@ -82,3 +83,106 @@ def test_a_tensor_of_another_shape_is_refused_before_anything_is_written():
     with pytest.raises(ValueError, match=r"\(3, 2\) does not fit a parameter \(2, 3\)"):
         Undo().write(weight, torch.zeros(3, 2))
     assert weight.all()
+
+
+SIDE = 512  # a matrix of float32 with so many rows and columns is large
+
+
+def elsewhere(tensor: torch.Tensor) -> bool:
+    return tensor.untyped_storage().filename is not None
+
+
+def emptied(layer: nn.Linear, undo: Undo) -> nn.Parameter:
+    """The weight that a layer had; it has one of two numbers now."""
+    old = layer.weight
+    undo.put(layer._parameters, "weight", nn.Parameter(torch.zeros(1, 2)))
+    return old
+
+
+def test_what_only_a_rollback_needs_lies_elsewhere_until_then():
+    layer, block, undo = nn.Linear(SIDE, SIDE), nn.Sequential(nn.Linear(SIDE, SIDE)), Undo()
+    written, old, part = block[0].weight, layer.weight, block[0]
+    values, before = old.detach().clone(), written.detach().clone()
+    undo.write(written, torch.zeros(SIDE, SIDE))
+    undo.put(block._modules, "0", nn.Identity())
+    emptied(layer, undo)
+    undo.set_aside([*layer.parameters(), *block.parameters()], Aside().put)
+    assert elsewhere(old)
+    assert elsewhere(part.weight)
+    assert not elsewhere(part.bias), "it is small"
+    assert torch.equal(old, values)
+    undo.rollback()
+    assert layer.weight is old
+    assert block[0] is part
+    assert torch.equal(layer.weight, values)
+    assert torch.equal(written, before)
+    assert not elsewhere(old)
+    assert not elsewhere(written)
+    assert old.requires_grad
+
+
+def test_each_is_set_aside_once():
+    layer, undo, calls = nn.Linear(SIDE, SIDE), Undo(), []
+    emptied(layer, undo)
+    for _ in range(2):
+        undo.set_aside(layer.parameters(), lambda tensor: calls.append(tensor) or Aside().put(tensor))
+    assert len(calls) == 1
+
+
+def tied(layer, undo):
+    other = nn.Linear(SIDE, SIDE)
+    other.weight = layer.weight
+    emptied(layer, undo)
+    return [*layer.parameters(), *other.parameters()]
+
+
+def a_view_of_another(layer, undo):
+    whole = torch.zeros(2 * SIDE, SIDE)
+    layer.weight = nn.Parameter(whole[:SIDE])
+    emptied(layer, undo)
+    return list(layer.parameters())
+
+
+def two_that_share(layer, undo):
+    other = nn.Linear(SIDE, SIDE)
+    other.weight = nn.Parameter(layer.weight.detach())
+    emptied(layer, undo)
+    emptied(other, undo)
+    return list(layer.parameters())
+
+
+def in_shared_memory(layer, undo):
+    layer.share_memory()
+    emptied(layer, undo)
+    return list(layer.parameters())
+
+
+@pytest.mark.parametrize("case", [tied, a_view_of_another, two_that_share, in_shared_memory])
+def test_what_shares_memory_stays_where_it_is(case):
+    layer, undo, calls = nn.Linear(SIDE, SIDE), Undo(), []
+    undo.set_aside(case(layer, undo), calls.append)
+    assert not calls
+    undo.rollback()
+    assert len(layer.weight) == SIDE
+
+
+def test_without_room_it_stays_where_it_is():
+    layer, undo = nn.Linear(SIDE, SIDE), Undo()
+    values = layer.weight.detach().clone()
+    old = emptied(layer, undo)
+    undo.set_aside(layer.parameters(), lambda _: None)
+    assert not elsewhere(old)
+    undo.rollback()
+    assert layer.weight is old
+    assert torch.equal(old, values)
+
+
+def test_what_is_taken_over_is_set_aside_too():
+    layer, undo, other = nn.Linear(SIDE, SIDE), Undo(), Undo()
+    old = emptied(layer, other)
+    undo.take_over(other)
+    undo.set_aside(layer.parameters(), Aside().put)
+    assert elsewhere(old)
+    undo.rollback()
+    assert layer.weight is old
+    assert not elsewhere(old)

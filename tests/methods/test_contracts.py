@@ -17,6 +17,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback
 
 import hf_compress as hfc
+from hf_compress.anatomy import undo
 from hf_compress.calibration.capture import hooked
 from hf_compress.errors import CalibrationError
 from hf_compress.methods.base.settings import CompressionConfig, method_names
@@ -270,9 +271,12 @@ def test_activations_that_are_not_finite(name):
     refused(model, name, ValueError, "NaN or infinit")
 
 
+@pytest.mark.parametrize("aside", [False, True], ids=["", "old weights set aside"])
 @pytest.mark.parametrize("name", ROWS)
-def test_an_interruption_leaves_the_model_as_it_was(name):
+def test_an_interruption_leaves_the_model_as_it_was(name, aside, monkeypatch):
     """At the beginning, in the middle, and at the end, when the change is checked: wherever a module is called."""
+    if aside:
+        monkeypatch.setattr(undo, "_LARGE", 1)
     model, calls, limit = tiny_llama(4), 0, float("inf")
 
     def count(*_):
@@ -298,6 +302,15 @@ def test_an_interruption_leaves_the_model_as_it_was(name):
 
 
 # --- what is around it ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_where_old_weights_are_set_aside(name, monkeypatch):
+    monkeypatch.setattr(undo, "_LARGE", 1)
+    model = compressed(name, tiny_llama(4))
+    check_same(name, model)
+    elsewhere = [key for key, tensor in model.state_dict().items() if tensor.untyped_storage().filename]
+    assert not elsewhere, "only old ones"
 
 
 @pytest.mark.parametrize("name", ROWS)

@@ -1,5 +1,6 @@
 """What is compared before a save is put in its place, of models in memory and of models on the disk."""
 
+import weakref
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,9 @@ from torch import nn
 
 import hf_compress.storage.save as save_module
 import hf_compress.storage.written as written_module
+from hf_compress import LRPConfig, compress
 from hf_compress.errors import ParityError
+from hf_compress.modules.packed import MixedPrecisionLinear
 from hf_compress.storage.save import save
 from hf_compress.storage.weights import tensors_in, write_weights
 from hf_compress.storage.written import same_bits, written
@@ -143,6 +146,26 @@ def test_a_model_in_memory_is_compared_in_memory_where_it_cannot_be_otherwise(sa
         return
     with pytest.raises(ParityError, match="gives other outputs"):
         save(model, folder)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_unpacked_weights_are_kept_beside_a_model_in_memory_alone(tmp_path, place, monkeypatch):
+    model = place(tiny_model("llama"), tmp_path)
+    compress(model, LRPConfig(bits=6, group_size=8), torch.randint(4, 60, (8, 16)))
+    made: list[weakref.ref[torch.Tensor]] = []
+    there = []
+    unpack = MixedPrecisionLinear._dense
+
+    def unpacked(linear, dtype):
+        there.append(sum(weight() is not None for weight in made))
+        weight = unpack(linear, dtype)
+        made.append(weakref.ref(weight))
+        return weight
+
+    monkeypatch.setattr(MixedPrecisionLinear, "_dense", unpacked)
+    save(model, tmp_path / "out")
+    assert len(there) > 1
+    assert (max(there) > 0) == (place is in_memory)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "mixtral", "qwen3_moe"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from time import perf_counter
 from traceback import walk_tb
 
@@ -19,6 +20,7 @@ from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.state import accept
 from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.data import Calibration
+from hf_compress.calibration.memory import working_memory
 from hf_compress.errors import CalibrationError, PlanError, UnsupportedModelError, one_line
 from hf_compress.methods.base.journal import Journal
 from hf_compress.plan.plan import Plan
@@ -48,9 +50,11 @@ class Drafts:
         """Hold a module in memory while drafts change it, and nothing else.
 
         What an offloaded one was, its files still tell, so that none of its old tensors are kept to take drafts back.
+        Those of one in memory are put into files afterwards, where there is room, so that a model is not held twice.
         """
         if not is_offloaded(module):
             yield
+            self.undo.set_aside(chain(self.model.parameters(), self.model.buffers()), working_memory().spare().put)
             return
         lasting, self.undo = self.undo, Undo()
         try:
