@@ -123,6 +123,10 @@ class HeldOutSums:
         for rows, *everywhere in zip(kept, *parts, strict=True):
             rows.replace_by(everywhere)
 
+    def mix(self, outputs: Tensor) -> HeldOutSums:
+        """The sums for mixtures of y, y · outputs (outputs, mixtures); those of x are shared."""
+        return HeldOutSums(self.fitted.mix(outputs), self.held.mix(outputs))
+
     def of_outputs(self, outputs: slice) -> HeldOutSums:
         """The sums for some of y."""
         return HeldOutSums(self.fitted.of_outputs(outputs), self.held.of_outputs(outputs))
@@ -235,9 +239,9 @@ class _Search:
     def __init__(self, sums: HeldOutSums, prior: Tensor | None, affine: bool, parts: Sequence[int] | None) -> None:
         self.sums, self.prior = sums, prior
         self.ridge = Ridge(sums.fitted, affine, parts)
-        self.fitted, self.held, self.start = sums.fitted, sums.held, prior
-        if (mix := _mixtures(sums.fitted.outputs)) is not None:
-            self.fitted, self.held = sums.fitted.mix(mix), sums.held.mix(mix)
+        self.mixed, self.start = sums, prior
+        if (mix := mixtures(sums.fitted.outputs, MIXTURES)) is not None:
+            self.mixed = sums.mix(mix)
             self.start = None if prior is None else prior.to(mix) @ mix
         self._errors: dict[float, float] = {}
         self._owners: dict[float, int] = {}
@@ -272,7 +276,8 @@ class _Search:
         return self._errors[penalty], None
 
     def _tried(self, penalty: float) -> float:
-        return self.held.excess(*self.ridge.solution(self.ridge.solver(penalty), self.fitted, self.start))
+        solution = self.ridge.solution(self.ridge.solver(penalty), self.mixed.fitted, self.start)
+        return self.mixed.held.excess(*solution)
 
     def _error(self, penalty: float) -> float:
         """As a share of the mean ||y||^2 of the rows held out. A factor kept till now would be as large as the sums."""
@@ -310,10 +315,13 @@ def downhill(attempt: Callable[[float], tuple[float, _T]], values: Sequence[floa
     return values[place], found
 
 
-def _mixtures(outputs: int) -> Tensor | None:
-    """Random signs, (outputs, mixtures), scaled so that mixtures have the outputs' energy in the mean; None for few."""
-    if outputs <= MIXTURES:
+def mixtures(outputs: int, count: int) -> Tensor | None:
+    """Random signs, (outputs, count), scaled so that so many mixtures of the outputs have their energy in the mean.
+
+    None where these are not at least twice as many: then mixtures spare little.
+    """
+    if outputs < 2 * count:
         return None
     generator = torch.Generator().manual_seed(0)
-    signs = torch.randint(0, 2, (outputs, MIXTURES), generator=generator, dtype=torch.float32) * 2 - 1
-    return signs / MIXTURES**0.5
+    signs = torch.randint(0, 2, (outputs, count), generator=generator, dtype=torch.float32) * 2 - 1
+    return signs / count**0.5

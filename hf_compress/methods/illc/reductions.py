@@ -10,13 +10,14 @@ from torch import Tensor
 from hf_compress.calibration.processes import from_one
 from hf_compress.calibration.together import Together
 from hf_compress.errors import CalibrationError
-from hf_compress.methods.base.ridge import for_own_outputs
+from hf_compress.methods.base.ridge import for_own_outputs, mixtures
 from hf_compress.methods.base.units import Reduction, Units, UnitStatistics, best
 from hf_compress.methods.illc.config import ILLCConfig
 from hf_compress.numerics.clustering import cluster
 from hf_compress.numerics.elimination import eliminate
 from hf_compress.numerics.registry import Registry
 
+_MIXTURES = 512  # of the outputs, that units are chosen by
 _ROUNDING = 1e-5  # of the largest activation: what the same sample may differ by in another place of a batch
 
 
@@ -26,9 +27,14 @@ REDUCTIONS: Registry[Callable[[ILLCConfig, Units, UnitStatistics, int], Reductio
 
 @REDUCTIONS.register("elimination")
 def _elimination(config: ILLCConfig, units: Units, statistics: UnitStatistics, count: int) -> Reduction:
-    """One unit after another goes, each time the one that the rest can stand in for best."""
+    """One unit after another goes, each time the one that the rest can stand in for best.
+
+    Where outputs are many, so it is in random mixtures of them: with n of these the error that a unit's going costs is
+    known to within sqrt(2 / n) of itself.
+    """
     together = Together()
-    own = for_own_outputs(statistics, together)
+    mix = mixtures(statistics.fitted.outputs, _MIXTURES)
+    own = for_own_outputs(statistics if mix is None else statistics.mix(mix), together)
     return Reduction(kept=eliminate(own, count, units.biased or config.bias, units.size, together))
 
 
