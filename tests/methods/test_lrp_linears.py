@@ -191,6 +191,38 @@ def test_maps_that_do_not_always_read_one_tensor_have_grams_of_their_own():
         torch.testing.assert_close(gram.double(), rows.T @ rows, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("onwards", [False, True])
+def test_nobody_asks_what_the_last_map_gives(onwards):
+    """From the second of three batches on, unless the streams are to be past the block."""
+    model, calls = tiny_model("llama"), []
+    last = model.model.layers[0].mlp.down_proj
+    own = last.forward
+    vars(last)["forward"] = lambda given: calls.append(None) or own(given)
+    data, stack = prepare(IDS, model, None, DataOptions(batch_size=1)), Anatomy(model).stack()
+    with inference(model):
+        grams_of(stack, 0, linears_of(stack, 0, block_linears(stack)), start_pairs(model, stack, data, 21), onwards)
+    assert len(calls) == (3 if onwards else 1)
+
+
+def test_maps_that_run_in_another_order_later_have_grams_of_their_own():
+    """On the second batch attention reads what the FFN has written, which is not to be left out then."""
+    model, calls = tiny_model("llama"), []
+    block = model.model.layers[0]
+    own = block.forward
+
+    def turned(stream, **kwargs):
+        calls.append(None)
+        more = block.mlp(block.post_attention_layernorm(stream)) if len(calls) == 2 else 0
+        return own(stream + more, **kwargs)
+
+    vars(block)["forward"] = turned
+    grams, read, _, _ = grams_and_rows(model)
+    assert [len(paths) for paths in sharing(grams)] == [1] * 7
+    for path, gram in grams.items():
+        rows = torch.cat(read[path][-3:]).double()
+        torch.testing.assert_close(gram.double(), rows.T @ rows, rtol=1e-4, atol=1e-5)
+
+
 def test_a_map_that_runs_less_often_shares_nothing():
     shared = _Shared()
     one, two = torch.zeros(1), torch.zeros(1)  # two tensors that are alike

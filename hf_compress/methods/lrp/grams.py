@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from hf_compress.anatomy.parts import linear_map
+from hf_compress.anatomy.parts import linear_map, linear_widths
 from hf_compress.anatomy.stacks import Stack
+from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.processes import here, summed, told
 from hf_compress.calibration.sweep import StreamPair
 from hf_compress.calibration.together import Together
@@ -67,10 +69,14 @@ def factor_of(known: Tensor | Factor) -> Factor:
 def _sums_of(
     stack: Stack, index: int, linears: Mapping[str, nn.Module], pairs: list[StreamPair], onwards: bool, shared: bool
 ) -> _Sums | None:
-    """The sums of this process; None where maps that were to share their sums are handed different tensors."""
+    """The sums of this process; None where maps that were to share their sums are handed different tensors.
+
+    If all maps run once, and the streams stay where they are, nobody asks what the last map gives: from the second
+    batch on it gives zeros.
+    """
     sums: dict[str, Moments] = {}
     after: list[Tensor] = []
-    seen = _Shared()
+    seen, last = _Shared(), _Last(linears)
 
     def add(path: str, rows: Tensor) -> None:
         if path not in sums:
@@ -78,12 +84,18 @@ def _sums_of(
             sums[path] = Moments(rows.shape[1], rows.device, dtype)
         sums[path].add(rows)
 
+    def is_new(path: str, given: Tensor) -> bool:
+        last.comes(path)
+        return seen.is_new(path, given)
+
     try:
         for pair in pairs:
-            with watch_rows(stack, pair.runner.batch, linears, add, seen.is_new if shared else None):
+            with last.left_out(), watch_rows(stack, pair.runner.batch, linears, add, is_new if shared else None):
                 output = pair.runner.run(index, pair.compressed)
             if onwards:
                 after.append(pair.keep(output))
+            elif shared:
+                last.find()
         first = seen.checked() if shared else {path: path for path in sums}
     except _ReadApart:
         return None
@@ -111,7 +123,42 @@ def _agreed(found: _Sums | None) -> _Sums | None:
 
 
 class _ReadApart(Exception):
-    """Maps that were handed one tensor once are not always."""
+    """Maps that were handed one tensor once are not always, or do not run in one order."""
+
+
+class _Last:
+    """The linear map that runs last.
+
+    Args:
+        linears: those that are looked at.
+    """
+
+    def __init__(self, linears: Mapping[str, nn.Module]) -> None:
+        self._linears = linears
+        self._calls: list[str] = []  # on the batch that runs
+        self._path: str | None = None
+
+    def comes(self, path: str) -> None:
+        """A map is about to run; raises _ReadApart if that is after the one that was to be the last."""
+        if self._path is not None and self._path in self._calls:
+            raise _ReadApart
+        self._calls.append(path)
+
+    def find(self) -> None:
+        """After a batch: it is known, if all maps ran once."""
+        if sorted(self._calls) == sorted(self._linears):
+            self._path = self._calls[-1]
+
+    @contextmanager
+    def left_out(self) -> Iterator[None]:
+        """A batch runs; the last map gives zeros, if it is known."""
+        self._calls.clear()
+        with Undo() as undo:
+            if self._path is not None:
+                module = self._linears[self._path]
+                outputs = linear_widths(module)[1]
+                undo.set(module, "forward", lambda given: given.new_zeros(*given.shape[:-1], outputs))
+            yield
 
 
 class _Shared:
