@@ -20,7 +20,8 @@ from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
 from hf_compress.attribution.attach import lrp_rules, normalises
 from hf_compress.attribution.composites import Composite, resolve
-from hf_compress.attribution.targets import Target, explained_classes
+from hf_compress.attribution.targets import Target, explained_classes, explained_words, reads_words
+from hf_compress.attribution.word_logits import HeadLogits
 from hf_compress.calibration.capture import forward, hooked, inference, stream_of_output
 from hf_compress.calibration.data import Batch
 from hf_compress.calibration.memory import working_memory
@@ -45,10 +46,12 @@ class Sources:
     Attributes:
         tensors: filled by a forward pass.
         head: what the output embeddings gave, of a model that has any: its logits before they are capped.
+        plain_head: the output embeddings, where they are a linear map, and no rule or hook makes anything else of it.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     head: Tensor | None = None
+    plain_head: nn.Linear | None = None
 
     def begin(self, batch: Batch) -> None:
         """Let go of those of an earlier pass."""
@@ -77,8 +80,8 @@ def explaining(
         undo = stack.enter_context(Undo())
         for parameter in model.parameters():
             set_gradient(parameter, False, undo)
-        sources = Sources()
         stack.enter_context(lrp_rules(model, composite, epsilon))
+        sources = Sources(plain_head=_plain_head(model))
         stack.enter_context(hooked(_source_hooks(model, sources)))  # after the rules, which the head's logits go by
         yield sources
 
@@ -92,6 +95,48 @@ def logits_of(model: PreTrainedModel, batch: Batch, sources: Sources) -> Tensor:
 def logits_behind(runner: BlockRunner, stream: Tensor, sources: Sources) -> Tensor:
     """The same from the stream behind the last block on, which it may write into."""
     return _logits(runner.model, runner.batch, sources, lambda: runner.finish(stream))
+
+
+def explained_behind(runner: BlockRunner, stream: Tensor, sources: Sources, target: Target) -> Tensor:
+    """What is explained of each sample, (samples), from the stream behind the last block on, as `logits_behind`.
+
+    Of words no more logits are made than are explained, where the head is plain.
+    """
+    model, batch = runner.model, runner.batch
+    words = _words_behind(runner, stream, sources) if reads_words(model, batch) else None
+    if words is None:
+        return explained_classes(model, logits_behind(runner, stream, sources), batch, target)[0]
+    values, _ = explained_words(model, words, batch, target)
+    _check_finite(model, values)
+    return values
+
+
+def _words_behind(runner: BlockRunner, stream: Tensor, sources: Sources) -> HeadLogits | None:
+    """Logits of words that are made as they are asked for; None where the head is not plain, or does not run once."""
+    head, read = sources.plain_head, list[Tensor]()
+    if head is None:
+        return None
+
+    def stand_in(given: Tensor) -> Tensor:
+        read.append(given)
+        return given.new_zeros(()).expand(*given.shape[:-1], head.out_features)
+
+    sources.begin(runner.batch)
+    try:
+        with Undo() as undo:
+            undo.set(head, "forward", stand_in)
+            runner.finish(stream.clone())
+    except RuntimeError:  # it may write into its logits, which these do not bear
+        return None
+    finally:
+        sources.head = None
+    return HeadLogits(read[0], head) if len(read) == 1 and read[0].ndim == 3 else None
+
+
+def _plain_head(model: PreTrainedModel) -> nn.Linear | None:
+    head = model.get_output_embeddings()
+    hooked = head is not None and (head._forward_hooks or head._forward_pre_hooks)
+    return head if type(head) is nn.Linear and not hooked else None
 
 
 def _traced(batch: Batch) -> Batch:
@@ -112,9 +157,13 @@ def _logits(model: PreTrainedModel, batch: Batch, sources: Sources, run: Callabl
         ) from error
     logits = sources.head if sources.head is not None else first_tensor(output)
     sources.head = None
+    _check_finite(model, logits)
+    return logits
+
+
+def _check_finite(model: PreTrainedModel, logits: Tensor) -> None:
     if logits.numel() and not all(bool(torch.isfinite(end)) for end in logits.detach().aminmax()):
         raise CalibrationError(f"{type(model).__name__} gives NaN or infinite outputs on this data")
-    return logits
 
 
 class Explanation(NamedTuple):

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from hf_compress.anatomy.parts import linear_map
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.attribution.composites import Composite
-from hf_compress.attribution.passes import Sources, check_conserved, explain, explaining, gradients, logits_behind
-from hf_compress.attribution.targets import Target, explained
+from hf_compress.attribution.passes import Sources, check_conserved, explain, explained_behind, explaining, gradients
+from hf_compress.attribution.targets import Target
 from hf_compress.attribution.watch import watch_inputs, watch_linears
 from hf_compress.calibration.capture import inference
 from hf_compress.calibration.data import Batch
@@ -193,8 +193,7 @@ def relevance_sums_by_blocks(
 def _explained_behind(sources: Sources, target: Target, runner: BlockRunner, stream: Tensor) -> Tensor:
     """The gradient, behind the last block, of what is explained of a batch."""
     given = stream.detach().requires_grad_()
-    logits = logits_behind(runner, given.clone(), sources)
-    return gradients(explained(runner.model, logits, runner.batch, target).sum(), [given])[0]
+    return gradients(explained_behind(runner, given.clone(), sources, target).sum(), [given])[0]
 
 
 def _finished(sums: _Sums, linears: Mapping[str, nn.Module], samples: int) -> RelevanceSums:

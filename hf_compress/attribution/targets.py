@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_compress.attribution.word_logits import GivenLogits, WordLogits
 from hf_compress.calibration.capture import decoder_tokens, real_tokens
 from hf_compress.calibration.data import Batch
 from hf_compress.calibration.decoder import has_decoder
@@ -17,9 +18,9 @@ from hf_compress.errors import CalibrationError, UnsupportedModelError
 Target = Literal["predicted", "label"] | int | Tensor
 
 
-def explained(model: PreTrainedModel, logits: Tensor, batch: Batch, target: Target) -> Tensor:
-    """The logits to explain, summed for each sample, (samples); see `explained_classes`."""
-    return explained_classes(model, logits, batch, target)[0]
+def reads_words(model: PreTrainedModel, batch: Batch) -> bool:
+    """Whether a batch is of words."""
+    return "input_ids" in batch.inputs or has_decoder(model)
 
 
 def explained_classes(
@@ -37,9 +38,8 @@ def explained_classes(
         ValueError: a class that the model does not have, or not one for each sample.
         UnsupportedModelError: outputs that are no logits of classes or of words.
     """
-    reads = "input_ids" in batch.inputs or has_decoder(model)
-    if logits.ndim == 3 and reads and model.get_output_embeddings() is not None:
-        return _of_words(model, logits, batch, target)
+    if logits.ndim == 3 and reads_words(model, batch) and model.get_output_embeddings() is not None:
+        return explained_words(model, GivenLogits(logits), batch, target)
     if logits.ndim != 2:
         raise UnsupportedModelError(
             f"{type(model).__name__} gives {tuple(logits.shape)}, no logits of classes or of words: load it with a head"
@@ -89,17 +89,20 @@ def _chosen(logits: Tensor, batch: Batch, target: Any) -> Tensor:
     return chosen.long()
 
 
-def _of_words(model: PreTrainedModel, logits: Tensor, batch: Batch, target: Target) -> tuple[Tensor, Tensor | None]:
+def explained_words(
+    model: PreTrainedModel, logits: WordLogits, batch: Batch, target: Target
+) -> tuple[Tensor, Tensor | None]:
+    """`explained_classes` of a language model."""
+    like = logits.like
     if isinstance(target, str) and target == "label":
         if not speaks(model, batch):
             raise CalibrationError("target='label' explains what is to be said, and the data has no text: give labels")
-        said = next_tokens(model, batch, logits)
+        said = next_tokens(model, batch, like)
         counts = said != -100
         if batch.targets is None and not has_decoder(model):
-            counts &= real_tokens(batch, logits)
-        return (logits.gather(-1, said.clamp(min=0)[..., None])[..., 0] * counts).sum(dim=-1), None
-    real = decoder_tokens(batch, logits) if has_decoder(model) else real_tokens(batch, logits)
+            counts &= real_tokens(batch, like)
+        return (logits.of(said.clamp(min=0)) * counts).sum(dim=-1), None
+    real = decoder_tokens(batch, like) if has_decoder(model) else real_tokens(batch, like)
     positions = torch.arange(real.shape[1], device=real.device)
-    last = torch.where(real, positions, -1).amax(dim=1).clamp(min=0)
-    ends = logits[torch.arange(len(logits), device=logits.device), last]
+    ends = logits.at(torch.where(real, positions, -1).amax(dim=1).clamp(min=0))
     return _of(ends, _chosen(ends, batch, target))

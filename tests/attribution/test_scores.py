@@ -14,7 +14,7 @@ from hf_compress.anatomy.parts import is_linear, linear_map
 from hf_compress.attribution import scores
 from hf_compress.attribution.passes import explaining, logits_of
 from hf_compress.attribution.scores import relevance_sums
-from hf_compress.attribution.targets import explained
+from hf_compress.attribution.targets import explained_classes
 from hf_compress.calibration.capture import hooked
 from hf_compress.calibration.data import DataOptions, prepare
 from hf_compress.errors import CalibrationError, UnsupportedModelError
@@ -77,7 +77,7 @@ def gradients_of(model, sample, target, attention):
     with explaining(model, attention) as sources, hooked(hooks):
         for module in maps.values():
             module.weight.requires_grad_(True)
-        value = explained(model, logits_of(model, sample, sources), sample, target).sum()
+        value = explained_classes(model, logits_of(model, sample, sources), sample, target)[0].sum()
         ends = [*(module.weight for module in maps.values()), *read.values()]
         found = torch.autograd.grad(value, ends, allow_unused=True)
     model.requires_grad_(True)

@@ -11,7 +11,7 @@ from transformers import DataCollatorForSeq2Seq, EncoderDecoderConfig, EncoderDe
 import hf_compress as hfc
 from hf_compress.anatomy.anatomy import Anatomy
 from hf_compress.api.compress import make_plan
-from hf_compress.attribution.targets import explained
+from hf_compress.attribution.targets import explained_classes
 from hf_compress.calibration.capture import forward, inference, stream_tokens, watch_blocks, with_stream
 from hf_compress.calibration.data import DataOptions, prepare
 from hf_compress.calibration.losses import losses_without
@@ -287,8 +287,8 @@ def test_sounds_without_labels_are_explained_by_what_is_predicted():
     with inference(model):
         logits = first_tensor(forward(model, batch))
     with pytest.raises(CalibrationError, match="give labels"):
-        explained(model, logits, batch, "label")
-    assert torch.equal(explained(model, logits, batch, "predicted"), logits[:, 0].amax(-1))
+        explained_classes(model, logits, batch, "label")
+    assert torch.equal(explained_classes(model, logits, batch, "predicted")[0], logits[:, 0].amax(-1))
 
 
 def test_a_causal_model_explains_the_labelled_words_alone(model, ids):
