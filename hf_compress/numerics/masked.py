@@ -19,7 +19,8 @@ _CLOSE = 1e-3  # of the error that is left, what further steps may take off it
 _SLOWEST = 0.9  # of a step's gain, the next one's: more would be no series that comes to an end
 _TINY = torch.finfo(torch.float32).tiny
 _ROWS = 16  # of those solved for at once, evenly spread, that are held against what the steps say
-_CHUNK = 2**20  # weights solved for at once: so many stay in the cache, and the four tensors for them are small
+_CHUNK = 2**20  # weights solved for at once: so many stay in the cache, and the four tensors for them are small,
+_LEAST = 448  # rows, or more: then products with a wide system, which does not stay there, are as fast as can be
 
 
 @torch.no_grad()
@@ -55,7 +56,7 @@ def solve_masked(weight: Tensor, gram: Tensor, kept: Tensor) -> Tensor:
     else:
         near = Preconditioner.of(system.diagonal(), partial(_rounded_product, half=half), torch.bfloat16)
     found = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
-    rows = max(1, _CHUNK // inputs)
+    rows = max(_LEAST, _CHUNK // inputs)
     for start in range(0, len(weight), rows):
         part = slice(start, start + rows)
         mask = kept[part].float()
