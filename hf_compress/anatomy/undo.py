@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
-from functools import partial
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -26,8 +26,14 @@ class Undo:
     """
 
     def __init__(self) -> None:
+        self._forget()
+
+    def _forget(self) -> None:
         self._steps: list[Callable[[], None]] = []
-        self._old: list[object] = []  # what was there before, and is not set aside yet
+        self._old: list[object] = []  # what was there before, and is not set aside yet,
+        self._copies: list[Tensor] = []  # and copies of what was written over
+        self._written: set[Tensor] = set()
+        self._away: list[Tensor] = []  # what was there before, and is set aside
         self.changed: list[tuple[MutableMapping[str, Any], str]] = []
 
     def __enter__(self) -> Undo:
@@ -72,7 +78,8 @@ class Undo:
             )
         old = parameter.detach().clone()
         self._steps.append(lambda: _copy(parameter, old))
-        self._old.append(old)
+        self._copies.append(old)
+        self._written.add(_whole(parameter))
         _copy(parameter, value)
 
     def later(self, step: Callable[[], None]) -> None:
@@ -88,33 +95,39 @@ class Undo:
             used: the tensors that there are now.
             put: gives a tensor's copy elsewhere, or None where there is no room for it.
         """
-        old, self._old = list(_large(self._old)), []
-        if not old:
-            return
-        in_use = Counter(tensor.untyped_storage().data_ptr() for tensor in (*used, *old) if not tensor.is_meta)
-        for tensor in old:
-            memory = tensor.untyped_storage()
-            if in_use[memory.data_ptr()] > 1 or memory.nbytes() > tensor.nbytes or tensor.is_shared():
-                continue
+        copies, old = list(_large(self._copies)), list(_large(self._old))
+        self._copies, self._old = [], []
+        if old:
+            in_use = Counter(tensor.untyped_storage().data_ptr() for tensor in (*used, *old) if not tensor.is_meta)
+            # What was written may have been written through a view, which would not move with it.
+            alone = (tensor for tensor in old if in_use[tensor.untyped_storage().data_ptr()] == 1)
+            old = [tensor for tensor in alone if tensor.is_contiguous() and tensor not in self._written]
+        for number, tensor in enumerate((*copies, *old)):
             kept = put(tensor.detach())
             if kept is None:
-                break
-            if isinstance(tensor, nn.Parameter):  # else it is a copy made by `write`
-                self._steps.append(partial(_fetch, tensor))
+                return
+            if number >= len(copies):
+                self._away.append(tensor)
             tensor.data = kept
 
     def take_over(self, other: Undo) -> None:
         """Take the changes of another back as well; it forgets them."""
         self._steps += other._steps
         self._old += other._old
+        self._copies += other._copies
+        self._written |= other._written
+        self._away += other._away
         self.changed += other.changed
-        other._steps, other._old, other.changed = [], [], []
+        other._forget()
 
     def rollback(self) -> None:
         """Take every change back, the last one first. A second call does nothing."""
         while self._steps:
             self._steps.pop()()
-        self._old, self.changed = [], []
+        away = self._away
+        self._forget()
+        for tensor in away:
+            _fetch(tensor)
 
 
 def writes(tensor: Tensor) -> int:
@@ -123,22 +136,31 @@ def writes(tensor: Tensor) -> int:
 
 
 def _large(old: Iterable[object]) -> Iterator[Tensor]:
-    """Each large tensor on the CPU among old parts and values of modules, once."""
+    """Large tensors on the CPU among old parts and values of modules, each once, that share no memory with others."""
     found: dict[int, Tensor] = {}
     for part in old:
         own = part.parameters() if isinstance(part, nn.Module) else [part]
         found |= {id(each): each for each in own if isinstance(each, Tensor)}
-    return (each for each in found.values() if each.device.type == "cpu" and each.nbytes >= _LARGE)
+    for tensor in found.values():
+        here = tensor.device.type == "cpu" and not tensor.is_shared()
+        if here and tensor.nbytes >= _LARGE and tensor.untyped_storage().nbytes() == tensor.nbytes:
+            yield tensor
 
 
 def _fetch(tensor: Tensor) -> None:
-    """Give a tensor that was set aside memory of its own again."""
-    tensor.data = tensor.data.clone()
+    """Give a tensor that was set aside memory of its own again; without any left, it has its values where it is."""
+    with suppress(RuntimeError, MemoryError):
+        tensor.data = tensor.data.clone()
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """What a tensor is a view of, or itself."""
+    return tensor if tensor._base is None else tensor._base
 
 
 @torch.no_grad()
 def _copy(parameter: Tensor, value: Tensor) -> None:
     """By its data, which does not count as writing in place: by that count `State` knows what a forward pass did."""
     parameter.data.copy_(value)
-    whole = parameter if parameter._base is None else parameter._base  # of the transposed weight of a linear map, say
+    whole = _whole(parameter)  # of the transposed weight of a linear map, say
     vars(whole)[_WRITES] = writes(whole) + 1

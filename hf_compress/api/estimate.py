@@ -33,7 +33,8 @@ _STREAMS = 2  # of each batch that are kept
 class Disk(NamedTuple):
     """Bytes of files: new weights in a workdir, at most; streams, for a while; and the saved model, at most.
 
-    Not of what else lies in files for a while, such as scores. Streams are None where nobody has counted them.
+    Not of what else lies in files for a while: scores, or what weights in memory were before. Streams are None where
+    nobody has counted them.
     """
 
     weights: int

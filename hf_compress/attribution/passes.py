@@ -113,24 +113,30 @@ def explained_behind(runner: BlockRunner, stream: Tensor, sources: Sources, targ
 
 def _words_behind(runner: BlockRunner, stream: Tensor, sources: Sources) -> HeadLogits | None:
     """Logits of words that are made as they are asked for; None where the head is not plain, or does not run once."""
-    head, read = sources.plain_head, list[Tensor]()
+    head, calls = sources.plain_head, list[tuple[Tensor, Tensor]]()
     if head is None:
         return None
 
     def stand_in(given: Tensor) -> Tensor:
-        read.append(given)
-        return given.new_zeros(()).expand(*given.shape[:-1], head.out_features)
+        gives = given.new_zeros(()).expand(*given.shape[:-1], head.out_features)
+        calls.append((given, gives))
+        return gives
 
     sources.begin(runner.batch)
     try:
         with Undo() as undo:
             undo.set(head, "forward", stand_in)
             runner.finish(stream.clone())
-    except RuntimeError:  # it may write into its logits, which these do not bear
+    except RuntimeError:  # the model may write into its logits, which these mostly do not bear
         return None
     finally:
         sources.head = None
-    return HeadLogits(read[0], head) if len(read) == 1 and read[0].ndim == 3 else None
+    if len(calls) != 1:
+        return None
+    read, gave = calls[0]
+    weight, written = head.weight, gave._version > 0
+    plain = read.ndim == 3 and not written and (read.device, read.dtype) == (weight.device, weight.dtype)
+    return HeadLogits(read, head) if plain else None
 
 
 def _plain_head(model: PreTrainedModel) -> nn.Linear | None:

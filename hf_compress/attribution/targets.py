@@ -101,7 +101,8 @@ def explained_words(
         counts = said != -100
         if batch.targets is None and not has_decoder(model):
             counts &= real_tokens(batch, like)
-        return (logits.of(said.clamp(min=0)) * counts).sum(dim=-1), None
+        found = logits.of(said.clamp(min=0)) * counts
+        return found.sum(dim=-1, dtype=torch.promote_types(found.dtype, torch.float32)), None  # beyond float16's range
     real = decoder_tokens(batch, like) if has_decoder(model) else real_tokens(batch, like)
     positions = torch.arange(real.shape[1], device=real.device)
     ends = logits.at(torch.where(real, positions, -1).amax(dim=1).clamp(min=0))

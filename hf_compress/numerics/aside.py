@@ -97,7 +97,7 @@ class Aside:
 class Spare:
     """Files for what only spares time: where there is no room for it, the work does without.
 
-    Room is kept for what the work needs: they take no more than half of what the folder has left at the time.
+    Room is kept for what the work needs: they take no more than half of what the folder would have left without them.
 
     Args:
         budget: bytes that they may take in all; as many as there is room for when None.
@@ -105,14 +105,14 @@ class Spare:
     """
 
     def __init__(self, budget: int | None = None, folder: Path | None = None) -> None:
-        self._aside, self._folder, self._left = Aside(folder), folder, budget
+        self._aside, self._folder, self._left, self._taken = Aside(folder), folder, budget, 0
 
     def fits(self, size: int) -> bool:
         """Whether there is room for so many bytes."""
         if self._left is not None and size > self._left:
             return False
         try:
-            return 2 * size <= shutil.disk_usage(self._folder or tempfile.gettempdir()).free
+            return 2 * size + self._taken <= shutil.disk_usage(self._folder or tempfile.gettempdir()).free
         except OSError:
             return False
 
@@ -124,6 +124,7 @@ class Spare:
             kept = self._aside.put(tensor)
         except WorkdirError:  # somebody else has taken it meanwhile
             return None
+        self._taken += tensor.nbytes
         if self._left is not None:
             self._left -= tensor.nbytes
         return kept

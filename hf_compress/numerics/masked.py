@@ -19,8 +19,8 @@ _CLOSE = 1e-3  # of the error that is left, what further steps may take off it
 _SLOWEST = 0.9  # of a step's gain, the next one's: more would be no series that comes to an end
 _TINY = torch.finfo(torch.float32).tiny
 _ROWS = 16  # of those solved for at once, evenly spread, that are held against what the steps say
-_CHUNK = 2**20  # weights solved for at once: so many stay in the cache, and the four tensors for them are small,
-_LEAST = 448  # rows, or more: then products with a wide system, which does not stay there, are as fast as can be
+_CHUNK = 2**20  # weights solved for at once: so many stay in the cache,
+_LEAST = 448  # but no fewer rows: then products with a wide system, which does not stay there, are as fast as can be
 
 
 @torch.no_grad()

@@ -100,13 +100,20 @@ def emptied(layer: nn.Linear, undo: Undo) -> nn.Parameter:
 
 
 def test_what_only_a_rollback_needs_lies_elsewhere_until_then():
-    layer, block, undo = nn.Linear(SIDE, SIDE), nn.Sequential(nn.Linear(SIDE, SIDE)), Undo()
-    written, old, part = block[0].weight, layer.weight, block[0]
-    values, before = old.detach().clone(), written.detach().clone()
-    undo.write(written, torch.zeros(SIDE, SIDE))
+    layer, other, block, undo = (
+        nn.Linear(SIDE, SIDE),
+        nn.Linear(SIDE, SIDE),
+        nn.Sequential(nn.Linear(SIDE, SIDE)),
+        Undo(),
+    )
+    old, part = layer.weight, block[0]
+    values, before = old.detach().clone(), other.weight.detach().clone()
+    undo.write(other.weight, torch.zeros(SIDE, SIDE))
     undo.put(block._modules, "0", nn.Identity())
     emptied(layer, undo)
-    undo.set_aside([*layer.parameters(), *block.parameters()], Aside().put)
+    put = []
+    undo.set_aside([*layer.parameters(), *other.parameters()], lambda tensor: put.append(tensor) or Aside().put(tensor))
+    assert len(put) == 3, "of what was written there is a copy"
     assert elsewhere(old)
     assert elsewhere(part.weight)
     assert not elsewhere(part.bias), "it is small"
@@ -115,10 +122,27 @@ def test_what_only_a_rollback_needs_lies_elsewhere_until_then():
     assert layer.weight is old
     assert block[0] is part
     assert torch.equal(layer.weight, values)
-    assert torch.equal(written, before)
-    assert not elsewhere(old)
-    assert not elsewhere(written)
+    assert torch.equal(other.weight, before)
+    assert not any(map(elsewhere, (old, other.weight, part.weight)))
     assert old.requires_grad
+
+
+def test_without_memory_to_come_back_to_it_stays_elsewhere(monkeypatch):
+    """With its values, and all else comes back."""
+
+    def none_left(*_, **__):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+
+    layer, undo, owner = nn.Linear(SIDE, SIDE), Undo(), Frozen()
+    values = layer.weight.detach().clone()
+    undo.set(owner, "depth", 3)
+    old = emptied(layer, undo)
+    undo.set_aside(layer.parameters(), Aside().put)
+    monkeypatch.setattr(torch.Tensor, "clone", none_left)
+    undo.rollback()
+    assert owner.depth == 4
+    assert layer.weight is old
+    assert torch.equal(old, values)
 
 
 def test_each_is_set_aside_once():
@@ -157,13 +181,31 @@ def in_shared_memory(layer, undo):
     return list(layer.parameters())
 
 
-@pytest.mark.parametrize("case", [tied, a_view_of_another, two_that_share, in_shared_memory])
-def test_what_shares_memory_stays_where_it_is(case):
+def laid_out_otherwise(layer, undo):
+    layer.weight = nn.Parameter(torch.zeros(SIDE, SIDE).T)
+    emptied(layer, undo)
+    return list(layer.parameters())
+
+
+@pytest.mark.parametrize("case", [tied, a_view_of_another, two_that_share, in_shared_memory, laid_out_otherwise])
+def test_what_a_copy_cannot_stand_for_stays_where_it_is(case):
     layer, undo, calls = nn.Linear(SIDE, SIDE), Undo(), []
     undo.set_aside(case(layer, undo), calls.append)
     assert not calls
     undo.rollback()
     assert len(layer.weight) == SIDE
+
+
+def test_what_was_written_through_a_view_stays_where_it_is():
+    """What takes the change back would write to where it was."""
+    layer, undo = nn.Linear(SIDE, SIDE), Undo()
+    values = layer.weight.detach().clone()
+    undo.write(layer.weight.T, torch.zeros(SIDE, SIDE))
+    old = emptied(layer, undo)
+    undo.set_aside(layer.parameters(), Aside().put)
+    assert not elsewhere(old)
+    undo.rollback()
+    assert torch.equal(layer.weight, values)
 
 
 def test_without_room_it_stays_where_it_is():

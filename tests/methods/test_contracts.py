@@ -306,9 +306,18 @@ def test_an_interruption_leaves_the_model_as_it_was(name, aside, monkeypatch):
 
 @pytest.mark.parametrize("name", ROWS)
 def test_where_old_weights_are_set_aside(name, monkeypatch):
+    put = []
     monkeypatch.setattr(undo, "_LARGE", 1)
+    own = undo.Undo.set_aside
+
+    def counted(self, used, elsewhere):
+        own(self, used, lambda tensor: put.append(tensor) or elsewhere(tensor))
+
+    monkeypatch.setattr(undo.Undo, "set_aside", counted)
     model = compressed(name, tiny_llama(4))
     check_same(name, model)
+    by_blocks = "merged", "averaged", "narrow", "cluster", "sparse", "packed", "split"
+    assert bool(put) == name.startswith(by_blocks)
     elsewhere = [key for key, tensor in model.state_dict().items() if tensor.untyped_storage().filename]
     assert not elsewhere, "only old ones"
 

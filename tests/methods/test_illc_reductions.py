@@ -45,6 +45,7 @@ def test_mixtures_of_many_outputs_choose_as_well_as_all_of_them():
         x, y = units_and_outputs(1500, seed)
         by_mixtures, by_all = chosen(x, y)
         least = left_over(x, y, by_all)
+        assert not torch.equal(by_mixtures, by_all)
         found.append(left_over(x, y, by_mixtures) / least)
         some = torch.randperm(UNITS, generator=torch.Generator().manual_seed(seed))[:KEPT]
         any_others.append(left_over(x, y, some) / least)

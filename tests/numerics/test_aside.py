@@ -37,16 +37,17 @@ def test_no_room_is_told_of_before_anything_is_written(tmp_path):
 
 
 def test_what_only_spares_time_does_without_room(tmp_path, monkeypatch):
-    """Beyond its budget, beyond half of what the folder has left by then, and where somebody else has taken that."""
+    """Beyond its budget, beyond half of what the folder would have left without it, and where others took that."""
     tensor = torch.arange(100, dtype=torch.float64)
     budgeted = Spare(1000, tmp_path)
     assert torch.equal(budgeted.put(tensor), tensor)
     assert budgeted.put(tensor) is None
     usage, spare = shutil.disk_usage(tmp_path), Spare(None, tmp_path)
     with monkeypatch.context() as patched:
-        for free, fits in ((1599, False), (1600, True), (1599, False)):
+        for free, fits in ((1599, False), (1600, True), (2399, False), (2400, True)):  # 800 bytes are taken by then
             patched.setattr(shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
-            assert (spare.put(tensor) is not None) == spare.fits(800) == fits
+            assert spare.fits(800) == fits
+            assert (spare.put(tensor) is not None) == fits
     assert Spare(None, tmp_path / "gone").put(tensor) is None
 
     def full(size, folder):

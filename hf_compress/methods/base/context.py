@@ -23,6 +23,7 @@ from hf_compress.calibration.data import Calibration
 from hf_compress.calibration.memory import working_memory
 from hf_compress.errors import CalibrationError, PlanError, UnsupportedModelError, one_line
 from hf_compress.methods.base.journal import Journal
+from hf_compress.numerics.aside import Spare
 from hf_compress.plan.plan import Plan
 from hf_compress.rewrite.apply import Change, change_modules
 from hf_compress.rewrite.record import unsealed
@@ -44,6 +45,7 @@ class Drafts:
     plan: Plan = field(default_factory=Plan)
     undo: Undo = field(default_factory=Undo)
     journal: Journal = field(default_factory=Journal)
+    _aside: Spare = field(default_factory=lambda: working_memory().spare())
 
     @contextmanager
     def hold(self, module: nn.Module) -> Iterator[None]:
@@ -54,7 +56,7 @@ class Drafts:
         """
         if not is_offloaded(module):
             yield
-            self.undo.set_aside(chain(self.model.parameters(), self.model.buffers()), working_memory().spare().put)
+            self.undo.set_aside(chain(self.model.parameters(), self.model.buffers()), self._aside.put)
             return
         lasting, self.undo = self.undo, Undo()
         try:

@@ -316,9 +316,9 @@ def downhill(attempt: Callable[[float], tuple[float, _T]], values: Sequence[floa
 
 
 def mixtures(outputs: int, count: int) -> Tensor | None:
-    """Random signs, (outputs, count), scaled so that so many mixtures of the outputs have their energy in the mean.
+    """Random signs, (outputs, count), scaled so that `count` mixtures have the energy of all outputs in the mean.
 
-    None where these are not at least twice as many: then mixtures spare little.
+    None where outputs are fewer than twice as many: then mixtures spare little.
     """
     if outputs < 2 * count:
         return None

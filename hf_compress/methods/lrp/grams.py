@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from hf_compress.anatomy.parts import linear_map, linear_widths
+from hf_compress.anatomy.parts import is_linear, linear_map, linear_widths
 from hf_compress.anatomy.stacks import Stack
 from hf_compress.anatomy.undo import Undo
 from hf_compress.calibration.processes import here, summed, told
@@ -71,12 +71,13 @@ def _sums_of(
 ) -> _Sums | None:
     """The sums of this process; None where maps that were to share their sums are handed different tensors.
 
-    If all maps run once, and the streams stay where they are, nobody asks what the last map gives: from the second
-    batch on it gives zeros.
+    If these are all maps of the block, all run once, and the streams stay where they are, nobody asks what the last map
+    gives: from the second batch on it gives zeros.
     """
     sums: dict[str, Moments] = {}
     after: list[Tensor] = []
     seen, last = _Shared(), _Last(linears)
+    whole = set(linears.values()) >= {part for part in stack.blocks[index].modules() if is_linear(part)}
 
     def add(path: str, rows: Tensor) -> None:
         if path not in sums:
@@ -94,7 +95,7 @@ def _sums_of(
                 output = pair.runner.run(index, pair.compressed)
             if onwards:
                 after.append(pair.keep(output))
-            elif shared:
+            elif shared and whole:
                 last.find()
         first = seen.checked() if shared else {path: path for path in sums}
     except _ReadApart:
