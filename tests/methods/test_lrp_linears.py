@@ -191,17 +191,20 @@ def test_maps_that_do_not_always_read_one_tensor_have_grams_of_their_own():
         torch.testing.assert_close(gram.double(), rows.T @ rows, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("onwards", [False, True])
-def test_nobody_asks_what_the_last_map_gives(onwards):
-    """From the second of three batches on, unless the streams are to be past the block."""
+@pytest.mark.parametrize("settings", ["", "onwards", "some maps"])
+def test_nobody_asks_what_the_last_map_gives(settings):
+    """From the second of three batches on; but not where the streams move on, or where other maps may come after it."""
     model, calls = tiny_model("llama"), []
     last = model.model.layers[0].mlp.down_proj
     own = last.forward
     vars(last)["forward"] = lambda given: calls.append(None) or own(given)
     data, stack = prepare(IDS, model, None, DataOptions(batch_size=1)), Anatomy(model).stack()
+    maps = linears_of(stack, 0, block_linears(stack))
+    if settings == "some maps":
+        del maps["model.layers.0.self_attn.q_proj"]
     with inference(model):
-        grams_of(stack, 0, linears_of(stack, 0, block_linears(stack)), start_pairs(model, stack, data, 21), onwards)
-    assert len(calls) == (3 if onwards else 1)
+        grams_of(stack, 0, maps, start_pairs(model, stack, data, 21), settings == "onwards")
+    assert len(calls) == (3 if settings else 1)
 
 
 def test_maps_that_run_in_another_order_later_have_grams_of_their_own():
